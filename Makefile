@@ -1,0 +1,48 @@
+# `make train` and `make test` do all the set-up themselves; a second run re-uses the environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/demo
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: train test lint types unit bench bench-quick clean help
+
+help:
+	@echo "make train   set up and train a small Llama across four pipeline workers"
+	@echo "make test    set up, then lint, types and tests"
+	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
+	@echo "make clean   remove the environment and the demo run"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unbroken needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: $(STAMP)
+	rm -rf $(OUT)
+	$(BIN)/unbroken train --out $(OUT) $(ARGS)
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/basedpyright
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
+	$(BIN)/python benchmarks/ir.py --out benchmarks/results/ir.json
+	$(BIN)/python benchmarks/engine.py --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) $(OUT)

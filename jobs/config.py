@@ -1,0 +1,165 @@
+"""The settings of a training job. A field's docstring is its --help; `validate` refuses what cannot work, by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.optimizer import OptimizerConfig
+from schedulers import SCHEDULERS
+
+SchedulerName = str
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: names the field, its value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a causal language model through a pipeline of workers."""
+
+    workers: int = 4
+    """Worker processes in all, over every stage and replica."""
+    replicas: int = 1
+    """Data-parallel copies of the pipeline; must divide --workers and --microbatches."""
+    scheduler: SchedulerName = "one_f_one_b"
+    """gpipe, one_f_one_b, interleaved or zero_bubble."""
+    chunks: int = 2
+    """Spans per worker under --scheduler interleaved."""
+    microbatches: int = 8
+    """Microbatches per step, over all replicas."""
+    microbatch_size: int = 4
+    """Samples per microbatch."""
+    sequence_length: int = 128
+    """Tokens per sample."""
+    steps: int = 300
+    """Optimizer steps of the whole run, counted from its first start."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes under autocast; weights, gradients and optimizer state stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where it is present."""
+    threads: int = 0
+    """Compute threads per worker; 0 shares the cores of the machine evenly, at least one each."""
+    recompute: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    head_with_embedding: bool = False
+    """Place the head on the first worker, beside the embedding (with --scheduler one_f_one_b)."""
+
+    model: str = "llama-2m"
+    """A preset (see `unbroken doctor`), a directory with config.json and safetensors, a config.json, or a GGUF file."""
+    dropout: float | None = None
+    """Dropout probability where the model has dropout (GPT-2); unset keeps the model's own."""
+    data: str = "stdlib"
+    """`stdlib` (the sources of Python's standard library), text or JSONL files, globs, or hf:NAME for a dataset."""
+    text_field: str = "text"
+    """The field of a JSONL line or of a dataset's row that holds the text."""
+    tokenizer: Literal["auto", "bytes", "bpe", "model"] = "auto"
+    """bpe is trained on the corpus; auto takes the model's own where it has one, else bpe."""
+    vocabulary: int = 2048
+    """Vocabulary of a trained BPE."""
+    held_out: float = 0.02
+    """Share of the corpus that is kept for evaluation and never trained on."""
+    max_tokens: int = 4_000_000
+    """Tokens of the corpus that are used at most; 0 for all."""
+
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 20
+    """Steps of linear warm-up; a cosine follows."""
+    min_lr_ratio: float = 0.1
+    """Where the cosine ends, as a share of --lr."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; norms and biases do not decay."""
+    beta1: float = 0.9
+    """AdamW's first moment decay."""
+    beta2: float = 0.95
+    """AdamW's second moment decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never."""
+    seed: int = 0
+    """Everything random is keyed by it."""
+
+    out: Path = Path("runs/default")
+    """The run folder: config, metrics, events, checkpoints, model and pictures."""
+    resume: bool = False
+    """Go on from the newest valid checkpoint in --out."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0 saves only on SIGTERM and at the end."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    evaluate_every: int = 100
+    """Steps between evaluations on held-out text; 0 evaluates only at the end."""
+    evaluate_samples: int = 64
+    """Held-out samples per evaluation."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too (needs the tensorboard extra)."""
+    sample_tokens: int = 60
+    """Tokens of the continuation that is sampled at the end; 0 for none."""
+
+    network: Path | None = None
+    """JSON with latency_s and bandwidth matrices: links between workers are slowed down to it (one machine only)."""
+    deadline: float = 300.0
+    """Seconds after which a step that does not come to its end is an error."""
+    store_port: int = 0
+    """TCP port of the store on this machine; 0 takes a free one."""
+
+    @property
+    def stages(self) -> int:
+        """Workers per replica."""
+        return self.workers // self.replicas
+
+    @property
+    def samples_per_step(self) -> int:
+        """The global batch."""
+        return self.microbatches * self.microbatch_size
+
+    def optimizer(self) -> OptimizerConfig:
+        """The part that the optimizer reads."""
+        return OptimizerConfig(
+            self.lr, self.steps, self.warmup, self.min_lr_ratio, (self.beta1, self.beta2), self.eps,
+            self.weight_decay, self.clip,
+        )  # fmt: skip
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first setting that cannot work, whatever the model and the data are."""
+        for name in ("workers", "replicas", "chunks", "microbatches", "microbatch_size", "sequence_length", "steps",
+                     "evaluate_samples", "keep"):  # fmt: skip
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("checkpoint_every", "evaluate_every", "warmup", "max_tokens", "threads", "sample_tokens", "clip",
+                     "weight_decay"):  # fmt: skip
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.scheduler in SCHEDULERS, "scheduler", self.scheduler, f"one of {', '.join(SCHEDULERS)}")
+        _require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
+        _require(
+            self.microbatches % self.replicas == 0, "microbatches", self.microbatches,
+            f"a multiple of replicas ({self.replicas})",
+        )  # fmt: skip
+        _require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
+        _require(self.deadline > 0, "deadline", self.deadline, "above 0")
+        _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
+        _require(0 <= self.store_port < 65536, "store_port", self.store_port, "0 to 65535")
+        _require(self.beta1 < 1 and self.beta2 < 1, "beta1, beta2", (self.beta1, self.beta2), "below 1")
+        if self.head_with_embedding:
+            _require(
+                self.scheduler == "one_f_one_b" and self.stages > 1, "head_with_embedding", True,
+                "only with scheduler one_f_one_b and 2 or more stages",
+            )  # fmt: skip
+        if self.network is not None:
+            _require(self.network.is_file(), "network", str(self.network), "a readable JSON file")
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Raise ConfigError in its one form unless `holds`."""
+    _require(holds, name, value, allowed)

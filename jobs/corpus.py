@@ -1,0 +1,223 @@
+"""Text to train on: the Python standard library, files, globs, JSON lines, or a `datasets` name.
+
+A corpus is a sequence of documents that are read when they are asked for, so that a job may take a shuffled part of a
+corpus that is larger than memory. The standard library (12 MB of code and prose) is on every machine that runs this.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sysconfig
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+ALLOWED = "stdlib, UTF-8 text files, .jsonl files, globs of them, or hf:NAME[@CONFIG][:SPLIT]"
+_JSON_LINES = (".jsonl", ".ndjson")
+_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+
+
+class CorpusError(ValueError):
+    """Text that cannot be had: names the file or the spec, what was found and what is allowed."""
+
+
+class Texts(Protocol):
+    """What readers of text need: a Corpus, or a list of strings."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> str: ...
+
+
+def permutation(size: int, key: int) -> np.ndarray:
+    """The numbers 0 to size - 1 [size] int64, shuffled by `key`.
+
+    Sorted words of a Philox stream (Salmon et al.: Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011): numpy keeps
+    that stream the same in every version, which it does not promise of its own shuffles.
+    """
+    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
+
+
+class Corpus:
+    """The documents of one or more sources, end to end. `corpus[i]` reads document i, and may raise CorpusError."""
+
+    def __init__(self, sources: Sequence[Texts]) -> None:
+        self._sources = [source for source in sources if len(source)]
+        self._ends = list(accumulate(map(len, self._sources)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int, /) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        source = bisect_right(self._ends, index)
+        return self._sources[source][index - (self._ends[source - 1] if source else 0)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+def documents(spec: str, *, text_field: str = "text") -> Corpus:
+    """The documents that `spec` names, in an order that does not depend on the machine. None may be blank, not all.
+
+    `spec` is a list separated by commas of: `stdlib`; `hf:NAME`, `hf:NAME@CONFIG:SPLIT` for a dataset that `datasets`
+    loads (a hub name or a folder; split train unless given); paths and globs. A .jsonl or .ndjson file has one object
+    per line with the text in `text_field`, every other file is one document. Raises CorpusError for what is not there
+    or empty; what is wrong inside a document is raised when that document is read.
+    """
+    parts = [spec] if Path(spec).expanduser().is_file() else [part.strip() for part in spec.split(",")]
+    corpus = Corpus([source for part in parts for source in _sources(part, text_field)])
+    if not len(corpus):
+        raise CorpusError(f"data is {spec!r}, which holds no text: every file is empty; allowed: {ALLOWED}")
+    return corpus
+
+
+def _sources(part: str, text_field: str) -> list[Texts]:
+    if part == "stdlib":
+        return [_File(path) for path in standard_library()]
+    if part.startswith("hf:"):
+        return [_Rows(part, text_field)]
+    return [_Lines(path, text_field) if path.suffix in _JSON_LINES else _File(path) for path in _match(part)]
+
+
+def standard_library() -> list[Path]:
+    """The sources of the running interpreter's library without its tests, by name. Raises CorpusError."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_LIBRARY]
+        # _sysconfigdata tells how and where this interpreter was built, which is nobody else's text.
+        paths += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+    if not paths:
+        raise CorpusError(f"data is 'stdlib', but {str(root)!r} holds no sources; allowed: {ALLOWED}")
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _match(part: str) -> list[Path]:
+    if not part:
+        raise CorpusError(f"data names nothing between two commas, or nothing at all; allowed: {ALLOWED}")
+    path = Path(part).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise CorpusError(f"data is {part!r}, a folder; allowed: a glob, such as {str(path / '**' / '*.txt')!r}")
+    found = sorted(hit for name in glob.glob(str(path), recursive=True) if (hit := Path(name)).is_file())
+    if not found:
+        what = "which matches no file" if glob.has_magic(part) else "which does not exist"
+        raise CorpusError(f"data is {part!r}, {what}; allowed: {ALLOWED}")
+    return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(f"{str(path)!r} cannot be read: {error.strerror}; allowed: {ALLOWED}") from error
+
+
+def _read(path: Path, start: int = 0, length: int = -1) -> bytes:
+    with _readable(path), path.open("rb") as file:
+        file.seek(start)
+        return file.read(length)
+
+
+def _decode(path: Path, data: bytes, start: int = 0) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{str(path)!r} is not UTF-8: byte {data[error.start]:#04x} at offset {start + error.start}; "
+            "allowed: text in UTF-8"
+        ) from error
+
+
+class _File:
+    """A file that is one document, or none if it is empty."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _readable(path):
+            self._count = int(path.stat().st_size > 0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int, /) -> str:
+        return _decode(self._path, _read(self._path)).removeprefix("\ufeff")
+
+
+class _Lines:
+    """A file of JSON lines. Only where its lines start is held in memory."""
+
+    def __init__(self, path: Path, field: str) -> None:
+        self._path, self._field = path, field
+        self._starts, self._numbers = array("q"), array("q")
+        at = 0
+        with _readable(path), path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    self._starts.append(at)
+                    self._numbers.append(number)
+                at += len(line)
+        self._starts.append(at)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int, /) -> str:
+        start, end = self._starts[index], self._starts[index + 1]
+        where = f"{str(self._path)!r}, line {self._numbers[index]}"
+        line = _decode(self._path, _read(self._path, start, end - start), start).removeprefix("\ufeff")
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorpusError(f"{where} is not JSON: {error.msg}, column {error.colno}; allowed: one object") from error
+        return _field(row, self._field, where)
+
+
+class _Rows:
+    """A split of a dataset that the `datasets` library loads."""
+
+    def __init__(self, spec: str, field: str) -> None:
+        import datasets  # slow to import, and most runs read files
+
+        name, _, split = spec.removeprefix("hf:").partition(":")
+        name, _, config = name.partition("@")
+        split = split or "train"
+        try:
+            rows: Any = datasets.load_dataset(name, config or None, split=split)
+        except Exception as error:  # the library has an error of its own for each of the many ways to be unavailable
+            told = (str(error).strip() or "no reason given").splitlines()[0]
+            raise CorpusError(
+                f"data is {spec!r}, which `datasets` cannot load: {type(error).__name__}: {told}; allowed: {ALLOWED}"
+            ) from error
+        if field not in rows.column_names:
+            found = ", ".join(rows.column_names)
+            raise CorpusError(f"data is {spec!r}, which has no field {field!r}; allowed for text_field: {found}")
+        self._rows, self._spec, self._field = rows, spec, field
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int, /) -> str:
+        return _field(self._rows[index], self._field, f"{self._spec}, row {index}")
+
+
+def _field(row: object, field: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise CorpusError(f"{where} is a JSON {type(row).__name__}; allowed: an object with the field {field!r}")
+    if field not in row:
+        raise CorpusError(f"{where} has no field {field!r}; allowed for text_field: {', '.join(map(str, row))}")
+    if not isinstance(row[field], str):
+        raise CorpusError(f"{where}: field {field!r} is {type(row[field]).__name__}; allowed: text")
+    return row[field]

@@ -1,0 +1,198 @@
+"""From settings to a first view: the model's shape, the corpus, the cut into spans and the verified schedules.
+
+Only the coordinator plans. What it decides is written into the view, so that every worker, on whatever machine, reads
+the same thing; what it writes to the run folder is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from jobs.config import ConfigError, TrainConfig, require
+from jobs.corpus import documents
+from jobs.data import Dataset
+from jobs.data import prepare as prepare_data
+from jobs.tokenizer import build_tokenizer
+from pipeline.lower import lower
+from pipeline.model import LayeredModel
+from pipeline.schedule import Schedule, Span, dumps
+from pipeline.verify import verify
+from pipeline.weights import PRESETS, read_config, resolve
+from recovery import checkpoint
+from recovery.membership import View
+from schedulers import build, evaluation
+from schedulers.greedy import head_with_embedding
+from schedulers.partition import PartitionError, partition
+
+Progress = Callable[[str, float], None]
+"""(what is being done, share done from 0 to 1)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the coordinator hands to the agents and keeps for its report."""
+
+    view: View
+    model: LayeredModel
+    notes: tuple[str, ...] = ()
+
+
+def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
+    """Floating point operations per token of each layer's forward, counting products only (2 per weight, and
+    attention's 4 * sequence * hidden / 2 under a causal mask). The embedding is a look-up: next to nothing."""
+    hidden, vocabulary = model.hidden_size, int(model.config.vocab_size)
+    blocks = [
+        2.0 * model.parameter_count(layer) + 2.0 * sequence_length * hidden for layer in range(1, model.num_layers - 1)
+    ]
+    return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
+
+
+def cut(config: TrainConfig, model: LayeredModel) -> tuple[Span, ...]:
+    """The spans of the pipeline, in order: balanced by cost over the stages (times chunks, if interleaved)."""
+    costs = layer_costs(model, config.sequence_length)
+    parts = config.stages * (config.chunks if config.scheduler == "interleaved" else 1)
+    body = costs[:-1] if config.head_with_embedding else costs
+    if parts > len(body):
+        asked = f"workers {config.workers} / replicas {config.replicas}" + (
+            f" x chunks {config.chunks}" if config.scheduler == "interleaved" else ""
+        )
+        raise ConfigError(f"{asked} asks for {parts} spans; the model has {len(body)} layers, so at most {len(body)}")
+    speeds = [1.0] * parts
+    if config.head_with_embedding:  # the first worker's share of the body shrinks by the head's cost
+        total = sum(costs) / parts
+        speeds[0] = max(0.05, (total - costs[-1]) / total)
+    try:
+        spans = partition(body, speeds)
+    except PartitionError as error:
+        raise ConfigError(str(error)) from error
+    return (*spans, (len(body), len(costs))) if config.head_with_embedding else spans
+
+
+def schedules(config: TrainConfig, spans: Sequence[Span]) -> dict[str, Schedule]:
+    """The lowered and verified schedules of one step and of one evaluation."""
+    if config.head_with_embedding:
+        train = head_with_embedding(spans, config.microbatches, config.replicas)
+    else:
+        options = {"chunks": config.chunks} if config.scheduler == "interleaved" else {}
+        train = build(config.scheduler, spans, config.microbatches, config.replicas, **options)
+    test = evaluation(spans, evaluation_microbatches(config), config.replicas, stages=config.stages)
+    lowered = {"train": lower(train), "evaluate": lower(test)}
+    for schedule in lowered.values():
+        verify(schedule)
+    return lowered
+
+
+def evaluation_microbatches(config: TrainConfig) -> int:
+    """Microbatches of one evaluation."""
+    return max(1, -(-config.evaluate_samples // config.microbatch_size))
+
+
+def make_plan(config: TrainConfig, progress: Progress, previous: dict[str, Any] | None = None) -> Plan:
+    """Everything up to the first view. Raises ConfigError, CorpusError, ModelError or CheckpointError by name."""
+    config.validate()
+    out = config.out
+    found = checkpoint.find(out / "checkpoints")
+    if found.path is not None and not config.resume:
+        raise ConfigError(
+            f"out is {str(out)!r}, which holds checkpoints (newest: {found.path.name}); "
+            "allowed: --resume to go on from them, or another folder"
+        )
+    notes = [f"{path.name} is skipped: {reason}" for path, reason in found.skipped]
+    if config.resume and found.path is None:
+        raise ConfigError(f"resume is set, but {str(out / 'checkpoints')!r} holds no valid checkpoint; {'; '.join(notes)}")
+    out.mkdir(parents=True, exist_ok=True)
+
+    model_config, source = find_model(config)
+    tokenizer = find_tokenizer(config, source, progress)
+    if config.model in PRESETS:
+        model_config.vocab_size = len(tokenizer)
+        model_config.bos_token_id = model_config.eos_token_id = tokenizer.eos_token_id
+        model_config.pad_token_id = tokenizer.pad_token_id
+    elif len(tokenizer) > int(model_config.vocab_size):
+        raise ConfigError(
+            f"tokenizer {config.tokenizer!r} has {len(tokenizer)} tokens; "
+            f"model {config.model!r} allows at most {model_config.vocab_size}"
+        )
+    if config.dropout is not None:
+        set_dropout(model_config, config)
+    longest = getattr(model_config, "max_position_embeddings", None)
+    require(
+        longest is None or config.sequence_length <= longest, "sequence_length", config.sequence_length,
+        f"at most {longest} for model {config.model}",
+    )  # fmt: skip
+    model = LayeredModel(model_config)
+    spans = cut(config, model)
+
+    dataset = prepare_data(
+        config.data, tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
+        max_tokens=config.max_tokens or None, text_field=config.text_field,
+        samples_per_step=config.samples_per_step, progress=progress,
+    )  # fmt: skip
+    tokenizer.save_pretrained(out / "tokenizer")
+    model_config.save_pretrained(out / "model-config")
+    first_step = first_sample = 0
+    if found.path is not None:
+        assert found.manifest is not None
+        extra = found.manifest["extra"]
+        checkpoint.check_compatible(
+            found.manifest, model=model_fingerprint(model_config), data=dataset.fingerprint, seed=config.seed
+        )
+        first_step, first_sample = int(extra["step"]), int(extra["next_sample"])
+    view = View(
+        number=1,
+        workers=tuple(range(config.workers)),
+        schedules={purpose: dumps(schedule) for purpose, schedule in schedules(config, spans).items()},
+        first_step=first_step,
+        first_sample=first_sample,
+        checkpoint=None if found.path is None else str(found.path),
+        details={
+            "config": json.loads(json.dumps(asdict(config), default=str)),
+            "source": None if source is None else str(source),
+        },
+    )
+    return Plan(view, model, tuple(notes))
+
+
+def find_model(config: TrainConfig) -> tuple[PreTrainedConfig, Path | None]:
+    """The model's shape, and the directory of its weights if it has any. Raises ModelError."""
+    found = resolve(config.model, config.out / "converted")
+    return (read_config(found), found) if isinstance(found, Path) else (found, None)
+
+
+def find_tokenizer(config: TrainConfig, source: Path | None, progress: Progress) -> PreTrainedTokenizerBase:
+    """The tokenizer that the settings name: the model's own, bytes, or a BPE trained on the corpus."""
+    kind = config.tokenizer
+    saved = config.out / "tokenizer"
+    if config.resume and saved.is_dir():
+        return build_tokenizer("model", 0, (), saved)
+    if kind == "auto":
+        own = source is not None and any((source / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json"))
+        kind = "model" if own else "bpe"
+    texts = documents(config.data, text_field=config.text_field) if kind == "bpe" else ()
+    return build_tokenizer(kind, config.vocabulary, texts, source, progress=progress)
+
+
+def set_dropout(model_config: PreTrainedConfig, config: TrainConfig) -> None:
+    """Set every dropout probability that the model's family has. Raises ConfigError where it has none."""
+    names = [n for n in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout") if hasattr(model_config, n)]
+    require(bool(names), "dropout", config.dropout, f"nothing for {model_config.model_type}, which has no dropout")
+    for name in names:
+        setattr(model_config, name, config.dropout)
+
+
+def model_fingerprint(model_config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a model's shape that weights depend on: what a checkpoint must agree with."""
+    ignored = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "architectures"}
+    fields = json.loads(model_config.to_json_string(use_diff=False))
+    return {key: value for key, value in sorted(fields.items()) if key not in ignored and not key.startswith("_")}
+
+
+def open_dataset(out: Path) -> Dataset:
+    """The tokens that `make_plan` prepared in a run folder."""
+    return Dataset.open(out / "data")

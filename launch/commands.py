@@ -1,0 +1,191 @@
+"""`unbroken eval | generate | simulate | draw`: one dataclass of settings and one function each."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from jobs.config import ConfigError, require
+from jobs.corpus import documents
+from jobs.data import blocks
+from jobs.text import token_loss
+from launch.generate import continue_text, load
+from launch.run_folder import write_whole
+from pipeline.draw import svg
+from pipeline.schedule import Schedule, dumps, loads
+from pipeline.simulate import Costs, Network, simulate
+from pipeline.terminal import terminal
+from pipeline.timeline import Timeline
+from pipeline.trace import perfetto
+from pipeline.verify import verify
+from schedulers import SCHEDULERS, build
+
+Result = tuple[dict[str, Any], str]
+"""What --json prints, and what a person reads."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Perplexity of an exported model on text."""
+
+    model: Path = Path("runs/default/model")
+    """A directory that a run exported, or any transformers model directory."""
+    data: str = "stdlib"
+    """`stdlib`, text or JSONL files, globs, or hf:NAME."""
+    text_field: str = "text"
+    """The field of a JSONL line that holds the text."""
+    sequence_length: int = 128
+    """Tokens per sample."""
+    samples: int = 64
+    """Samples that are evaluated at most."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def evaluate(config: EvalConfig) -> Result:
+    """Mean loss per token and its exponential. Raises ConfigError or CorpusError."""
+    require(config.samples >= 1, "samples", config.samples, "1 or more")
+    require(config.sequence_length >= 1, "sequence_length", config.sequence_length, "1 or more")
+    model, tokenizer = load(config.model)
+    loss = tokens = 0.0
+    with torch.no_grad():
+        for number, block in enumerate(blocks(documents(config.data, text_field=config.text_field), tokenizer,
+                                              config.sequence_length)):  # fmt: skip
+            if number == config.samples:
+                break
+            ids = torch.from_numpy(block)[None]
+            loss += float(token_loss(model(ids[:, :-1]).logits, ids[:, 1:]))
+            tokens += config.sequence_length
+    require(tokens > 0, "data", config.data, f"at least {config.sequence_length + 1} tokens of text")
+    mean = loss / tokens
+    values = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": int(tokens), "model": str(config.model)}
+    return values, f"loss {mean:.4f}  perplexity {values['perplexity']:.2f}  over {int(tokens):,} tokens"
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sample a continuation from an exported model."""
+
+    model: Path = Path("runs/default/model")
+    """A directory that a run exported, or any transformers model directory."""
+    prompt: str = "def "
+    """The text to go on from."""
+    tokens: int = 100
+    """Tokens to sample."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    seed: int = 0
+    """The same seed samples the same text."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def generate(config: GenerateConfig) -> Result:
+    """A sampled text. Raises ConfigError."""
+    require(config.tokens >= 1, "tokens", config.tokens, "1 or more")
+    require(config.temperature >= 0, "temperature", config.temperature, "0 or more")
+    result = continue_text(config.model, config.prompt, config.tokens, config.seed, config.temperature)
+    return {"prompt": result.prompt, "text": result.text}, result.text
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Time a schedule without running it: this is a simulation, under the costs and the network that it is given."""
+
+    scheduler: str = "one_f_one_b"
+    """gpipe, one_f_one_b, interleaved or zero_bubble."""
+    stages: int = 4
+    """Workers per replica."""
+    microbatches: int = 8
+    """Microbatches, over all replicas."""
+    replicas: int = 1
+    """Data-parallel copies of the pipeline."""
+    chunks: int = 2
+    """Spans per worker, with --scheduler interleaved."""
+    schedule: Path | None = None
+    """The text of a schedule, instead of a scheduler's."""
+    costs: Path | None = None
+    """JSON of seconds per span or per layer; unset: forward 1, backward 2 (input 1, weight 1) for every span."""
+    network: Path | None = None
+    """JSON with latency_s and bandwidth matrices; unset: transfers take no time."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline]:
+    """The schedule and its simulated timeline. Raises ConfigError, ScheduleError or the refusal of a file."""
+    for name in ("stages", "microbatches", "replicas", "chunks"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
+    if config.schedule is not None:
+        schedule = loads(_read(config.schedule, "schedule"))
+        spans = list(schedule.holders)
+    else:
+        require(config.scheduler in SCHEDULERS, "scheduler", config.scheduler, f"one of {', '.join(SCHEDULERS)}")
+        interleaved = config.scheduler == "interleaved"
+        spans = [(i, i + 1) for i in range(config.stages * (config.chunks if interleaved else 1))]
+        options = {"chunks": config.chunks} if interleaved else {}
+        schedule = build(config.scheduler, spans, config.microbatches, config.replicas, **options)
+    costs = Costs.uniform(schedule) if config.costs is None else Costs.from_json(_json(config.costs, "costs"), spans)
+    network = None if config.network is None else Network.from_json(_json(config.network, "network"))
+    verify(schedule)
+    return schedule, simulate(schedule, costs, network)
+
+
+def simulate_command(config: SimulateConfig) -> Result:
+    """makespan_s, bubble, peak_activations and busy_s per worker."""
+    schedule, timeline = simulation(config)
+    values = {
+        "scheduler": timeline.name, "workers": len(schedule.lanes), "microbatches": schedule.num_microbatches,
+        "makespan_s": timeline.makespan_s, "bubble": timeline.bubble,
+        "peak_activations": {str(w): n for w, n in timeline.peak_activations.items()},
+        "busy_s": {str(w): s for w, s in timeline.busy_s.items()},
+        "simulated": True,
+    }  # fmt: skip
+    peaks = " ".join(f"{w}:{n}" for w, n in timeline.peak_activations.items())
+    text = (
+        f"{terminal(timeline)}\nsimulated: makespan {timeline.makespan_s:.4g} s, bubble {timeline.bubble:.1%}, "
+        f"peak activations per worker {peaks}"
+    )
+    return values, text
+
+
+@dataclass(frozen=True)
+class DrawConfig(SimulateConfig):
+    """Draw a schedule's simulated timeline."""
+
+    out: Path = Path("schedule.svg")
+    """Where to write; the ending chooses the form: .svg a picture, .json a Perfetto trace, .txt the schedule's text."""
+    format: Literal["auto", "svg", "json", "txt"] = "auto"
+    """The form, whatever the ending."""
+
+
+def draw(config: DrawConfig) -> Result:
+    """Write a picture, a trace or a text."""
+    kind = config.format if config.format != "auto" else config.out.suffix.lstrip(".")
+    require(kind in ("svg", "json", "txt"), "out", str(config.out), "a path that ends in .svg, .json or .txt")
+    schedule, timeline = simulation(config)
+    texts = {"svg": lambda: svg(timeline), "json": lambda: json.dumps(perfetto(timeline)), "txt": lambda: dumps(schedule)}
+    try:
+        write_whole(config.out, texts[kind]())
+    except OSError as error:
+        raise ConfigError(f"out is {str(config.out)!r}, which cannot be written: {error}") from error
+    return {"out": str(config.out), "makespan_s": timeline.makespan_s, "bubble": timeline.bubble}, f"wrote {config.out}"
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is {str(path)!r}, which cannot be read: {error}") from error
+
+
+def _json(path: Path, name: str) -> Any:
+    try:
+        return json.loads(_read(path, name))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name} is {str(path)!r}, which is no JSON: {error}") from error

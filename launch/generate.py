@@ -1,0 +1,49 @@
+"""A sampled continuation from an exported model, in this process, through plain transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jobs.config import ConfigError
+
+DEFAULT_PROMPT = "def "
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and what the model sampled after it."""
+
+    prompt: str
+    text: str
+
+
+def load(path: Path) -> tuple[torch.nn.Module, object]:
+    """A model directory and its tokenizer. Raises ConfigError naming the directory when it cannot be read."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model is {str(path)!r}, which has no config.json; allowed: a directory written by a run")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise ConfigError(f"model is {str(path)!r}, which cannot be loaded: {error}") from error
+
+
+def continue_text(path: Path, prompt: str | None, tokens: int, seed: int, temperature: float = 0.8) -> Continuation:
+    """Sample `tokens` tokens after `prompt`, top 40, repeatably under `seed`. Raises ConfigError for a bad directory."""
+    model, tokenizer = load(path)
+    prompt = DEFAULT_PROMPT if prompt is None else prompt
+    inputs = tokenizer(prompt, return_tensors="pt")  # type: ignore[operator]
+    ids = inputs["input_ids"]
+    if ids.shape[1] == 0:
+        ids = torch.tensor([[tokenizer.eos_token_id]])  # type: ignore[attr-defined]
+    longest = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, min(tokens, longest - ids.shape[1])),
+            do_sample=temperature > 0, **({"temperature": temperature, "top_k": 40} if temperature > 0 else {}),
+        )  # fmt: skip
+    return Continuation(prompt, tokenizer.decode(out[0], skip_special_tokens=True))  # type: ignore[attr-defined]

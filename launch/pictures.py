@@ -1,0 +1,70 @@
+"""The pictures of a run: the measured iteration beside the planned one, its trace, and the loss curve."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from jobs.config import TrainConfig
+from jobs.plan import Plan
+from launch.report import loss_svg
+from launch.run_folder import RunFolder, write_whole
+from pipeline.draw import compare_svg
+from pipeline.schedule import COMPUTE, Span, parse_op
+from pipeline.simulate import Costs, Network, simulate
+from pipeline.timeline import Event, Timeline
+from pipeline.trace import perfetto
+
+Lanes = dict[str, list[tuple[str, float, float]]]
+"""Worker -> (op as text, start, end), as a worker reports them."""
+
+
+class Pictures:
+    """Draws into a run folder; a picture that cannot be written costs the picture, not the run."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, folder: RunFolder) -> None:
+        self._config, self._plan, self._folder = config, plan, folder
+        self.paths: list[Path] = []
+
+    def timeline(self, lanes: Lanes) -> None:
+        """timeline.svg and trace.json of a measured iteration; the plan above it uses the measured op times."""
+        schedule = self._plan.view.schedule("train")
+        measured = measured_timeline(self._config.scheduler, lanes)
+        network = None
+        if self._config.network is not None:
+            network = Network.from_json(json.loads(self._config.network.read_text()))
+        planned = simulate(schedule, measured_costs(measured), network)
+        title = f"{self._config.scheduler}, {self._config.workers} workers, {self._config.microbatches} microbatches"
+        self._write("timeline.svg", compare_svg(planned, measured, title=title))
+        self._write("trace.json", json.dumps(perfetto(measured)))
+
+    def loss(self) -> None:
+        """loss.svg: training loss, and held-out loss where it was evaluated."""
+        if self._folder.metrics:
+            self._write("loss.svg", loss_svg(self._folder.metrics, self._folder.evaluations))
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            write_whole(self._folder.path / name, text)
+            self.paths.append(self._folder.path / name)
+        except OSError as error:
+            self._folder.event("picture_failed", path=name, error=str(error))
+
+
+def measured_timeline(name: str, lanes: Lanes) -> Timeline:
+    """The timeline that workers reported: times in seconds since each began the iteration."""
+    events = [Event(int(w), parse_op(op), start, end) for w, lane in lanes.items() for op, start, end in lane]
+    return Timeline(name, tuple(events), measured=True)
+
+
+def measured_costs(timeline: Timeline) -> Costs:
+    """The mean seconds of each kind of op on each span in a measured iteration, as costs for the simulator."""
+    times: dict[tuple[str, Span], list[float]] = defaultdict(list)
+    for event in timeline.events:
+        if event.op.kind in COMPUTE:
+            times[event.op.kind, event.op.span].append(event.end - event.start)
+    mean: dict[str, dict[Span, float]] = defaultdict(dict)
+    for (kind, span), values in times.items():
+        mean[kind][span] = sum(values) / len(values)
+    return Costs(forward=mean["F"], backward=mean["B"], input_gradient=mean["I"], weight_gradient=mean["W"])

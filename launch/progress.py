@@ -1,0 +1,62 @@
+"""What a person sees while a run works: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_PLAIN_EVERY_S = 5.0
+
+
+class Display:
+    """Progress of preparation and of training. With `quiet` nothing is shown at all (--json)."""
+
+    def __init__(self, total_steps: int, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=quiet)
+        self._quiet = quiet
+        self._total = total_steps
+        self._live = self.console.is_terminal and not quiet
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, disable=not self._live,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+        self._said = 0.0
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """One line above the bar."""
+        if not self._quiet:
+            self._bar.console.print(text, style=style, highlight=False, markup=False)
+
+    def preparing(self, what: str, share: float) -> None:
+        """Progress of the work before the first step."""
+        if self._live:
+            task = self._tasks.get(what)
+            if task is None:
+                task = self._tasks[what] = self._bar.add_task(what, total=100, note="")
+            self._bar.update(task, completed=round(100 * share))
+        elif share >= 1.0 and what not in self._tasks:
+            self._tasks[what] = True
+            self.say(f"{what}: done")
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A committed step."""
+        note = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if self._live:
+            task = self._tasks.get("training")
+            if task is None:
+                task = self._tasks["training"] = self._bar.add_task("training", total=self._total, note="")
+            self._bar.update(task, completed=record["step"], note=note)
+        elif time.monotonic() - self._said > _PLAIN_EVERY_S or record["step"] == self._total:
+            self._said = time.monotonic()
+            self.say(f"step {record['step']}/{self._total}  {note}  grad_norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}")

@@ -1,0 +1,84 @@
+"""What a run leaves behind: metrics.jsonl, events.jsonl, config.toml and the pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
+
+
+class RunFolder:
+    """The files of one run. A resumed run drops the metrics of steps that it will run again."""
+
+    def __init__(self, path: Path, config_toml: str, first_step: int, tensorboard: bool = False) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "config.toml", config_toml)
+        self.metrics = [m for m in read_jsonl(path / "metrics.jsonl") if m["step"] <= first_step]
+        write_whole(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+        self.evaluations = [
+            e for e in read_jsonl(path / "events.jsonl") if e["event"] == "evaluation" and e["step"] <= first_step
+        ]
+        self._files = {name: (path / f"{name}.jsonl").open("a") for name in ("metrics", "events")}
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # an extra: imported only when asked for
+
+            self._board = SummaryWriter(str(path / "tensorboard"))
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Keep the metrics of a committed step."""
+        metrics = {name: record[name] for name in METRICS}
+        self.metrics.append(metrics)
+        self._append("metrics", metrics)
+        if self._board is not None:
+            for name in ("loss", "tokens_per_s", "grad_norm", "lr"):
+                self._board.add_scalar(name, metrics[name], metrics["step"])
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Keep an event: {"time": unix seconds, "event": ..., ...}."""
+        line = {"time": fields.pop("time", time.time()), "event": event, **fields}
+        if event == "evaluation":
+            self.evaluations.append(line)
+            if self._board is not None:
+                self._board.add_scalar("held_out_loss", fields["loss"], fields["step"])
+        self._append("events", line)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(line) + "\n")
+        self._files[name].flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

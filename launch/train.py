@@ -1,0 +1,178 @@
+"""`unbroken train`: plan, start the agents, watch, and tell the story of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import transformers
+
+from jobs.config import TrainConfig
+from jobs.plan import Plan, make_plan
+from jobs.train import STOPPED
+from launch.agent import Agent, RunFailed
+from launch.config import to_toml
+from launch.devices import Devices, find_devices
+from launch.generate import Continuation, continue_text
+from launch.nursery import Nursery
+from launch.pictures import Pictures
+from launch.progress import Display
+from launch.report import loss_terminal
+from launch.run_folder import RunFolder
+from launch.slots import Slot, StoreHandle, find_slot, open_store
+from launch.worker_main import default_threads, worker_main
+from recovery.membership import publish
+
+
+def train(config: TrainConfig, as_json: bool = False) -> int:
+    """Run a training job to its end on this machine, or this slot's share of it under torchrun. Returns the exit code.
+
+    Raises ConfigError and its like before anything is started, RunFailed when a worker fails.
+    """
+    slot = find_slot()
+    config.validate()
+    workers = slot.workers(config.workers)
+    devices = find_devices(config.device, slot.workers_here(config.workers))
+    transformers.utils.logging.disable_progress_bar()
+    nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
+    try:
+        handle = open_store(slot, config.store_port)
+        agent = Agent(nursery, handle.store, workers)
+        try:
+            agent.start(lambda worker: _payload(config, slot, handle, devices, worker))
+            if slot.coordinates:
+                return _coordinate(config, agent, handle.store, slot, as_json)
+            code = agent.supervise(lambda: None)
+            handle.store.set(f"done/{slot.rank}", str(code))
+            return code
+        finally:
+            agent.end()
+    finally:
+        nursery.close()
+
+
+def _payload(config: TrainConfig, slot: Slot, handle: StoreHandle, devices: Devices, worker: int) -> dict[str, Any]:
+    return {
+        "worker": worker,
+        "store": handle.address(),
+        "threads": config.threads or default_threads(slot.workers_here(config.workers)),
+        "device": devices.of(slot.local_index(worker)),
+        "nccl": devices.nccl,
+    }
+
+
+def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool) -> int:
+    existed = config.out.exists()
+    store.set("world", str(config.workers))
+    with Display(config.steps, quiet=as_json) as display:
+        try:
+            plan = make_plan(config, display.preparing)
+        except Exception as error:
+            store.set("failed", f"{type(error).__name__}: {error}")
+            if not existed:
+                shutil.rmtree(config.out, ignore_errors=True)
+            raise
+        for note in plan.notes:
+            display.say(f"checkpoint {note}", "yellow")
+        _introduce(config, plan, display)
+        folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard)
+        folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
+        story = Story(config, plan, folder, display, store)
+        publish(store, plan.view)
+        try:
+            code = agent.supervise(story.tick)
+            for rank in range(1, slot.world):
+                store.wait([f"done/{rank}"])
+            story.tick()
+        except RunFailed as error:
+            story.tick()
+            folder.event("failed", error=str(error), step=story.step)
+            raise
+        finally:
+            folder.close()
+    story.close(code, as_json)
+    return code
+
+
+def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
+    model = plan.model
+    count = sum(model.parameter_count(layer) for layer in range(model.num_layers))
+    view = plan.view
+    spans = " ".join(f"{lo}:{hi}" for lo, hi in view.schedule("train").holders)
+    display.say(
+        f"{model.config.model_type}, {count / 1e6:.1f}M parameters, {model.num_layers} layers in spans {spans}; "
+        f"{config.workers} workers, {config.replicas} replica(s), {config.scheduler}"
+    )
+    if view.checkpoint:
+        display.say(f"resuming at step {view.first_step} from {Path(view.checkpoint).name}")
+
+
+class Story:
+    """Reads the workers' records and turns them into files and lines."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, folder: RunFolder, display: Display, store: dist.Store) -> None:
+        self._config, self._plan, self._folder, self._display, self._store = config, plan, folder, display, store
+        self._pictures = Pictures(config, plan, folder)
+        self._next = 0
+        self.step = plan.view.first_step
+        self._began = time.monotonic()
+
+    def tick(self) -> None:
+        """Handle every record that has come."""
+        while self._store.check([key := f"record/{self._next}"]):
+            record = json.loads(self._store.get(key))
+            self._store.delete_key(key)
+            self._next += 1
+            self._handle(record)
+
+    def _handle(self, record: dict[str, Any]) -> None:
+        kind = record.pop("kind")
+        if kind == "step":
+            self.step = record["step"]
+            self._folder.step(record)
+            self._display.step(record)
+        elif kind == "timeline":
+            self._pictures.timeline(record["lanes"])
+        elif kind == "evaluation":
+            self._folder.event("evaluation", **record)
+            self._display.say(f"step {record['step']}: held-out loss {record['loss']:.3f}, perplexity {record['perplexity']:.1f}")
+        elif kind == "stopped":
+            self._folder.event("stopped", **record)
+            self._display.say(f"asked to stop: saved at step {record['step']}; --resume goes on from there", "yellow")
+        else:
+            self._folder.event(**record)
+            if record["event"] == "checkpoint_failed":
+                self._display.say(f"no checkpoint at step {record['step']}: {record['error']}; training goes on", "red")
+
+    def close(self, code: int, as_json: bool) -> None:
+        """The end: pictures, the loss curve, a sample, and where everything is."""
+        self._pictures.loss()
+        out, evaluations = self._config.out, self._folder.evaluations
+        summary: dict[str, Any] = {
+            "exit_code": code, "step": self.step, "seconds": round(time.monotonic() - self._began, 3), "out": str(out),
+            "loss": self._folder.metrics[-1]["loss"] if self._folder.metrics else None,
+            "held_out_perplexity": evaluations[-1]["perplexity"] if evaluations else None,
+        }  # fmt: skip
+        sample: Continuation | None = None
+        if code != STOPPED:
+            summary["model"] = str(out / "model")
+            if self._config.sample_tokens:
+                sample = continue_text(out / "model", None, self._config.sample_tokens, self._config.seed)
+                summary["sample"] = sample.text
+        if as_json:
+            self._display.console.file = os.sys.stdout  # type: ignore[attr-defined]
+            self._display.console.print_json(json.dumps(summary))
+            return
+        say = self._display.say
+        say(loss_terminal(self._folder.metrics, width=72, height=12))
+        if summary["held_out_perplexity"] is not None:
+            say(f"held-out perplexity {summary['held_out_perplexity']:.2f} after {self.step} steps")
+        if sample is not None:
+            say(f"sample, after {sample.prompt!r}:\n{sample.text}")
+            say(f"model     {out / 'model'}")
+        say("pictures  " + "  ".join(str(path) for path in self._pictures.paths))

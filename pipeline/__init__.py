@@ -1,0 +1,1 @@
+"""The engine: one schedule, five readers, and the worker that runs it."""

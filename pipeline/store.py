@@ -1,0 +1,87 @@
+"""Where the state of a worker's spans lives: modules, gradients, optimizer state, by span and by layer.
+
+Here it is resident on the worker's device. A tied embedding that sits on another worker than the head is a shard of
+its own, held on both sides: its two gradients are summed, so both copies stay equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model import LayeredModel, SpanModule
+from pipeline.optimizer import OptimizerConfig, SpanOptimizer
+from pipeline.schedule import Span, overlaps
+
+TIED: Span = (-1, 0)
+"""The shard of a weight that the embedding and the head share. Not a run of layers: it belongs to no lane."""
+
+Holders = Mapping[Span, tuple[int, ...]]
+
+
+def shard_holders(holders: Holders, model: LayeredModel) -> dict[Span, tuple[int, ...]]:
+    """Shard -> the workers that hold a copy and must reduce its gradient together: spans and, if any, the tied weight."""
+    shards = dict(holders)
+    if model.tied:
+        ends = ((0, 1), (model.num_layers - 1, model.num_layers))
+        shards[TIED] = tuple(sorted({w for s, ws in holders.items() for w in ws if any(overlaps(s, e) for e in ends)}))
+    return shards
+
+
+class ResidentStore:
+    """The spans of one worker, on its device."""
+
+    def __init__(
+        self, model: LayeredModel, spans: Iterable[Span], config: OptimizerConfig, *, seed: int,
+        device: torch.device, source: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.modules: dict[Span, SpanModule] = {}
+        self.shards: dict[Span, SpanOptimizer] = {}
+        shared: dict[str, nn.Parameter] = {}
+        for span in sorted(spans):
+            module = model.build(span, seed=seed, device=device, source=source, share=shared)
+            self.modules[span] = module
+            named = {n: p for layer in range(*span) for n, p in module.named_layer_parameters(layer).items()}
+            for name in set(named) & set(model.tied_keys):
+                shared.setdefault(name, named[name])
+                del named[name]
+            if named:
+                self.shards[span] = SpanOptimizer(named, config)
+        if shared:
+            self.shards[TIED] = SpanOptimizer(shared, config)
+
+    def train(self, mode: bool) -> None:
+        """Set every module to training (with dropout) or to evaluation."""
+        for module in self.modules.values():
+            module.train(mode)
+
+    def layers(self) -> list[int]:
+        """The layers held, ascending."""
+        return sorted(layer for span in self.modules for layer in range(*span))
+
+    def _owner(self, layer: int) -> dict[str, SpanOptimizer]:
+        """Full parameter name -> the shard that holds it, for the parameters that `layer` owns."""
+        keys = self.model.keys(layer)
+        return {name: shard for shard in self.shards.values() for name in keys if name in shard.parameters}
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        """The whole state of a layer: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`. Not copies."""
+        state: dict[str, Tensor] = {}
+        for name, shard in self._owner(layer).items():
+            state[f"param/{name}"] = shard.parameters[name].detach()
+            state.update({f"{kind}/{name}": tensor for kind, tensor in shard.moments(name).items()})
+        return state
+
+    @torch.no_grad()
+    def load_layer_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
+        """Copy a state given by `layer_state` in. Raises KeyError for a missing tensor, RuntimeError for a shape."""
+        for key, tensor in self.layer_state(layer).items():
+            tensor.copy_(state[key])
+
+    def parameters(self, layer: int) -> dict[str, Tensor]:
+        """Full name -> weight of the parameters that `layer` owns."""
+        return {name: shard.parameters[name].detach() for name, shard in self._owner(layer).items()}

@@ -1,0 +1,317 @@
+"""Runs one lane: a table from the kind of an op to its handler, and the moment where a step becomes true.
+
+The worker knows no scheduler and no remedy. It takes its inputs from its own earlier ops or from the mailbox, leaves
+its outputs for its own later ops or on a link, and at the first STEP settles with all others: losses, norms and
+wishes are exchanged once, and everybody applies the same factor, or nobody steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backward import WeightGradients, defer_weights
+from pipeline.batch import Batch, Job
+from pipeline.groups import Group, Work
+from pipeline.optimizer import clip_factor, learning_rate
+from pipeline.rng import RngKey
+from pipeline.schedule import RECV, REDUCE, SEND, STEP, B, F, I, Op, Schedule, Span, W
+from pipeline.store import TIED, ResidentStore, shard_holders
+from pipeline.timeline import Event
+from pipeline.transport import LinkError, Transport
+
+Exchange = Callable[[int, dict[str, Any], float], Mapping[int, dict[str, Any]]]
+"""(iteration, own payload, deadline) -> every worker's payload, by worker: how the workers of a view settle a step."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient norm is NaN or infinite. The step did not happen: weights are those of the step before."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a worker computes, whatever it computes."""
+
+    device: torch.device
+    seed: int = 0
+    autocast: torch.dtype | None = None
+    recompute: bool = False
+    deadline_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One iteration, as every worker agrees on it. `loss` is the mean over `tokens`."""
+
+    loss: float
+    tokens: int
+    grad_norm: float = 0.0
+    lr: float = 0.0
+    norms: Mapping[Span, float] = field(default_factory=dict)
+    wishes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()
+
+
+@dataclass
+class Worker:
+    """One worker in one view. `groups[shard]` reduces that shard's gradient over its holders, where there are several."""
+
+    id: int
+    store: ResidentStore
+    transport: Transport
+    groups: Mapping[Span, Group]
+    exchange: Exchange
+    settings: Settings
+    iteration: int = 0
+
+    def run(
+        self, schedule: Schedule, job: Job, step: int, *, wish: Mapping[str, Any] | None = None, record: bool = False
+    ) -> StepResult:
+        """Run this worker's lane of `schedule` for `step`, to the settled end.
+
+        `wish` travels with the vote to every worker (`StepResult.wishes`). Raises LinkError when a peer is lost or
+        the step deadline passes, NonFiniteLoss on every worker alike, and whatever the model raises.
+        """
+        self.iteration += 1
+        self.transport.mailbox.advance(self.transport.view, self.iteration)
+        pass_ = _Pass(self, schedule, job, step, dict(wish or {}))
+        training = any(route.backward for route in schedule.routes)
+        self.store.train(training)
+        with torch.set_grad_enabled(training):
+            events = pass_.execute(record)
+        settled = pass_.settled
+        return StepResult(
+            settled.loss, settled.tokens, settled.norm, settled.lr if training else 0.0, settled.norms,
+            settled.wishes, events,
+        )  # fmt: skip
+
+
+    def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
+        """Everyone's payload, by worker, outside any step: a barrier that carries JSON."""
+        self.iteration += 1
+        return self.exchange(self.iteration, payload, time.monotonic() + self.settings.deadline_s)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    loss: float
+    tokens: int
+    norm: float
+    lr: float
+    norms: Mapping[Span, float]
+    wishes: Mapping[int, Mapping[str, Any]]
+
+
+@dataclass
+class _Saved:
+    """What a forward leaves for its backward."""
+
+    x: Tensor
+    y: Tensor
+    later: WeightGradients | None
+
+
+class _Pass:
+    """One run of one lane."""
+
+    def __init__(self, worker: Worker, schedule: Schedule, job: Job, step: int, wish: dict[str, Any]) -> None:
+        self.worker, self.schedule, self.job, self.step, self.wish = worker, schedule, job, step, wish
+        self.lane = schedule.lanes.get(worker.id, ())
+        self.deadline = time.monotonic() + worker.settings.deadline_s
+        self.model = worker.store.model
+        self.values: dict[tuple[str, Span, int], Tensor] = {}
+        self.saved: dict[tuple[Span, int], _Saved] = {}
+        self.losses: dict[int, Tensor] = {}
+        self.batches: dict[int, Batch] = {}
+        self.reductions: list[Work] = []
+        self.split = {op[1:3] for op in self.lane if op.kind == W} if not worker.settings.recompute else set()
+        self.handlers: dict[str, Callable[[Op], None]] = {
+            F: self.forward, B: self.backward, I: self.backward, W: self.weights, SEND: self.send, RECV: self.receive,
+            REDUCE: self.reduce, STEP: self.apply,
+        }  # fmt: skip
+
+    def execute(self, record: bool) -> tuple[Event, ...]:
+        events: list[Event] = []
+        start = time.monotonic()
+        for op in self.lane:
+            began = time.monotonic() - start
+            if op.kind not in self.handlers:
+                raise ValueError(f"worker {self.worker.id} has no handler for {op}; it runs {sorted(self.handlers)}")
+            self.handlers[op.kind](op)
+            if record and op.kind not in (SEND, RECV):
+                if self.worker.settings.device.type == "cuda":
+                    torch.cuda.synchronize()
+                events.append(Event(self.worker.id, op, began, time.monotonic() - start))
+        _ = self.settled  # lanes without STEP (evaluation, an idle worker) settle too
+        self.worker.transport.flush(self.deadline)
+        return tuple(events)
+
+    # ---- compute ----
+
+    def forward(self, op: Op) -> None:
+        span, m = op.span, op.microbatch
+        module = self.worker.store.modules[span]
+        batch, route = self.batch(m), self.schedule.routes[m]
+        place = route.forward.index(span)
+        if place == 0:
+            x = batch.input_ids
+        else:
+            x = self.values.pop((F, route.forward[place - 1], m)).detach().requires_grad_(torch.is_grad_enabled())
+        later = WeightGradients() if (span, m) in self.split else None
+        with defer_weights(later) if later else nullcontext(), self.autocast():
+            y = module(
+                x, attention_mask=batch.attention_mask, recompute=self.worker.settings.recompute and bool(route.backward),
+                rng=RngKey(self.worker.settings.seed, self.step, batch.sample_ids),
+            )  # fmt: skip
+        if span[1] == self.model.num_layers:
+            y = self.job.loss(y, batch)
+            self.losses[m] = y.detach()
+        else:
+            self.values[F, span, m] = y.detach()
+        if route.backward:
+            self.saved[span, m] = _Saved(x, y, later)
+
+    def backward(self, op: Op) -> None:
+        """B, or I: there the products with weights were put off by `defer_weights` and W computes them."""
+        span, m = op.span, op.microbatch
+        saved = self.saved[span, m] if op.kind == I else self.saved.pop((span, m))
+        route = self.schedule.routes[m]
+        place = route.backward.index(span)
+        gradient = None
+        if place > 0:
+            before = route.backward[place - 1]
+            kind = I if (I, before, m) in self.schedule.home else B
+            gradient = self.values.pop((kind, before, m))
+        torch.autograd.backward(saved.y, gradient)
+        saved.y = saved.y.detach()  # the graph and what it holds can go; W keeps its own inputs
+        if place + 1 < len(route.backward):
+            assert saved.x.grad is not None
+            self.values[op.kind, span, m] = saved.x.grad
+
+    def weights(self, op: Op) -> None:
+        saved = self.saved.pop((op.span, op.microbatch))
+        if saved.later is not None:
+            saved.later.run()
+
+    # ---- communication ----
+
+    def send(self, op: Op) -> None:
+        assert op.of is not None
+        self.worker.transport.send(self.worker.iteration, op.of, op.peer, self.values.pop(op.of[:3]))
+
+    def receive(self, op: Op) -> None:
+        assert op.of is not None
+        tensor = self.worker.transport.receive(self.worker.iteration, op.of, op.peer, self.deadline)
+        self.values[op.of[:3]] = tensor.to(self.worker.settings.device, non_blocking=True)
+
+    def reduce(self, op: Op) -> None:
+        """Start summing the span's gradient over its replicas; `settled` waits for it."""
+        if (group := self.worker.groups.get(op.span)) and (shard := self.worker.store.shards.get(op.span)):
+            self.reductions.append(group.allreduce([shard.gradient]))
+
+    # ---- the end of the step ----
+
+    @cached_property
+    def settled(self) -> _Settled:
+        """The step as all workers agree on it, reached once per pass: everything that STEP needs to know."""
+        worker, shards = self.worker, self.worker.store.shards
+        training = any(op.kind == STEP for op in self.lane)
+        if training and TIED in shards and (group := worker.groups.get(TIED)):
+            self.reductions.append(group.allreduce([shards[TIED].gradient]))
+        for work in self.reductions:
+            try:
+                work.wait(timedelta(seconds=max(0.001, self.deadline - time.monotonic())))
+            except RuntimeError as error:
+                raise LinkError(f"summing gradients over replicas failed: {error}") from error
+        holders = shard_holders(self.schedule.holders, self.model)
+        norms = {
+            f"{span[0]}:{span[1]}": (shard.squared_norm() / max(1, self.visits(span)) ** 2)
+            for span, shard in shards.items()
+            if training and holders.get(span, (worker.id,))[0] == worker.id
+        }
+        votes = worker.exchange(
+            worker.iteration,
+            {"losses": {str(m): float(loss) for m, loss in self.losses.items()}, "norms": norms, "wish": self.wish},
+            self.deadline,
+        )
+        return self._agree(votes)
+
+    def _agree(self, votes: Mapping[int, Mapping[str, Any]]) -> _Settled:
+        losses = sorted((int(m), loss) for vote in votes.values() for m, loss in vote["losses"].items())
+        for m, loss in losses:
+            if not math.isfinite(loss):
+                self.drop()
+                raise NonFiniteLoss(f"the loss is {loss} at step {self.step}, microbatch {m}; the step was not taken")
+        squares = {_span(text): value for vote in votes.values() for text, value in vote["norms"].items()}
+        norm = math.sqrt(sum(value for _, value in sorted(squares.items())))
+        if not math.isfinite(norm):
+            span = next(s for s, value in sorted(squares.items()) if not math.isfinite(value))
+            self.drop()
+            raise NonFiniteLoss(
+                f"the gradient norm of span {span} is {squares[span]} at step {self.step}; the step was not taken"
+            )
+        tokens = sum(self.job.tokens(self.step, m) for m, _ in losses)
+        config = next((s.config for s in self.worker.store.shards.values()), None)
+        return _Settled(
+            loss=sum(loss for _, loss in losses) / max(1, tokens), tokens=tokens, norm=norm,
+            lr=learning_rate(config, self.step) if config else 0.0,
+            norms={span: math.sqrt(value) for span, value in sorted(squares.items())},
+            wishes={worker: vote["wish"] for worker, vote in sorted(votes.items())},
+        )  # fmt: skip
+
+    def apply(self, op: Op) -> None:
+        settled = self.settled
+        for span in (op.span, TIED) if op is self._last_step else (op.span,):
+            if shard := self.worker.store.shards.get(span):
+                scale = clip_factor(settled.norm, shard.config.clip) / max(1, self.visits(span))
+                shard.apply(scale, settled.lr)
+
+    @cached_property
+    def _last_step(self) -> Op:
+        return [op for op in self.lane if op.kind == STEP][-1]
+
+    def drop(self) -> None:
+        for shard in self.worker.store.shards.values():
+            shard.drop()
+
+    # ---- small things ----
+
+    def visits(self, span: Span) -> int:
+        """The tokens of the microbatches whose route visits `span`, over all workers: what its gradient is divided by."""
+        visited = (m for m, route in enumerate(self.schedule.routes) if span == TIED or span in route.forward)
+        return sum(self.job.tokens(self.step, m) for m in visited)
+
+    def batch(self, microbatch: int) -> Batch:
+        if microbatch not in self.batches:
+            batch, device = self.job.batch(self.step, microbatch), self.worker.settings.device
+            mask = batch.attention_mask
+            self.batches[microbatch] = Batch(
+                batch.sample_ids, batch.input_ids.to(device), batch.labels.to(device),
+                None if mask is None else mask.to(device),
+            )  # fmt: skip
+        return self.batches[microbatch]
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        settings = self.worker.settings
+        with torch.autocast(settings.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
+            yield
+
+
+def _span(text: str) -> Span:
+    lo, _, hi = text.partition(":")
+    return int(lo), int(hi)
+
+
+def connections(schedule: Schedule) -> set[tuple[int, int]]:
+    """The (source, target) workers between which a lowered schedule sends."""
+    return {(worker, op.peer) for worker, op in schedule.ops() if op.kind == SEND}

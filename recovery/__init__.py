@@ -1,0 +1,1 @@
+"""Membership, commits and the remedies that bring lost state back."""

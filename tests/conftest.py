@@ -1,0 +1,51 @@
+"""One warm parent for the whole session, forked before any test has started a thread, and a check for leftovers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import psutil
+import pytest
+import torch
+from hypothesis import settings
+
+from launch.nursery import Nursery
+from tests.harness import entry
+
+torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("tests")
+
+_NURSERY = Nursery(entry)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Forks workers that run a function of tests.harness."""
+    yield _NURSERY
+
+
+def pytest_unconfigure() -> None:
+    _NURSERY.close()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind() -> Iterator[None]:
+    """Every process that a test starts has ended, and its shared memory is gone, when the test is over."""
+    before, shared = {p.pid for p in psutil.Process().children(recursive=True)}, _shared_memory()
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    gone, alive = psutil.wait_procs(left, timeout=3)
+    assert not alive, f"processes left behind: {alive}"
+    assert _shared_memory() <= shared, "shared memory left behind"
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()

@@ -1,0 +1,229 @@
+"""Real workers for tests: processes forked from a warm parent, joined over a real store and real gloo links.
+
+`run_workers` is the one way in. The reference that results are held against, `plain_training`, is transformers and
+torch in one process; of the engine it uses the initial weights and the mask function, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from jobs.config import TrainConfig
+from jobs.plan import cut, schedules
+from jobs.text import TextJob
+from launch.config import config_from_dict
+from launch.nursery import Nursery
+from launch.worker_main import build_worker, connect
+from pipeline.model import LayeredModel
+from pipeline.optimizer import decay_groups, learning_rate
+from pipeline.rng import RngKey, keyed_dropout
+from pipeline.schedule import dumps
+from recovery.membership import View, await_view, publish
+
+TIMEOUT_S = 90.0
+
+
+def random_tokens(vocabulary: int, length: int, sample: int) -> np.ndarray:
+    """Sample `sample`: [length] int64, the same everywhere. Skewed, so that there is something to learn."""
+    drawn = np.random.default_rng([7, sample]).random(length) ** 3
+    return (drawn * vocabulary).astype(np.int64)
+
+
+def make_job(config: TrainConfig, vocabulary: int) -> TextJob:
+    """The same random microbatches in workers and in the reference."""
+    length = config.sequence_length + 1
+    return TextJob(
+        lambda i: random_tokens(vocabulary, length, i), config.sequence_length, config.microbatches,
+        config.microbatch_size,
+    )  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What the workers of a run found: losses and norms per step, and tensors by name."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    """Of the first step, divided by the tokens, before clipping."""
+    replicas_equal: bool = True
+    details: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def entry(payload: dict[str, Any]) -> int:
+    """What a worker of `run_workers` does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    store = connect(payload["store"], TIMEOUT_S)
+    view = await_view(store, 1, TIMEOUT_S)
+    config = config_from_dict(TrainConfig, view.details["config"])
+    me = int(payload["worker"])
+    worker, train = build_worker(me, config, view, store, payload)
+    job = make_job(config, int(worker.store.model.config.vocab_size))
+    gradients: dict[str, Tensor] = {}
+    votes = worker.exchange
+
+    def watching(iteration: int, vote: dict[str, Any], deadline: float) -> Any:
+        if iteration == 1:  # reduced, not yet divided or applied
+            for shard in worker.store.shards.values():
+                tokens = config.samples_per_step * config.sequence_length
+                for name, parameter in shard.parameters.items():
+                    assert parameter.grad is not None
+                    gradients[name] = parameter.grad.clone() / tokens
+        return votes(iteration, vote, deadline)
+
+    worker.exchange = watching
+    results = [worker.run(train, job, step) for step in range(config.steps)]
+    weights = {n: t for layer in worker.store.layers() for n, t in worker.store.parameters(layer).items()}
+    out = Path(payload["out"])
+    save_file({n: t.cpu().contiguous() for n, t in weights.items()}, out / f"weights-{me}.safetensors")
+    save_file({n: t.cpu().contiguous() for n, t in gradients.items()}, out / f"gradients-{me}.safetensors")
+    details = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
+    (out / f"result-{me}.json").write_text(json.dumps(details))
+    worker.transport.close()
+    return 0
+
+
+@contextmanager
+def hosted_store() -> Iterator[tuple[dist.Store, dict[str, Any]]]:
+    """A store in this process, and its address for workers."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    yield dist.PrefixStore("test", server), {"host": "127.0.0.1", "port": server.port, "prefix": "test"}
+
+
+def run_workers(
+    nursery: Nursery, config: TrainConfig, model_config: PreTrainedConfig, out: Path, device: str = "cpu", **more: Any
+) -> Outcome:
+    """Train `model_config` for config.steps with real workers. Raises AssertionError when one fails or hangs."""
+    out.mkdir(parents=True, exist_ok=True)
+    model_config.save_pretrained(out / "model-config")
+    model = LayeredModel(model_config)
+    texts = {name: dumps(s) for name, s in schedules(config, cut(config, model)).items()}
+    fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
+    view = View(1, tuple(range(config.workers)), texts, details={"config": fields, "source": None})
+    with hosted_store() as (store, address):
+        payload = {"store": address, "threads": 1, "device": device, "nccl": False, "out": str(out), **more}
+        running = {nursery.start({**payload, "worker": w}): w for w in view.workers}
+        publish(store, view)
+        deadline = time.monotonic() + TIMEOUT_S
+        try:
+            while running and time.monotonic() < deadline:
+                for exit_ in nursery.poll(0.05):
+                    worker = running.pop(exit_.pid)
+                    assert exit_.code == 0, f"worker {worker} {exit_}"
+            assert not running, f"workers {sorted(running.values())} did not end"
+        finally:
+            stop(nursery, running)
+    return _collect(out, view.workers)
+
+
+def stop(nursery: Nursery, running: dict[int, int]) -> None:
+    """End what still runs."""
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while running and time.monotonic() < deadline:
+        for exit_ in nursery.poll(0.05):
+            running.pop(exit_.pid, None)
+
+
+def _collect(out: Path, workers: Sequence[int]) -> Outcome:
+    results = {w: json.loads((out / f"result-{w}.json").read_text()) for w in workers}
+    tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "gradients": {}}
+    equal = True
+    for kind, found in tensors.items():
+        for w in workers:
+            for name, tensor in load_file(out / f"{kind}-{w}.safetensors").items():
+                equal &= name not in found or torch.equal(found[name], tensor)
+                found[name] = tensor
+    first = results[workers[0]]
+    return Outcome(first["losses"], first["norms"], tensors["weights"], tensors["gradients"], equal, results)
+
+
+def plain_training(config: TrainConfig, model_config: PreTrainedConfig, device: str = "cpu") -> Outcome:
+    """The same training with transformers and torch in this process: full model, full batch, one AdamW."""
+    blueprint = LayeredModel(model_config)
+    whole = blueprint.build((0, blueprint.num_layers), seed=config.seed)
+    state = {n: p for layer in range(blueprint.num_layers) for n, p in whole.named_layer_parameters(layer).items()}
+    attention = "eager" if blueprint.has_dropout else "sdpa"
+    model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention, dtype=torch.float32)
+    missing = model.load_state_dict({n: t.detach().clone() for n, t in state.items()}, strict=False)
+    assert not missing.unexpected_keys
+    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    model.to(device).train()
+    job, settings = make_job(config, model_config.vocab_size), config.optimizer()
+    named = dict(model.named_parameters())
+    adamw = torch.optim.AdamW(decay_groups(named, settings.weight_decay), betas=settings.betas, eps=settings.eps)  # type: ignore[arg-type]
+    tokens = config.samples_per_step * config.sequence_length
+    outcome = Outcome([], [], {}, {})
+    for step in range(config.steps):
+        total = 0.0
+        for m in range(config.microbatches):
+            batch = job.batch(step, m)
+            with _keyed(model, RngKey(config.seed, step, batch.sample_ids)):
+                logits = model(batch.input_ids.to(device), use_cache=False).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().to(device), reduction="sum")
+            (loss / tokens).backward()
+            total += float(loss) / tokens
+        if step == 0:
+            outcome.gradients = {n: p.grad.clone().cpu() for n, p in named.items() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        adamw.step()
+        adamw.zero_grad()
+        outcome.losses.append(total)
+        outcome.norms.append(float(norm))
+    outcome.weights = {n: p.detach().cpu() for n, p in named.items()}
+    return outcome
+
+
+@contextmanager
+def _keyed(model: torch.nn.Module, key: RngKey) -> Iterator[None]:
+    """Inside, the plain model's own dropout calls draw the masks of `key`: the embedding's as layer 0, then the blocks'."""
+    transformer = getattr(model, "transformer", None)
+    if transformer is None:
+        yield
+        return
+    handles, active = [], {}
+    for layer, module in enumerate([transformer.drop, *transformer.h]):
+
+        def enter(_m: Any, _a: Any, layer: int = layer) -> None:
+            active[layer] = keyed_dropout(key, layer)
+            active[layer].__enter__()
+
+        def leave(_m: Any, _a: Any, _o: Any, layer: int = layer) -> None:
+            active.pop(layer).__exit__(None, None, None)
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """|ours - theirs| / |theirs| over all tensors together. Names must agree."""
+    assert set(ours) == set(theirs), sorted(set(ours) ^ set(theirs))
+    gap = sum(float((ours[n].double() - theirs[n].double()).square().sum()) for n in ours)
+    size = sum(float(theirs[n].double().square().sum()) for n in theirs)
+    return (gap / size) ** 0.5

@@ -1,0 +1,136 @@
+"""Messages, the mailbox, and links between real processes' groups (here: two groups in two threads of one process)."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.groups import GroupBuilder
+from pipeline.schedule import Op
+from pipeline.transport import LinkError, Mailbox, Shape, Transport, pack, unpack
+from tests.harness import hosted_store
+
+X = Op("F", (0, 2), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (1, 2, 3, 4), (0, 3)])
+def test_message_round_trips(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    payload = torch.arange(max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].view(shape).to(dtype)
+    key, deliver_at, found = unpack(pack(4, 7, X, payload, 1.5))
+    assert key == (4, 7, X)
+    assert deliver_at == 1.5
+    assert found.dtype == dtype
+    assert torch.equal(found, payload)
+
+
+def test_mailbox_drops_what_is_stale() -> None:
+    box = Mailbox()
+    box.advance(2, 5)
+    box.put(1, 9, X, 0, 0.0, torch.ones(1))
+    box.put(2, 4, X, 0, 0.0, torch.ones(1))
+    for view, step in ((1, 9), (2, 4)):
+        with pytest.raises(LinkError, match="did not come within"):
+            box.get(view, step, X, 0, time.monotonic() + 0.01)
+    box.put(2, 6, X, 0, 0.0, torch.ones(1))  # a peer that is ahead
+    box.advance(2, 6)
+    assert torch.equal(box.get(2, 6, X, 0, time.monotonic() + 1), torch.ones(1))
+
+
+def test_waiters_are_woken_by_loss_and_by_a_view_change() -> None:
+    for act, words in (
+        (lambda box: box.lose(7, "connection closed"), "connection closed"),
+        (lambda box: box.wake("view 3"), "view 3"),
+    ):
+        box, found = Mailbox(), []
+
+        def wait(box: Mailbox = box, found: list[str] = found) -> None:
+            try:
+                box.get(0, 0, X, 7, time.monotonic() + 30)
+            except LinkError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.05)
+        act(box)
+        thread.join(2)
+        assert not thread.is_alive()
+        assert words in found[0]
+        assert "F[0:2]#3 from worker 7" in found[0]
+
+
+def test_a_message_that_came_before_the_loss_is_still_used() -> None:
+    box = Mailbox()
+    box.put(0, 0, X, 7, 0.0, torch.ones(1))
+    box.lose(7, "gone")
+    assert torch.equal(box.get(0, 0, X, 7, time.monotonic() + 1), torch.ones(1))
+
+
+def _pair(shapes: dict[tuple[int, int], Shape] | None = None, max_bytes: int = 4096) -> list[Transport]:
+    """Workers 3 and 5, connected by gloo."""
+    with hosted_store() as (store, _):
+        ends = [Transport(3, 1), Transport(5, 1)]
+        threads = [
+            threading.Thread(
+                target=end.connect,
+                args=(GroupBuilder(dist.PrefixStore("x", store), end.worker, "127.0.0.1", torch.device("cpu"), 10.0), {(3, 5)}),
+                kwargs={"max_bytes": max_bytes, "shapes": shapes},
+            )
+            for end in ends
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    return ends
+
+
+def test_links_carry_messages_both_ways_in_any_order() -> None:
+    a, b = _pair()
+    sent = {m: torch.randn(3, 5) for m in range(20)}
+    for m, tensor in sent.items():
+        a.send(0, Op("F", (0, 1), m), 5, tensor)
+        b.send(0, Op("B", (1, 2), m), 3, -tensor)
+    deadline = time.monotonic() + 10
+    for m in reversed(sent):
+        assert torch.equal(b.receive(0, Op("F", (0, 1), m), 3, deadline), sent[m])
+        assert torch.equal(a.receive(0, Op("B", (1, 2), m), 5, deadline), -sent[m])
+    a.flush(deadline)
+    b.flush(deadline)
+    a.close()
+    with pytest.raises(LinkError, match="it has left"):
+        b.receive(1, X, 3, time.monotonic() + 5)
+    b.close()
+
+
+def test_too_large_a_payload_is_refused() -> None:
+    a, b = _pair(max_bytes=16)
+    with pytest.raises(LinkError, match=r"F\[0:2\]#3 has 400 bytes for worker 5"):
+        a.send(0, X, 5, torch.zeros(100))
+    a.close()
+    b.close()
+
+
+def test_a_shaped_link_takes_latency_and_bandwidth() -> None:
+    a, b = _pair({(3, 5): Shape(latency_s=0.1, bandwidth=4000.0)})
+    began = time.monotonic()
+    for m in range(2):
+        a.send(0, Op("F", (0, 1), m), 5, torch.zeros(100))  # 400 bytes: 0.1 s on the link each, one after the other
+    assert time.monotonic() - began < 0.09, "sending waits for the link"
+    b.receive(0, Op("F", (0, 1), 0), 3, began + 10)
+    first = time.monotonic() - began
+    b.receive(0, Op("F", (0, 1), 1), 3, began + 10)
+    second = time.monotonic() - began
+    b.send(0, X, 3, torch.zeros(100))
+    unshaped = time.monotonic()
+    a.receive(0, X, 5, began + 10)
+    assert first >= 0.2
+    assert second >= 0.3
+    assert time.monotonic() - unshaped < 0.1
+    a.close()
+    b.close()
