@@ -226,7 +226,7 @@ def _write(
             taken.digests.append(_digest(text))
             for ids, share in _encode(text, tokenizer):
                 ids = ids[: limit - taken.num_tokens]
-                ids.astype(taken.dtype).tofile(file)
+                file.write(ids.astype(taken.dtype).tobytes())  # tofile would hide the reason of a failure
                 taken.num_tokens += len(ids)
                 report("tokenising", 0.99 * max((number + share) / len(order), taken.num_tokens / limit))
                 if taken.num_tokens == limit:

@@ -26,8 +26,7 @@ from pipeline.verify import verify
 from pipeline.weights import PRESETS, read_config, resolve
 from recovery import checkpoint
 from recovery.membership import View
-from schedulers import build, evaluation
-from schedulers.greedy import head_with_embedding
+from schedulers import build, evaluation, head_with_embedding
 from schedulers.partition import PartitionError, partition
 
 Progress = Callable[[str, float], None]
@@ -78,10 +77,11 @@ def schedules(config: TrainConfig, spans: Sequence[Span]) -> dict[str, Schedule]
     """The lowered and verified schedules of one step and of one evaluation."""
     if config.head_with_embedding:
         train = head_with_embedding(spans, config.microbatches, config.replicas)
+        test = head_with_embedding(spans, evaluation_microbatches(config), config.replicas, evaluate=True)
     else:
         options = {"chunks": config.chunks} if config.scheduler == "interleaved" else {}
         train = build(config.scheduler, spans, config.microbatches, config.replicas, **options)
-    test = evaluation(spans, evaluation_microbatches(config), config.replicas, stages=config.stages)
+        test = evaluation(spans, evaluation_microbatches(config), config.replicas, stages=config.stages)
     lowered = {"train": lower(train), "evaluate": lower(test)}
     for schedule in lowered.values():
         verify(schedule)
@@ -105,7 +105,9 @@ def make_plan(config: TrainConfig, progress: Progress, previous: dict[str, Any] 
         )
     notes = [f"{path.name} is skipped: {reason}" for path, reason in found.skipped]
     if config.resume and found.path is None:
-        raise ConfigError(f"resume is set, but {str(out / 'checkpoints')!r} holds no valid checkpoint; {'; '.join(notes)}")
+        raise ConfigError(
+            f"resume is set, but {str(out / 'checkpoints')!r} holds no valid checkpoint; {'; '.join(notes)}"
+        )
     out.mkdir(parents=True, exist_ok=True)
 
     model_config, source = find_model(config)

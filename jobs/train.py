@@ -113,7 +113,7 @@ class Trainer:
         ]
 
     def _save(self, done: int) -> bool:
-        """Write a checkpoint together. A disk that fails costs the checkpoint, not the run; returns whether it is whole."""
+        """Write a checkpoint together; returns whether it is whole. A disk that fails costs it, not the run."""
         root = self.config.out / "checkpoints"
         error, records = None, []
         try:
@@ -125,7 +125,9 @@ class Trainer:
         if error is None:
             try:
                 tmp = checkpoint.temporary(root, done)
-                records = [checkpoint.write_layer(tmp, n, self.worker.store.layer_state(n)) for n in self._owned_layers()]
+                records = [
+                    checkpoint.write_layer(tmp, n, self.worker.store.layer_state(n)) for n in self._owned_layers()
+                ]
             except (OSError, checkpoint.CheckpointError) as problem:
                 error = str(problem)
         votes = self.worker.gather({"error": error, "records": [record.as_json() for record in records]})
@@ -155,7 +157,9 @@ class Trainer:
             "seed": self.config.seed,
             "model": model_fingerprint(self.worker.store.model.config),
             "data": self.data_fingerprint,
-            "layout": {str(w): [list(op.span) for op in lane if op.kind == "STEP"] for w, lane in self.train.lanes.items()},
+            "layout": {
+                str(w): [list(op.span) for op in lane if op.kind == "STEP"] for w, lane in self.train.lanes.items()
+            },
             "generation": 0,
         }
 

@@ -88,7 +88,9 @@ COMMANDS = {
 def usage() -> str:
     """What `unbroken --help` prints."""
     rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
-    return f"usage: unbroken COMMAND [--config FILE.toml] [flags]\n\n{rows}\n\n`unbroken COMMAND --help` lists the flags."
+    return (
+        f"usage: unbroken COMMAND [--config FILE.toml] [flags]\n\n{rows}\n\n`unbroken COMMAND --help` lists the flags."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

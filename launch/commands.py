@@ -169,7 +169,11 @@ def draw(config: DrawConfig) -> Result:
     kind = config.format if config.format != "auto" else config.out.suffix.lstrip(".")
     require(kind in ("svg", "json", "txt"), "out", str(config.out), "a path that ends in .svg, .json or .txt")
     schedule, timeline = simulation(config)
-    texts = {"svg": lambda: svg(timeline), "json": lambda: json.dumps(perfetto(timeline)), "txt": lambda: dumps(schedule)}
+    texts = {
+        "svg": lambda: svg(timeline),
+        "json": lambda: json.dumps(perfetto(timeline)),
+        "txt": lambda: dumps(schedule),
+    }
     try:
         write_whole(config.out, texts[kind]())
     except OSError as error:

@@ -10,7 +10,7 @@ from jobs.config import ConfigError
 
 @dataclass(frozen=True)
 class Devices:
-    """CUDA devices of this machine (0: the CPU). NCCL needs a device per worker; shared devices talk through the host."""
+    """CUDA devices of this machine (0: the CPU). NCCL needs a device per worker; else the host carries."""
 
     cuda: int
     nccl: bool

@@ -95,10 +95,14 @@ def _tell(findings: dict[str, Any]) -> str:
         "extras     " + "  ".join(f"{name} {found or '-'}" for name, found in findings["extras"].items()),
         f"machine    {findings['cores']} cores, {findings['memory_free_gib']} GiB memory free, "
         f"{findings['disk_free_gib']} GiB disk free, {findings['cuda_devices']} CUDA device(s)",
-        "store      " + (f"ok on port {store['port']}, {store['round_trip_ms']:.2f} ms" if store["ok"] else store["error"]),
+        "store      "
+        + (f"ok on port {store['port']}, {store['round_trip_ms']:.2f} ms" if store["ok"] else store["error"]),
         "gloo       " + (f"ok on {gloo['address']}" if gloo["ok"] else gloo["error"]),
         "schedulers " + ", ".join(findings["schedulers"]),
-        "models     " + ", ".join(findings["models"]["families"]) + "; presets " + ", ".join(findings["models"]["presets"]),
+        "models     "
+        + ", ".join(findings["models"]["families"])
+        + "; presets "
+        + ", ".join(findings["models"]["presets"]),
         "all well" if findings["ok"] else "NOT READY: see above",
     ]
     return "\n".join(lines)

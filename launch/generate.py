@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.config import ConfigError
 
@@ -21,7 +21,7 @@ class Continuation:
     text: str
 
 
-def load(path: Path) -> tuple[torch.nn.Module, object]:
+def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model directory and its tokenizer. Raises ConfigError naming the directory when it cannot be read."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"model is {str(path)!r}, which has no config.json; allowed: a directory written by a run")
@@ -32,7 +32,7 @@ def load(path: Path) -> tuple[torch.nn.Module, object]:
 
 
 def continue_text(path: Path, prompt: str | None, tokens: int, seed: int, temperature: float = 0.8) -> Continuation:
-    """Sample `tokens` tokens after `prompt`, top 40, repeatably under `seed`. Raises ConfigError for a bad directory."""
+    """Sample `tokens` tokens after `prompt`, top 40, repeatably under `seed`. Raises ConfigError for a directory."""
     model, tokenizer = load(path)
     prompt = DEFAULT_PROMPT if prompt is None else prompt
     inputs = tokenizer(prompt, return_tensors="pt")  # type: ignore[operator]

@@ -19,10 +19,9 @@ class Display:
         self._quiet = quiet
         self._total = total_steps
         self._live = self.console.is_terminal and not quiet
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, disable=not self._live,
-        )  # fmt: skip
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns += (TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, disable=not self._live)
         self._tasks: dict[str, Any] = {}
         self._said = 0.0
 
@@ -52,6 +51,7 @@ class Display:
     def step(self, record: dict[str, Any]) -> None:
         """A committed step."""
         note = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+        more = f"grad_norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}"
         if self._live:
             task = self._tasks.get("training")
             if task is None:
@@ -59,4 +59,4 @@ class Display:
             self._bar.update(task, completed=record["step"], note=note)
         elif time.monotonic() - self._said > _PLAIN_EVERY_S or record["step"] == self._total:
             self._said = time.monotonic()
-            self.say(f"step {record['step']}/{self._total}  {note}  grad_norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}")
+            self.say(f"step {record['step']}/{self._total}  {note}  {more}")

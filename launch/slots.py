@@ -89,6 +89,8 @@ def open_store(slot: Slot, port: int, timeout_s: float = 60.0) -> StoreHandle:
         )
     except (RuntimeError, OSError) as error:
         if hosts and ("EADDRINUSE" in str(error) or "address already in use" in str(error).lower()):
-            raise ConfigError(f"store_port is {wanted}, which is in use; allowed: a free port, or 0 to take one") from error
+            raise ConfigError(
+                f"store_port is {wanted}, which is in use; allowed: a free port, or 0 to take one"
+            ) from error
         raise
     return StoreHandle(dist.PrefixStore(slot.prefix, store), host, store.port, slot.prefix)

@@ -140,7 +140,9 @@ class Story:
             self._pictures.timeline(record["lanes"])
         elif kind == "evaluation":
             self._folder.event("evaluation", **record)
-            self._display.say(f"step {record['step']}: held-out loss {record['loss']:.3f}, perplexity {record['perplexity']:.1f}")
+            self._display.say(
+                f"step {record['step']}: held-out loss {record['loss']:.3f}, perplexity {record['perplexity']:.1f}"
+            )
         elif kind == "stopped":
             self._folder.event("stopped", **record)
             self._display.say(f"asked to stop: saved at step {record['step']}; --resume goes on from there", "yellow")

@@ -28,6 +28,7 @@ class WeightGradients:
         """Note that weight.grad += left.T @ right; left is [n, rows], right [n, columns]."""
         self._pending.append((weight, left, right))
 
+    @torch.no_grad()
     def run(self) -> None:
         """Compute all noted gradients in the parameter's dtype, and forget their inputs."""
         for weight, left, right in self._pending:
@@ -44,7 +45,9 @@ class _Product(torch.autograd.Function):
     """y = x @ m (+ bias), where m is `weight` or, if `transposed`, weight.T (nn.Linear)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, later: WeightGradients) -> Tensor:  # noqa: E501
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, later: WeightGradients
+    ) -> Tensor:
         matrix = weight
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

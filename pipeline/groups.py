@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -62,11 +62,11 @@ class GroupBuilder:
         if backend == "nccl":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timedelta(seconds=self.timeout_s)
-            return dist.ProcessGroupNCCL(store, rank, size, nccl)
+            return cast(Group, dist.ProcessGroupNCCL(store, rank, size, nccl))
         if self._gloo_device is None:
             self._gloo_device = dist.ProcessGroupGloo.create_device(hostname=self.address)
-        options = dist.ProcessGroupGloo._Options()
+        options: Any = cast(Any, dist.ProcessGroupGloo)._Options()
         options._devices = [self._gloo_device]
         options._threads = 1
         options._timeout = timedelta(seconds=self.timeout_s)
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        return cast(Group, dist.ProcessGroupGloo(store, rank, size, options))

@@ -23,7 +23,7 @@ Holders = Mapping[Span, tuple[int, ...]]
 
 
 def shard_holders(holders: Holders, model: LayeredModel) -> dict[Span, tuple[int, ...]]:
-    """Shard -> the workers that hold a copy and must reduce its gradient together: spans and, if any, the tied weight."""
+    """Shard -> the workers that hold a copy and must reduce its gradient together: spans, and a tied weight if any."""
     shards = dict(holders)
     if model.tied:
         ends = ((0, 1), (model.num_layers - 1, model.num_layers))

@@ -63,7 +63,7 @@ class StepResult:
 
 @dataclass
 class Worker:
-    """One worker in one view. `groups[shard]` reduces that shard's gradient over its holders, where there are several."""
+    """One worker in one view. `groups[shard]` reduces a shard's gradient over its holders, where there are several."""
 
     id: int
     store: ResidentStore
@@ -93,7 +93,6 @@ class Worker:
             settled.loss, settled.tokens, settled.norm, settled.lr if training else 0.0, settled.norms,
             settled.wishes, events,
         )  # fmt: skip
-
 
     def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
         """Everyone's payload, by worker, outside any step: a barrier that carries JSON."""
@@ -169,7 +168,8 @@ class _Pass:
         later = WeightGradients() if (span, m) in self.split else None
         with defer_weights(later) if later else nullcontext(), self.autocast():
             y = module(
-                x, attention_mask=batch.attention_mask, recompute=self.worker.settings.recompute and bool(route.backward),
+                x, attention_mask=batch.attention_mask,
+                recompute=self.worker.settings.recompute and bool(route.backward),
                 rng=RngKey(self.worker.settings.seed, self.step, batch.sample_ids),
             )  # fmt: skip
         if span[1] == self.model.num_layers:
@@ -286,7 +286,7 @@ class _Pass:
     # ---- small things ----
 
     def visits(self, span: Span) -> int:
-        """The tokens of the microbatches whose route visits `span`, over all workers: what its gradient is divided by."""
+        """The tokens of the microbatches whose route visits `span`, over all workers: the divisor of its gradient."""
         visited = (m for m, route in enumerate(self.schedule.routes) if span == TIED or span in route.forward)
         return sum(self.job.tokens(self.step, m) for m in visited)
 

@@ -45,7 +45,9 @@ class Ballot:
             except RuntimeError as error:
                 missing = [m for m in self.members if not self.store.check([self._key(iteration, m)])]
                 if missing:
-                    raise CommitError(f"no vote of workers {missing} on iteration {iteration}, view {self.view}") from error
+                    raise CommitError(
+                        f"no vote of workers {missing} on iteration {iteration}, view {self.view}"
+                    ) from error
             votes = self.store.multi_get(keys)
             # Everyone who voted now has read the vote before the last one: it can go.
             self.store.delete_key(self._key(iteration - 2, self.worker))

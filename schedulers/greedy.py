@@ -13,9 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.schedule import B, F, Key, Op, Route, Schedule, Span, route_needs
-from schedulers.head_with_embedding import head_with_embedding
-
-__all__ = ["greedy", "head_with_embedding", "unit_seconds"]
 
 Place = Callable[[Span, int], int]
 """(span, microbatch) -> the worker that runs it."""

@@ -2,8 +2,8 @@
 
 A microbatch comes home to the first worker for its loss. The other workers run 1F1B with one microbatch more in flight,
 which covers that round trip. The first worker takes turns: head forward and backward, so that the last worker never
-waits for long, then an older embedding backward, then a newer embedding forward. Where the first worker's spans together
-take as long as any other worker's, the bubble is at most the (p-1)/(m+p-1) of 1F1B on as many workers.
+waits for long, then an older embedding backward, then a newer embedding forward. Where the first worker's spans
+together take as long as any other worker's, the bubble is at most the (p-1)/(m+p-1) of 1F1B on as many workers.
 """
 
 from __future__ import annotations
@@ -52,6 +52,4 @@ def head_with_embedding(
                 yield Op(F, spans[stage], mine[warm + k])
             yield Op(B, spans[stage], mine[k])
 
-    return chain(
-        "head_with_embedding", spans, microbatches, replicas, lane, stages=stages, backward=not evaluate
-    )
+    return chain("head_with_embedding", spans, microbatches, replicas, lane, stages=stages, backward=not evaluate)

@@ -27,9 +27,9 @@ _NURSERY = Nursery(entry)
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def nursery() -> Nursery:
     """Forks workers that run a function of tests.harness."""
-    yield _NURSERY
+    return _NURSERY
 
 
 def pytest_unconfigure() -> None:
@@ -42,7 +42,7 @@ def _leaves_nothing_behind() -> Iterator[None]:
     before, shared = {p.pid for p in psutil.Process().children(recursive=True)}, _shared_memory()
     yield
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-    gone, alive = psutil.wait_procs(left, timeout=3)
+    _, alive = psutil.wait_procs(left, timeout=3)
     assert not alive, f"processes left behind: {alive}"
     assert _shared_memory() <= shared, "shared memory left behind"
 

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -138,7 +138,8 @@ def run_workers(
 def stop(nursery: Nursery, running: dict[int, int]) -> None:
     """End what still runs."""
     for pid in running:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended, and is about to be reported
+            os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 5
     while running and time.monotonic() < deadline:
         for exit_ in nursery.poll(0.05):
@@ -182,7 +183,7 @@ def plain_training(config: TrainConfig, model_config: PreTrainedConfig, device: 
                 logits = model(batch.input_ids.to(device), use_cache=False).logits
             loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().to(device), reduction="sum")
             (loss / tokens).backward()
-            total += float(loss) / tokens
+            total += float(loss.detach()) / tokens
         if step == 0:
             outcome.gradients = {n: p.grad.clone().cpu() for n, p in named.items() if p.grad is not None}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
@@ -198,7 +199,7 @@ def plain_training(config: TrainConfig, model_config: PreTrainedConfig, device: 
 
 @contextmanager
 def _keyed(model: torch.nn.Module, key: RngKey) -> Iterator[None]:
-    """Inside, the plain model's own dropout calls draw the masks of `key`: the embedding's as layer 0, then the blocks'."""
+    """Inside, the plain model's dropout calls draw the masks of `key`: the embedding's as layer 0, then the blocks'."""
     transformer = getattr(model, "transformer", None)
     if transformer is None:
         yield

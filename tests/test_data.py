@@ -1,4 +1,4 @@
-"""The order of the data: keyed by the seed, one integer long, the same everywhere; and a cache that is whole or absent."""
+"""The order of the data: keyed by the seed, one integer, the same everywhere; and a cache that is whole or absent."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_what_training_has_too_is_not_held_out(tmp_path: Path):
         assert len(held & train) <= 1  # the document that is cut, if its twin is not in training
         assert dataset.train_start == 30 * 42
         assert dataset.held_out_tokens < dataset.train_start
-    path.write_text(json.dumps({"text": "the same " * 9}) + "\n" + "".join([json.dumps({"text": "same" * 20}) + "\n"] * 60))
+    path.write_text(
+        json.dumps({"text": "the same " * 9}) + "\n" + "".join([json.dumps({"text": "same" * 20}) + "\n"] * 60)
+    )
     with pytest.raises(CorpusError, match=r"leaves 0 tokens to hold out .* Raise held_out, or remove the duplicates"):
         make(tmp_path, str(path), seed=3)
 
@@ -224,7 +226,7 @@ def test_blocks_are_the_samples_of_texts_in_order():
 def test_progress_rises_to_one(tmp_path: Path):
     for cap in (None, 1000):
         shares: list[float] = []
-        make(tmp_path, max_tokens=cap, progress=lambda what, share: shares.append(share))
+        make(tmp_path, max_tokens=cap, progress=lambda what, share, shares=shares: shares.append(share))
         assert shares == sorted(shares)
         assert shares[-1] == 1.0
         assert len(shares) > 10

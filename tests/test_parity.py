@@ -88,7 +88,7 @@ def test_a_rerun_is_bitwise_equal(nursery: Nursery, tmp_path: Path) -> None:
 
 
 def test_bfloat16_keeps_float32_masters(nursery: Nursery, tmp_path: Path) -> None:
-    """Autocast rounds activations to 8 bits of mantissa, so this stays near fp32 and moves weights by less than bf16 can."""
+    """Autocast rounds activations to 8 bits, so this stays near fp32 and moves weights by less than bf16 can."""
     found = run_workers(nursery, settings(dtype="bfloat16"), MODELS["llama"], tmp_path)
     assert all(t.dtype == torch.float32 for t in found.weights.values())
     assert any(not torch.equal(t, t.bfloat16().float()) for t in found.weights.values())

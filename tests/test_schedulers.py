@@ -101,7 +101,9 @@ def test_what_cannot_be_scheduled_is_refused(name: str) -> None:
 
 
 def test_unknown_names_and_chunks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown scheduler 'x'; allowed: gpipe, one_f_one_b, interleaved, zero_bubble"):
+    with pytest.raises(
+        ValueError, match=r"unknown scheduler 'x'; allowed: gpipe, one_f_one_b, interleaved, zero_bubble"
+    ):
         build("x", spans(2), 1)
     with pytest.raises(ValueError, match=r"chunks: 2 with 3 spans"):
         interleaved(spans(3), 4, chunks=2)
@@ -180,7 +182,7 @@ def test_greedy_refuses_a_limit_below_one_microbatch() -> None:
 
 
 def test_greedy_plans_with_hops() -> None:
-    """While microbatch 0 is on a slow link, its worker takes up the next; without hops its backward would come first."""
+    """While microbatch 0 is on a slow link, its worker takes up the next; without hops its backward comes first."""
     routes = [Route.through(((0, 1), (1, 2)))] * 2
     near = greedy(routes, lambda span, _: span[0], seconds=lambda kind, span: 1.0 if span[1] == 1 else 0.25)
     far = greedy(

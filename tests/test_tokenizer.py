@@ -1,4 +1,4 @@
-"""Tokenizers that are made here: every text survives them, transformers loads them, and the same corpus gives the same."""
+"""Tokenizers made here: every text survives them, transformers loads them, and the same corpus gives the same one."""
 
 from __future__ import annotations
 

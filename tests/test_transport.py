@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from launch.worker_main import connect
 from pipeline.groups import GroupBuilder
 from pipeline.schedule import Op
 from pipeline.transport import LinkError, Mailbox, Shape, Transport, pack, unpack
@@ -73,16 +73,13 @@ def test_a_message_that_came_before_the_loss_is_still_used() -> None:
 
 def _pair(shapes: dict[tuple[int, int], Shape] | None = None, max_bytes: int = 4096) -> list[Transport]:
     """Workers 3 and 5, connected by gloo."""
-    with hosted_store() as (store, _):
+    with hosted_store() as (_, address):
         ends = [Transport(3, 1), Transport(5, 1)]
-        threads = [
-            threading.Thread(
-                target=end.connect,
-                args=(GroupBuilder(dist.PrefixStore("x", store), end.worker, "127.0.0.1", torch.device("cpu"), 10.0), {(3, 5)}),
-                kwargs={"max_bytes": max_bytes, "shapes": shapes},
-            )
-            for end in ends
-        ]
+        threads: list[threading.Thread] = []
+        for end in ends:  # each with a client of its own: one that waits keeps others from using it
+            builder = GroupBuilder(connect(address, 10.0), end.worker, "127.0.0.1", torch.device("cpu"), 10.0)
+            more = {"max_bytes": max_bytes, "shapes": shapes}
+            threads.append(threading.Thread(target=end.connect, args=(builder, {(3, 5)}), kwargs=more))
         for thread in threads:
             thread.start()
         for thread in threads:
