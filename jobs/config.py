@@ -35,7 +35,7 @@ class TrainConfig:
     """Samples per microbatch."""
     sequence_length: int = 128
     """Tokens per sample."""
-    steps: int = 300
+    steps: int = 240
     """Optimizer steps of the whole run, counted from its first start."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 computes under autocast; weights, gradients and optimizer state stay float32."""
@@ -88,11 +88,11 @@ class TrainConfig:
     """The run folder: config, metrics, events, checkpoints, model and pictures."""
     resume: bool = False
     """Go on from the newest valid checkpoint in --out."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 80
     """Steps between checkpoints; 0 saves only on SIGTERM and at the end."""
     keep: int = 2
     """Checkpoints that are kept."""
-    evaluate_every: int = 100
+    evaluate_every: int = 80
     """Steps between evaluations on held-out text; 0 evaluates only at the end."""
     evaluate_samples: int = 64
     """Held-out samples per evaluation."""

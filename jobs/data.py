@@ -94,6 +94,10 @@ class Dataset:
             raise IndexError(f"held-out sample {sample}; allowed: 0 to {self.num_held_out - 1}")
         return self._cut(0, sample)
 
+    def held_out_spread(self, count: int) -> Callable[[int], np.ndarray]:
+        """Sample i of `count` held-out ones, evenly spread: neighbours come from one document, and tell of it alone."""
+        return lambda sample: self.held_out_sample(sample * self.num_held_out // count)
+
     def _cut(self, start: int, sample: int) -> np.ndarray:
         start += sample * self.sequence_length
         return self.tokens[start : start + self.sequence_length + 1].astype(np.int64)

@@ -73,27 +73,28 @@ def cut(config: TrainConfig, model: LayeredModel) -> tuple[Span, ...]:
     return (*spans, (len(body), len(costs))) if config.head_with_embedding else spans
 
 
-def schedules(config: TrainConfig, spans: Sequence[Span]) -> dict[str, Schedule]:
-    """The lowered and verified schedules of one step and of one evaluation."""
+def schedules(config: TrainConfig, spans: Sequence[Span], evaluated: int) -> dict[str, Schedule]:
+    """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples."""
+    held_out = -(-evaluated // config.microbatch_size)
     if config.head_with_embedding:
         train = head_with_embedding(spans, config.microbatches, config.replicas)
-        test = head_with_embedding(spans, evaluation_microbatches(config), config.replicas, evaluate=True)
+        test = head_with_embedding(spans, held_out, config.replicas, evaluate=True)
     else:
         options = {"chunks": config.chunks} if config.scheduler == "interleaved" else {}
         train = build(config.scheduler, spans, config.microbatches, config.replicas, **options)
-        test = evaluation(spans, evaluation_microbatches(config), config.replicas, stages=config.stages)
+        test = evaluation(spans, held_out, config.replicas, stages=config.stages)
     lowered = {"train": lower(train), "evaluate": lower(test)}
     for schedule in lowered.values():
         verify(schedule)
     return lowered
 
 
-def evaluation_microbatches(config: TrainConfig) -> int:
-    """Microbatches of one evaluation."""
-    return max(1, -(-config.evaluate_samples // config.microbatch_size))
+def evaluation_samples(config: TrainConfig, dataset: Dataset) -> int:
+    """Held-out samples of one evaluation: those asked for, or as many as there are."""
+    return min(config.evaluate_samples, dataset.num_held_out)
 
 
-def make_plan(config: TrainConfig, progress: Progress, previous: dict[str, Any] | None = None) -> Plan:
+def make_plan(config: TrainConfig, progress: Progress) -> Plan:
     """Everything up to the first view. Raises ConfigError, CorpusError, ModelError or CheckpointError by name."""
     config.validate()
     out = config.out
@@ -146,10 +147,11 @@ def make_plan(config: TrainConfig, progress: Progress, previous: dict[str, Any] 
             found.manifest, model=model_fingerprint(model_config), data=dataset.fingerprint, seed=config.seed
         )
         first_step, first_sample = int(extra["step"]), int(extra["next_sample"])
+    made = schedules(config, spans, evaluation_samples(config, dataset))
     view = View(
         number=1,
         workers=tuple(range(config.workers)),
-        schedules={purpose: dumps(schedule) for purpose, schedule in schedules(config, spans).items()},
+        schedules={purpose: dumps(schedule) for purpose, schedule in made.items()},
         first_step=first_step,
         first_sample=first_sample,
         checkpoint=None if found.path is None else str(found.path),

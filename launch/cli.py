@@ -121,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"unbroken {arguments[0]}: {error}", file=sys.stderr)
         return USAGE
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, RuntimeError, OSError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"unbroken {arguments[0]}: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.config import TrainConfig
-from jobs.plan import open_dataset
+from jobs.plan import evaluation_samples, open_dataset
 from jobs.text import TextJob
 from jobs.train import Trainer, load_checkpoint
 from launch.config import config_from_dict
@@ -66,7 +66,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         load_checkpoint(worker, Path(view.checkpoint))
     dataset = open_dataset(config.out)
     reports = _Reports(connect(payload["store"], 60.0))
-    evaluated = min(config.evaluate_samples, dataset.num_held_out)
+    evaluated = evaluation_samples(config, dataset)
     trainer = Trainer(
         config, view, worker, train, view.schedule("evaluate"),
         TextJob(
@@ -74,7 +74,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
             view.first_step, view.first_sample,
         ),
         TextJob(
-            dataset.held_out_sample, config.sequence_length, view.schedule("evaluate").num_microbatches,
+            dataset.held_out_spread(evaluated), config.sequence_length, view.schedule("evaluate").num_microbatches,
             config.microbatch_size, limit=evaluated,
         ),
         dataset.fingerprint, reports.put, stop.is_set,
@@ -101,7 +101,8 @@ def build_worker(
         source=None if source is None or view.checkpoint else Path(source),
     )  # fmt: skip
     host = payload["store"]["host"]
-    builder = GroupBuilder(store, worker_id, address_towards(host, payload["store"]["port"]), device)
+    address = address_towards(host, payload["store"]["port"])
+    builder = GroupBuilder(store, worker_id, address, device, timeout_s=config.deadline)
     backend = "nccl" if payload["nccl"] else "gloo"
     transport = Transport(worker_id, view.number)
     transport.connect(
