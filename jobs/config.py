@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.optimizer import OptimizerConfig
-from schedulers import SCHEDULERS
-
-SchedulerName = str
+from schedulers import PLANNERS
 
 
 class ConfigError(ValueError):
@@ -25,8 +23,8 @@ class TrainConfig:
     """Worker processes in all, over every stage and replica."""
     replicas: int = 1
     """Data-parallel copies of the pipeline; must divide --workers and --microbatches."""
-    scheduler: SchedulerName = "one_f_one_b"
-    """gpipe, one_f_one_b, interleaved or zero_bubble."""
+    scheduler: str = "one_f_one_b"
+    """gpipe, one_f_one_b, interleaved, zero_bubble, or balanced (shares layers between neighbours)."""
     chunks: int = 2
     """Spans per worker under --scheduler interleaved."""
     microbatches: int = 8
@@ -133,7 +131,7 @@ class TrainConfig:
         for name in ("checkpoint_every", "evaluate_every", "warmup", "max_tokens", "threads", "sample_tokens", "clip",
                      "weight_decay"):  # fmt: skip
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.scheduler in SCHEDULERS, "scheduler", self.scheduler, f"one of {', '.join(SCHEDULERS)}")
+        _require(self.scheduler in PLANNERS, "scheduler", self.scheduler, f"one of {', '.join(PLANNERS)}")
         _require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
         _require(
             self.microbatches % self.replicas == 0, "microbatches", self.microbatches,

@@ -7,7 +7,7 @@ the same thing; what it writes to the run folder is whole or absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from jobs.data import prepare as prepare_data
 from jobs.tokenizer import build_tokenizer
 from pipeline.lower import lower
 from pipeline.model import LayeredModel
-from pipeline.schedule import Schedule, Span, dumps
+from pipeline.schedule import Schedule, dumps
 from pipeline.verify import verify
 from pipeline.weights import PRESETS, read_config, resolve
 from recovery import checkpoint
 from recovery.membership import View
-from schedulers import build, evaluation, head_with_embedding
-from schedulers.partition import PartitionError, partition
+from schedulers import num_spans, plan
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)."""
@@ -52,41 +51,29 @@ def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
     return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
 
 
-def cut(config: TrainConfig, model: LayeredModel) -> tuple[Span, ...]:
-    """The spans of the pipeline, in order: balanced by cost over the stages (times chunks, if interleaved)."""
+def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[str, Schedule]:
+    """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples.
+
+    Raises ConfigError where the model has fewer layers than the settings ask for spans.
+    """
     costs = layer_costs(model, config.sequence_length)
-    parts = config.stages * (config.chunks if config.scheduler == "interleaved" else 1)
-    body = costs[:-1] if config.head_with_embedding else costs
-    if parts > len(body):
-        asked = f"workers {config.workers} / replicas {config.replicas}" + (
-            f" x chunks {config.chunks}" if config.scheduler == "interleaved" else ""
+    asked = num_spans(config.scheduler, config.stages, config.chunks) + config.head_with_embedding
+    if asked > len(costs):
+        by = f" x chunks {config.chunks}" if config.scheduler == "interleaved" else ""
+        raise ConfigError(
+            f"workers {config.workers} / replicas {config.replicas}{by} asks for {asked} spans; "
+            f"allowed: at most {len(costs)}, the layers of the model"
         )
-        raise ConfigError(f"{asked} asks for {parts} spans; the model has {len(body)} layers, so at most {len(body)}")
-    speeds = [1.0] * parts
-    if config.head_with_embedding:  # the first worker's share of the body shrinks by the head's cost
-        total = sum(costs) / parts
-        speeds[0] = max(0.05, (total - costs[-1]) / total)
-    try:
-        spans = partition(body, speeds)
-    except PartitionError as error:
-        raise ConfigError(str(error)) from error
-    return (*spans, (len(body), len(costs))) if config.head_with_embedding else spans
-
-
-def schedules(config: TrainConfig, spans: Sequence[Span], evaluated: int) -> dict[str, Schedule]:
-    """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples."""
+    made: dict[str, Schedule] = {}
     held_out = -(-evaluated // config.microbatch_size)
-    if config.head_with_embedding:
-        train = head_with_embedding(spans, config.microbatches, config.replicas)
-        test = head_with_embedding(spans, held_out, config.replicas, evaluate=True)
-    else:
-        options = {"chunks": config.chunks} if config.scheduler == "interleaved" else {}
-        train = build(config.scheduler, spans, config.microbatches, config.replicas, **options)
-        test = evaluation(spans, held_out, config.replicas, stages=config.stages)
-    lowered = {"train": lower(train), "evaluate": lower(test)}
-    for schedule in lowered.values():
-        verify(schedule)
-    return lowered
+    for purpose, microbatches in (("train", config.microbatches), ("evaluate", held_out)):
+        schedule = plan(
+            config.scheduler, costs, config.stages, microbatches, config.replicas, chunks=config.chunks,
+            evaluate=purpose == "evaluate", head_first=config.head_with_embedding,
+        )  # fmt: skip
+        made[purpose] = lower(schedule)
+        verify(made[purpose])
+    return made
 
 
 def evaluation_samples(config: TrainConfig, dataset: Dataset) -> int:
@@ -130,7 +117,6 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         f"at most {longest} for model {config.model}",
     )  # fmt: skip
     model = LayeredModel(model_config)
-    spans = cut(config, model)
 
     dataset = prepare_data(
         config.data, tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
@@ -147,7 +133,7 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
             found.manifest, model=model_fingerprint(model_config), data=dataset.fingerprint, seed=config.seed
         )
         first_step, first_sample = int(extra["step"]), int(extra["next_sample"])
-    made = schedules(config, spans, evaluation_samples(config, dataset))
+    made = schedules(config, model, evaluation_samples(config, dataset))
     view = View(
         number=1,
         workers=tuple(range(config.workers)),

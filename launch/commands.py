@@ -17,13 +17,13 @@ from jobs.text import token_loss
 from launch.generate import continue_text, load
 from launch.run_folder import write_whole
 from pipeline.draw import svg
-from pipeline.schedule import Schedule, dumps, loads
+from pipeline.schedule import B, F, Schedule, dumps, loads
 from pipeline.simulate import Costs, Network, simulate
 from pipeline.terminal import terminal
 from pipeline.timeline import Timeline
 from pipeline.trace import perfetto
 from pipeline.verify import verify
-from schedulers import SCHEDULERS, build
+from schedulers import PLANNERS, num_spans, plan
 
 Result = tuple[dict[str, Any], str]
 """What --json prints, and what a person reads."""
@@ -98,7 +98,7 @@ class SimulateConfig:
     """Time a schedule without running it: this is a simulation, under the costs and the network that it is given."""
 
     scheduler: str = "one_f_one_b"
-    """gpipe, one_f_one_b, interleaved or zero_bubble."""
+    """gpipe, one_f_one_b, interleaved, zero_bubble or balanced."""
     stages: int = 4
     """Workers per replica."""
     microbatches: int = 8
@@ -110,7 +110,7 @@ class SimulateConfig:
     schedule: Path | None = None
     """The text of a schedule, instead of a scheduler's."""
     costs: Path | None = None
-    """JSON of seconds per span or per layer; unset: forward 1, backward 2 (input 1, weight 1) for every span."""
+    """JSON of seconds per layer (cut into stages) or per span; unset: forward 1, backward 2 for every span."""
     network: Path | None = None
     """JSON with latency_s and bandwidth matrices; unset: transfers take no time."""
     json: bool = False
@@ -121,16 +121,24 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline]:
     """The schedule and its simulated timeline. Raises ConfigError, ScheduleError or the refusal of a file."""
     for name in ("stages", "microbatches", "replicas", "chunks"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
+    values = None if config.costs is None else _json(config.costs, "costs")
     if config.schedule is not None:
         schedule = loads(_read(config.schedule, "schedule"))
         spans = list(schedule.holders)
     else:
-        require(config.scheduler in SCHEDULERS, "scheduler", config.scheduler, f"one of {', '.join(SCHEDULERS)}")
-        interleaved = config.scheduler == "interleaved"
-        spans = [(i, i + 1) for i in range(config.stages * (config.chunks if interleaved else 1))]
-        options = {"chunks": config.chunks} if interleaved else {}
-        schedule = build(config.scheduler, spans, config.microbatches, config.replicas, **options)
-    costs = Costs.uniform(schedule) if config.costs is None else Costs.from_json(_json(config.costs, "costs"), spans)
+        require(config.scheduler in PLANNERS, "scheduler", config.scheduler, f"one of {', '.join(PLANNERS)}")
+        count = num_spans(config.scheduler, config.stages, config.chunks)
+        forward = values.get("forward") if isinstance(values, dict) else None
+        layers = max(count, len(forward)) if isinstance(forward, list) else count
+        layer_costs = [1.0] * layers
+        if layers > count:
+            known = Costs.from_json(values)
+            layer_costs = [known.seconds(F, (i, i + 1)) + known.seconds(B, (i, i + 1)) for i in range(layers)]
+        schedule = plan(
+            config.scheduler, layer_costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks
+        )
+        spans = list(schedule.holders)
+    costs = Costs.uniform(schedule) if values is None else Costs.from_json(values, spans)
     network = None if config.network is None else Network.from_json(_json(config.network, "network"))
     verify(schedule)
     return schedule, simulate(schedule, costs, network)

@@ -18,7 +18,7 @@ from launch.devices import count_cuda
 from pipeline.groups import address_towards
 from pipeline.model import FAMILIES
 from pipeline.weights import PRESETS
-from schedulers import SCHEDULERS
+from schedulers import PLANNERS
 
 PACKAGES = ("unbroken", "torch", "transformers", "safetensors", "tokenizers", "datasets", "numpy", "tyro", "rich")
 EXTRAS = ("gguf", "accelerate", "tensorboard", "deepspeed", "ray", "torchft-nightly")
@@ -80,7 +80,7 @@ def doctor(config: DoctorConfig) -> tuple[dict[str, Any], str]:
         "cuda_devices": count_cuda(),
         "store": _store(config.store_port),
         "gloo": _gloo(),
-        "schedulers": sorted(SCHEDULERS),
+        "schedulers": sorted(PLANNERS),
         "models": {"families": sorted(FAMILIES), "presets": sorted(PRESETS)},
     }
     findings["ok"] = bool(findings["store"]["ok"] and findings["gloo"]["ok"] and findings["packages"]["torch"])

@@ -12,15 +12,18 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from pipeline.schedule import B, F, Key, Op, Route, Schedule, Span, route_needs
+from pipeline.schedule import B, F, I, Key, Op, Route, Schedule, Span, W, overlaps, route_needs
 
 Place = Callable[[Span, int], int]
 """(span, microbatch) -> the worker that runs it."""
 
 
+_URGENCY = {B: 0, I: 0, F: 1, W: 2}
+
+
 def unit_seconds(kind: str, span: Span) -> float:
-    """A forward takes 1, a backward 2, whatever the span."""
-    return 1.0 if kind == F else 2.0
+    """A forward takes 1, a backward 2 and each of its halves 1, whatever the span."""
+    return 2.0 if kind == B else 1.0
 
 
 def greedy(
@@ -31,28 +34,33 @@ def greedy(
     hop: Callable[[int, int], float] | None = None,
     limits: Mapping[int, int] | None = None,
     workers: Sequence[int] = (),
+    split: bool = False,
     name: str = "greedy",
 ) -> Schedule:
     """Lanes for `routes`, from a run under the given times; the lanes are valid under any other times too.
 
     `seconds(kind, span)` is what an op takes, `hop(source, target)` what its output then takes to another worker.
     `limits[w]` is the most activations, one per span and microbatch, that worker w may hold; missing: any number.
-    `workers` get a lane even if nothing is placed on them. Time grows with ops times workers: meant for tens of
-    workers. Raises ValueError where one microbatch alone exceeds a limit.
+    `workers` get a lane even if nothing is placed on them. With `split`, backwards are I and W, and W fills gaps.
+    Time grows with ops times workers: meant for tens of workers. Raises ValueError where one microbatch alone exceeds a limit.
     """
     needs = [route_needs(route) for route in routes]
     missing: dict[Key, int] = {}
     followers: dict[Key, list[Key]] = defaultdict(list)
+    named = {F: F, B: I if split else B}
     for m, needed in enumerate(needs):
         for (kind, span), sources in needed.items():
-            missing[kind, span, m] = len(sources)
+            missing[key := (named[kind], span, m)] = len(sources)
             for other, other_span in sources:
-                followers[other, other_span, m].append((kind, span, m))
+                followers[named[other], other_span, m].append(key)
+            if split and kind == B:
+                missing[W, span, m] = 1
+                followers[key].append((W, span, m))
     where = {key: place(key[1], key[2]) for key in missing}
-    bank = _Bank(routes, where, limits or {})
+    bank = _Bank(routes, where, limits or {}, last=W if split else B)
 
     lanes: dict[int, list[Op]] = {w: [] for w in sorted({*workers, *where.values()})}
-    ready: dict[int, list[tuple[bool, int, int, Key]]] = {w: [] for w in lanes}  # sorted by urgency
+    ready: dict[int, list[tuple[int, int, int, Key]]] = {w: [] for w in lanes}  # sorted by urgency
     depth = {key: i for i, key in enumerate(missing)}  # among equals: further along its route
     busy: set[int] = set()
     # at one moment: workers come free (0), then outputs arrive (1)
@@ -65,7 +73,7 @@ def greedy(
             _, arrived, _, key = heapq.heappop(events)
             worker = where[key]
             if arrived:
-                _insert(ready[worker], (key[0] == F, key[2], -depth[key], key))
+                _insert(ready[worker], (_URGENCY[key[0]], key[2], -depth[key], key))
                 continue
             busy.remove(worker)
             bank.done(key)
@@ -87,7 +95,7 @@ def greedy(
     return Schedule(tuple(routes), {worker: tuple(lane) for worker, lane in lanes.items()}, name)
 
 
-def _insert(waiting: list[tuple[bool, int, int, Key]], entry: tuple[bool, int, int, Key]) -> None:
+def _insert(waiting: list[tuple[int, int, int, Key]], entry: tuple[int, int, int, Key]) -> None:
     waiting.append(entry)
     waiting.sort()
 
@@ -95,7 +103,9 @@ def _insert(waiting: list[tuple[bool, int, int, Key]], entry: tuple[bool, int, i
 class _Bank:
     """Lends activation slots so that every microbatch under way can always finish."""
 
-    def __init__(self, routes: Sequence[Route], where: Mapping[Key, int], limits: Mapping[int, int]) -> None:
+    def __init__(
+        self, routes: Sequence[Route], where: Mapping[Key, int], limits: Mapping[int, int], last: str
+    ) -> None:  # fmt: skip
         self._free = dict(limits)
         self._where = where
         self._held: dict[int, Counter[int]] = {}  # microbatch under way -> worker -> slots it holds
@@ -108,8 +118,8 @@ class _Bank:
                 worker = where[F, span, m]
                 if worker in limits:
                     whole[worker] += 1
-                    last = max(i for i, s in enumerate(route.backward) if s[0] < span[1] and span[0] < s[1])
-                    self._releases[B, route.backward[last], m].append(worker)
+                    end = max(i for i, s in enumerate(route.backward) if overlaps(s, span))
+                    self._releases[last, route.backward[end], m].append(worker)
             for worker, slots in whole.items():
                 if slots > limits[worker]:
                     raise ValueError(

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.config import TrainConfig
-from jobs.plan import cut, schedules
+from jobs.plan import schedules
 from jobs.text import TextJob
 from launch.config import config_from_dict
 from launch.nursery import Nursery
@@ -116,7 +116,7 @@ def run_workers(
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
     model = LayeredModel(model_config)
-    texts = {name: dumps(s) for name, s in schedules(config, cut(config, model), config.evaluate_samples).items()}
+    texts = {name: dumps(s) for name, s in schedules(config, model, config.evaluate_samples).items()}
     fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
     view = View(1, tuple(range(config.workers)), texts, details={"config": fields, "source": None})
     with hosted_store() as (store, address):

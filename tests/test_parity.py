@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from jobs.config import TrainConfig
 from launch.nursery import Nursery
-from schedulers import SCHEDULERS
+from schedulers import PLANNERS
 from tests.harness import Outcome, plain_training, relative_difference, run_workers
 
 TOLERANCE = 1e-5
@@ -54,7 +54,7 @@ def check(found: Outcome, expected: Outcome, tolerance: float = TOLERANCE) -> No
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", PLANNERS)
 def test_equals_plain_torch(
     nursery: Nursery, tmp_path: Path, scheduler: str, workers: int, replicas: int, model: str
 ) -> None:
@@ -69,7 +69,7 @@ def test_head_with_embedding(nursery: Nursery, tmp_path: Path, model: str) -> No
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("scheduler", ["one_f_one_b", "zero_bubble"])
+@pytest.mark.parametrize("scheduler", ["one_f_one_b", "zero_bubble", "balanced"])
 def test_recomputation_changes_nothing(nursery: Nursery, tmp_path: Path, scheduler: str, model: str) -> None:
     config = settings(scheduler=scheduler, recompute=True)
     check(run_workers(nursery, config, MODELS[model], tmp_path), reference(model))
@@ -103,7 +103,7 @@ def test_bfloat16_keeps_float32_masters(nursery: Nursery, tmp_path: Path) -> Non
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", PLANNERS)
 def test_equals_plain_torch_on_cuda(
     nursery: Nursery, tmp_path: Path, scheduler: str, workers: int, replicas: int, model: str
 ) -> None:

@@ -13,7 +13,8 @@ from pipeline.lower import lower
 from pipeline.schedule import B, F, I, Op, Route, Schedule, Span, W, dumps, loads
 from pipeline.simulate import Costs, simulate
 from pipeline.verify import verify
-from schedulers import SCHEDULERS, build, evaluation, greedy, head_with_embedding, interleaved
+from schedulers import PLANNERS, SCHEDULERS, build, evaluation, greedy, head_with_embedding, interleaved, plan
+from schedulers.balanced import deal, pieces
 
 UNIT = Costs(forward=1.0, backward=2.0)
 
@@ -113,6 +114,62 @@ def test_unknown_names_and_chunks_are_refused() -> None:
         head_with_embedding(spans(1), 4)
 
 
+# ---- balanced: layers shared between neighbours ----
+
+layer_costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=12)
+
+
+@given(layer_costs, st.integers(1, 6))
+def test_pieces_give_every_worker_its_part(costs: list[float], workers: int) -> None:
+    workers = min(workers, len(costs))
+    cut = pieces(costs, workers)
+    assert [layer for piece in cut for layer in range(*piece.span)] == list(range(len(costs)))
+    load = [sum(sum(costs[slice(*p.span)]) * p.shares.get(w, 0.0) for p in cut) for w in range(workers)]
+    part = sum(costs) / workers
+    assert all(sum(p.shares.values()) == pytest.approx(1.0) for p in cut)
+    assert max(load) <= part + 2 * min(part, max(costs)) / 16 + 1e-9, "more than the slivers that were not worth a copy"
+    held = [w for p in cut for w in p.shares]
+    assert held == sorted(held)
+    assert set(held) == set(range(workers))
+
+
+@given(st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4), st.integers(0, 40))
+def test_dealing_is_even_at_every_moment(weights: list[float], count: int) -> None:
+    shares = {w: x / sum(weights) for w, x in enumerate(weights)}
+    dealt = deal(shares, count)
+    for n in range(count + 1):
+        assert all(abs(dealt[:n].count(w) - n * share) < len(shares) for w, share in shares.items())
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+@pytest.mark.parametrize("head", [0.3, 0.9, 2.0])
+def test_balanced_beats_every_classic_order_where_layers_do_not_divide(p: int, head: float) -> None:
+    layers = [0.01, *[1.0] * (2 * p), head]
+    costs = Costs(forward=layers, backward=[2 * c for c in layers])
+    spans_of = {
+        name: simulate(plan(name, layers, p, 2 * p), costs).makespan_s for name in PLANNERS if name != "interleaved"
+    }
+    assert min(spans_of, key=spans_of.__getitem__) == "balanced", spans_of
+    assert spans_of["balanced"] >= 3 * sum(layers) * 2 * p / p, "faster than all workers at work all the time"
+    peaks = verify(plan("balanced", layers, p, 2 * p)).peak_activations
+    assert max(peaks.values()) <= 3 * (p + 1)
+
+
+def test_balanced_without_anything_to_share_is_zb_h1() -> None:
+    schedule = plan("balanced", [1.0] * 4, 4, 8)
+    assert list(schedule.holders.values()) == [(0,), (1,), (2,), (3,)]
+    assert bubble(schedule) <= bubble(build("zero_bubble", spans(4), 8)) + 1e-9
+
+
+def test_balanced_refuses_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"workers: 3 for 2 layers; allowed: 1 to 2"):
+        pieces([1.0, 1.0], 3)
+    with pytest.raises(ValueError, match=r"layer_costs: \[0.0, 0.0\]; allowed: 0 or more, not all 0"):
+        pieces([0.0, 0.0], 1)
+    with pytest.raises(ValueError, match=r"unknown scheduler 'x'; allowed: .*balanced"):
+        plan("x", [1.0], 1, 1)
+
+
 # ---- every output, through all readers ----
 
 sizes = st.integers(1, 5)
@@ -122,7 +179,11 @@ sizes = st.integers(1, 5)
 def schedules(draw: st.DrawFn) -> tuple[Schedule, bool]:
     """A schedule of random sizes, and whether it trains."""
     p, m, replicas, layers = draw(sizes), draw(st.integers(1, 14)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    name = draw(st.sampled_from([*SCHEDULERS, "evaluation", "head_with_embedding", "head evaluation"]))
+    name = draw(
+        st.sampled_from(
+            [*SCHEDULERS, "evaluation", "head_with_embedding", "head evaluation", "balanced", "balanced evaluation"]
+        )
+    )
     if name == "interleaved":
         chunks = draw(st.integers(1, 4))
         return interleaved(spans(p * chunks, layers), m, replicas, chunks), True
@@ -131,6 +192,10 @@ def schedules(draw: st.DrawFn) -> tuple[Schedule, bool]:
     if name.startswith("head"):
         evaluate = name == "head evaluation"
         return head_with_embedding(spans(p + 1, layers), m, replicas, evaluate=evaluate), not evaluate
+    if name.startswith("balanced"):
+        evaluate = name == "balanced evaluation"
+        costs = draw(st.lists(st.floats(0.1, 4.0), min_size=p, max_size=p + layers))
+        return plan("balanced", costs, p, m, replicas, evaluate=evaluate), not evaluate
     return build(name, spans(p, layers), m, replicas), True
 
 
