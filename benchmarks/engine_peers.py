@@ -80,13 +80,13 @@ class Work:
 class Stage(nn.Module):
     """A run of a Llama's blocks; the first stage also embeds, the last one ends in logits."""
 
-    def __init__(self, llama: Any, lo: int, hi: int, sequence: int) -> None:
+    def __init__(self, whole: Any, lo: int, hi: int, sequence: int) -> None:
         super().__init__()
-        inner = llama.model
+        inner = whole.model
         self.embedding = inner.embed_tokens if lo == 0 else None
         self.blocks = nn.ModuleList(inner.layers[lo:hi])
         last = hi == len(inner.layers)
-        self.norm, self.head = (inner.norm, llama.lm_head) if last else (None, None)
+        self.norm, self.head = (inner.norm, whole.lm_head) if last else (None, None)
         cos, sin = inner.rotary_emb(torch.zeros(1), torch.arange(sequence)[None])
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -100,8 +100,8 @@ class Stage(nn.Module):
         return x if self.norm is None or self.head is None else self.head(self.norm(x))
 
 
-def build(work: Work, cuts: Sequence[tuple[int, int]], mine: Sequence[int]) -> list[Stage]:
-    """The stages `mine` of a model whose weights depend on nothing but the seed."""
+def llama(work: Work) -> Any:
+    """The whole model, with weights that depend on nothing but the seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
@@ -117,8 +117,13 @@ def build(work: Work, cuts: Sequence[tuple[int, int]], mine: Sequence[int]) -> l
         use_cache=False,
         attn_implementation="sdpa",
     )
-    llama = LlamaForCausalLM(config).float().train()
-    return [Stage(llama, *cuts[i], work.sequence) for i in mine]
+    return LlamaForCausalLM(config).float().train()
+
+
+def build(work: Work, cuts: Sequence[tuple[int, int]], mine: Sequence[int]) -> list[Stage]:
+    """The stages `mine` of the model."""
+    whole = llama(work)
+    return [Stage(whole, *cuts[i], work.sequence) for i in mine]
 
 
 def deal(num_layers: int, owners: Sequence[int]) -> list[tuple[int, int]]:
@@ -358,37 +363,57 @@ def last_words(folder: Path, rank: int) -> str:
     return " | ".join(lines[-4:])[-1200:] or "nothing"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", required=True, choices=PEERS)
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Work]:
+    """The options that our engine and its peers share, and the work they make up."""
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds until all processes are killed")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of text")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help="end when this process does")
     for field in fields(Work):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     options = parser.parse_args()
     if options.steps < 1 or options.warmup < 0:
         parser.error(f"--steps {options.steps} --warmup {options.warmup}; expected at least 1 and at least 0")
-    work = Work(**{field.name: getattr(options, field.name) for field in fields(Work)})
+    return options, Work(**{field.name: getattr(options, field.name) for field in fields(Work)})
+
+
+def stop_well(parent: int | None) -> None:
+    """Being stopped, or losing `parent`, also stops the workers."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if parent is not None:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(143)
+
+
+def show(found: dict[str, Any], as_json: bool) -> None:
+    """Print the figures of a run."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    peaks = ", ".join(f"{b / 2**20:.0f}" for b in found["peak_rss_bytes"])
+    speed = f"{found['tokens_per_s']:,.0f} tokens/s"
+    print(f"{found['peer']}: {speed}, peak memory {peaks} MiB, last loss {found['loss'][-1]:.4f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, choices=PEERS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options, work = parse(parser)
     if options.rank is not None:
         worker(options.peer, work, options.rank, options.workers, options.steps, options.warmup, options.folder)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that being stopped also stops the workers
+    stop_well(options.parent)
     try:
         found = run(options.peer, work, options.workers, options.steps, options.warmup, options.deadline)
     except PeerError as error:
         print(json.dumps({"peer": options.peer, "workers": options.workers, "error": str(error)}))
         return 1
-    if options.json:
-        print(json.dumps(found))
-    else:
-        peaks = ", ".join(f"{b / 2**20:.0f}" for b in found["peak_rss_bytes"])
-        speed = f"{found['tokens_per_s']:,.0f} tokens/s"
-        print(f"{options.peer}: {speed}, peak memory {peaks} MiB, last loss {found['loss'][-1]:.4f}")
+    show(found, options.json)
     return 0
 
 
