@@ -42,8 +42,7 @@ def greedy(
     `seconds(kind, span)` is what an op takes, `hop(source, target)` what its output then takes to another worker.
     `limits[w]` is the most activations, one per span and microbatch, that worker w may hold; missing: any number.
     `workers` get a lane even if nothing is placed on them. With `split`, backwards are I and W, and W fills gaps.
-   
-    Time grows with ops times workers: meant for tens of workers. Raises ValueError where one microbatch alone exceeds a limit.
+    Time grows with ops times workers: meant for tens. Raises ValueError where one microbatch alone exceeds a limit.
     """
     needs = [route_needs(route) for route in routes]
     missing: dict[Key, int] = {}
