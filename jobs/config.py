@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.optimizer import OptimizerConfig
+from recovery.inject import parse as parse_faults
+from recovery.policy import POLICIES
 from schedulers import PLANNERS
 
 
@@ -99,10 +101,21 @@ class TrainConfig:
     sample_tokens: int = 60
     """Tokens of the continuation that is sampled at the end; 0 for none."""
 
+    recovery: str = "auto"
+    """What brings the state of a lost worker back: auto, replica, checkfree, copy, random, checkpoint, or none."""
+    checkfree_weights: Literal["norm", "norm_squared", "uniform"] = "norm"
+    """How checkfree weighs both neighbours: by their gradient norms, the squares of these, or alike."""
+    inject: str = ""
+    """Faults to inject, e.g. 'kill:worker=2,step=30,at=backward' or 'rate:p=0.002,stages=1-4,seed=7'; ; between."""
+    heartbeat: float = 10.0
+    """Seconds without a sign of life after which a worker is given up."""
+    max_failures: int = 100
+    """Lost workers after which the run gives up."""
+
     network: Path | None = None
     """JSON with latency_s and bandwidth matrices: links between workers are slowed down to it (one machine only)."""
     deadline: float = 300.0
-    """Seconds after which a step that does not come to its end is an error."""
+    """Seconds after which a worker that is busy with one step is given up."""
     store_port: int = 0
     """TCP port of the store on this machine; 0 takes a free one."""
 
@@ -137,6 +150,10 @@ class TrainConfig:
             self.microbatches % self.replicas == 0, "microbatches", self.microbatches,
             f"a multiple of replicas ({self.replicas})",
         )  # fmt: skip
+        _require(self.recovery in POLICIES, "recovery", self.recovery, f"one of {', '.join(POLICIES)}")
+        _require(self.heartbeat >= 2, "heartbeat", self.heartbeat, "2 or more seconds")
+        _require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or more")
+        parse_faults(self.inject)
         _require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
         _require(self.deadline > 0, "deadline", self.deadline, "above 0")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")

@@ -141,6 +141,8 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         first_step=first_step,
         first_sample=first_sample,
         checkpoint=None if found.path is None else str(found.path),
+        places={worker: worker for worker in range(config.workers)},
+        next_worker=config.workers,
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "source": None if source is None else str(source),

@@ -1,4 +1,8 @@
-"""The training loop of one worker: it reads as if nothing could fail, because a step either commits or raises."""
+"""The training loop of one worker: it reads as if nothing could fail, because a step is committed by all or by none.
+
+Whatever ends a view raises an interruption. The loop then enters the next view and goes on from what is committed:
+`step` counts the committed steps, and `due` says whether what follows a step (evaluation, checkpoint) is still to do.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ from transformers import AutoTokenizer
 from jobs.config import TrainConfig
 from jobs.plan import model_fingerprint
 from jobs.text import TextJob
-from pipeline.schedule import Schedule
 from pipeline.weights import finish_export, write_shard
-from pipeline.worker import StepResult, Worker
+from pipeline.worker import NonFiniteLoss, StepResult, Worker
 from recovery import checkpoint
+from recovery.member import INTERRUPTIONS, Joined, Member
 from recovery.membership import View
 
 STOPPED = 75
@@ -33,50 +37,109 @@ class Trainer:
     """What one worker needs to train. `stop_asked` is read once per step and travels with the vote."""
 
     config: TrainConfig
-    view: View
-    worker: Worker
-    train: Schedule
-    evaluate: Schedule
+    member: Member
     job: TextJob
     held_out: TextJob
     data_fingerprint: str
     report: Report
     stop_asked: Callable[[], bool]
+    first_step: int = 0
+    save_first: bool = False
+    """Whether there is to be a checkpoint before the first step: something to roll back to."""
+    step: int = 0
+    due: bool = False
+    stopping: bool = False
+    again: bool = False
+    """Whether the step under way is run again, because its loss was not finite."""
+
+    @property
+    def worker(self) -> Worker:
+        return self.member.worker
+
+    @property
+    def view(self) -> View:
+        assert self.member.view is not None
+        return self.member.view
 
     @property
     def leads(self) -> bool:
         """Whether this worker reports for all: the lowest id of the view."""
         return self.worker.id == min(self.view.workers)
 
-    def run(self) -> int:
-        """Train to the last step; returns the exit code 0, or STOPPED after a save that was asked for."""
-        config, first = self.config, self.view.first_step
-        drawn = min(first + 2, config.steps - 1)  # the third step is warm, and early enough to be seen
+    def run(self, number: int, joins: bool) -> int:
+        """Train from view `number` to the last step; returns the exit code 0, or STOPPED after a save.
+
+        `joins`: this worker takes the place of another in a run under way.
+        """
+        self.step = self.first_step
+        self.due = self.save_first
+        position = None if joins else self._position()
+        while True:
+            try:
+                self._entered(self.member.enter(number, position))
+                return self._train()
+            except INTERRUPTIONS:
+                number, position = self.view.number + 1, self._position()
+
+    def _position(self) -> dict[str, Any]:
+        return {"step": self.step, "due": self.due, "stopping": self.stopping, "again": self.again}
+
+    def _entered(self, joined: Joined) -> None:
+        """Take over the common position; who leads tells how long it took."""
+        before = self.step
+        for name, value in joined.position.items():
+            setattr(self, name, value)
+        if joined.view.number > 1:
+            parts = {name: round(seconds, 4) for name, seconds in joined.parts.items()}
+            restores = [[each.worker, list(each.span), each.remedy] for each in joined.view.restores]
+            self._event("resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores)
+            if joined.view.rollback is not None:
+                self._event(
+                    "rolled_back", step=self.step, to=Path(joined.view.rollback).name, steps_lost=before - self.step
+                )
+
+    def _train(self) -> int:
+        config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)
+        while True:
+            if self.due:
+                self._after()
+            if self.stopping and self.step < config.steps:
+                self._say({"kind": "stopped", "step": self.step})
+                return STOPPED
+            if self.step >= config.steps:
+                self.export(config.out / "model")
+                return 0
+            self._one_step(record=self.step == drawn)
+
+    def _one_step(self, record: bool) -> None:
+        """Run a step to its commit. A loss that is not finite is given a second chance: it may have been a fault."""
         began = time.monotonic()
-        for step in range(first, config.steps):
-            result = self.worker.run(
-                self.train, self.job, step, wish={"stop": self.stop_asked()}, record=step == drawn
-            )  # fmt: skip
-            now = time.monotonic()
-            self._report_step(step, result, now - began)
-            began = now
-            if step == drawn:
-                self._report_timeline(result)
-            done = step + 1
-            stop = any(wish["stop"] for wish in result.wishes.values())
-            last = done == config.steps
-            if not stop and (last or (config.evaluate_every and done % config.evaluate_every == 0)):
-                self._evaluate(done)
-            if last or stop or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                saved = self._save(done)
-                if stop and not last:
-                    if not saved:
-                        raise checkpoint.CheckpointError(f"asked to stop at step {done}, but could not save")
-                    self._say({"kind": "stopped", "step": done})
-                    return STOPPED
-            began += time.monotonic() - now  # evaluation and saving are not training time
-        self.export(config.out / "model")
-        return 0
+        wish = {"stop": self.stop_asked()}
+        try:
+            result = self.worker.run(self.member.train, self.job, self.step, wish=wish, record=record)
+        except NonFiniteLoss as error:
+            if self.again:
+                raise
+            self.again = True
+            self._event("not_finite", step=self.step, error=str(error))
+            return
+        self.step, self.due, self.again = self.step + 1, True, False
+        self.stopping = any(wish["stop"] for wish in result.wishes.values())
+        self._report_step(result, time.monotonic() - began)
+        if record:
+            self._report_timeline(result)
+
+    def _after(self) -> None:
+        """What follows a committed step. Interrupted anywhere, it is done again from its start."""
+        config, done = self.config, self.step
+        first, last = done == self.first_step, done == config.steps
+        if not first and not self.stopping and (last or (config.evaluate_every and done % config.evaluate_every == 0)):
+            self._evaluate(done)
+        if first or last or self.stopping or (config.checkpoint_every and done % config.checkpoint_every == 0):
+            saved = self._save(done)
+            if self.stopping and not last and not saved:
+                raise checkpoint.CheckpointError(f"asked to stop at step {done}, but could not save")
+        self.due = False
 
     # ---- what is seen ----
 
@@ -84,12 +147,16 @@ class Trainer:
         if self.leads:
             self.report(record)
 
-    def _report_step(self, step: int, result: StepResult, seconds: float) -> None:
+    def _event(self, event: str, **fields: Any) -> None:
+        self._say({"kind": "event", "event": event, **fields})
+
+    def _report_step(self, result: StepResult, seconds: float) -> None:
         self._say(
             {
-                "kind": "step", "step": step + 1, "loss": result.loss, "tokens": result.tokens,
+                "kind": "step", "step": self.step, "loss": result.loss, "tokens": result.tokens,
                 "tokens_per_s": result.tokens / max(seconds, 1e-9), "grad_norm": result.grad_norm, "lr": result.lr,
-                "view": self.view.number,
+                "view": self.view.number, "first_sample": self.job.next_sample(self.step - 1),
+                "samples": self.config.samples_per_step,
             }
         )  # fmt: skip
 
@@ -99,7 +166,7 @@ class Trainer:
         self._say({"kind": "timeline", "lanes": {str(w): payload["events"] for w, payload in lanes.items()}})
 
     def _evaluate(self, done: int) -> None:
-        result = self.worker.run(self.evaluate, self.held_out, 0)
+        result = self.worker.run(self.member.evaluate, self.held_out, 0)
         perplexity = math.exp(min(result.loss, 700.0))
         self._say({"kind": "evaluation", "step": done, "loss": result.loss, "perplexity": perplexity})
 
@@ -107,10 +174,8 @@ class Trainer:
 
     def _owned_layers(self) -> list[int]:
         """The layers that this worker writes: those it holds as their lowest holder."""
-        holders = self.train.holders
-        return [
-            layer for span in self.worker.store.modules for layer in range(*span) if holders[span][0] == self.worker.id
-        ]
+        holders, me = self.member.train.holders, self.worker.id
+        return [layer for span in self.worker.store.modules for layer in range(*span) if holders[span][0] == me]
 
     def _save(self, done: int) -> bool:
         """Write a checkpoint together; returns whether it is whole. A disk that fails costs it, not the run."""
@@ -124,10 +189,8 @@ class Trainer:
         error = self._first_error(error)
         if error is None:
             try:
-                tmp = checkpoint.temporary(root, done)
-                records = [
-                    checkpoint.write_layer(tmp, n, self.worker.store.layer_state(n)) for n in self._owned_layers()
-                ]
+                tmp, store = checkpoint.temporary(root, done), self.worker.store
+                records = [checkpoint.write_layer(tmp, n, store.layer_state(n)) for n in self._owned_layers()]
             except (OSError, checkpoint.CheckpointError) as problem:
                 error = str(problem)
         votes = self.worker.gather({"error": error, "records": [record.as_json() for record in records]})
@@ -135,14 +198,14 @@ class Trainer:
         if error is None and self.leads:
             written = [checkpoint.FileRecord.from_json(r) for vote in votes.values() for r in vote["records"]]
             try:
-                checkpoint.commit(root, done, written, self._position(done), keep=self.config.keep)
+                checkpoint.commit(root, done, written, self._manifest(done), keep=self.config.keep)
             except (OSError, checkpoint.CheckpointError) as problem:
                 error = str(problem)
         error = self._first_error(error)
         if error is not None and self.leads:
             checkpoint.abort(root, done)
         event = "checkpoint" if error is None else "checkpoint_failed"
-        self._say({"kind": "event", "event": event, "step": done, **({"error": error} if error else {})})
+        self._event(event, step=done, **({"error": error} if error else {}))
         return error is None
 
     def _first_error(self, error: str | None) -> str | None:
@@ -150,16 +213,15 @@ class Trainer:
         votes = self.worker.gather({"error": error})
         return next((vote["error"] for vote in votes.values() if vote["error"]), None)
 
-    def _position(self, done: int) -> dict[str, Any]:
+    def _manifest(self, done: int) -> dict[str, Any]:
+        lanes = self.member.train.lanes
         return {
             "step": done,
             "next_sample": self.job.next_sample(done),
             "seed": self.config.seed,
             "model": model_fingerprint(self.worker.store.model.config),
             "data": self.data_fingerprint,
-            "layout": {
-                str(w): [list(op.span) for op in lane if op.kind == "STEP"] for w, lane in self.train.lanes.items()
-            },
+            "layout": {str(w): [list(op.span) for op in lane if op.kind == "STEP"] for w, lane in lanes.items()},
             "generation": 0,
         }
 
@@ -170,7 +232,7 @@ class Trainer:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.worker.gather({})
         tensors = {name: t for layer in self._owned_layers() for name, t in store.parameters(layer).items()}
-        writers = sorted({holders[0] for holders in self.train.holders.values()})
+        writers = sorted({holders[0] for holders in self.member.train.holders.values()})
         shards: dict[str, str] = {}
         if tensors and self.worker.id in writers:
             shards = write_shard(unfinished, writers.index(self.worker.id) + 1, len(writers), tensors)
@@ -180,13 +242,5 @@ class Trainer:
             every = [key for layer in range(store.model.num_layers) for key in store.model.keys(layer)]
             tokenizer = AutoTokenizer.from_pretrained(self.config.out / "tokenizer")
             finish_export(unfinished, store.model.config, weight_map, keys=every, tokenizer=tokenizer, into=path)
+        self._event("exported", step=self.config.steps, path=str(path))
         self.worker.gather({})
-        self._say({"kind": "event", "event": "exported", "step": self.config.steps, "path": str(path)})
-
-
-def load_checkpoint(worker: Worker, path: Path) -> None:
-    """Fill the worker's spans from a checkpoint that `checkpoint.find` has verified."""
-    manifest = checkpoint.read_manifest(path)
-    for layer in worker.store.layers():
-        if worker.store.layer_state(layer):
-            worker.store.load_layer_state(layer, checkpoint.read_layer(path, manifest, layer))

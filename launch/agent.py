@@ -20,8 +20,12 @@ import torch.distributed as dist
 
 from jobs.train import STOPPED
 from launch.nursery import Exit, Nursery
+from recovery.coordinator import report_loss
+from recovery.membership import read_view
 
-_CONSEQUENCES = ("LinkError", "CommitError", "MembershipError")
+FATAL = ("NonFiniteLoss", "CheckpointError", "ModelError", "CorpusError", "ConfigError", "MembershipError")
+"""Errors that another worker in the same place would meet too: the run ends with them."""
+_POLL_S = 0.02
 _GRACE_S = 3.0
 
 
@@ -31,35 +35,70 @@ class RunFailed(RuntimeError):
 
 @dataclass
 class Agent:
-    """The supervisor of `workers`. `tick` is called many times a second while they run."""
+    """The supervisor of the workers of `places`, view after view. `payload(worker, place, view, joins)` starts one."""
 
     nursery: Nursery
     store: dist.Store
-    workers: Sequence[int]
+    places: Sequence[int]
+    payload: Callable[[int, int, int, bool], dict[str, Any]]
     pids: dict[int, int] = field(default_factory=dict)
+    _view: int = 1
     _stopping: int = 0
 
-    def start(self, payload: Callable[[int], dict[str, Any]]) -> None:
-        """Fork every worker with its payload."""
-        for worker in self.workers:
-            self.pids[self.nursery.start(payload(worker))] = worker
+    def start(self) -> None:
+        """Fork the workers of the first view, each with the number of its place."""
+        for place in self.places:
+            self._start(place, place, 1, joins=False)
+
+    def _start(self, worker: int, place: int, view: int, *, joins: bool) -> None:
+        self.pids[self.nursery.start(self.payload(worker, place, view, joins))] = worker
 
     def supervise(self, tick: Callable[[], None]) -> int:
-        """Wait for the workers to end; returns 0 or STOPPED. Raises RunFailed when one fails, here or elsewhere."""
-        codes: dict[int, int] = {}
+        """Wait for the workers to end; returns 0 or STOPPED. Raises RunFailed when the run cannot go on.
+
+        `tick` is called many times a second. Workers that are lost are reported to the coordinator; those that it
+        names in their place are started.
+        """
+        code = None
         with self._forward_signals():
-            while len(codes) < len(self.workers):
-                tick()
-                for exit_ in self.nursery.poll(0.05):
+            while self.pids or code is None:
+                for exit_ in self.nursery.poll(_POLL_S):
                     worker = self.pids.pop(exit_.pid, None)
                     if worker is None:
                         continue
-                    codes[worker] = exit_.code
-                    if exit_.code not in (0, STOPPED):
-                        self._fail(worker, exit_)
+                    if exit_.code in (0, STOPPED):
+                        code = max(code or 0, exit_.code)
+                    elif code is None:  # once one has ended well, all have committed all there is
+                        self._lost(worker, exit_)
+                tick()
+                self._follow()
                 if self.store.check(["failed"]):
                     raise RunFailed(self.store.get("failed").decode())
-        return STOPPED if STOPPED in codes.values() else 0
+        return code
+
+    def _lost(self, worker: int, exit_: Exit) -> None:
+        reason = str(exit_)
+        if self.store.check([f"error/{worker}"]):
+            error = json.loads(self.store.get(f"error/{worker}"))
+            reason = error["error"]
+            if error["type"] in FATAL:
+                self.store.set("failed", f"worker {worker}: {reason}")
+                return
+        report_loss(self.store, worker, reason)
+
+    def _follow(self) -> None:
+        """Start who joins in the views that came since, and end who is in none any more."""
+        while self.store.check([f"view/{self._view + 1}"]):
+            view = read_view(self.store, self._view + 1)
+            self._view = view.number
+            for pid, worker in self.pids.items():
+                if worker not in view.workers:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            running = set(self.pids.values())
+            for worker in view.joined:
+                if (place := view.places[worker]) in self.places and worker not in running:
+                    self._start(worker, place, view.number, joins=True)
 
     def end(self) -> None:
         """End the workers that still run, gently first."""
@@ -69,30 +108,6 @@ class Agent:
             while self.pids and time.monotonic() < deadline:
                 for exit_ in self.nursery.poll(0.05):
                     self.pids.pop(exit_.pid, None)
-
-    def _fail(self, worker: int, exit_: Exit) -> None:
-        """Find out what went wrong first, tell the other agents, and raise it."""
-        cause = f"worker {worker} {exit_}"
-        if exit_.code > 0:
-            time.sleep(0.3)  # a worker that lost its peer may report before the peer's own agent has seen it end
-        errors = [json.loads(self.store.get(f"error/{w}")) | {"worker": w} for w in self._reported()]
-        roots = [e for e in errors if e["type"] not in _CONSEQUENCES]
-        killed = [x for x in self.nursery.poll(0.0) if x.code < 0 and x.pid in self.pids]
-        if exit_.code > 0 and roots:
-            first = min(roots, key=lambda e: e["time"])
-            cause = f"worker {first['worker']}: {first['error']}"
-        elif exit_.code > 0 and killed:
-            cause = f"worker {self.pids[killed[0].pid]} {killed[0]}"
-        elif exit_.code > 0 and errors:
-            first = min(errors, key=lambda e: e["time"])
-            cause = f"worker {first['worker']}: {first['error']}"
-        if not self.store.check(["failed"]):
-            self.store.set("failed", cause)
-        raise RunFailed(cause)
-
-    def _reported(self) -> list[int]:
-        world = int(self.store.get("world")) if self.store.check(["world"]) else max(self.workers) + 1
-        return [w for w in range(world) if self.store.check([f"error/{w}"])]
 
     def _signal(self, signum: int) -> None:
         for pid in self.pids:

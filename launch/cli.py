@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     logging.basicConfig(level=os.environ.get("UNBROKEN_LOG", "WARNING").upper(), format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every wait on a store that times out is a warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command = COMMANDS[arguments[0]]
     settings, function = command.load()

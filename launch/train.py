@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from launch.report import loss_terminal
 from launch.run_folder import RunFolder
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.worker_main import default_threads, worker_main
-from recovery.membership import publish
+from recovery.coordinator import Coordinator, TooManyFailures
+from recovery.policy import cure
+from recovery.remedy import CannotRestore
 
 
 def train(config: TrainConfig, as_json: bool = False) -> int:
@@ -42,9 +45,9 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
     try:
         handle = open_store(slot, config.store_port)
-        agent = Agent(nursery, handle.store, workers)
+        agent = Agent(nursery, handle.store, workers, partial(_payload, config, slot, handle, devices))
         try:
-            agent.start(lambda worker: _payload(config, slot, handle, devices, worker))
+            agent.start()
             if slot.coordinates:
                 return _coordinate(config, agent, handle.store, slot, as_json)
             code = agent.supervise(lambda: None)
@@ -56,19 +59,30 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
         nursery.close()
 
 
-def _payload(config: TrainConfig, slot: Slot, handle: StoreHandle, devices: Devices, worker: int) -> dict[str, Any]:
+def _payload(
+    config: TrainConfig,
+    slot: Slot,
+    handle: StoreHandle,
+    devices: Devices,
+    worker: int,
+    place: int,
+    view: int,
+    joins: bool,
+) -> dict[str, Any]:
     return {
         "worker": worker,
+        "place": place,
+        "view": view,
+        "joins": joins,
         "store": handle.address(),
         "threads": config.threads or default_threads(slot.workers_here(config.workers)),
-        "device": devices.of(slot.local_index(worker)),
+        "device": devices.of(slot.local_index(place)),
         "nccl": devices.nccl,
     }
 
 
 def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool) -> int:
     existed = config.out.exists()
-    store.set("world", str(config.workers))
     with Display(config.steps, quiet=as_json) as display:
         try:
             plan = make_plan(config, display.preparing)
@@ -83,13 +97,25 @@ def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot
         folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard)
         folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
         story = Story(config, plan, folder, display, store)
-        publish(store, plan.view)
+        model = plan.model
+        coordinator = Coordinator(
+            store, plan.view,
+            lambda view: cure(view, config.recovery, model.num_layers, model.tied, config.out / "checkpoints"),
+            story.event, config.heartbeat, config.deadline, config.max_failures,
+        )  # fmt: skip
+
+        def tick() -> None:
+            coordinator.tick()
+            story.tick()
+
         try:
-            code = agent.supervise(story.tick)
+            code = agent.supervise(tick)
             for rank in range(1, slot.world):
                 store.wait([f"done/{rank}"])
             story.tick()
-        except RunFailed as error:
+        except (RunFailed, CannotRestore, TooManyFailures) as error:
+            if not store.check(["failed"]):
+                store.set("failed", str(error))
             story.tick()
             folder.event("failed", error=str(error), step=story.step)
             raise
@@ -112,6 +138,16 @@ def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
         display.say(f"resuming at step {view.first_step} from {Path(view.checkpoint).name}")
 
 
+_SAID = {
+    "detected": "worker {worker} {reason}",
+    "remedy": "worker {replacement} takes its place: {remedy}",
+    "resumed": "going on from step {step} after {seconds[total]:.2f} s",
+    "rolled_back": "back to {to}: {steps_lost} steps are run again",
+    "not_finite": "{error}; it is run again",
+    "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
+}
+
+
 class Story:
     """Reads the workers' records and turns them into files and lines."""
 
@@ -130,6 +166,13 @@ class Story:
             self._next += 1
             self._handle(record)
 
+    def event(self, event: str, **fields: Any) -> None:
+        """Something happened to the membership: keep it, and say it."""
+        fields.setdefault("step", self.step)
+        self._folder.event(event, **fields)
+        if (line := _SAID.get(event)) is not None:
+            self._display.say(line.format(**fields), "yellow")
+
     def _handle(self, record: dict[str, Any]) -> None:
         kind = record.pop("kind")
         if kind == "step":
@@ -147,9 +190,9 @@ class Story:
             self._folder.event("stopped", **record)
             self._display.say(f"asked to stop: saved at step {record['step']}; --resume goes on from there", "yellow")
         else:
-            self._folder.event(**record)
-            if record["event"] == "checkpoint_failed":
-                self._display.say(f"no checkpoint at step {record['step']}: {record['error']}; training goes on", "red")
+            if record["event"] == "resumed":
+                record["seconds"]["total"] = max(record["seconds"].values())
+            self.event(**record)
 
     def close(self, code: int, as_json: bool) -> None:
         """The end: pictures, the loss curve, a sample, and where everything is."""

@@ -18,17 +18,22 @@ import torch.distributed as dist
 from jobs.config import TrainConfig
 from jobs.plan import evaluation_samples, open_dataset
 from jobs.text import TextJob
-from jobs.train import Trainer, load_checkpoint
+from jobs.train import Trainer
 from launch.config import config_from_dict
 from pipeline.groups import GroupBuilder, address_towards
 from pipeline.model import LayeredModel
 from pipeline.simulate import Network
-from pipeline.store import ResidentStore, shard_holders
-from pipeline.transport import Shape, Transport, link_pairs, span_bytes
+from pipeline.store import ResidentStore
+from pipeline.transport import Shape, Transport, span_bytes
 from pipeline.weights import read_config
-from pipeline.worker import Settings, Worker, connections
+from pipeline.worker import Settings, Worker
 from recovery.commit import Ballot
-from recovery.membership import View, await_view
+from recovery.communicator import Communicator
+from recovery.inject import Fault, Injector, parse
+from recovery.member import Member, Watcher
+from recovery.membership import View, await_view, read_view
+from recovery.policy import CHECKPOINT, POLICIES, remedies
+from recovery.restore import load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +64,20 @@ def worker_main(payload: dict[str, Any]) -> int:
 
 
 def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threading.Event) -> int:
-    view = await_view(store, 1, timeout_s=3600.0)
+    number, joins = int(payload["view"]), bool(payload["joins"])
+    await_view(store, 1, timeout_s=3600.0)
+    view = read_view(store, 1)  # the newest view is this one with other workers in some places
     config = config_from_dict(TrainConfig, view.details["config"])
-    worker, train = build_worker(worker_id, config, view, store, payload)
+    place = int(payload["place"])
+    member = build_member(worker_id, config, view, place, store, payload)
     if view.checkpoint is not None:
-        load_checkpoint(worker, Path(view.checkpoint))
+        load_checkpoint(member.worker, Path(view.checkpoint))
     dataset = open_dataset(config.out)
-    reports = _Reports(connect(payload["store"], 60.0))
+    reports = Reports(connect(payload["store"], 60.0), worker_id)
+    member.worker.probe = make_injector(member, config, place, reports)
     evaluated = evaluation_samples(config, dataset)
     trainer = Trainer(
-        config, view, worker, train, view.schedule("evaluate"),
+        config, member,
         TextJob(
             dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size,
             view.first_step, view.first_sample,
@@ -77,49 +86,65 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
             dataset.held_out_spread(evaluated), config.sequence_length, view.schedule("evaluate").num_microbatches,
             config.microbatch_size, limit=evaluated,
         ),
-        dataset.fingerprint, reports.put, stop.is_set,
+        dataset.fingerprint, reports.put, stop.is_set, view.first_step,
+        save_first=CHECKPOINT in POLICIES[config.recovery] and view.checkpoint is None,
     )  # fmt: skip
-    code = trainer.run()
-    worker.transport.close()
-    return code
+    watcher = Watcher(connect(payload["store"], 60.0), member.worker, member.communicator)
+    watcher.start(number)
+    try:
+        return trainer.run(number, joins)
+    finally:
+        watcher.stop()
+        member.worker.transport.close()
 
 
-def build_worker(
-    worker_id: int, config: TrainConfig, view: View, store: dist.Store, payload: dict[str, Any]
-) -> tuple[Worker, Any]:
-    """The worker of a view with its spans, links and groups, and the training schedule."""
+def build_member(
+    worker_id: int, config: TrainConfig, view: View, place: int, store: dist.Store, payload: dict[str, Any]
+) -> Member:
+    """A worker with the spans of its place, and no links yet. `view` is the first of the run."""
     device = torch.device(payload["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    train, evaluate = view.schedule("train"), view.schedule("evaluate")
     model = LayeredModel(read_config(config.out / "model-config"), attention=payload.get("attention"))
     source = view.details["source"]
-    holders = train.holders
-    spans = [span for span, workers in holders.items() if worker_id in workers]
+    spans = [span for span, workers in view.schedule("train").holders.items() if place in workers]
     held = ResidentStore(
         model, spans, config.optimizer(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source),
     )  # fmt: skip
-    host = payload["store"]["host"]
-    address = address_towards(host, payload["store"]["port"])
-    builder = GroupBuilder(store, worker_id, address, device, timeout_s=config.deadline)
-    backend = "nccl" if payload["nccl"] else "gloo"
-    transport = Transport(worker_id, view.number)
-    transport.connect(
-        builder, link_pairs(connections(train) | connections(evaluate)),
-        max_bytes=span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32),
-        nccl=payload["nccl"], shapes=link_shapes(config.network, config.workers),
-    )  # fmt: skip
-    groups = {
-        shard: builder.build(f"view{view.number}/shard{shard[0]}-{shard[1]}", members, backend)
-        for shard, members in shard_holders(holders, model).items()
-        if worker_id in members and len(members) > 1
-    }
     settings = Settings(
-        device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute, config.deadline
-    )
-    ballot = Ballot(store, view.number, worker_id, view.workers)
-    return Worker(worker_id, held, transport, groups, ballot, settings), train
+        device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,
+        2 * config.deadline,  # the coordinator, who knows whom all wait for, comes first
+    )  # fmt: skip
+    worker = Worker(worker_id, held, Transport(worker_id), {}, Ballot(store, 0, worker_id, ()), settings)
+    address = address_towards(payload["store"]["host"], payload["store"]["port"])
+    communicator = Communicator(
+        worker, GroupBuilder(store, worker_id, address, device, timeout_s=2 * config.deadline),
+        max_bytes=span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32),
+        backend="nccl" if payload["nccl"] else "gloo",
+    )  # fmt: skip
+    network = link_shapes(config.network, config.workers)
+
+    def shapes(now: View) -> dict[tuple[int, int], Shape] | None:
+        at = {place: worker for worker, place in now.places.items()}
+        return None if network is None else {(at[a], at[b]): shape for (a, b), shape in network.items()}
+
+    return Member(worker, communicator, store, remedies(config.checkfree_weights), shapes)
+
+
+def make_injector(member: Member, config: TrainConfig, place: int, reports: Reports) -> Injector:
+    """The faults of the settings, as this worker meets them. The stage is that of the first view."""
+    store = member.worker.store
+
+    def poison() -> None:
+        next(iter(store.shards.values())).gradient[0] = float("nan")
+
+    def told(fault: Fault) -> None:
+        reports.put({"kind": "event", "event": "fault", "worker": reports.worker, "step": fault.step,
+                     "fault": fault.kind, "at": fault.at})  # fmt: skip
+
+    stage = place % config.stages if place < config.stages else None  # replicas of a stage are not hit by its faults
+    return Injector(parse(config.inject), reports.worker, stage, reports.claim, told, poison)
 
 
 def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Shape] | None:
@@ -131,15 +156,20 @@ def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Sha
     return {(a, b): Shape(loaded.latency_s[a][b], loaded.bandwidth[a][b]) for a, b in pairs}
 
 
-class _Reports:
+class Reports:
     """Numbered records in the store; the coordinator reads them in order."""
 
-    def __init__(self, store: dist.Store) -> None:
-        self._store, self._next = store, 0
+    def __init__(self, store: dist.Store, worker: int) -> None:
+        self._store, self.worker = store, worker
 
     def put(self, record: dict[str, Any]) -> None:
-        self._store.set(f"record/{self._next}", json.dumps({"time": time.time(), **record}))
-        self._next += 1
+        """Add a record."""
+        number = self._store.add("records", 1) - 1
+        self._store.set(f"record/{number}", json.dumps({"time": time.time(), **record}))
+
+    def claim(self, name: str) -> bool:
+        """Whether nobody has asked for `name` before."""
+        return self._store.add(f"claim/{name}", 1) == 1
 
 
 def default_threads(workers_here: int) -> int:

@@ -58,14 +58,15 @@ class SpanOptimizer:
     """The parameters of one span (by full name), their flat fp32 gradient and their AdamW state.
 
     `gradient` is one vector; each parameter's `.grad` is a view of it, so autograd adds into it in place and replicas
-    reduce it in one collective. `lr_scale` multiplies the learning rate (CheckFree raises that of a rebuilt stage).
+    reduce it in one collective. `lr_scale`, a scalar tensor, is state too: it multiplies the learning
+    rate, and CheckFree raises that of a rebuilt stage.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
         self.parameters = dict(parameters)
         self.config = config
-        self.lr_scale = 1.0
         device = next(iter(self.parameters.values())).device
+        self.lr_scale = torch.ones((), device=device)
         size = sum(p.numel() for p in self.parameters.values())
         self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
         at = 0
@@ -91,7 +92,7 @@ class SpanOptimizer:
         """One AdamW step at `lr` with gradients times `scale`, which then are zero again."""
         self.gradient.mul_(scale)
         for group in self._adamw.param_groups:
-            group["lr"] = lr * self.lr_scale
+            group["lr"] = lr * float(self.lr_scale)
         self._adamw.step()
         self.gradient.zero_()
 

@@ -22,11 +22,11 @@ TIED: Span = (-1, 0)
 Holders = Mapping[Span, tuple[int, ...]]
 
 
-def shard_holders(holders: Holders, model: LayeredModel) -> dict[Span, tuple[int, ...]]:
+def shard_holders(holders: Holders, num_layers: int, tied: bool) -> dict[Span, tuple[int, ...]]:
     """Shard -> the workers that hold a copy and must reduce its gradient together: spans, and a tied weight if any."""
     shards = dict(holders)
-    if model.tied:
-        ends = ((0, 1), (model.num_layers - 1, model.num_layers))
+    if tied:
+        ends = ((0, 1), (num_layers - 1, num_layers))
         shards[TIED] = tuple(sorted({w for s, ws in holders.items() for w in ws if any(overlaps(s, e) for e in ends)}))
     return shards
 
@@ -69,12 +69,23 @@ class ResidentStore:
         return {name: shard for shard in self.shards.values() for name in keys if name in shard.parameters}
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """The whole state of a layer: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`. Not copies."""
-        state: dict[str, Tensor] = {}
-        for name, shard in self._owner(layer).items():
-            state[f"param/{name}"] = shard.parameters[name].detach()
-            state.update({f"{kind}/{name}": tensor for kind, tensor in shard.moments(name).items()})
-        return state
+        """The whole state of a layer: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`. Not copies.
+
+        `lr_scale/NAME` is there once for each shard that the layer's parameters are in.
+        """
+        return _state(self._owner(layer))
+
+    def shard_state(self, shard: Span) -> dict[str, Tensor]:
+        """The state of one shard, in the form of `layer_state`: what replicas of it must agree on, bit for bit."""
+        return _state(dict.fromkeys(self.shards[shard].parameters, self.shards[shard]))
+
+    def span_states(self, span: Span) -> list[dict[str, Tensor]]:
+        """The states that `span` consists of: one per layer, or that of the tied weight."""
+        return [self.shard_state(TIED)] if span == TIED else [self.layer_state(layer) for layer in range(*span)]
+
+    def shards_of(self, span: Span) -> list[SpanOptimizer]:
+        """The shards that hold parameters of these layers, the tied weight aside."""
+        return [shard for key, shard in self.shards.items() if key == span or (key != TIED and overlaps(key, span))]
 
     @torch.no_grad()
     def load_layer_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
@@ -85,3 +96,15 @@ class ResidentStore:
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Full name -> weight of the parameters that `layer` owns."""
         return {name: shard.parameters[name].detach() for name, shard in self._owner(layer).items()}
+
+
+def _state(owners: Mapping[str, SpanOptimizer]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    scaled: set[int] = set()
+    for name, shard in owners.items():
+        state[f"param/{name}"] = shard.parameters[name].detach()
+        state.update({f"{kind}/{name}": tensor for kind, tensor in shard.moments(name).items()})
+        if id(shard) not in scaled:
+            scaled.add(id(shard))
+            state[f"lr_scale/{name}"] = shard.lr_scale
+    return state

@@ -77,6 +77,8 @@ class Mailbox:
         self._lost: dict[int, str] = {}
         self._woken: str | None = None
         self._oldest = (0, 0)
+        self.waiting = ""
+        """What a worker waits for at the moment, for others to read; empty while it works."""
 
     def put(self, view: int, step: int, op: Op, peer: int, deliver_at: float, payload: Tensor) -> None:
         """File a message; one that is older than the current (view, step) is dropped."""
@@ -91,11 +93,22 @@ class Mailbox:
             self._lost.setdefault(peer, reason)
             self._changed.notify_all()
 
-    def wake(self, reason: str) -> None:
-        """Make every present and later wait of this view fail at once, with `reason`."""
+    def forget(self, peer: int) -> None:
+        """A new link to `peer` takes the place of one that was lost."""
         with self._changed:
-            self._woken = reason
-            self._changed.notify_all()
+            self._lost.pop(peer, None)
+
+    def broken(self) -> set[int]:
+        """The peers that were lost."""
+        with self._changed:
+            return set(self._lost)
+
+    def wake(self, view: int, reason: str) -> None:
+        """View `view` has begun: make every wait of an older one fail at once, with `reason`."""
+        with self._changed:
+            if view > self._oldest[0]:
+                self._woken = reason
+                self._changed.notify_all()
 
     def advance(self, view: int, step: int) -> None:
         """Drop all that is older than (view, step) and refuse it from now on."""
@@ -125,7 +138,9 @@ class Mailbox:
                     raise LinkError(f"{what} will not come: {self._lost[peer]}")
                 if now >= deadline:
                     raise LinkError(f"{what} did not come within the step deadline")
+                self.waiting = what
                 self._changed.wait(min(deadline, held[0] if held else deadline) - now)
+                self.waiting = ""
 
 
 class Link:
@@ -171,6 +186,13 @@ class Link:
             self._post(pack(_BYE, 0, Op("F", (0, 0)), torch.empty(0)))
             self.flush(time.monotonic() + 1.0)
 
+    def abandon(self) -> None:
+        """End the link without a word: a receive that gives up at once closes its sockets on both sides."""
+        if not self._fixed:
+            with contextlib.suppress(RuntimeError):
+                self._in.recv([torch.empty(1, dtype=torch.uint8)], self._peer_rank, 1).wait(timedelta(milliseconds=1))
+        self._thread.join(1.0)
+
     def join(self, timeout_s: float) -> None:
         """Wait for the receiving thread, which ends at the peer's goodbye or loss."""
         self._thread.join(timeout_s)
@@ -208,10 +230,10 @@ class Link:
 
 @dataclass
 class Transport:
-    """All links of one worker in one view."""
+    """All links of one worker. A view change edits them: what does not touch a changed worker stays as it is."""
 
     worker: int
-    view: int
+    view: int = 0
     mailbox: Mailbox = field(default_factory=Mailbox)
     links: dict[int, Link] = field(default_factory=dict)
 
@@ -219,7 +241,7 @@ class Transport:
         self, builder: GroupBuilder, pairs: set[tuple[int, int]], *, max_bytes: int, nccl: bool = False,
         shapes: Mapping[tuple[int, int], Shape] | None = None,
     ) -> None:  # fmt: skip
-        """Build a link for each pair (a, b), a < b, that holds this worker. Every worker must pass the same pairs.
+        """Build the missing links among pairs (a, b), a < b, that hold this worker. All must pass the same pairs.
 
         Pairs are joined in ascending order, which no cycle of waiting can arise from. `shapes[(source, target)]`
         slows that direction down. NCCL gets a group per direction, since its transfers in one group run in turn.
@@ -228,6 +250,9 @@ class Transport:
             if self.worker not in (low, high):
                 continue
             peer = high if self.worker == low else low
+            if peer in self.links:
+                continue
+            self.mailbox.forget(peer)
             rank = 0 if self.worker == low else 1
             name = f"view{self.view}/link{low}-{high}"
             if nccl:
@@ -248,6 +273,11 @@ class Transport:
     def receive(self, step: int, op: Op, peer: int, deadline: float) -> Tensor:
         """The output of `op`, computed by `peer`, on the host (or the device, over NCCL). Raises LinkError."""
         return self.mailbox.get(self.view, step, op, peer, deadline)
+
+    def drop(self, peer: int) -> None:
+        """End the link to a peer that is gone, or no longer needed."""
+        if link := self.links.pop(peer, None):
+            link.abandon()
 
     def flush(self, deadline: float) -> None:
         """Wait until everything sent has left this worker."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +25,40 @@ from pipeline.batch import Batch, Job
 from pipeline.groups import Group, Work
 from pipeline.optimizer import clip_factor, learning_rate
 from pipeline.rng import RngKey
-from pipeline.schedule import RECV, REDUCE, SEND, STEP, B, F, I, Op, Schedule, Span, W
+from pipeline.schedule import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, Schedule, Span, W
 from pipeline.store import TIED, ResidentStore, shard_holders
 from pipeline.timeline import Event
 from pipeline.transport import LinkError, Transport
 
-Exchange = Callable[[int, dict[str, Any], float], Mapping[int, dict[str, Any]]]
-"""(iteration, own payload, deadline) -> every worker's payload, by worker: how the workers of a view settle a step."""
+Voted = Callable[[], None] | None
+
+
+class Exchange(Protocol):
+    """How the workers of a view settle a step: everybody's payload to everybody, or nobody's to anybody."""
+
+    def __call__(
+        self, iteration: int, payload: dict[str, Any], deadline: float, voted: Voted = None, /
+    ) -> Mapping[int, dict[str, Any]]:
+        """Every worker's payload, by worker. `voted` is called when the own one is given but the outcome is open."""
+        ...
+
+
+class Probe(Protocol):
+    """Called at named points of a step (forward, backward, reduce, commit, optimizer): to inject faults."""
+
+    slowdown: float
+    """How many times as long every compute op is to take."""
+
+    def __call__(self, point: str, step: int, /) -> None: ...
+
+
+class Unprobed:
+    """Nothing happens."""
+
+    slowdown = 1.0
+
+    def __call__(self, point: str, step: int, /) -> None:
+        return None
 
 
 class NonFiniteLoss(RuntimeError):
@@ -63,7 +91,10 @@ class StepResult:
 
 @dataclass
 class Worker:
-    """One worker in one view. `groups[shard]` reduces a shard's gradient over its holders, where there are several."""
+    """One worker, view after view. `groups[shard]` reduces a shard's gradient over its holders, if there are several.
+
+    `norms` are those of the last committed step: span -> gradient norm before clipping.
+    """
 
     id: int
     store: ResidentStore
@@ -72,6 +103,10 @@ class Worker:
     exchange: Exchange
     settings: Settings
     iteration: int = 0
+    probe: Probe = field(default_factory=Unprobed)
+    norms: Mapping[Span, float] = field(default_factory=dict)
+    reduced: dict[Span, Work] = field(default_factory=dict)
+    """The sums over replicas that were started since the last committed step."""
 
     def run(
         self, schedule: Schedule, job: Job, step: int, *, wish: Mapping[str, Any] | None = None, record: bool = False
@@ -89,6 +124,8 @@ class Worker:
         with torch.set_grad_enabled(training):
             events = pass_.execute(record)
         settled = pass_.settled
+        if training:
+            self.norms = settled.norms
         return StepResult(
             settled.loss, settled.tokens, settled.norm, settled.lr if training else 0.0, settled.norms,
             settled.wishes, events,
@@ -98,6 +135,27 @@ class Worker:
         """Everyone's payload, by worker, outside any step: a barrier that carries JSON."""
         self.iteration += 1
         return self.exchange(self.iteration, payload, time.monotonic() + self.settings.deadline_s)
+
+    def reduce(self, shard: Span) -> None:
+        """Start summing a shard's gradient over its holders, if there are several."""
+        if group := self.groups.get(shard):
+            self.reduced[shard] = group.allreduce([self.store.shards[shard].gradient])
+
+    def finish_reductions(self, deadline: float) -> None:
+        """Wait for all sums that were started. Raises LinkError."""
+        for shard, work in self.reduced.items():
+            try:
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except RuntimeError as error:
+                raise LinkError(f"summing the gradient of {shard} over its replicas failed: {error}") from error
+
+    def drop(self) -> None:
+        """Forget the gradients of a step that does not count."""
+        for shard in self.store.shards.values():
+            shard.drop()
+
+
+_POINTS = {F: "forward", B: "backward", I: "backward", REDUCE: "reduce"}
 
 
 @dataclass(frozen=True)
@@ -131,8 +189,10 @@ class _Pass:
         self.saved: dict[tuple[Span, int], _Saved] = {}
         self.losses: dict[int, Tensor] = {}
         self.batches: dict[int, Batch] = {}
-        self.reductions: list[Work] = []
         self.split = {op[1:3] for op in self.lane if op.kind == W} if not worker.settings.recompute else set()
+        counts = Counter(_POINTS[op.kind] for op in self.lane if op.kind in _POINTS)
+        self.middle = {point: n // 2 + 1 for point, n in counts.items()}
+        self.seen: dict[str, int] = {}
         self.handlers: dict[str, Callable[[Op], None]] = {
             F: self.forward, B: self.backward, I: self.backward, W: self.weights, SEND: self.send, RECV: self.receive,
             REDUCE: self.reduce, STEP: self.apply,
@@ -147,14 +207,28 @@ class _Pass:
             if op.kind == STEP:
                 _ = self.settled  # waiting for the others is a bubble, not the work of a STEP
             began = time.monotonic() - start
-            self.handlers[op.kind](op)
+            self.run_op(op)
             if record and op.kind not in (SEND, RECV):
                 if self.worker.settings.device.type == "cuda":
                     torch.cuda.synchronize()
                 events.append(Event(self.worker.id, op, began, time.monotonic() - start))
         _ = self.settled  # lanes without STEP (evaluation, an idle worker) settle too
-        self.worker.transport.flush(self.deadline)
+        self.worker.reduced.clear()
+        with suppress(LinkError):  # all that was sent has been used, or the step would not be settled
+            self.worker.transport.flush(self.deadline)
         return tuple(events)
+
+    def run_op(self, op: Op) -> None:
+        """Run one op; faults are injected in the middle of its kind, and a worker that is to be slow takes its time."""
+        point = _POINTS.get(op.kind)
+        if point is not None:
+            self.seen[point] = self.seen.get(point, 0) + 1
+            if self.seen[point] == self.middle[point]:
+                self.worker.probe(point, self.step)
+        began = time.monotonic()
+        self.handlers[op.kind](op)
+        if op.kind in COMPUTE and self.worker.probe.slowdown > 1:
+            time.sleep((self.worker.probe.slowdown - 1) * (time.monotonic() - began))
 
     # ---- compute ----
 
@@ -217,8 +291,8 @@ class _Pass:
 
     def reduce(self, op: Op) -> None:
         """Start summing the span's gradient over its replicas; `settled` waits for it."""
-        if (group := self.worker.groups.get(op.span)) and (shard := self.worker.store.shards.get(op.span)):
-            self.reductions.append(group.allreduce([shard.gradient]))
+        if op.span in self.worker.store.shards:
+            self.worker.reduce(op.span)
 
     # ---- the end of the step ----
 
@@ -227,14 +301,10 @@ class _Pass:
         """The step as all workers agree on it, reached once per pass: everything that STEP needs to know."""
         worker, shards = self.worker, self.worker.store.shards
         training = any(op.kind == STEP for op in self.lane)
-        if training and TIED in shards and (group := worker.groups.get(TIED)):
-            self.reductions.append(group.allreduce([shards[TIED].gradient]))
-        for work in self.reductions:
-            try:
-                work.wait(timedelta(seconds=max(0.001, self.deadline - time.monotonic())))
-            except RuntimeError as error:
-                raise LinkError(f"summing gradients over replicas failed: {error}") from error
-        holders = shard_holders(self.schedule.holders, self.model)
+        for shard in self.beside if training else ():
+            worker.reduce(shard)
+        worker.finish_reductions(self.deadline)
+        holders = shard_holders(self.schedule.holders, self.model.num_layers, self.model.tied)
         norms = {
             f"{span[0]}:{span[1]}": (shard.squared_norm() / max(1, self.visits(span)) ** 2)
             for span, shard in shards.items()
@@ -244,20 +314,27 @@ class _Pass:
             worker.iteration,
             {"losses": {str(m): float(loss) for m, loss in self.losses.items()}, "norms": norms, "wish": self.wish},
             self.deadline,
+            lambda: worker.probe("commit", self.step),
         )
         return self._agree(votes)
+
+    @cached_property
+    def beside(self) -> list[Span]:
+        """The shards that are held but not computed in this lane: a tied weight, copies kept for others."""
+        stepped = {op.span for op in self.lane if op.kind == STEP}
+        return [shard for shard in self.worker.store.shards if shard not in stepped]
 
     def _agree(self, votes: Mapping[int, Mapping[str, Any]]) -> _Settled:
         losses = sorted((int(m), loss) for vote in votes.values() for m, loss in vote["losses"].items())
         for m, loss in losses:
             if not math.isfinite(loss):
-                self.drop()
+                self.worker.drop()
                 raise NonFiniteLoss(f"the loss is {loss} at step {self.step}, microbatch {m}; the step was not taken")
         squares = {_span(text): value for vote in votes.values() for text, value in vote["norms"].items()}
         norm = math.sqrt(sum(value for _, value in sorted(squares.items())))
         if not math.isfinite(norm):
             span = next(s for s, value in sorted(squares.items()) if not math.isfinite(value))
-            self.drop()
+            self.worker.drop()
             raise NonFiniteLoss(
                 f"the gradient norm of span {span} is {squares[span]} at step {self.step}; the step was not taken"
             )
@@ -272,7 +349,10 @@ class _Pass:
 
     def apply(self, op: Op) -> None:
         settled = self.settled
-        for span in (op.span, TIED) if op is self._last_step else (op.span,):
+        last = op is self._last_step
+        if last:
+            self.worker.probe("optimizer", self.step)
+        for span in (op.span, *self.beside) if last else (op.span,):
             if shard := self.worker.store.shards.get(span):
                 scale = clip_factor(settled.norm, shard.config.clip) / max(1, self.visits(span))
                 shard.apply(scale, settled.lr)
@@ -280,10 +360,6 @@ class _Pass:
     @cached_property
     def _last_step(self) -> Op:
         return [op for op in self.lane if op.kind == STEP][-1]
-
-    def drop(self) -> None:
-        for shard in self.worker.store.shards.values():
-            shard.drop()
 
     # ---- small things ----
 

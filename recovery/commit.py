@@ -1,23 +1,39 @@
-"""How the workers of a view settle a step: each votes once, and all read all votes, through the store.
+"""How the workers of a view settle a step: each votes once, and the outcome is written once, in one place.
 
-The store outlives any worker, so nobody waits inside a collective whose other members may be dead: every wait has a
-deadline and ends with the names of those who did not vote. A vote through a TCPStore costs about 0.2 ms for 4 workers.
+The last to vote writes "commit"; the coordinator, when it changes the view, writes "abort". Whoever is first wins, by
+compare-and-set, so a step is committed on all workers or on none, whoever dies and whenever. All wait on that one key
+of a store that outlives any worker; nobody waits inside a collective whose other members may be dead.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+COMMIT, ABORT = "commit", "abort"
+
 
 class CommitError(RuntimeError):
     """A step could not be settled: names the workers whose vote did not come."""
+
+
+class Aborted(RuntimeError):
+    """The coordinator has ended this step, because the view changes. Nothing of it counts."""
+
+
+def _key(view: int, what: str, iteration: int) -> str:
+    return f"view{view}/{what}/{iteration}"
+
+
+def decide(store: dist.Store, view: int, iteration: int, outcome: str) -> str:
+    """Write the outcome of an iteration, unless it has one; returns the outcome that stands."""
+    return store.compare_set(_key(view, "outcome", iteration), "", outcome).decode()
 
 
 @dataclass
@@ -29,28 +45,68 @@ class Ballot:
     worker: int
     members: Sequence[int]
 
-    def _key(self, iteration: int, worker: int) -> str:
-        return f"view{self.view}/vote/{iteration}/{worker}"
+    def _vote(self, iteration: int, worker: int) -> str:
+        return _key(self.view, f"vote{worker}", iteration)
 
-    def __call__(self, iteration: int, payload: dict[str, Any], deadline: float) -> Mapping[int, dict[str, Any]]:
+    def __call__(
+        self, iteration: int, payload: dict[str, Any], deadline: float, voted: Callable[[], None] | None = None
+    ) -> Mapping[int, dict[str, Any]]:
         """Vote `payload` (JSON) and return everyone's, by worker. `deadline` is in time.monotonic seconds.
 
-        Raises CommitError when votes are missing at the deadline, or when the store is gone.
+        `voted` is called between the vote and its outcome. Raises Aborted when the view changes, CommitError when
+        votes are missing at the deadline or the store is gone.
         """
         try:
-            self.store.set(self._key(iteration, self.worker), json.dumps(payload))
-            keys = [self._key(iteration, member) for member in self.members]
+            self.store.set(self._vote(iteration, self.worker), json.dumps(payload))
+            last = self.store.add(_key(self.view, "votes", iteration), 1) == len(self.members)
+            if voted is not None:
+                voted()
+            if last:
+                decide(self.store, self.view, iteration, COMMIT)
+            outcome = _key(self.view, "outcome", iteration)
             try:
-                self.store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
+                self.store.wait([outcome], timedelta(seconds=max(0.01, deadline - time.monotonic())))
             except RuntimeError as error:
-                missing = [m for m in self.members if not self.store.check([self._key(iteration, m)])]
-                if missing:
-                    raise CommitError(
-                        f"no vote of workers {missing} on iteration {iteration}, view {self.view}"
-                    ) from error
-            votes = self.store.multi_get(keys)
-            # Everyone who voted now has read the vote before the last one: it can go.
-            self.store.delete_key(self._key(iteration - 2, self.worker))
+                missing = [m for m in self.members if not self.store.check([self._vote(iteration, m)])]
+                raise CommitError(f"no vote of workers {missing} on iteration {iteration}, view {self.view}") from error
+            if self.store.get(outcome).decode() != COMMIT:
+                raise Aborted(f"iteration {iteration} of view {self.view} was ended, because the view changes")
+            votes = self.store.multi_get([self._vote(iteration, member) for member in self.members])
+            # Everyone who voted now has read the votes of two iterations ago: they can go.
+            self.store.delete_key(self._vote(iteration - 2, self.worker))
+            if last:
+                self.store.delete_key(_key(self.view, "votes", iteration - 2))
         except dist.DistNetworkError as error:
             raise CommitError(f"the store is gone: {str(error).splitlines()[0]}") from error
         return {member: json.loads(vote) for member, vote in zip(self.members, votes, strict=True)}
+
+
+@dataclass
+class Follower:
+    """The coordinator's eye on the iterations of a view: how far they have come, and the right to end them."""
+
+    store: dist.Store
+    view: int
+    iteration: int = 1
+    """The first iteration without a known outcome; workers count from 1."""
+    moved: float = 0.0
+    """When the last outcome was seen, in time.monotonic seconds."""
+
+    def __post_init__(self) -> None:
+        self.moved = time.monotonic()
+
+    def follow(self) -> None:
+        """Take note of the outcomes since the last call, and delete what nobody reads any more."""
+        while self.store.check([_key(self.view, "outcome", self.iteration)]):
+            self.store.delete_key(_key(self.view, "outcome", self.iteration - 3))
+            self.iteration += 1
+            self.moved = time.monotonic()
+
+    def voted(self, worker: int) -> bool:
+        """Whether a worker has voted on the iteration under way."""
+        return self.store.check([_key(self.view, f"vote{worker}", self.iteration)])
+
+    def abort(self) -> None:
+        """End the view: the first iteration that is not committed never will be, and all who wait on it wake."""
+        while decide(self.store, self.view, self.iteration, ABORT) == COMMIT:
+            self.iteration += 1

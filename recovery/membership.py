@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.schedule import Schedule, loads
+from pipeline.schedule import Op, Schedule, Span, dumps, loads
 
 
 class MembershipError(RuntimeError):
-    """A view that did not come in time."""
+    """A view that did not come in time, or that this worker has no part in."""
+
+
+@dataclass(frozen=True)
+class Restore:
+    """How one span of a worker that joined gets its state: a remedy by name, and (worker, its span) to take from."""
+
+    worker: int
+    span: Span
+    remedy: str
+    sources: tuple[tuple[int, Span], ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Restore:
+        sources = tuple((int(w), (int(s[0]), int(s[1]))) for w, s in values["sources"])
+        return cls(int(values["worker"]), (values["span"][0], values["span"][1]), values["remedy"], sources)
 
 
 @dataclass(frozen=True)
 class View:
-    """Who does what from now on. `schedules` are texts by purpose: "train" and "evaluate"."""
+    """Who does what from now on. `schedules` are texts by purpose: "train" and "evaluate".
+
+    `joined` says whose place each worker takes that was not in the view before; `restores` how it gets its state, and
+    `rollback` the checkpoint that all go back to, if that is the remedy. `places` is the place of each worker: the id
+    of who was there at first, by which devices, links and agents are dealt.
+    """
 
     number: int
     workers: tuple[int, ...]
@@ -28,10 +48,42 @@ class View:
     first_sample: int = 0
     checkpoint: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[int, int] = field(default_factory=dict)
+    joined: Mapping[int, int] = field(default_factory=dict)
+    restores: tuple[Restore, ...] = ()
+    rollback: str | None = None
+    next_worker: int = 0
+    """The id of the next worker that is started; ids are never used again."""
 
     def schedule(self, purpose: str) -> Schedule:
         """The schedule for a purpose, parsed. Raises KeyError, or ScheduleError for a text it cannot read."""
         return loads(self.schedules[purpose])
+
+
+def substitute(schedule: Schedule, places: Mapping[int, int]) -> Schedule:
+    """The schedule with other workers in some places: old id -> new id."""
+
+    def op(old: Op) -> Op:
+        return old if old.peer not in places else old._replace(peer=places[old.peer])
+
+    lanes = {places.get(worker, worker): tuple(map(op, lane)) for worker, lane in schedule.lanes.items()}
+    return Schedule(schedule.routes, lanes, schedule.name)
+
+
+def replace_workers(view: View, lost: tuple[int, ...]) -> View:
+    """The next view, in which a new worker takes the place of each lost one; how it is restored is still open."""
+    moved = {old: view.next_worker + i for i, old in enumerate(lost)}
+    return replace(
+        view,
+        number=view.number + 1,
+        workers=tuple(sorted(moved.get(worker, worker) for worker in view.workers)),
+        schedules={purpose: dumps(substitute(loads(text), moved)) for purpose, text in view.schedules.items()},
+        places={moved.get(worker, worker): place for worker, place in view.places.items()},
+        joined={new: old for old, new in moved.items()},
+        restores=(),
+        rollback=None,
+        next_worker=view.next_worker + len(moved),
+    )
 
 
 def publish(store: dist.Store, view: View) -> None:
@@ -39,12 +91,24 @@ def publish(store: dist.Store, view: View) -> None:
     store.set(f"view/{view.number}", json.dumps(asdict(view)))
 
 
-def await_view(store: dist.Store, number: int, timeout_s: float) -> View:
-    """The view with this number. Raises MembershipError when the coordinator does not write it in time."""
-    try:
-        store.wait([f"view/{number}"], timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise MembershipError(f"view {number} did not come within {timeout_s:.0f} s") from error
+def read_view(store: dist.Store, number: int) -> View:
+    """A view that is there."""
     fields = json.loads(store.get(f"view/{number}"))
     fields["workers"] = tuple(fields["workers"])
+    fields["places"] = {int(worker): place for worker, place in fields["places"].items()}
+    fields["joined"] = {int(new): old for new, old in fields["joined"].items()}
+    fields["restores"] = tuple(map(Restore.from_json, fields["restores"]))
     return View(**fields)
+
+
+def await_view(store: dist.Store, number: int, timeout_s: float) -> View:
+    """The view with this number, or the newest after it. Raises MembershipError when it does not come in time."""
+    try:
+        store.wait([f"view/{number}"], timedelta(seconds=timeout_s))
+    except dist.DistNetworkError as error:
+        raise MembershipError(f"the store is gone: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        raise MembershipError(f"view {number} did not come within {timeout_s:.0f} s") from error
+    while store.check([f"view/{number + 1}"]):
+        number += 1
+    return read_view(store, number)

@@ -30,11 +30,12 @@ from jobs.plan import schedules
 from jobs.text import TextJob
 from launch.config import config_from_dict
 from launch.nursery import Nursery
-from launch.worker_main import build_worker, connect
+from launch.worker_main import build_member, connect
 from pipeline.model import LayeredModel
 from pipeline.optimizer import decay_groups, learning_rate
 from pipeline.rng import RngKey, keyed_dropout
 from pipeline.schedule import dumps
+from recovery.member import READY
 from recovery.membership import View, await_view, publish
 
 TIMEOUT_S = 90.0
@@ -76,19 +77,22 @@ def entry(payload: dict[str, Any]) -> int:
     view = await_view(store, 1, TIMEOUT_S)
     config = config_from_dict(TrainConfig, view.details["config"])
     me = int(payload["worker"])
-    worker, train = build_worker(me, config, view, store, payload)
+    member = build_member(me, config, view, me, store, payload)
+    worker = member.worker
+    member.enter(1, None)
+    train = member.train
     job = make_job(config, int(worker.store.model.config.vocab_size))
     gradients: dict[str, Tensor] = {}
     votes = worker.exchange
 
-    def watching(iteration: int, vote: dict[str, Any], deadline: float) -> Any:
-        if iteration == 1:  # reduced, not yet divided or applied
+    def watching(iteration: int, vote: dict[str, Any], deadline: float, voted: Any = None) -> Any:
+        if iteration == READY + 1:  # reduced, not yet divided or applied
             for shard in worker.store.shards.values():
                 tokens = config.samples_per_step * config.sequence_length
                 for name, parameter in shard.parameters.items():
                     assert parameter.grad is not None
                     gradients[name] = parameter.grad.clone() / tokens
-        return votes(iteration, vote, deadline)
+        return votes(iteration, vote, deadline, voted)
 
     worker.exchange = watching
     results = [worker.run(train, job, step) for step in range(config.steps)]
@@ -118,7 +122,13 @@ def run_workers(
     model = LayeredModel(model_config)
     texts = {name: dumps(s) for name, s in schedules(config, model, config.evaluate_samples).items()}
     fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
-    view = View(1, tuple(range(config.workers)), texts, details={"config": fields, "source": None})
+    view = View(
+        1,
+        tuple(range(config.workers)),
+        texts,
+        details={"config": fields, "source": None},
+        places={w: w for w in range(config.workers)},
+    )
     with hosted_store() as (store, address):
         payload = {"store": address, "threads": 1, "device": device, "nccl": False, "out": str(out), **more}
         running = {nursery.start({**payload, "worker": w}): w for w in view.workers}

@@ -44,7 +44,7 @@ def test_mailbox_drops_what_is_stale() -> None:
 def test_waiters_are_woken_by_loss_and_by_a_view_change() -> None:
     for act, words in (
         (lambda box: box.lose(7, "connection closed"), "connection closed"),
-        (lambda box: box.wake("view 3"), "view 3"),
+        (lambda box: box.wake(3, "view 3"), "view 3"),
     ):
         box, found = Mailbox(), []
 

@@ -1,0 +1,127 @@
+"""The links and groups of one worker, edited from view to view: only what touches a changed worker is rebuilt.
+
+What a view builds counts once all members say that they have theirs; until then it may be half built on the other
+side, so a view that is ended before that takes it along. Groups that are kept are left in step: each member has
+started exactly one sum since the last commit, whoever was interrupted where.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from pipeline.groups import Group, GroupBuilder
+from pipeline.schedule import Span
+from pipeline.transport import LinkError, Shape
+from pipeline.worker import Worker
+
+Pairs = set[tuple[int, int]]
+Shapes = Mapping[tuple[int, int], Shape]
+
+
+@dataclass
+class Communicator:
+    """Edits `worker.transport` and `worker.groups`. `max_bytes` is the largest message of a link."""
+
+    worker: Worker
+    builder: GroupBuilder
+    max_bytes: int
+    backend: str = "gloo"
+    members: dict[Span, tuple[int, ...]] = field(default_factory=dict)
+    unconfirmed: tuple[set[int], set[Span]] = field(default_factory=lambda: (set(), set()))
+
+    def poison(self, lost: set[int]) -> None:
+        """End, from any thread, every sum over a group that has lost a member: its sockets close, its waiters raise."""
+        for shard, members in list(self.members.items()):
+            if lost & set(members):
+                self._poison(shard, members, lost)
+
+    def _poison(self, shard: Span, members: tuple[int, ...], lost: set[int]) -> None:
+        group = self.worker.groups.get(shard)
+        alive = next((w for w in members if w not in lost and w != self.worker.id), None)
+        if group is not None and alive is not None and self.backend == "gloo":
+            try:  # the peer must be a living one: a receive from a dead one fails without closing the others
+                work = group.recv([torch.empty(1)], members.index(alive), 1)
+                work.wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                return
+
+    def settle(self, workers: set[int], deadline: float) -> None:
+        """Leave the old view: drop what touches a worker that is not in `workers`, and bring kept groups in step.
+
+        Raises nothing: a group that cannot be brought in step is dropped, and so rebuilt.
+        """
+        fresh_links, fresh_groups = self.unconfirmed
+        for peer in list(self.worker.transport.links):
+            if peer not in workers or peer in fresh_links or peer in self.worker.transport.mailbox.broken():
+                self.worker.transport.drop(peer)
+        for shard, members in list(self.members.items()):
+            if not set(members) <= workers or shard in fresh_groups:
+                self._forget(shard)
+        self.unconfirmed = (set(), set())
+        for shard in list(self.members):
+            if shard not in self.worker.reduced:
+                self.worker.reduce(shard)
+            try:
+                self.worker.reduced[shard].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except RuntimeError:
+                self._forget(shard)
+
+    def kept(self) -> dict[str, list[list[int]] | list[int]]:
+        """What is left after `settle`, as JSON, for the others to see."""
+        return {"links": sorted(self.worker.transport.links), "shards": [list(shard) for shard in self.members]}
+
+    def agree(self, votes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Drop what another end has dropped. `votes` are everyone's `kept`, by worker."""
+        for peer in list(self.worker.transport.links):
+            if self.worker.id not in votes[peer]["links"]:
+                self.worker.transport.drop(peer)
+        for shard, members in list(self.members.items()):
+            if any(list(shard) not in votes[member]["shards"] for member in members):
+                self._forget(shard)
+
+    def _forget(self, shard: Span) -> None:
+        self.members.pop(shard, None)
+        self._groups.pop(shard, None)
+        self.worker.reduced.pop(shard, None)
+
+    @property
+    def _groups(self) -> dict[Span, Group]:
+        assert isinstance(self.worker.groups, dict)
+        return self.worker.groups
+
+    def edit(
+        self, view: int, pairs: Pairs, shards: Mapping[Span, tuple[int, ...]], shapes: Shapes | None = None
+    ) -> None:
+        """Build the links of `pairs` and the groups of `shards` that are missing. Raises LinkError.
+
+        All members of the view call this with the same arguments, after the same `settle`; they meet in one order.
+        """
+        transport, me = self.worker.transport, self.worker.id
+        transport.view = view
+        before = set(transport.links)
+        wanted = {low if high == me else high for low, high in pairs if me in (low, high)}
+        for peer in before - wanted:
+            transport.drop(peer)
+        try:
+            transport.connect(self.builder, pairs, max_bytes=self.max_bytes, nccl=self.backend == "nccl", shapes=shapes)
+            self.unconfirmed = (set(transport.links) - before, set())
+            for shard, members in sorted(shards.items()):
+                if me not in members or len(members) < 2 or self.members.get(shard) == members:
+                    continue
+                self._forget(shard)
+                name = f"view{view}/shard{shard[0]}-{shard[1]}"
+                self._groups[shard] = self.builder.build(name, members, self.backend)
+                self.members[shard] = members
+                self.unconfirmed[1].add(shard)
+        except RuntimeError as error:
+            raise LinkError(f"the links of view {view} could not be built: {error}") from error
+
+    def confirm(self) -> None:
+        """All members have built theirs."""
+        self.unconfirmed = (set(), set())

@@ -1,0 +1,158 @@
+"""One worker's part in the membership: it joins a view, is woken when the view changes, and moves to the next one.
+
+A watcher thread with a store client of its own waits for the next view, wakes whatever the worker waits in, and says
+twice a second that the process is alive. Everything else happens in the worker's own thread, between steps.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.schedule import Schedule, Span
+from pipeline.store import shard_holders
+from pipeline.transport import LinkError, link_pairs
+from pipeline.worker import Worker, connections
+from recovery.commit import Aborted, Ballot, CommitError
+from recovery.communicator import Communicator, Shapes
+from recovery.membership import MembershipError, View, await_view
+from recovery.remedy import Remedy
+from recovery.restore import load_checkpoint, restore
+
+INTERRUPTIONS = (Aborted, CommitError, LinkError)
+"""What a worker raises when a view ends under it. Its state is that of the last committed step; it can go on."""
+
+BEAT_S = 0.5
+READY = 2
+"""The iteration of a view by which all its members are ready; 1 is that they are there."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """How a worker came into its view. `resume_s` is when it could go on, in time.monotonic seconds since `since`."""
+
+    view: View
+    position: Mapping[str, Any]
+    woken: float
+    parts: Mapping[str, float]
+
+
+@dataclass
+class Member:
+    """Moves `worker` from view to view. `lost(view)` must come within `patience_s`, or the run has no coordinator."""
+
+    worker: Worker
+    communicator: Communicator
+    store: dist.Store
+    remedies: Mapping[str, Remedy]
+    shapes: Callable[[View], Shapes | None]
+    patience_s: float = 60.0
+    view: View | None = None
+    train: Schedule = field(default_factory=lambda: Schedule((), {}))
+    evaluate: Schedule = field(default_factory=lambda: Schedule((), {}))
+
+    def enter(self, number: int, position: Mapping[str, Any] | None) -> Joined:
+        """Take part in view `number` or the newest after it, again and again until all its members are ready.
+
+        `position` is where the training of this worker stands (JSON; equal on all who were there before), None for a
+        worker that joins. Raises MembershipError when no view comes, or when this worker has no part in it.
+        """
+        began = time.monotonic()
+        self.worker.drop()
+        while True:
+            view = await_view(self.store, number, self.patience_s)
+            number = view.number + 1
+            if self.worker.id not in view.workers:
+                raise MembershipError(f"worker {self.worker.id} is not in view {view.number}")
+            try:
+                return self._enter(view, position, began)
+            except INTERRUPTIONS:
+                self.worker.drop()
+
+    def _enter(self, view: View, position: Mapping[str, Any] | None, began: float) -> Joined:
+        worker, probe = self.worker, self.worker.probe
+        deadline = time.monotonic() + self.patience_s
+        times = {"view": time.monotonic()}
+        worker.transport.mailbox.advance(view.number, 0)
+        self.communicator.settle(set(view.workers), deadline)
+        worker.reduced.clear()
+        worker.iteration = 0
+        worker.exchange = Ballot(self.store, view.number, worker.id, view.workers)
+        train, evaluate = view.schedule("train"), view.schedule("evaluate")
+        norms = {f"{lo}:{hi}": value for (lo, hi), value in worker.norms.items()}
+        votes = worker.gather({"position": position, "norms": norms, **self.communicator.kept()})
+        times["ready"] = time.monotonic()
+        step = int((position or {}).get("step", 0))
+        probe("join" if position is None else "recovery", step)
+        positions = [vote["position"] for vote in votes.values() if vote["position"] is not None]
+        if any(found != positions[0] for found in positions):
+            raise MembershipError(f"the workers of view {view.number} stand at different places: {positions}")
+        self.communicator.agree(votes)
+        model = worker.store.model
+        self.communicator.edit(
+            view.number, link_pairs(connections(train) | connections(evaluate)),
+            shard_holders(train.holders, model.num_layers, model.tied), self.shapes(view),
+        )  # fmt: skip
+        times["edited"] = time.monotonic()
+        known: dict[Span, float] = {}
+        for vote in votes.values():
+            known.update({(int(k.split(":")[0]), int(k.split(":")[1])): v for k, v in vote["norms"].items()})
+        where = dict(positions[0]) if positions else {}
+        if view.rollback is not None:
+            where["step"] = load_checkpoint(worker, Path(view.rollback))
+            known = {}
+        else:
+            restore(worker, view, self.communicator.builder, self.remedies, known, deadline)
+        worker.gather({})
+        times["restored"] = time.monotonic()
+        self.communicator.confirm()
+        worker.norms = known
+        self.view, self.train, self.evaluate = view, train, evaluate
+        return Joined(view, where, began, {name: at - began for name, at in times.items()})
+
+
+class Watcher:
+    """The thread beside a worker: wakes it for a new view and tells the coordinator that it lives."""
+
+    def __init__(self, store: dist.Store, worker: Worker, communicator: Communicator) -> None:
+        self._store, self._worker, self._communicator = store, worker, communicator
+        self._number = 1
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
+
+    def start(self, number: int) -> None:
+        """Watch for the views after `number`."""
+        self._number = number
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join(2 * BEAT_S)
+
+    def _watch(self) -> None:
+        beats = 0
+        try:
+            while not self._ended.is_set():
+                beats += 1
+                self._store.set(f"beat/{self._worker.id}", json.dumps([beats, self._worker.transport.mailbox.waiting]))
+                try:
+                    self._store.wait([f"view/{self._number + 1}"], timedelta(seconds=BEAT_S))
+                except dist.DistNetworkError:
+                    raise
+                except RuntimeError:
+                    continue
+                self._number += 1
+                members = set(json.loads(self._store.get(f"view/{self._number}"))["workers"])
+                self._worker.transport.mailbox.wake(self._number, f"view {self._number} has begun")
+                self._communicator.poison({w for ms in list(self._communicator.members.values()) for w in ms} - members)
+        except dist.DistNetworkError:
+            self._worker.transport.mailbox.wake(self._number + 1_000_000, "the store is gone")

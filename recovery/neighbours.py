@@ -1,0 +1,84 @@
+"""CheckFree (arXiv 2506.15461, section 4.2): a lost stage becomes the weighted mean of its neighbours, layer by layer.
+
+W_i = (w- W_{i-1} + w+ W_{i+1}) / (w- + w+), where w is the norm of the neighbour's last gradient, before clipping (the
+reference takes it after, which makes both weights equal whenever clipping acts). Optimizer moments start anew and the
+learning rate of the stage is 1.1 times what the schedule says. `copy` and `random` are what it is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from recovery.membership import Restore
+from recovery.remedy import CannotRestore, Loss, State
+
+WEIGHTS = ("norm", "norm_squared", "uniform")
+LR_SCALE = 1.1
+_TINY = 1e-4  # keeps weights apart from 0, as the reference does
+
+
+class Average:
+    """The mean of both neighbours. `weights` is one of WEIGHTS."""
+
+    name = "checkfree"
+    carries: Literal["state", "weights"] = "weights"
+    lr_scale = LR_SCALE
+
+    def __init__(self, weights: str = "norm") -> None:
+        self.weights = weights
+
+    def plan(self, loss: Loss) -> Restore:
+        """From the spans before and after. Neither may be lost, and both must consist of the same kind of layer."""
+        name = f"span {loss.span[0]}:{loss.span[1]}"
+        if not loss.blocks:
+            raise CannotRestore(f"{name} holds the embedding or the head, which no neighbour resembles")
+        sides = {"before": loss.before, "after": loss.after}
+        if lost := [side for side, found in sides.items() if found is None]:
+            raise CannotRestore(f"the neighbour {' and '.join(lost)} {name} is lost too")
+        sources = tuple(found for found in sides.values() if found is not None)
+        for side, (_, (lo, hi)) in zip(sides, sources, strict=True):
+            if not any(0 < layer < loss.num_layers - 1 for layer in range(lo, hi)):
+                raise CannotRestore(f"the neighbour {side} {name}, {lo}:{hi}, holds no decoder block")
+        return Restore(loss.joiner, loss.span, self.name, sources)
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
+        """The weighted mean of the weights; there are no moments in it."""
+        power = {"norm": 1, "norm_squared": 2, "uniform": 0}[self.weights]
+        raw = [(norm + _TINY) ** power for norm in norms]
+        shares = [weight / sum(raw) for weight in raw]
+        return {key: sum(s * state[key] for s, state in zip(shares, states, strict=True)) for key in states[0]}  # type: ignore[misc]
+
+
+class Copy(Average):
+    """The weights of one neighbour: the one before, or, if that cannot be, the one after."""
+
+    name = "copy"
+
+    def plan(self, loss: Loss) -> Restore:
+        """From the neighbour whose layers are decoder blocks."""
+        name = f"span {loss.span[0]}:{loss.span[1]}"
+        if not loss.blocks:
+            raise CannotRestore(f"{name} holds the embedding or the head, which no neighbour resembles")
+        for found in (loss.before, loss.after):
+            if found is not None and any(0 < layer < loss.num_layers - 1 for layer in range(*found[1])):
+                return Restore(loss.joiner, loss.span, self.name, (found,))
+        raise CannotRestore(f"neither neighbour of {name} is left with a decoder block")
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
+        """That neighbour's weights."""
+        return states[0]
+
+
+class Random(Average):
+    """New weights from the seed, as at the start of the run."""
+
+    name = "random"
+
+    def plan(self, loss: Loss) -> Restore:
+        """Needs nobody."""
+        return Restore(loss.joiner, loss.span, self.name)
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> None:
+        """As it was drawn."""
+        return

@@ -1,0 +1,84 @@
+"""What was lost, and the form of a cure. A remedy plans (pure, on the coordinator) and combines (on who joins).
+
+To plan is to name the workers whose state is needed, or to say why it cannot be done; `restore.py` carries the state
+over; to combine is to make the lost span's state of it. Each remedy is one small file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from pipeline.schedule import Span
+from pipeline.store import shard_holders
+from recovery.membership import Restore, View
+
+State = Mapping[str, Tensor]
+"""The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.store` gives it."""
+
+
+class CannotRestore(RuntimeError):
+    """No remedy brings the lost state back: says for each why."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One span of a lost worker, whose place `joiner` takes in the next view.
+
+    `before` and `after` are the holders of the spans next to it that have state, lowest first; `copies` those of the
+    span itself. `num_layers` counts the embedding and the head.
+    """
+
+    joiner: int
+    span: Span
+    num_layers: int
+    copies: tuple[int, ...]
+    before: tuple[int, Span] | None
+    after: tuple[int, Span] | None
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the span holds decoder blocks alone: neither the embedding nor the head."""
+        return self.span[0] > 0 and self.span[1] < self.num_layers
+
+
+def losses(view: View, num_layers: int, tied: bool) -> tuple[Loss, ...]:
+    """What the workers that join `view` need: their spans, and the tied weight if there is one."""
+    new = set(view.joined)
+    holders = view.schedule("train").holders
+    shards = shard_holders(holders, num_layers, tied)
+    alive = {span: tuple(w for w in workers if w not in new) for span, workers in shards.items()}
+
+    def neighbour(edge: int, side: int) -> tuple[int, Span] | None:
+        found = [(alive[span][0], span) for span in holders if span[side] == edge and alive[span]]
+        return min(found) if found else None
+
+    return tuple(
+        Loss(joiner, span, num_layers, alive[span], neighbour(span[0], 1), neighbour(span[1], 0))
+        for span, workers in shards.items()
+        for joiner in sorted(new & set(workers))
+    )
+
+
+class Remedy(Protocol):
+    """One way to bring a span back."""
+
+    name: str
+    carries: Literal["state", "weights"]
+    """What the sources send: weights with optimizer state, or weights alone."""
+
+    def plan(self, loss: Loss) -> Restore:
+        """Whose state is needed. Raises CannotRestore."""
+        ...
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
+        """The state of one layer from that of its sources; None leaves it as it was drawn from the seed."""
+        ...
+
+    @property
+    def lr_scale(self) -> float:
+        """What the learning rate of a restored span is multiplied by from now on."""
+        ...

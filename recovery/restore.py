@@ -1,0 +1,129 @@
+"""Carries the state of lost spans to the workers that take their places, and makes it theirs.
+
+Source and joiner meet in a group of two that exists for this alone. A layer travels as one flat fp32 buffer, whose
+layout both know from the model; nothing but numbers crosses the wire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.groups import GroupBuilder
+from pipeline.schedule import Span
+from pipeline.transport import LinkError
+from pipeline.worker import Worker
+from recovery import checkpoint
+from recovery.membership import Restore, View
+from recovery.remedy import Remedy
+
+
+def matching(layers: Sequence[int], source: Sequence[int]) -> list[int]:
+    """For each of `layers` the source's layer in the same place; the source's last one where it has fewer."""
+    return [source[min(i, len(source) - 1)] for i in range(len(layers))]
+
+
+def restore(
+    worker: Worker, view: View, builder: GroupBuilder, remedies: Mapping[str, Remedy], norms: Mapping[Span, float],
+    deadline: float,
+) -> None:  # fmt: skip
+    """This worker's part in the restores of `view`: to send, to receive, or nothing. Raises LinkError.
+
+    `norms` are the gradient norms of the last committed step, by span, the same on every worker.
+    """
+    for number, each in enumerate(view.restores):
+        if each.worker == worker.id:
+            _take(worker, view, number, each, builder, remedies[each.remedy], norms, deadline)
+        elif worker.id in (source for source, _ in each.sources):
+            _give(worker, view, number, each, builder, remedies[each.remedy], deadline)
+
+
+def _sent(worker: Worker, each: Restore, span: Span, carries: str) -> list[dict[str, Tensor]]:
+    """What a source sends of `span`: a state for each layer of the lost one, from the layer in the same place."""
+    last = worker.store.model.num_layers - 1
+    if span == each.span:
+        states = worker.store.span_states(span)
+    else:
+        states = [
+            worker.store.layer_state(n) for n in matching(range(*each.span), [n for n in range(*span) if 0 < n < last])
+        ]
+    return [_carried(state, carries) for state in states]
+
+
+def _carried(state: Mapping[str, Tensor], carries: str) -> dict[str, Tensor]:
+    """In the order of the names' local parts, which layers of one kind share."""
+    return {key: state[key] for key in sorted(state) if carries == "state" or key.startswith("param/")}
+
+
+def _give(
+    worker: Worker, view: View, number: int, each: Restore, builder: GroupBuilder, remedy: Remedy, deadline: float
+) -> None:
+    for place, (source, span) in enumerate(each.sources):
+        if source != worker.id:
+            continue
+        with _named(each):
+            group = builder.build(f"view{view.number}/restore{number}/{place}", (source, each.worker))
+            for state in _sent(worker, each, span, remedy.carries):
+                flat = torch.cat([tensor.detach().float().cpu().reshape(-1) for tensor in state.values()])
+                group.send([flat], 1, 0).wait(_left(deadline))
+
+
+@torch.no_grad()
+def _take(
+    worker: Worker, view: View, number: int, each: Restore, builder: GroupBuilder, remedy: Remedy,
+    norms: Mapping[Span, float], deadline: float,
+) -> None:  # fmt: skip
+    with _named(each):
+        groups = [
+            builder.build(f"view{view.number}/restore{number}/{place}", (source, worker.id))
+            for place, (source, _) in enumerate(each.sources)
+        ]
+        for whole in worker.store.span_states(each.span):
+            mine = _carried(whole, remedy.carries)
+            states: list[dict[str, Tensor]] = []
+            for group in groups:
+                flat = torch.empty(sum(tensor.numel() for tensor in mine.values()))
+                group.recv([flat], 0, 0).wait(_left(deadline))
+                parts = flat.split([tensor.numel() for tensor in mine.values()])
+                states.append({k: part.view(t.shape) for (k, t), part in zip(mine.items(), parts, strict=True)})
+            weights = [norms.get(span, 0.0) for _, span in each.sources]
+            for key, tensor in (remedy.combine(states, weights) or {}).items():
+                mine[key].copy_(tensor)
+    if remedy.carries == "weights":
+        for shard in worker.store.shards_of(each.span):
+            shard.lr_scale.fill_(remedy.lr_scale)
+
+
+def load_checkpoint(worker: Worker, path: Path) -> int:
+    """Fill the worker's spans from a checkpoint that `checkpoint.find` has verified; returns its step."""
+    manifest = checkpoint.read_manifest(path)
+    for layer in worker.store.layers():
+        if worker.store.layer_state(layer):
+            worker.store.load_layer_state(layer, checkpoint.read_layer(path, manifest, layer))
+    return int(manifest["extra"]["step"])
+
+
+class _named:
+    """Turns what gloo raises into a LinkError that says what was under way."""
+
+    def __init__(self, each: Restore) -> None:
+        self._each = each
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, LinkError):
+            span = self._each.span
+            raise LinkError(
+                f"restoring span {span[0]}:{span[1]} on worker {self._each.worker} failed: {error}"
+            ) from error
+
+
+def _left(deadline: float) -> timedelta:
+    return timedelta(seconds=max(0.001, deadline - time.monotonic()))
