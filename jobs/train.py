@@ -49,6 +49,8 @@ class Trainer:
     step: int = 0
     due: bool = False
     stopping: bool = False
+    last: dict[str, Any] | None = None
+    """The record of the last committed step, for the case that who was to report it is lost."""
     again: bool = False
     """Whether the step under way is run again, because its loss was not finite."""
 
@@ -89,6 +91,8 @@ class Trainer:
         before = self.step
         for name, value in joined.position.items():
             setattr(self, name, value)
+        if self.last is not None and self.last["step"] == self.step:
+            self._say(self.last)
         if joined.view.number > 1:
             parts = {name: round(seconds, 4) for name, seconds in joined.parts.items()}
             restores = [[each.worker, list(each.span), each.remedy] for each in joined.view.restores]
@@ -151,7 +155,7 @@ class Trainer:
         self._say({"kind": "event", "event": event, **fields})
 
     def _report_step(self, result: StepResult, seconds: float) -> None:
-        self._say(
+        self.last = (
             {
                 "kind": "step", "step": self.step, "loss": result.loss, "tokens": result.tokens,
                 "tokens_per_s": result.tokens / max(seconds, 1e-9), "grad_norm": result.grad_norm, "lr": result.lr,
@@ -159,6 +163,7 @@ class Trainer:
                 "samples": self.config.samples_per_step,
             }
         )  # fmt: skip
+        self._say(self.last)
 
     def _report_timeline(self, result: StepResult) -> None:
         mine = [(str(event.op), event.start, event.end) for event in result.events]

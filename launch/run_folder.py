@@ -33,6 +33,8 @@ class RunFolder:
     def step(self, record: dict[str, Any]) -> None:
         """Keep the metrics of a committed step."""
         metrics = {name: record[name] for name in METRICS}
+        if self.metrics and self.metrics[-1] == metrics:
+            return  # told again, in case that it had not been
         self.metrics.append(metrics)
         self._append("metrics", metrics)
         if self._board is not None:

@@ -119,7 +119,7 @@ def build_member(
     worker = Worker(worker_id, held, Transport(worker_id), {}, Ballot(store, 0, worker_id, ()), settings)
     address = address_towards(payload["store"]["host"], payload["store"]["port"])
     communicator = Communicator(
-        worker, GroupBuilder(store, worker_id, address, device, timeout_s=2 * config.deadline),
+        worker, GroupBuilder(store, worker_id, address, device, 2 * config.deadline, worker.transport.mailbox.woken),
         max_bytes=span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32),
         backend="nccl" if payload["nccl"] else "gloo",
     )  # fmt: skip

@@ -7,7 +7,8 @@ store costs milliseconds and belongs to nobody else (measured: 1-11 ms for gloo 
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol, cast
@@ -15,6 +16,9 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_CONNECT_S = 10.0  # between processes that have just met
+_POLL_S = 0.002
 
 
 class Work(Protocol):
@@ -29,7 +33,14 @@ class Group(Protocol):
 
     def send(self, tensors: list[Tensor], dst: int, tag: int) -> Work: ...
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> Work: ...
-    def allreduce(self, tensors: list[Tensor]) -> Work: ...
+    def allreduce(self, tensors: list[Tensor], opts: Any = ...) -> Work: ...
+
+
+def sum_over(group: Group, tensor: Tensor, timeout_s: float) -> Work:
+    """Start summing `tensor` in place over the members of `group`."""
+    options: Any = dist.AllreduceOptions()
+    options.timeout = timedelta(seconds=timeout_s)
+    return group.allreduce([tensor], options)
 
 
 def address_towards(host: str, port: int) -> str:
@@ -48,17 +59,21 @@ class GroupBuilder:
     address: str
     device: torch.device
     timeout_s: float = 60.0
+    ended: Callable[[], str | None] = lambda: None
+    """Why there is no point in waiting for the other members any more, if so."""
     _gloo_device: Any = field(default=None, repr=False)
 
-    def build(self, name: str, members: Sequence[int], backend: str = "auto") -> Group:
+    def build(self, name: str, members: Sequence[int], backend: str = "gloo") -> Group:
         """The group of `members` (worker ids, in rank order) called `name`; blocks until all of them ask for it.
 
-        `backend` "auto" takes NCCL where the device is CUDA and each worker has one of its own, else gloo. Raises
-        ValueError where this worker is no member, RuntimeError where the others do not come within the timeout.
+        `backend` is gloo or nccl. Members meet at the store first, where waiting can be ended; the connection itself
+        then takes milliseconds. Raises ValueError where this worker is no member, RuntimeError where the others do not
+        come within `timeout_s`, or where `ended` says that they will not.
         """
         if self.worker not in members:
             raise ValueError(f"worker {self.worker} asked for group {name!r} of {list(members)}; it must be a member")
         rank, size, store = list(members).index(self.worker), len(members), dist.PrefixStore(name, self.store)
+        self._meet(store, name, members)
         if backend == "nccl":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timedelta(seconds=self.timeout_s)
@@ -68,5 +83,15 @@ class GroupBuilder:
         options: Any = cast(Any, dist.ProcessGroupGloo)._Options()
         options._devices = [self._gloo_device]
         options._threads = 1
-        options._timeout = timedelta(seconds=self.timeout_s)
+        options._timeout = timedelta(seconds=_CONNECT_S)
         return cast(Group, dist.ProcessGroupGloo(store, rank, size, options))
+
+    def _meet(self, store: dist.Store, name: str, members: Sequence[int]) -> None:
+        store.set(f"here/{self.worker}", "")
+        deadline, others = time.monotonic() + self.timeout_s, [f"here/{member}" for member in members]
+        while not store.check(others):
+            if (reason := self.ended()) is not None:
+                raise RuntimeError(f"building group {name} was ended: {reason}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the members {list(members)} of group {name} did not meet in {self.timeout_s:g} s")
+            time.sleep(_POLL_S)

@@ -98,6 +98,10 @@ class Mailbox:
         with self._changed:
             self._lost.pop(peer, None)
 
+    def woken(self) -> str | None:
+        """Why the present view has ended, or None while it has not."""
+        return self._woken
+
     def broken(self) -> set[int]:
         """The peers that were lost."""
         with self._changed:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.backward import WeightGradients, defer_weights
 from pipeline.batch import Batch, Job
-from pipeline.groups import Group, Work
+from pipeline.groups import Group, Work, sum_over
 from pipeline.optimizer import clip_factor, learning_rate
 from pipeline.rng import RngKey
 from pipeline.schedule import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, Schedule, Span, W
@@ -139,7 +139,7 @@ class Worker:
     def reduce(self, shard: Span) -> None:
         """Start summing a shard's gradient over its holders, if there are several."""
         if group := self.groups.get(shard):
-            self.reduced[shard] = group.allreduce([self.store.shards[shard].gradient])
+            self.reduced[shard] = sum_over(group, self.store.shards[shard].gradient, self.settings.deadline_s)
 
     def finish_reductions(self, deadline: float) -> None:
         """Wait for all sums that were started. Raises LinkError."""
