@@ -11,6 +11,7 @@ from pipeline.optimizer import OptimizerConfig
 from recovery.inject import parse as parse_faults
 from recovery.policy import POLICIES
 from schedulers import PLANNERS
+from schedulers.swapped import LEAST
 
 
 class ConfigError(ValueError):
@@ -102,7 +103,8 @@ class TrainConfig:
     """Tokens of the continuation that is sampled at the end; 0 for none."""
 
     recovery: str = "auto"
-    """What brings the state of a lost worker back: auto, replica, checkfree, copy, random, checkpoint, or none."""
+    """What brings the state of a lost worker back: auto, replica, checkfree, checkfree+, copy, random,
+    checkpoint, or none."""
     checkfree_weights: Literal["norm", "norm_squared", "uniform"] = "norm"
     """How checkfree weighs both neighbours: by their gradient norms, the squares of these, or alike."""
     inject: str = ""
@@ -161,6 +163,12 @@ class TrainConfig:
         _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
         _require(0 <= self.store_port < 65536, "store_port", self.store_port, "0 to 65535")
         _require(self.beta1 < 1 and self.beta2 < 1, "beta1, beta2", (self.beta1, self.beta2), "below 1")
+        if self.recovery == "checkfree+":
+            _require(
+                self.scheduler == "one_f_one_b" and self.stages > LEAST, "recovery", self.recovery,
+                f"only with scheduler one_f_one_b and {LEAST + 1} or more workers per replica (found {self.stages}): "
+                f"{LEAST} block stages, and the embedding and the head on a worker of their own",
+            )  # fmt: skip
         if self.head_with_embedding:
             _require(
                 self.scheduler == "one_f_one_b" and self.stages > 1, "head_with_embedding", True,

@@ -7,7 +7,7 @@ the same thing; what it writes to the run folder is whole or absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from jobs.data import prepare as prepare_data
 from jobs.tokenizer import build_tokenizer
 from pipeline.lower import lower
 from pipeline.model import LayeredModel
-from pipeline.schedule import Schedule, dumps
+from pipeline.schedule import Schedule, Span, dumps
 from pipeline.verify import verify
 from pipeline.weights import PRESETS, read_config, resolve
 from recovery import checkpoint
 from recovery.membership import View
 from schedulers import num_spans, plan
+from schedulers.plan import Ends
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)."""
@@ -57,7 +58,8 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[
     Raises ConfigError where the model has fewer layers than the settings ask for spans.
     """
     costs = layer_costs(model, config.sequence_length)
-    asked = num_spans(config.scheduler, config.stages, config.chunks) + config.head_with_embedding
+    ends = where_ends_go(config)
+    asked = num_spans(config.scheduler, config.stages, config.chunks) + (ends != "in line")
     if asked > len(costs):
         by = f" x chunks {config.chunks}" if config.scheduler == "interleaved" else ""
         raise ConfigError(
@@ -69,11 +71,27 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[
     for purpose, microbatches in (("train", config.microbatches), ("evaluate", held_out)):
         schedule = plan(
             config.scheduler, costs, config.stages, microbatches, config.replicas, chunks=config.chunks,
-            evaluate=purpose == "evaluate", head_first=config.head_with_embedding,
+            evaluate=purpose == "evaluate", ends=ends, swap=config.recovery == "checkfree+",
         )  # fmt: skip
         made[purpose] = lower(schedule)
         verify(made[purpose])
     return made
+
+
+def where_ends_go(config: TrainConfig) -> Ends:
+    """Where the embedding and the head are placed: apart from the blocks where stages are to be alike (CheckFree)."""
+    alike = config.recovery == "checkfree+" or (config.recovery == "checkfree" and config.stages > 3)
+    if alike and config.scheduler == "one_f_one_b":
+        return "apart"
+    return "home" if config.head_with_embedding else "in line"
+
+
+def shadows(config: TrainConfig, spans: Sequence[Span]) -> tuple[tuple[Span, int], ...]:
+    """Copies that are kept for recovery alone, as (span, worker): under checkfree+, both ends on the next worker."""
+    if config.recovery != "checkfree+":
+        return ()
+    first, last = min(spans), max(spans)
+    return tuple((span, r * config.stages + 1) for r in range(config.replicas) for span in (first, last))
 
 
 def evaluation_samples(config: TrainConfig, dataset: Dataset) -> int:
@@ -142,6 +160,7 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         first_sample=first_sample,
         checkpoint=None if found.path is None else str(found.path),
         places={worker: worker for worker in range(config.workers)},
+        shadows=shadows(config, list(made["train"].holders)),
         next_worker=config.workers,
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),

@@ -33,7 +33,7 @@ class RunFolder:
     def step(self, record: dict[str, Any]) -> None:
         """Keep the metrics of a committed step."""
         metrics = {name: record[name] for name in METRICS}
-        if self.metrics and self.metrics[-1] == metrics:
+        if any(m["step"] == metrics["step"] and m["view"] == metrics["view"] for m in self.metrics[-1:]):
             return  # told again, in case that it had not been
         self.metrics.append(metrics)
         self._append("metrics", metrics)

@@ -107,7 +107,8 @@ def build_member(
         torch.cuda.set_device(device)
     model = LayeredModel(read_config(config.out / "model-config"), attention=payload.get("attention"))
     source = view.details["source"]
-    spans = [span for span, workers in view.schedule("train").holders.items() if place in workers]
+    spans = {span for span, workers in view.schedule("train").holders.items() if place in workers}
+    spans |= {span for span, worker in view.shadows if worker == place}
     held = ResidentStore(
         model, spans, config.optimizer(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source),

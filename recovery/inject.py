@@ -148,7 +148,7 @@ class Injector:
             if not isinstance(fault, Fault) or fault.at != point:
                 continue
             # recovery and join have no step of their own: they follow the fault that caused them
-            in_time = step >= fault.step if point in ("recovery", "join") else step == fault.step
+            in_time = point == "join" or (step >= fault.step if point == "recovery" else step == fault.step)
             if in_time and self._me(fault):
                 yield fault
 

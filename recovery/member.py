@@ -18,12 +18,11 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.schedule import Schedule, Span
-from pipeline.store import shard_holders
 from pipeline.transport import LinkError, link_pairs
 from pipeline.worker import Worker, connections
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes
-from recovery.membership import MembershipError, View, await_view
+from recovery.membership import MembershipError, View, await_view, shards_of
 from recovery.remedy import Remedy
 from recovery.restore import load_checkpoint, restore
 
@@ -99,7 +98,7 @@ class Member:
         model = worker.store.model
         self.communicator.edit(
             view.number, link_pairs(connections(train) | connections(evaluate)),
-            shard_holders(train.holders, model.num_layers, model.tied), self.shapes(view),
+            shards_of(view, model.num_layers, model.tied), self.shapes(view),
         )  # fmt: skip
         times["edited"] = time.monotonic()
         known: dict[Span, float] = {}

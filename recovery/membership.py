@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.schedule import Op, Schedule, Span, dumps, loads
+from pipeline.store import shard_holders
 
 
 class MembershipError(RuntimeError):
@@ -52,12 +53,22 @@ class View:
     joined: Mapping[int, int] = field(default_factory=dict)
     restores: tuple[Restore, ...] = ()
     rollback: str | None = None
+    shadows: tuple[tuple[Span, int], ...] = ()
+    """(span, worker): copies of a span's state that are kept up to date for recovery, and compute nothing."""
     next_worker: int = 0
     """The id of the next worker that is started; ids are never used again."""
 
     def schedule(self, purpose: str) -> Schedule:
         """The schedule for a purpose, parsed. Raises KeyError, or ScheduleError for a text it cannot read."""
         return loads(self.schedules[purpose])
+
+
+def shards_of(view: View, num_layers: int, tied: bool) -> dict[Span, tuple[int, ...]]:
+    """Shard -> all workers that hold its state in `view`: those that compute with it, and its shadows."""
+    holders = {span: set(workers) for span, workers in view.schedule("train").holders.items()}
+    for span, worker in view.shadows:
+        holders[span].add(worker)
+    return shard_holders({span: tuple(sorted(workers)) for span, workers in holders.items()}, num_layers, tied)
 
 
 def substitute(schedule: Schedule, places: Mapping[int, int]) -> Schedule:
@@ -82,6 +93,7 @@ def replace_workers(view: View, lost: tuple[int, ...]) -> View:
         joined={new: old for old, new in moved.items()},
         restores=(),
         rollback=None,
+        shadows=tuple((span, moved.get(worker, worker)) for span, worker in view.shadows),
         next_worker=view.next_worker + len(moved),
     )
 
@@ -97,6 +109,7 @@ def read_view(store: dist.Store, number: int) -> View:
     fields["workers"] = tuple(fields["workers"])
     fields["places"] = {int(worker): place for worker, place in fields["places"].items()}
     fields["joined"] = {int(new): old for new, old in fields["joined"].items()}
+    fields["shadows"] = tuple(((lo, hi), worker) for (lo, hi), worker in fields["shadows"])
     fields["restores"] = tuple(map(Restore.from_json, fields["restores"]))
     return View(**fields)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pipeline.schedule import Span
 from recovery.membership import Restore
 from recovery.remedy import CannotRestore, Loss, State
 
@@ -48,6 +49,29 @@ class Average:
         raw = [(norm + _TINY) ** power for norm in norms]
         shares = [weight / sum(raw) for weight in raw]
         return {key: sum(s * state[key] for s, state in zip(shares, states, strict=True)) for key in states[0]}  # type: ignore[misc]
+
+
+class Twin(Average):
+    """CheckFree+ (section 4.3): the first or last block stage is a copy of the stage it changes places with."""
+
+    name = "checkfree+"
+
+    def plan(self, loss: Loss) -> Restore:
+        """From the twin, where a mean is not to be had."""
+        if loss.twin is None:
+            raise CannotRestore(f"span {loss.span[0]}:{loss.span[1]} has no twin that is left")
+        inner = all(found is not None and found[1][0] > 0 and found[1][1] < loss.num_layers for found in _sides(loss))
+        if inner:
+            raise CannotRestore(f"span {loss.span[0]}:{loss.span[1]} is neither the first nor the last of the blocks")
+        return Restore(loss.joiner, loss.span, self.name, (loss.twin,))
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
+        """The twin's weights."""
+        return states[0]
+
+
+def _sides(loss: Loss) -> tuple[tuple[int, Span] | None, ...]:
+    return loss.before, loss.after
 
 
 class Copy(Average):

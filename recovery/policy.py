@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recovery import checkpoint
 from recovery.membership import Restore, View
-from recovery.neighbours import Average, Copy, Random
+from recovery.neighbours import Average, Copy, Random, Twin
 from recovery.remedy import CannotRestore, Loss, Remedy, losses
 from recovery.replica import Replica
 
@@ -28,7 +28,7 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
 
 def remedies(weights: str = "norm") -> dict[str, Remedy]:
     """Every remedy that works span by span, by name; `weights` as in `neighbours.WEIGHTS`."""
-    return {remedy.name: remedy for remedy in (Replica(), Average(weights), Copy(weights), Random(weights))}
+    return {remedy.name: remedy for remedy in (Replica(), Average(weights), Twin(), Copy(), Random())}
 
 
 def cure(view: View, policy: str, num_layers: int, tied: bool, checkpoints: Path) -> View:

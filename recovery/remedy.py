@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pipeline.schedule import Span
-from pipeline.store import shard_holders
-from recovery.membership import Restore, View
+from pipeline.schedule import Schedule, Span
+from recovery.membership import Restore, View, shards_of
 
 State = Mapping[str, Tensor]
 """The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.store` gives it."""
@@ -29,7 +29,7 @@ class Loss:
     """One span of a lost worker, whose place `joiner` takes in the next view.
 
     `before` and `after` are the holders of the spans next to it that have state, lowest first; `copies` those of the
-    span itself. `num_layers` counts the embedding and the head.
+    span itself, `twin` that of the span it changes places with on swapped routes. `num_layers` counts both ends.
     """
 
     joiner: int
@@ -38,6 +38,7 @@ class Loss:
     copies: tuple[int, ...]
     before: tuple[int, Span] | None
     after: tuple[int, Span] | None
+    twin: tuple[int, Span] | None = None
 
     @property
     def blocks(self) -> bool:
@@ -48,8 +49,9 @@ class Loss:
 def losses(view: View, num_layers: int, tied: bool) -> tuple[Loss, ...]:
     """What the workers that join `view` need: their spans, and the tied weight if there is one."""
     new = set(view.joined)
+    twins = swaps(view.schedule("train"))
     holders = view.schedule("train").holders
-    shards = shard_holders(holders, num_layers, tied)
+    shards = shards_of(view, num_layers, tied)
     alive = {span: tuple(w for w in workers if w not in new) for span, workers in shards.items()}
 
     def neighbour(edge: int, side: int) -> tuple[int, Span] | None:
@@ -57,10 +59,23 @@ def losses(view: View, num_layers: int, tied: bool) -> tuple[Loss, ...]:
         return min(found) if found else None
 
     return tuple(
-        Loss(joiner, span, num_layers, alive[span], neighbour(span[0], 1), neighbour(span[1], 0))
+        Loss(
+            joiner, span, num_layers, alive[span], neighbour(span[0], 1), neighbour(span[1], 0),
+            next(((alive[other][0], other) for other in twins.get(span, ()) if alive[other]), None),
+        )
         for span, workers in shards.items()
         for joiner in sorted(new & set(workers))
-    )
+    )  # fmt: skip
+
+
+def swaps(schedule: Schedule) -> dict[Span, tuple[Span, ...]]:
+    """Span -> the spans that follow it on one route and precede it on another."""
+    pairs = {pair for route in set(schedule.routes) for pair in pairwise(route.forward)}
+    found: dict[Span, tuple[Span, ...]] = {}
+    for a, b in sorted(pairs):
+        if (b, a) in pairs:
+            found[a] = (*found.get(a, ()), b)
+    return found
 
 
 class Remedy(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import fsum
+from typing import Literal
 
 from pipeline.schedule import Schedule, Span
 from schedulers.balanced import balanced
@@ -13,6 +14,7 @@ from schedulers.head_with_embedding import head_with_embedding
 from schedulers.interleaved import interleaved
 from schedulers.one_f_one_b import one_f_one_b
 from schedulers.partition import partition
+from schedulers.swapped import swapped
 from schedulers.zero_bubble import zero_bubble
 
 SCHEDULERS = {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "interleaved": interleaved, "zero_bubble": zero_bubble}
@@ -20,6 +22,9 @@ SCHEDULERS = {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "interleaved": interle
 
 PLANNERS = (*SCHEDULERS, "balanced")
 """What --scheduler accepts: the orders above, and those that choose their own cut."""
+
+
+Ends = Literal["in line", "home", "apart"]
 
 
 def build(name: str, spans: Sequence[Span], microbatches: int, replicas: int = 1, **options: int) -> Schedule:
@@ -36,22 +41,30 @@ def num_spans(name: str, stages: int, chunks: int) -> int:
 
 def plan(
     name: str, layer_costs: Sequence[float], stages: int, microbatches: int, replicas: int = 1, *, chunks: int = 2,
-    evaluate: bool = False, head_first: bool = False,
+    evaluate: bool = False, ends: Ends = "in line", swap: bool = False,
 ) -> Schedule:  # fmt: skip
     """A schedule of layers that cost `layer_costs` seconds each, on `stages` workers per replica; not yet lowered.
 
-    `evaluate` gives forwards alone, on the same spans. `head_first` places the last layer, the head, on the first
-    worker, in the order of 1F1B. Raises ValueError, or PartitionError where there are fewer layers than spans.
+    `evaluate` gives forwards alone, on the same spans. `ends` says where the first and the last layer, the embedding
+    and the head, go: "in line" with the others; the head "home" to the first worker, or both "apart" there, as spans
+    of their own, both in the order of 1F1B; `swap` then swaps the routes of every other microbatch.
+
+    Raises ValueError, or PartitionError where there are fewer layers than spans.
     """
     if name not in PLANNERS:
         raise ValueError(f"unknown scheduler {name!r}; allowed: {', '.join(PLANNERS)}")
     if name == "balanced":
         return balanced(layer_costs, stages, microbatches, replicas, evaluate=evaluate)
-    if head_first:
-        part = fsum(layer_costs) / stages
-        speeds = [max(0.05, 1 - layer_costs[-1] / part), *[1.0] * (stages - 1)]
-        spans = (*partition(layer_costs[:-1], speeds), (len(layer_costs) - 1, len(layer_costs)))
-        return head_with_embedding(spans, microbatches, replicas, evaluate=evaluate)
+    if ends != "in line":
+        head = (len(layer_costs) - 1, len(layer_costs))
+        if ends == "home":
+            part = fsum(layer_costs) / stages
+            spans = (*partition(layer_costs[:-1], [max(0.05, 1 - layer_costs[-1] / part), *[1.0] * (stages - 1)]), head)
+        else:
+            blocks = partition(layer_costs[1:-1], [1.0] * (stages - 1))
+            spans = ((0, 1), *((lo + 1, hi + 1) for lo, hi in blocks), head)
+        order = swapped if swap else head_with_embedding
+        return order(spans, microbatches, replicas, evaluate=evaluate)
     spans = partition(layer_costs, [1.0] * num_spans(name, stages, chunks))
     if evaluate:
         return evaluation(spans, microbatches, replicas, stages=stages)
