@@ -139,8 +139,9 @@ def _become_worker(
     except BaseException:  # the process ends here, whatever it was
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(ValueError, OSError):  # closed, or nobody reads
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, events.jsonl, config.toml and the pictures."""
+"""What a run leaves behind: metrics.jsonl, events.jsonl, ledger.jsonl, config.toml and the pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
+LEDGER = ("step", "view", "first_sample", "samples")
+"""Which samples a committed step was made of: `samples` global ids from `first_sample` on."""
 
 
 class RunFolder:
@@ -20,10 +22,12 @@ class RunFolder:
         write_whole(path / "config.toml", config_toml)
         self.metrics = [m for m in read_jsonl(path / "metrics.jsonl") if m["step"] <= first_step]
         write_whole(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+        ledger = [line for line in read_jsonl(path / "ledger.jsonl") if line["step"] <= first_step]
+        write_whole(path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in ledger))
         self.evaluations = [
             e for e in read_jsonl(path / "events.jsonl") if e["event"] == "evaluation" and e["step"] <= first_step
         ]
-        self._files = {name: (path / f"{name}.jsonl").open("a") for name in ("metrics", "events")}
+        self._files = {name: (path / f"{name}.jsonl").open("a") for name in ("metrics", "events", "ledger")}
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an extra: imported only when asked for
@@ -37,6 +41,7 @@ class RunFolder:
             return  # told again, in case that it had not been
         self.metrics.append(metrics)
         self._append("metrics", metrics)
+        self._append("ledger", {name: record[name] for name in LEDGER})
         if self._board is not None:
             for name in ("loss", "tokens_per_s", "grad_norm", "lr"):
                 self._board.add_scalar(name, metrics[name], metrics["step"])

@@ -24,6 +24,9 @@ Pairs = set[tuple[int, int]]
 Shapes = Mapping[tuple[int, int], Shape]
 
 
+_ENDING_S = 5.0  # until a sum over a group whose sockets are closed has failed
+
+
 @dataclass
 class Communicator:
     """Edits `worker.transport` and `worker.groups`. `max_bytes` is the largest message of a link."""
@@ -62,15 +65,24 @@ class Communicator:
                 self.worker.transport.drop(peer)
         for shard, members in list(self.members.items()):
             if not set(members) <= workers or shard in fresh_groups:
+                self._poison(shard, members, set(members) - workers)
+                self._end(shard, min(deadline, time.monotonic() + _ENDING_S))
                 self._forget(shard)
         self.unconfirmed = (set(), set())
         for shard in list(self.members):
             if shard not in self.worker.reduced:
                 self.worker.reduce(shard)
-            try:
-                self.worker.reduced[shard].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-            except RuntimeError:
+            if not self._end(shard, deadline):
                 self._forget(shard)
+
+    def _end(self, shard: Span, deadline: float) -> bool:
+        """Wait until a sum that was started no longer writes into the gradient; returns whether it went well."""
+        try:
+            if (work := self.worker.reduced.get(shard)) is not None:
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        except RuntimeError:
+            return False
+        return True
 
     def kept(self) -> dict[str, list[list[int]] | list[int]]:
         """What is left after `settle`, as JSON, for the others to see."""

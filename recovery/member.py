@@ -65,7 +65,6 @@ class Member:
         worker that joins. Raises MembershipError when no view comes, or when this worker has no part in it.
         """
         began = time.monotonic()
-        self.worker.drop()
         while True:
             view = await_view(self.store, number, self.patience_s)
             number = view.number + 1
@@ -74,7 +73,7 @@ class Member:
             try:
                 return self._enter(view, position, began)
             except INTERRUPTIONS:
-                self.worker.drop()
+                continue
 
     def _enter(self, view: View, position: Mapping[str, Any] | None, began: float) -> Joined:
         worker, probe = self.worker, self.worker.probe
@@ -83,6 +82,7 @@ class Member:
         worker.transport.mailbox.advance(view.number, 0)
         self.communicator.settle(set(view.workers), deadline)
         worker.reduced.clear()
+        worker.drop()  # after the last sum: one that was under way still wrote into the gradients
         worker.iteration = 0
         worker.exchange = Ballot(self.store, view.number, worker.id, view.workers)
         train, evaluate = view.schedule("train"), view.schedule("evaluate")

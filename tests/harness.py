@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -70,7 +71,9 @@ class Outcome:
 
 
 def entry(payload: dict[str, Any]) -> int:
-    """What a worker of `run_workers` does."""
+    """What a process forked from the warm parent does: run the command line, or be a worker of `run_workers`."""
+    if "argv" in payload:
+        return _command(payload["argv"], Path(payload["log"]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     store = connect(payload["store"], TIMEOUT_S)
@@ -104,6 +107,56 @@ def entry(payload: dict[str, Any]) -> int:
     (out / f"result-{me}.json").write_text(json.dumps(details))
     worker.transport.close()
     return 0
+
+
+def _command(argv: list[str], log: Path) -> int:
+    from launch.cli import main
+
+    said = log.open("w", buffering=1)  # open to the end of the process
+    os.dup2(said.fileno(), 1)
+    os.dup2(said.fileno(), 2)
+    sys.stdout = sys.stderr = said  # pytest has put its own objects in their places
+    return main(argv)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A finished command: its exit code, and what it said."""
+
+    code: int
+    output: str
+
+
+class Started:
+    """`unbroken ...` in a process of its own, forked from the warm parent: no time is lost on imports."""
+
+    def __init__(self, nursery: Nursery, log: Path, *argv: str) -> None:
+        self._nursery, self._log = nursery, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.pid = nursery.start({"argv": list(argv), "log": str(log)})
+        self._code: int | None = None
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._code is None:
+            stop(self._nursery, {self.pid: 0})
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> Command:
+        """Its end. Raises AssertionError, with what it said, if that does not come in time."""
+        deadline = time.monotonic() + timeout_s
+        while self._code is None and time.monotonic() < deadline:
+            self._code = next((e.code for e in self._nursery.poll(0.05) if e.pid == self.pid), None)
+        output = self._log.read_text()
+        assert self._code is not None, f"not over after {timeout_s:.0f} s; it said: {output[-2000:]}"
+        return Command(self._code, output)
+
+
+def run_command(nursery: Nursery, log: Path, *argv: str, timeout_s: float = TIMEOUT_S) -> Command:
+    """Run `unbroken ...` to its end."""
+    with Started(nursery, log, *argv) as started:
+        return started.wait(timeout_s)
 
 
 @contextmanager

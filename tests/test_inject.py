@@ -1,0 +1,73 @@
+"""Faults as text: read whole or refused by name, drawn from the seed alone, and met once."""
+
+from __future__ import annotations
+
+import pytest
+
+from recovery.inject import POINTS, Fault, InjectedFault, InjectionError, Injector, Rate, parse
+
+
+def test_texts_are_read_whole() -> None:
+    kill, slow, rate = parse(
+        "kill:worker=2,step=30,at=reduce; slow:stage=1,step=4,factor=2.5;rate:p=0.5,stages=1-3,seed=9"
+    )
+    assert kill == Fault("kill", 30, "reduce", worker=2, factor=5.0, name="0")
+    assert slow == Fault("slow", 4, "forward", stage=1, factor=2.5, name="1")
+    assert rate == Rate(0.5, (1, 2, 3), 9)
+    assert parse("") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("burn:worker=1,step=2", r"'burn' is no fault; allowed: kill, term, stop, exception, slow, nan, rate"),
+        ("kill:worker=1", r"step is missing; allowed: a number of 0 or more"),
+        ("kill:worker=x,step=1", r"worker is 'x'; allowed: a number of 0 or more"),
+        ("kill:step=1", r"allowed: one of worker=ID and stage=NUMBER"),
+        ("kill:worker=1,stage=1,step=1", r"allowed: one of worker=ID and stage=NUMBER"),
+        ("kill:worker=1,step=1,at=lunch", r"at is 'lunch'; allowed: forward, backward"),
+        ("kill:worker=1,step=1,when=now", r"when; allowed for kill: worker, stage, step, at, factor"),
+        ("kill:worker", r"'worker'; allowed: name=value"),
+        ("rate:p=2", r"p is 2.0; allowed: 0 to 1"),
+        ("rate:p=0.1,stages=a-b", r"stages is 'a-b'; allowed: a number or a range"),
+        ("rate:p=0.1,kind=tickle", r"kind is 'tickle'; allowed: kill"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(text: str, said: str) -> None:
+    with pytest.raises(InjectionError, match=said):
+        parse(text)
+
+
+def test_a_rate_is_drawn_from_its_seed_alone_and_as_often_as_it_says() -> None:
+    rate = Rate(0.1, (1, 2), seed=3)
+    drawn = [(step, stage, fault) for step in range(2000) for stage in range(4) if (fault := rate.draw(step, stage))]
+    assert drawn == [(s, n, f) for s in range(2000) for n in range(4) if (f := Rate(0.1, (1, 2), seed=3).draw(s, n))]
+    assert {stage for _, stage, _ in drawn} == {1, 2}
+    assert 330 < len(drawn) < 470, "far from 400 of 4000"
+    assert {fault.at for _, _, fault in drawn} == set(POINTS[:5])
+    assert [f for s, n, f in drawn if n == 1] != [Rate(0.1, (1, 2), seed=4).draw(s, 1) for s, n, _ in drawn if n == 1]
+
+
+def test_a_fault_is_met_once_by_whom_it_names() -> None:
+    asked: list[str] = []
+    poisoned: list[int] = []
+
+    def claim(name: str) -> bool:
+        asked.append(name)
+        return asked.count(name) == 1
+
+    def injector(worker: int, stage: int, text: str) -> Injector:
+        return Injector(parse(text), worker, stage, claim, lambda fault: None, lambda: poisoned.append(worker))
+
+    named = injector(2, 0, "exception:worker=2,step=5,at=forward")
+    named("forward", 4)
+    named("backward", 5)
+    injector(1, 0, "exception:worker=2,step=5,at=forward")("forward", 5)
+    with pytest.raises(InjectedFault, match="injected at forward of step 5"):
+        named("forward", 5)
+    named("forward", 5)  # the step is run again, by the same worker or by who took its place
+    staged = injector(7, 1, "nan:stage=1,step=3;slow:stage=1,step=3,factor=4")
+    staged("backward", 3)
+    staged("forward", 3)
+    assert poisoned == [7]
+    assert staged.slowdown == 4

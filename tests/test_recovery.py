@@ -1,0 +1,273 @@
+"""Runs that lose real processes in the middle of real steps, held against the same run without a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as functional
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from jobs.data import Dataset
+from launch.nursery import Nursery
+from pipeline.optimizer import OptimizerConfig, decay_groups, learning_rate
+from pipeline.weights import preset
+from recovery import checkpoint
+from tests.harness import Command, Started, run_command
+
+STEPS = 14
+POINTS = ("forward", "backward", "reduce", "commit", "optimizer")
+
+
+def settings(out: Path, *more: str) -> list[str]:
+    return [
+        "train", "--model", "llama-tiny", "--tokenizer", "bytes", "--max-tokens", "60000", "--sequence-length", "32",
+        "--microbatch-size", "2", "--microbatches", "4", "--steps", str(STEPS), "--warmup", "4",
+        "--evaluate-every", "0", "--sample-tokens", "0", "--checkpoint-every", "5", "--deadline", "30",
+        "--threads", "1", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def events(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if kind in (None, event["event"])]
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def exported(out: Path) -> dict[str, Tensor]:
+    return {name: t for file in sorted((out / "model").glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = exported(a), exported(b)
+    return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def train(nursery: Nursery, out: Path, *more: str, timeout_s: float = 60.0) -> Command:
+    done = run_command(nursery, out.with_suffix(".log"), *settings(out, *more), timeout_s=timeout_s)
+    assert done.code == 0, done.output
+    return done
+
+
+def whole_ledger(out: Path) -> None:
+    """Every step was committed in the end, each on the samples that follow those of the step before."""
+    lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    last = {line["step"]: line for line in lines}
+    assert sorted(last) == list(range(1, STEPS + 1))
+    assert [last[step]["first_sample"] for step in sorted(last)] == [8 * i for i in range(STEPS)]
+    assert {line["samples"] for line in last.values()} == {8}
+
+
+@pytest.fixture(scope="module")
+def calm(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs without a failure, by layout."""
+    root = tmp_path_factory.mktemp("calm")
+    layouts = {"line": ["--workers", "4"], "replicas": ["--workers", "4", "--replicas", "2"]}
+    layouts["plus"] = ["--workers", "5", "--recovery", "checkfree+", "--model", str(_eight_blocks(root))]
+    for name, flags in layouts.items():
+        train(nursery, root / name, *flags)
+    return {name: root / name for name in layouts}
+
+
+def _eight_blocks(root: Path) -> Path:
+    config = preset("llama-tiny", vocab_size=258)
+    config.num_hidden_layers = 8
+    path = root / "eight.json"
+    path.write_text(config.to_json_string(use_diff=False))
+    return path
+
+
+@pytest.mark.parametrize("at", POINTS)
+def test_a_killed_replica_is_replaced_and_nothing_of_the_run_changes(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, at: str
+) -> None:
+    flags = ["--workers", "4", "--replicas", "2", "--inject", f"kill:worker={POINTS.index(at) % 4},step=7,at={at}"]
+    done = train(nursery, out := tmp_path / "run", *flags)
+    assert "was killed by SIGKILL" in done.output
+    assert [event["remedy"] for event in events(out, "remedy")] == ["replica"]
+    assert len(metrics(out)) == STEPS, "a step was told twice or not at all"
+    whole_ledger(out)
+    assert same_weights(out, calm["replicas"])
+
+
+@pytest.mark.parametrize(("at", "worker"), list(zip(POINTS, (0, 1, 2, 3, 0), strict=True)))
+def test_a_rollback_replays_to_the_same_weights(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, at: str, worker: int
+) -> None:
+    flags = ["--workers", "4", "--recovery", "checkpoint", "--inject", f"kill:worker={worker},step=7,at={at}"]
+    train(nursery, out := tmp_path / "run", *flags)
+    assert [event["to"] for event in events(out, "rolled_back")] == ["step-00000005"]
+    whole_ledger(out)
+    assert same_weights(out, calm["line"])
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_the_embedding_and_the_head_come_back_bit_for_bit(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, worker: int
+) -> None:
+    """Worker 0 computes them, worker 1 keeps a copy (and its own blocks become those of its twin)."""
+    model = str(_eight_blocks(tmp_path))
+    flags = ["--workers", "5", "--recovery", "checkfree+", "--model", model]
+    train(nursery, out := tmp_path / "run", *flags, "--inject", f"kill:worker={worker},step=7,at=backward")
+    (resumed,) = events(out, "resumed")
+    restored = {tuple(span): remedy for _, span, remedy in resumed["restores"]}
+    assert restored[0, 1] == restored[9, 10] == "replica"
+    assert restored.get((1, 3)) == ("checkfree+" if worker == 1 else None)
+    whole_ledger(out)
+    assert same_weights(out, calm["plus"]) == (worker == 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "more", "detected"),
+    [
+        ("stop:worker=1,step=7,at=backward", ["--heartbeat", "2"], "has given no sign of life for 2 s"),
+        ("exception:worker=1,step=7,at=forward", [], "InjectedFault: injected at forward of step 7"),
+        ("nan:worker=1,step=7,at=backward", [], None),
+        ("slow:worker=1,step=7,factor=4", [], None),
+        ("kill:worker=1,step=7;kill:worker=0,step=7,at=recovery", [], "was killed by SIGKILL"),
+        ("kill:worker=1,step=7;kill:worker=4,step=0,at=join", [], "was killed by SIGKILL"),
+        ("kill:worker=1,step=7;kill:worker=2,step=0,at=recovery;kill:worker=5,step=0,at=join", [], "SIGKILL"),
+    ],
+)
+def test_every_fault_ends_in_the_weights_of_the_run_without_it(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, fault: str, more: list[str], detected: str | None
+) -> None:
+    flags = ["--workers", "4", "--recovery", "checkpoint", "--inject", fault, *more]
+    done = train(nursery, out := tmp_path / "run", *flags)
+    assert len(events(out, "fault")) == fault.count(";") + 1, "not every fault has happened"
+    if detected is None:
+        assert not events(out, "detected")
+    else:
+        assert detected in done.output
+    whole_ledger(out)
+    assert same_weights(out, calm["line"])
+
+
+def test_two_at_once_from_outside(nursery: Nursery, calm: dict[str, Path], tmp_path: Path) -> None:
+    """Both workers of a stage's neighbours, killed by somebody else in the same moment, at no particular point."""
+    out = tmp_path / "run"
+    flags = settings(out, "--workers", "4", "--recovery", "checkpoint")
+    with Started(nursery, tmp_path / "log", *flags) as run:
+        workers = _workers(run.pid, out, step=6)
+        for pid in workers[1:3]:
+            os.kill(pid, signal.SIGKILL)
+        done = run.wait(60)
+    assert done.code == 0, done.output
+    assert {event["worker"] for event in events(out, "remedy")} == {1, 2}
+    whole_ledger(out)
+    assert same_weights(out, calm["line"])
+
+
+def _workers(pid: int, out: Path, step: int) -> list[int]:
+    """The pids of the workers, in the order of their ids, once `step` steps are committed."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").is_file() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
+            (warm,) = psutil.Process(pid).children()
+            return sorted(child.pid for child in warm.children())
+        time.sleep(0.01)
+    raise AssertionError("the run did not get that far")
+
+
+def test_too_many_failures_end_the_run_by_name(nursery: Nursery, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = settings(
+        out, "--workers", "2", "--max-failures", "1", "--inject", "kill:worker=1,step=5;kill:worker=2,step=6"
+    )
+    done = run_command(nursery, tmp_path / "log", *flags)
+    assert done.code == 1
+    assert "2 workers were lost, the last: worker 2 was killed by SIGKILL; allowed by max_failures: 1" in done.output
+
+
+def test_what_nothing_brings_back_ends_the_run_with_every_reason(nursery: Nursery, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = settings(out, "--workers", "4", "--recovery", "checkfree", "--inject", "kill:worker=0,step=5")
+    done = run_command(nursery, tmp_path / "log", *flags)
+    assert done.code == 1
+    assert "holds the embedding or the head, which no neighbour resembles" in done.output
+    assert events(out, "failed")
+
+
+# ---- CheckFree against plain PyTorch ----
+
+
+def test_a_lost_middle_stage_is_the_weighted_mean_of_its_neighbours(nursery: Nursery, tmp_path: Path) -> None:
+    """Steps 12 and 13 again, by hand: norms, mean, fresh moments and 1.1 times the learning rate for that stage."""
+    out = tmp_path / "run"
+    flags = ["--workers", "5", "--recovery", "checkfree", "--model", str(_eight_blocks(tmp_path))]
+    flags += ["--checkpoint-every", "1", "--keep", "99", "--inject", "kill:worker=3,step=12,at=backward"]
+    train(nursery, out, *flags)
+    spans = {2: (3, 5), 3: (5, 7), 4: (7, 9)}
+    model = AutoModelForCausalLM.from_pretrained(out / "model").train()
+    names = {layer: [n for n, _ in model.named_parameters() if f".layers.{layer - 1}." in n] for layer in range(1, 9)}
+
+    before = load(model, out, 11)
+    backward(model, out, 11)
+    norms = {
+        w: sum(float(model.get_parameter(n).grad.double().square().sum()) for l in range(*span) for n in names[l])
+        ** 0.5
+        for w, span in spans.items()
+    }
+    assert before, "there is a state"
+    moments = load(model, out, 12)
+    a, b = norms[2] + 1e-4, norms[4] + 1e-4
+    with torch.no_grad():
+        for place in range(2):
+            for lost, low, high in zip(*(names[spans[w][0] + place] for w in (3, 2, 4)), strict=True):
+                mean = (a * model.get_parameter(low).double() + b * model.get_parameter(high).double()) / (a + b)
+                model.get_parameter(lost).copy_(mean)
+                moments[lost] = {k: torch.zeros_like(v) for k, v in moments[lost].items()}
+    backward(model, out, 12)
+    config = OptimizerConfig(lr=2e-3, total_steps=STEPS, warmup_steps=4)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    rebuilt = {name for layer in range(5, 7) for name in names[layer]}
+    for name, parameter in model.named_parameters():
+        scale = 1.1 if name in rebuilt else 1.0
+        groups = decay_groups({name: parameter}, config.weight_decay)
+        adamw = torch.optim.AdamW(groups, lr=scale * learning_rate(config, 12), betas=config.betas, eps=config.eps)  # type: ignore[arg-type]
+        adamw.state[parameter] = moments[name]
+        adamw.step()
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    load(model, out, 13)
+    for name, parameter in model.named_parameters():
+        assert float((parameter.detach() - expected[name]).abs().max()) < 1e-6, name
+    scales = {k: v for n in range(10) for k, v in layer(out, 13, n).items() if k.startswith("lr_scale/")}
+    assert {round(float(v), 6) for k, v in scales.items() if k.removeprefix("lr_scale/") in rebuilt} == {1.1}
+    assert {float(v) for k, v in scales.items() if k.removeprefix("lr_scale/") not in rebuilt} == {1.0}
+
+
+def layer(out: Path, step: int, number: int) -> dict[str, Tensor]:
+    path = checkpoint.directory(out / "checkpoints", step)
+    return checkpoint.read_layer(path, checkpoint.read_manifest(path), number)
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, out: Path, step: int) -> dict[str, dict[str, Tensor]]:
+    """Fill the model from a checkpoint; returns AdamW's state by name."""
+    state = {key: tensor for number in range(10) for key, tensor in layer(out, step, number).items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        parameter.copy_(state[f"param/{name}"])
+        found[name] = {kind: state[f"{kind}/{name}"].clone() for kind in ("step", "exp_avg", "exp_avg_sq")}
+    return found
+
+
+def backward(model: torch.nn.Module, out: Path, step: int) -> None:
+    """The mean gradient of 0-based `step`."""
+    model.zero_grad()
+    dataset = Dataset.open(out / "data")
+    rows = torch.stack([torch.from_numpy(dataset.train_sample(8 * step + i)) for i in range(8)])
+    logits = model(rows[:, :-1], use_cache=False).logits
+    functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
