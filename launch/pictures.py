@@ -40,9 +40,9 @@ class Pictures:
         self._write("trace.json", json.dumps(perfetto(measured)))
 
     def loss(self) -> None:
-        """loss.svg: training loss, and held-out loss where it was evaluated."""
+        """loss.svg: training loss, held-out loss where it was evaluated, and every failure."""
         if self._folder.metrics:
-            self._write("loss.svg", loss_svg(self._folder.metrics, self._folder.evaluations))
+            self._write("loss.svg", loss_svg(self._folder.metrics, [*self._folder.evaluations, *self._folder.marks]))
 
     def _write(self, name: str, text: str) -> None:
         try:

@@ -27,6 +27,9 @@ class RunFolder:
         self.evaluations = [
             e for e in read_jsonl(path / "events.jsonl") if e["event"] == "evaluation" and e["step"] <= first_step
         ]
+        self.marks = [
+            e for e in read_jsonl(path / "events.jsonl") if e["event"] == "remedy" and e["step"] <= first_step
+        ]
         self._files = {name: (path / f"{name}.jsonl").open("a") for name in ("metrics", "events", "ledger")}
         self._board = None
         if tensorboard:
@@ -53,6 +56,8 @@ class RunFolder:
             self.evaluations.append(line)
             if self._board is not None:
                 self._board.add_scalar("held_out_loss", fields["loss"], fields["step"])
+        if event == "remedy":
+            self.marks.append({**line, "label": f"worker {fields['worker']} lost: {fields['remedy']}"})
         self._append("events", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:

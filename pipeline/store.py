@@ -6,6 +6,7 @@ its own, held on both sides: its two gradients are summed, so both copies stay e
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -78,6 +79,13 @@ class ResidentStore:
     def shard_state(self, shard: Span) -> dict[str, Tensor]:
         """The state of one shard, in the form of `layer_state`: what replicas of it must agree on, bit for bit."""
         return _state(dict.fromkeys(self.shards[shard].parameters, self.shards[shard]))
+
+    def fingerprint(self, shard: Span) -> int:
+        """A checksum of a shard's whole state: equal on all its holders, or one of them is wrong."""
+        crc = 0
+        for _, tensor in sorted(self.shard_state(shard).items()):
+            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+        return crc
 
     def span_states(self, span: Span) -> list[dict[str, Tensor]]:
         """The states that `span` consists of: one per layer, or that of the tied weight."""

@@ -122,7 +122,6 @@ class Communicator:
             transport.drop(peer)
         try:
             transport.connect(self.builder, pairs, max_bytes=self.max_bytes, nccl=self.backend == "nccl", shapes=shapes)
-            self.unconfirmed = (set(transport.links) - before, set())
             for shard, members in sorted(shards.items()):
                 if me not in members or len(members) < 2 or self.members.get(shard) == members:
                     continue
@@ -133,6 +132,8 @@ class Communicator:
                 self.unconfirmed[1].add(shard)
         except RuntimeError as error:
             raise LinkError(f"the links of view {view} could not be built: {error}") from error
+        finally:
+            self.unconfirmed[0].update(set(transport.links) - before)
 
     def confirm(self) -> None:
         """All members have built theirs."""

@@ -96,10 +96,9 @@ class Member:
             raise MembershipError(f"the workers of view {view.number} stand at different places: {positions}")
         self.communicator.agree(votes)
         model = worker.store.model
-        self.communicator.edit(
-            view.number, link_pairs(connections(train) | connections(evaluate)),
-            shards_of(view, model.num_layers, model.tied), self.shapes(view),
-        )  # fmt: skip
+        shards = shards_of(view, model.num_layers, model.tied)
+        pairs = link_pairs(connections(train) | connections(evaluate))
+        self.communicator.edit(view.number, pairs, shards, self.shapes(view))
         times["edited"] = time.monotonic()
         known: dict[Span, float] = {}
         for vote in votes.values():
@@ -110,12 +109,22 @@ class Member:
             known = {}
         else:
             restore(worker, view, self.communicator.builder, self.remedies, known, deadline)
-        worker.gather({})
+        copies = {span: ws for span, ws in shards.items() if len(ws) > 1 and worker.id in ws}
+        votes = worker.gather({"copies": {f"{lo}:{hi}": worker.store.fingerprint((lo, hi)) for lo, hi in copies}})
+        _check_copies(view, shards, votes)
         times["restored"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
         self.view, self.train, self.evaluate = view, train, evaluate
         return Joined(view, where, began, {name: at - began for name, at in times.items()})
+
+
+def _check_copies(view: View, shards: Mapping[Span, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> None:
+    """All holders of a shard have the same state, bit for bit. Raises MembershipError."""
+    for (lo, hi), workers in shards.items():
+        found = {worker: votes[worker]["copies"].get(f"{lo}:{hi}") for worker in workers}
+        if len(set(found.values())) > 1:
+            raise MembershipError(f"view {view.number}: the copies of span {lo}:{hi} differ, by checksum: {found}")
 
 
 class Watcher:

@@ -1,0 +1,157 @@
+"""A view change edits links and groups: what touches no changed worker stays the same object on the same socket."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import psutil
+import pytest
+import torch
+
+from launch.worker_main import connect
+from pipeline.groups import Group, GroupBuilder, Work, sum_over
+from pipeline.schedule import Op, Span
+from pipeline.transport import LinkError, Transport
+from recovery.communicator import Communicator
+from tests.harness import hosted_store
+
+X = Op("F", (0, 1), 0)
+SHARDS: dict[Span, tuple[int, ...]] = {(0, 1): (0, 2), (1, 2): (1, 3)}
+PAIRS = {(0, 1), (1, 2), (2, 3)}
+
+
+class Member:
+    """What a Communicator needs of a worker: links, groups, and a gradient per shard."""
+
+    def __init__(self, worker: int, address: dict[str, Any]) -> None:
+        self.id = worker
+        self.transport = Transport(worker)
+        self.groups: dict[Span, Group] = {}
+        self.reduced: dict[Span, Work] = {}
+        self.gradient = torch.ones(64)
+        builder = GroupBuilder(
+            connect(address, 20.0), worker, "127.0.0.1", torch.device("cpu"), 20.0, self.transport.mailbox.woken
+        )
+        self.communicator = Communicator(cast(Any, self), builder, max_bytes=4096)
+
+    def reduce(self, shard: Span) -> None:
+        self.reduced[shard] = sum_over(self.groups[shard], self.gradient, 20.0)
+
+
+def together(members: list[Member], act: Callable[[Member], Any]) -> dict[int, Any]:
+    """Every member in a thread of its own; what each returned or raised, by id."""
+    found: dict[int, Any] = {}
+
+    def run(member: Member) -> None:
+        try:
+            found[member.id] = act(member)
+        except Exception as error:
+            found[member.id] = error
+
+    threads = [threading.Thread(target=run, args=(m,)) for m in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == len(members), "a member hangs"
+    return found
+
+
+def sockets() -> set[tuple[Any, Any]]:
+    return {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
+
+
+def enter(view: int, pairs: set[tuple[int, int]], shards: dict[Span, tuple[int, ...]]) -> Callable[[Member], None]:
+    def act(member: Member) -> None:
+        member.transport.mailbox.advance(view, 0)
+        member.communicator.edit(view, pairs, shards)
+        member.communicator.confirm()
+
+    return act
+
+
+def test_only_what_touches_a_changed_worker_is_rebuilt() -> None:
+    with hosted_store() as (_, address):
+        members = [Member(w, address) for w in range(4)]
+        clients = sockets()
+        assert set(together(members, enter(1, PAIRS, SHARDS)).values()) == {None}
+        a, b, c, d = members
+        first = sockets() - clients
+        assert len(first) == 2 * (len(PAIRS) + len(SHARDS)), "a socket per pair, seen from both ends"
+        links = {m.id: dict(m.transport.links) for m in members}
+        kept = {m.id: m.groups[0, 1] for m in (a, c)}
+        d.transport.close()
+        for link in d.transport.links.values():
+            link.abandon()
+        d.groups.clear()  # its process is gone, and with it its sockets
+        a.reduce((0, 1))  # worker 0 has begun its sum, worker 2 was interrupted before
+
+        alive = {0, 1, 2, 4}
+        survivors = [a, b, c]
+        together(survivors, lambda m: m.communicator.settle(alive, time.monotonic() + 10))
+        new = Member(4, address)
+        votes = {m.id: m.communicator.kept() for m in [*survivors, new]}
+        for member in survivors:
+            member.communicator.agree(votes)
+        more = sockets()
+        shards: dict[Span, tuple[int, ...]] = {(0, 1): (0, 2), (1, 2): (1, 4)}
+        assert set(together([*survivors, new], enter(2, {(0, 1), (1, 2), (2, 4)}, shards)).values()) == {None}
+        assert first & sockets() == first & more, "an unaffected socket was closed by the edit"
+        assert len(first & sockets()) == 2 * 3, "links 0-1 and 1-2, and the group of 0 and 2"
+        for member in survivors:
+            for peer in set(member.transport.links) & {0, 1, 2}:
+                assert member.transport.links[peer] is links[member.id][peer]
+        assert a.groups[0, 1] is kept[0]
+        assert c.groups[0, 1] is kept[2]
+
+        for m in (a, c):
+            m.gradient = torch.full((64,), 1.0 + m.id)
+            m.reduced.clear()
+            m.reduce((0, 1))
+        for m in (a, c):
+            m.communicator._end((0, 1), time.monotonic() + 10)
+            assert torch.equal(m.gradient, torch.full((64,), 4.0)), "the kept group is out of step"
+        c.transport.send(1, X, 4, torch.ones(3))
+        assert torch.equal(new.transport.receive(1, X, 2, time.monotonic() + 10), torch.ones(3))
+        for member in [*survivors, new]:
+            member.transport.close()
+
+
+def test_waiting_for_a_member_that_never_comes_is_ended_by_the_next_view() -> None:
+    with hosted_store() as (_, address):
+        members = [Member(0, address), Member(1, address)]
+        threading.Timer(0.2, lambda: [m.transport.mailbox.wake(2, "view 2 has begun") for m in members]).start()
+        began = time.monotonic()
+        found = together(members, enter(1, {(0, 1), (0, 2), (1, 2)}, {}))
+        assert time.monotonic() - began < 2
+        for error in found.values():
+            assert isinstance(error, LinkError)
+            assert "view 2 has begun" in str(error)
+        for member in members:
+            together([member], lambda m: m.communicator.settle({0, 1}, time.monotonic() + 5))
+            assert not member.transport.links, "what a view built that was never ready is still there"
+
+
+def test_a_sum_over_a_lost_member_is_ended_from_another_thread() -> None:
+    """Worker 0 waits for worker 1, which is alive but will never come: worker 2 is lost."""
+    with hosted_store() as (_, address):
+        members = [Member(w, address) for w in range(3)]
+        together(members, enter(1, set(), {(0, 1): (0, 1, 2)}))
+        a = members[0]
+        a.reduce((0, 1))
+        threading.Timer(0.2, lambda: a.communicator.poison({2})).start()
+        began = time.monotonic()
+        assert not a.communicator._end((0, 1), time.monotonic() + 15)
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("lost", [{2}, {1, 2}])
+def test_poisoning_is_harmless_where_nobody_waits(lost: set[int]) -> None:
+    with hosted_store() as (_, address):
+        members = [Member(w, address) for w in range(3)]
+        together(members, enter(1, set(), {(0, 1): (0, 1, 2)}))
+        members[0].communicator.poison(lost)
+        assert members[0].communicator.kept() == {"links": [], "shards": [[0, 1]]}
