@@ -96,7 +96,10 @@ class Trainer:
         if joined.view.number > 1:
             parts = {name: round(seconds, 4) for name, seconds in joined.parts.items()}
             restores = [[each.worker, list(each.span), each.remedy] for each in joined.view.restores]
-            self._event("resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores)
+            woken = time.time() - (time.monotonic() - joined.woken)
+            self._event(
+                "resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores, woken=woken
+            )
             if joined.view.rollback is not None:
                 self._event(
                     "rolled_back", step=self.step, to=Path(joined.view.rollback).name, steps_lost=before - self.step

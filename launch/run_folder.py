@@ -44,7 +44,7 @@ class RunFolder:
             return  # told again, in case that it had not been
         self.metrics.append(metrics)
         self._append("metrics", metrics)
-        self._append("ledger", {name: record[name] for name in LEDGER})
+        self._append("ledger", {**{name: record[name] for name in LEDGER}, "time": record.get("time", time.time())})
         if self._board is not None:
             for name in ("loss", "tokens_per_s", "grad_norm", "lr"):
                 self._board.add_scalar(name, metrics[name], metrics["step"])

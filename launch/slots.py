@@ -24,6 +24,8 @@ class Slot:
     port: int = 0
     agent_store: bool = False
     prefix: str = "unbroken"
+    attempt: int = 0
+    """How many times torchrun has started everybody again."""
 
     @property
     def coordinates(self) -> bool:
@@ -62,6 +64,7 @@ def find_slot(environment: Mapping[str, str] = os.environ) -> Slot:
         agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         # torchrun starts everybody again after a failure: a new attempt must not read the keys of the old one
         prefix=f"unbroken/{environment.get('TORCHELASTIC_RUN_ID', 'run')}/{attempt}",
+        attempt=int(attempt),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     Raises ConfigError and its like before anything is started, RunFailed when a worker fails.
     """
     slot = find_slot()
+    if slot.attempt and (config.out / "checkpoints").is_dir():
+        config = replace(config, resume=True)  # torchrun has started everybody again: go on
     config.validate()
     workers = slot.workers(config.workers)
     devices = find_devices(config.device, slot.workers_here(config.workers))

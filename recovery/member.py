@@ -36,7 +36,8 @@ READY = 2
 
 @dataclass(frozen=True)
 class Joined:
-    """How a worker came into its view. `resume_s` is when it could go on, in time.monotonic seconds since `since`."""
+    """How a worker came into its view: where the training stands, when it was woken (time.monotonic seconds), and the
+    seconds from then until the view was there, all members were, links were edited, and state was restored."""
 
     view: View
     position: Mapping[str, Any]
