@@ -11,6 +11,7 @@ The peer is torchrun with --max-restarts, which stops every worker and starts al
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -68,13 +69,12 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.kill()
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
         self._log.close()
 
