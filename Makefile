@@ -7,12 +7,13 @@ OUT ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test lint types unit bench bench-quick clean help
+.PHONY: train test lint types unit bench soak clean help
 
 help:
-	@echo "make train   set up and train a small Llama across four pipeline workers"
+	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
+	@echo "make soak    half an hour of training under random kills"
 	@echo "make clean   remove the environment and the demo run"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: $(STAMP)
 	rm -rf $(OUT)
-	$(BIN)/unbroken train --out $(OUT) $(ARGS)
+	$(BIN)/unbroken train --out $(OUT) --inject 'kill:stage=1,step=120,at=backward' $(ARGS)
 
 test: lint types unit
 
@@ -43,6 +44,10 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
 	$(BIN)/python benchmarks/ir.py --out benchmarks/results/ir.json
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results
+	$(BIN)/python benchmarks/recovery.py --out benchmarks/results
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) $(OUT)

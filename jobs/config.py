@@ -13,6 +13,8 @@ from recovery.policy import POLICIES
 from schedulers import PLANNERS
 from schedulers.swapped import LEAST
 
+_WEEK_S = 604_800.0
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used: names the field, its value and what is allowed."""
@@ -157,12 +159,14 @@ class TrainConfig:
         _require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or more")
         parse_faults(self.inject)
         _require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
-        _require(self.deadline > 0, "deadline", self.deadline, "above 0")
+        _require(0 < self.deadline <= _WEEK_S, "deadline", self.deadline, f"above 0, up to {_WEEK_S:.0f} (a week)")
+        _require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
         _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
         _require(0 <= self.store_port < 65536, "store_port", self.store_port, "0 to 65535")
-        _require(self.beta1 < 1 and self.beta2 < 1, "beta1, beta2", (self.beta1, self.beta2), "below 1")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         if self.recovery == "checkfree+":
             _require(
                 self.scheduler == "one_f_one_b" and self.stages > LEAST, "recovery", self.recovery,

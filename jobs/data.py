@@ -149,12 +149,13 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.
 def prepare(
     spec: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, held_out: float, folder: Path, seed: int, *,
     max_tokens: int | None = None, text_field: str = "text", samples_per_step: int = 1,
-    progress: Progress | None = None,
+    progress: Progress | None = None, accept: Callable[[str], None] | None = None,
 ) -> Dataset:  # fmt: skip
     """Tokenise `spec` into `folder`, or re-use what is there if neither text nor settings changed; returns it opened.
 
     `held_out` is a share of the tokens, one sample at least. With `max_tokens`, documents are taken until there are
     that many. A held-out document that the training part has too, word for word, is dropped from the held-out part.
+    `accept` is given the fingerprint before anything in `folder` changes, and may raise.
     Raises CorpusError for text that cannot be read, for less than one global batch of `samples_per_step` samples, and
     for tokens that cannot be written; then nothing half-written is left.
     """
@@ -184,6 +185,8 @@ def prepare(
                 "train_start": held, "sequence_length": sequence_length, "seed": seed,
                 "fingerprint": _fingerprint(unfinished, kept, held, sequence_length, seed),
             }  # fmt: skip
+            if accept is not None:
+                accept(meta["fingerprint"])
             _publish(unfinished, folder, meta)
         except OSError as error:
             raise CorpusError(
@@ -192,6 +195,8 @@ def prepare(
         finally:
             unfinished.unlink(missing_ok=True)
     dataset = Dataset.open(folder)
+    if accept is not None:
+        accept(dataset.fingerprint)
     _require_batch(spec, len(dataset.tokens), dataset.train_start, sequence_length, samples_per_step)
     report("tokenising", 1.0)
     return dataset

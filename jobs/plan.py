@@ -19,6 +19,7 @@ from jobs.corpus import documents
 from jobs.data import Dataset
 from jobs.data import prepare as prepare_data
 from jobs.tokenizer import build_tokenizer
+from pipeline.costs import CostError, Network
 from pipeline.lower import lower
 from pipeline.model import LayeredModel
 from pipeline.schedule import Schedule, Span, dumps
@@ -35,11 +36,14 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the coordinator hands to the agents and keeps for its report."""
+    """What the coordinator hands to the agents and keeps for its report. `notes`: skipped checkpoints, and why."""
 
     view: View
     model: LayeredModel
-    notes: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+_SMALL_OPS = 1.2  # what norms, activations and rotations add to a block (measured at dim 384: a fifth)
 
 
 def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
@@ -47,7 +51,8 @@ def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
     attention's 4 * sequence * hidden / 2 under a causal mask). The embedding is a look-up: next to nothing."""
     hidden, vocabulary = model.hidden_size, int(model.config.vocab_size)
     blocks = [
-        2.0 * model.parameter_count(layer) + 2.0 * sequence_length * hidden for layer in range(1, model.num_layers - 1)
+        _SMALL_OPS * (2.0 * model.parameter_count(layer) + 2.0 * sequence_length * hidden)
+        for layer in range(1, model.num_layers - 1)
     ]
     return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
 
@@ -67,11 +72,10 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[
             f"allowed: at most {len(costs)}, the layers of the model"
         )
     made: dict[str, Schedule] = {}
-    held_out = -(-evaluated // config.microbatch_size)
-    for purpose, microbatches in (("train", config.microbatches), ("evaluate", held_out)):
+    for purpose, count in (("train", None), ("evaluate", -(-evaluated // config.microbatch_size))):
         schedule = plan(
-            config.scheduler, costs, config.stages, microbatches, config.replicas, chunks=config.chunks,
-            evaluate=purpose == "evaluate", ends=ends, swap=config.recovery == "checkfree+",
+            config.scheduler, costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks,
+            evaluated=count, ends=ends, swap=config.recovery == "checkfree+",
         )  # fmt: skip
         made[purpose] = lower(schedule)
         verify(made[purpose])
@@ -109,13 +113,12 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
             f"out is {str(out)!r}, which holds checkpoints (newest: {found.path.name}); "
             "allowed: --resume to go on from them, or another folder"
         )
-    notes = [f"{path.name} is skipped: {reason}" for path, reason in found.skipped]
+    notes = [(path.name, reason) for path, reason in found.skipped]
     if config.resume and found.path is None:
-        raise ConfigError(
-            f"resume is set, but {str(out / 'checkpoints')!r} holds no valid checkpoint; {'; '.join(notes)}"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-
+        told = "; ".join(f"{name} is skipped: {reason}" for name, reason in notes)
+        raise ConfigError(f"resume is set, but {str(out / 'checkpoints')!r} holds no valid checkpoint; {told}")
+    if config.network is not None:
+        read_network(config.network, config.workers)
     model_config, source = find_model(config)
     tokenizer = find_tokenizer(config, source, progress)
     if config.model in PRESETS:
@@ -135,21 +138,30 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         f"at most {longest} for model {config.model}",
     )  # fmt: skip
     model = LayeredModel(model_config)
+    extra: dict[str, Any] = {}
+    if found.path is not None:
+        assert found.manifest is not None
+        extra = found.manifest["extra"]
+        checkpoint.check_compatible(found.manifest, model=model_fingerprint(model_config), **identity(config))
+        require(
+            config.steps >= int(extra["step"]), "steps", config.steps,
+            f"{extra['step']} or more: {found.path.name} is at step {extra['step']}",
+        )  # fmt: skip
+
+    def same_data(fingerprint: str) -> None:
+        if found.manifest is not None:
+            checkpoint.check_compatible(found.manifest, data=fingerprint)
 
     dataset = prepare_data(
         config.data, tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
         max_tokens=config.max_tokens or None, text_field=config.text_field,
-        samples_per_step=config.samples_per_step, progress=progress,
+        samples_per_step=config.samples_per_step, progress=progress, accept=same_data,
     )  # fmt: skip
-    tokenizer.save_pretrained(out / "tokenizer")
-    model_config.save_pretrained(out / "model-config")
+    if found.path is None:
+        tokenizer.save_pretrained(out / "tokenizer")
+        model_config.save_pretrained(out / "model-config")
     first_step = first_sample = 0
     if found.path is not None:
-        assert found.manifest is not None
-        extra = found.manifest["extra"]
-        checkpoint.check_compatible(
-            found.manifest, model=model_fingerprint(model_config), data=dataset.fingerprint, seed=config.seed
-        )
         first_step, first_sample = int(extra["step"]), int(extra["next_sample"])
     made = schedules(config, model, evaluation_samples(config, dataset))
     view = View(
@@ -170,6 +182,21 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
     return Plan(view, model, tuple(notes))
 
 
+def read_network(path: Path, workers: int) -> Network:
+    """The links of a network file, for at least so many workers. Raises ConfigError."""
+    try:
+        network = Network.from_json(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"network is {str(path)!r}, which is no JSON: {error}") from error
+    except (OSError, UnicodeDecodeError, CostError) as error:
+        raise ConfigError(f"network is {str(path)!r}, which cannot be used: {error}") from error
+    size = len(network.latency_s)
+    require(
+        size >= workers, "network", str(path), f"a link matrix of {workers} workers or more; found {size} worker(s)"
+    )
+    return network
+
+
 def find_model(config: TrainConfig) -> tuple[PreTrainedConfig, Path | None]:
     """The model's shape, and the directory of its weights if it has any. Raises ModelError."""
     found = resolve(config.model, config.out / "converted")
@@ -187,6 +214,11 @@ def find_tokenizer(config: TrainConfig, source: Path | None, progress: Progress)
         kind = "model" if own else "bpe"
     texts = documents(config.data, text_field=config.text_field) if kind == "bpe" else ()
     return build_tokenizer(kind, config.vocabulary, texts, source, progress=progress)
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run cannot change when it is resumed, beside its model and its data."""
+    return {"seed": config.seed, "tokenizer": config.tokenizer}
 
 
 def set_dropout(model_config: PreTrainedConfig, config: TrainConfig) -> None:

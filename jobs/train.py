@@ -17,9 +17,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from jobs.config import TrainConfig
-from jobs.plan import model_fingerprint
+from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
-from pipeline.weights import finish_export, write_shard
+from pipeline.weights import ModelError, finish_export, write_shard
 from pipeline.worker import NonFiniteLoss, StepResult, Worker
 from recovery import checkpoint
 from recovery.member import INTERRUPTIONS, Joined, Member
@@ -174,7 +174,10 @@ class Trainer:
         self._say({"kind": "timeline", "lanes": {str(w): payload["events"] for w, payload in lanes.items()}})
 
     def _evaluate(self, done: int) -> None:
-        result = self.worker.run(self.member.evaluate, self.held_out, 0)
+        try:
+            result = self.worker.run(self.member.evaluate, self.held_out, 0)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"{error}, in the evaluation after step {done}") from error
         perplexity = math.exp(min(result.loss, 700.0))
         self._say({"kind": "evaluation", "step": done, "loss": result.loss, "perplexity": perplexity})
 
@@ -226,7 +229,7 @@ class Trainer:
         return {
             "step": done,
             "next_sample": self.job.next_sample(done),
-            "seed": self.config.seed,
+            **identity(self.config),
             "model": model_fingerprint(self.worker.store.model.config),
             "data": self.data_fingerprint,
             "layout": {str(w): [list(op.span) for op in lane if op.kind == "STEP"] for w, lane in lanes.items()},
@@ -235,10 +238,20 @@ class Trainer:
 
     def export(self, path: Path) -> None:
         """Write the model together, as a directory that transformers loads. Raises OSError or ModelError."""
-        store, unfinished = self.worker.store, path.with_name(path.name + ".tmp")
+        unfinished = path.with_name(path.name + ".tmp")
         if self.leads:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.worker.gather({})
+        try:
+            self._export(path, unfinished)
+        except (OSError, ModelError):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        self._event("exported", step=self.config.steps, path=str(path))
+        self.worker.gather({})
+
+    def _export(self, path: Path, unfinished: Path) -> None:
+        store = self.worker.store
         tensors = {name: t for layer in self._owned_layers() for name, t in store.parameters(layer).items()}
         writers = sorted({holders[0] for holders in self.member.train.holders.values()})
         shards: dict[str, str] = {}
@@ -250,5 +263,3 @@ class Trainer:
             every = [key for layer in range(store.model.num_layers) for key in store.model.keys(layer)]
             tokenizer = AutoTokenizer.from_pretrained(self.config.out / "tokenizer")
             finish_export(unfinished, store.model.config, weight_map, keys=every, tokenizer=tokenizer, into=path)
-        self._event("exported", step=self.config.steps, path=str(path))
-        self.worker.gather({})

@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default = read_toml(file, settings) if file else settings()
         config = tyro.cli(
             settings, args=rest, default=default, prog=f"unbroken {arguments[0]}",
+            description=f"{settings.__doc__} Settings may also come from a TOML file: --config FILE; flags come last.",
             config=(tyro.conf.OmitArgPrefixes,),
         )  # fmt: skip
         result = function(config)

@@ -14,7 +14,7 @@ from jobs.config import ConfigError, require
 from jobs.corpus import documents
 from jobs.data import blocks
 from jobs.text import token_loss
-from launch.generate import continue_text, load
+from launch.generate import context_length, continue_text, load
 from launch.run_folder import write_whole
 from pipeline.draw import svg
 from pipeline.schedule import B, F, Schedule, dumps, loads
@@ -52,6 +52,8 @@ def evaluate(config: EvalConfig) -> Result:
     require(config.samples >= 1, "samples", config.samples, "1 or more")
     require(config.sequence_length >= 1, "sequence_length", config.sequence_length, "1 or more")
     model, tokenizer = load(config.model)
+    longest = context_length(model)
+    require(config.sequence_length <= longest, "sequence_length", config.sequence_length, f"at most {longest}")
     loss = tokens = 0.0
     with torch.no_grad():
         for number, block in enumerate(blocks(documents(config.data, text_field=config.text_field), tokenizer,

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from jobs.config import require
 from launch.devices import count_cuda
 from pipeline.groups import address_towards
 from pipeline.model import FAMILIES
@@ -67,6 +68,7 @@ def _gloo() -> dict[str, Any]:
 
 def doctor(config: DoctorConfig) -> tuple[dict[str, Any], str]:
     """The findings, and the same as text. `ok` tells whether a run could start."""
+    require(0 <= config.store_port < 65536, "store_port", config.store_port, "0 to 65535")
     memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.getcwd())
     findings: dict[str, Any] = {
         "python": platform.python_version(),

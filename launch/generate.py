@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.config import ConfigError
@@ -25,10 +26,16 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model directory and its tokenizer. Raises ConfigError naming the directory when it cannot be read."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"model is {str(path)!r}, which has no config.json; allowed: a directory written by a run")
+    transformers.utils.logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise ConfigError(f"model is {str(path)!r}, which cannot be loaded: {error}") from error
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The most tokens that the model takes."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
 
 
 def continue_text(path: Path, prompt: str | None, tokens: int, seed: int, temperature: float = 0.8) -> Continuation:
@@ -39,7 +46,9 @@ def continue_text(path: Path, prompt: str | None, tokens: int, seed: int, temper
     ids = inputs["input_ids"]
     if ids.shape[1] == 0:
         ids = torch.tensor([[tokenizer.eos_token_id]])  # type: ignore[attr-defined]
-    longest = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
+    longest = context_length(model)
+    if ids.shape[1] >= longest:
+        raise ConfigError(f"prompt has {ids.shape[1]} tokens; allowed: at most {longest}, less the tokens to sample")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         out = model.generate(  # type: ignore[operator]

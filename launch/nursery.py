@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,10 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+_OPEN: weakref.WeakSet[Nursery] = weakref.WeakSet()
+"""The handles of this process: their sockets must not live on in a forked child, or closing them ends nothing."""
+
+
 class Nursery:
     """The agent's handle on its warm parent. Forks it at construction, so construct it before starting threads."""
 
@@ -53,7 +58,8 @@ class Nursery:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._socket.close()
+            for other in [*_OPEN, self]:
+                other._socket.close()
             die_with_parent(agent)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -61,6 +67,7 @@ class Nursery:
                 _serve(theirs, entry)
             os._exit(0)
         theirs.close()
+        _OPEN.add(self)
         self._exits: list[Exit] = []
 
     def fileno(self) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.config import TrainConfig
-from jobs.plan import Plan
+from jobs.plan import Plan, read_network
 from launch.report import loss_svg
 from launch.run_folder import RunFolder, write_whole
 from pipeline.draw import compare_svg
 from pipeline.schedule import COMPUTE, Span, parse_op
-from pipeline.simulate import Costs, Network, simulate
+from pipeline.simulate import Costs, simulate
 from pipeline.timeline import Event, Timeline
 from pipeline.trace import perfetto
 
@@ -31,10 +32,11 @@ class Pictures:
         """timeline.svg and trace.json of a measured iteration; the plan above it uses the measured op times."""
         schedule = self._plan.view.schedule("train")
         measured = measured_timeline(self._config.scheduler, lanes)
-        network = None
-        if self._config.network is not None:
-            network = Network.from_json(json.loads(self._config.network.read_text()))
-        planned = simulate(schedule, measured_costs(measured), network)
+        config, network, size = self._config, None, 0
+        if config.network is not None:
+            network = read_network(config.network, config.workers)
+            size = config.microbatch_size * config.sequence_length * self._plan.model.hidden_size * 4
+        planned = simulate(schedule, replace(measured_costs(measured), output_bytes=size), network)
         title = f"{self._config.scheduler}, {self._config.workers} workers, {self._config.microbatches} microbatches"
         self._write("timeline.svg", compare_svg(planned, measured, title=title))
         self._write("trace.json", json.dumps(perfetto(measured)))

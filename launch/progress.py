@@ -35,7 +35,7 @@ class Display:
     def say(self, text: str, style: str | None = None) -> None:
         """One line above the bar."""
         if not self._quiet:
-            self._bar.console.print(text, style=style, highlight=False, markup=False)
+            self._bar.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def preparing(self, what: str, share: float) -> None:
         """Progress of the work before the first step."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,8 @@ import transformers
 from jobs.config import TrainConfig
 from jobs.plan import Plan, make_plan
 from jobs.train import STOPPED
-from launch.agent import Agent, RunFailed
+from launch.agent import Agent
+from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.generate import Continuation, continue_text
@@ -28,9 +31,8 @@ from launch.report import loss_terminal
 from launch.run_folder import RunFolder
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.worker_main import default_threads, worker_main
-from recovery.coordinator import Coordinator, TooManyFailures
+from recovery.coordinator import Coordinator
 from recovery.policy import cure
-from recovery.remedy import CannotRestore
 
 
 def train(config: TrainConfig, as_json: bool = False) -> int:
@@ -85,47 +87,74 @@ def _payload(
 
 
 def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool) -> int:
-    existed = config.out.exists()
-    with Display(config.steps, quiet=as_json) as display:
-        try:
-            plan = make_plan(config, display.preparing)
-        except Exception as error:
-            store.set("failed", f"{type(error).__name__}: {error}")
-            if not existed:
-                shutil.rmtree(config.out, ignore_errors=True)
-            raise
-        for note in plan.notes:
-            display.say(f"checkpoint {note}", "yellow")
-        _introduce(config, plan, display)
-        folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard)
-        folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
-        story = Story(config, plan, folder, display, store)
-        model = plan.model
-        coordinator = Coordinator(
-            store, plan.view,
-            lambda view: cure(view, config.recovery, model.num_layers, model.tied, config.out / "checkpoints"),
-            story.event, config.heartbeat, config.deadline, config.max_failures,
-        )  # fmt: skip
+    with _interruptible():
+        claim = Claim(config.out)
+        with Display(config.steps, quiet=as_json) as display:
+            try:
+                plan = make_plan(config, display.preparing)
+            except BaseException as error:
+                store.set("failed", f"{type(error).__name__}: {error}")
+                claim.undo()
+                raise
+            try:
+                code, story = _follow(config, plan, display, agent, store, slot)
+            finally:
+                claim.release()
+    story.close(code, as_json)
+    return code
 
-        def tick() -> None:
-            coordinator.tick()
-            story.tick()
 
-        try:
-            code = agent.supervise(tick)
-            for rank in range(1, slot.world):
-                store.wait([f"done/{rank}"])
-            story.tick()
-        except (RunFailed, CannotRestore, TooManyFailures) as error:
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Until workers are there to save something, SIGTERM is Ctrl-C: the run ends and leaves nothing."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _follow(
+    config: TrainConfig, plan: Plan, display: Display, agent: Agent, store: dist.Store, slot: Slot
+) -> tuple[int, Story]:
+    """The run from its first view to its end."""
+    for name, reason in plan.notes:
+        display.say(f"checkpoint {name} is skipped: {reason}", "yellow")
+    _introduce(config, plan, display)
+    folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard)
+    folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
+    for name, reason in plan.notes:
+        folder.event("checkpoint_skipped", step=plan.view.first_step, checkpoint=name, reason=reason)
+    story, model = Story(config, plan, folder, display, store), plan.model
+    coordinator = Coordinator(
+        store, plan.view,
+        lambda view: cure(view, config.recovery, model.num_layers, model.tied, config.out / "checkpoints"),
+        story.event, config.heartbeat, config.deadline, config.max_failures,
+    )  # fmt: skip
+
+    def tick() -> None:
+        coordinator.tick()
+        story.tick()
+
+    try:
+        code = agent.supervise(tick)
+        for rank in range(1, slot.world):
+            store.wait([f"done/{rank}"])
+        story.tick()
+    except Exception as error:
+        with suppress(RuntimeError):  # the store may be what failed
             if not store.check(["failed"]):
                 store.set("failed", str(error))
             story.tick()
-            folder.event("failed", error=str(error), step=story.step)
-            raise
-        finally:
-            folder.close()
-    story.close(code, as_json)
-    return code
+        folder.event("failed", error=str(error), step=story.step)
+        raise
+    finally:
+        folder.close()
+    return code, story
 
 
 def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
@@ -149,6 +178,11 @@ _SAID = {
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
 }
+
+
+def _printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 class Story:
@@ -221,6 +255,7 @@ class Story:
         if summary["held_out_perplexity"] is not None:
             say(f"held-out perplexity {summary['held_out_perplexity']:.2f} after {self.step} steps")
         if sample is not None:
-            say(f"sample, after {sample.prompt!r}:\n{sample.text}")
+            say(f"sample, after {sample.prompt!r}:\n{_printable(sample.text)}")
+        if code != STOPPED:
             say(f"model     {out / 'model'}")
         say("pictures  " + "  ".join(str(path) for path in self._pictures.paths))

@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 
 from jobs.config import TrainConfig
-from jobs.plan import evaluation_samples, open_dataset
+from jobs.plan import evaluation_samples, open_dataset, read_network
 from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
 from pipeline.groups import GroupBuilder, address_towards
 from pipeline.model import LayeredModel
-from pipeline.simulate import Network
 from pipeline.store import ResidentStore
 from pipeline.transport import Shape, Transport, span_bytes
 from pipeline.weights import read_config
@@ -152,9 +151,9 @@ def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Sha
     """The slow links that a network file asks for."""
     if network is None:
         return None
-    loaded = Network.from_json(json.loads(network.read_text()))
+    loaded = read_network(network, workers)
     pairs = [(a, b) for a in range(workers) for b in range(workers) if a != b]
-    return {(a, b): Shape(loaded.latency_s[a][b], loaded.bandwidth[a][b]) for a, b in pairs}
+    return {(a, b): Shape(loaded.latency_s[a][b], loaded.bandwidth[a][b], loaded.exclusive) for a, b in pairs}
 
 
 class Reports:
@@ -174,5 +173,8 @@ class Reports:
 
 
 def default_threads(workers_here: int) -> int:
-    """Compute threads per worker when the cores of this machine are shared evenly."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, workers_here))
+    """Compute threads per worker: OMP_NUM_THREADS where it is set, else an even share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return (
+        int(asked) if asked.isdecimal() and int(asked) else max(1, len(os.sched_getaffinity(0)) // max(1, workers_here))
+    )

@@ -34,7 +34,7 @@ def simulate(schedule: Schedule, costs: Costs, network: Network | None = None) -
     peaks = timed_peaks(graph, run.start, run.end) if timed else lane_peaks(graph)
     return Timeline(
         schedule.name, run.events(), tuple(run.transfers), {w: int(n) for w, n in peaks.items()},
-        _peak_bytes(graph, costs, run, timed),
+        _peak_bytes(graph, costs, run, timed), workers=tuple(graph.lanes),
     )  # fmt: skip
 
 

@@ -38,6 +38,8 @@ class Timeline:
     peak_activations: Mapping[int, int] = field(default_factory=dict)
     peak_bytes: Mapping[int, float] = field(default_factory=dict)
     measured: bool = False
+    workers: tuple[int, ...] = ()
+    """Who takes part, idle ones too; those that have events, unless given."""
 
     @property
     def makespan_s(self) -> float:
@@ -47,7 +49,7 @@ class Timeline:
     @property
     def busy_s(self) -> dict[int, float]:
         """Worker -> seconds spent in F, B, I and W."""
-        busy = dict.fromkeys(sorted({e.worker for e in self.events}), 0.0)
+        busy = dict.fromkeys(sorted({*self.workers, *(e.worker for e in self.events)}), 0.0)
         for event in self.events:
             if event.op.kind in "FBIW":
                 busy[event.worker] += event.end - event.start

@@ -36,10 +36,14 @@ class LinkError(RuntimeError):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a slow link adds, per direction: seconds before the first byte arrives, and bytes per second."""
+    """What a slow link adds, per direction: seconds before the first byte arrives, and bytes per second.
+
+    A message holds an `exclusive` link until it has arrived, any other while its bytes go in.
+    """
 
     latency_s: float = 0.0
     bandwidth: float = float("inf")
+    exclusive: bool = False
 
 
 def pack(view: int, step: int, op: Op, payload: Tensor, deliver_at: float = 0.0, pinned: bool = False) -> Tensor:
@@ -172,6 +176,8 @@ class Link:
         if self._shape is not None:
             self._free_at = max(self._free_at, time.monotonic()) + size / self._shape.bandwidth
             deliver_at = self._free_at + self._shape.latency_s
+            if self._shape.exclusive:
+                self._free_at = deliver_at
         self._post(pack(view, step, op, payload, deliver_at, pinned=self._device.type == "cuda"))
 
     def flush(self, deadline: float) -> None:
@@ -223,7 +229,8 @@ class Link:
             try:
                 self._in.recv([buffer], self._peer_rank, 0).wait(_FOREVER)
             except RuntimeError as error:
-                self._mailbox.lose(self.peer, _first_line(error))
+                closed = "closed by peer" in str(error) or "reset by peer" in str(error)
+                self._mailbox.lose(self.peer, "the connection was closed" if closed else _first_line(error))
                 return
             (view, step, op), deliver_at, payload = unpack(buffer.cpu() if on_device else buffer)
             if view == _BYE:

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import tomllib
@@ -267,6 +268,10 @@ def write_shard(directory: Path, index: int, total: int, tensors: Mapping[str, T
         host = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(host, unfinished, metadata={"format": "pt"})
         os.replace(unfinished, directory / name)
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))
+        why = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error)
+        raise ModelError(f"{directory / name} cannot be written: {why}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return dict.fromkeys(tensors, name)

@@ -119,7 +119,7 @@ class Worker:
         self.iteration += 1
         self.transport.mailbox.advance(self.transport.view, self.iteration)
         pass_ = _Pass(self, schedule, job, step, dict(wish or {}))
-        training = any(route.backward for route in schedule.routes)
+        training = pass_.trains
         self.store.train(training)
         with torch.set_grad_enabled(training):
             events = pass_.execute(record)
@@ -184,6 +184,7 @@ class _Pass:
         self.worker, self.schedule, self.job, self.step, self.wish = worker, schedule, job, step, wish
         self.lane = schedule.lanes.get(worker.id, ())
         self.deadline = time.monotonic() + worker.settings.deadline_s
+        self.trains = any(route.backward for route in schedule.routes)
         self.model = worker.store.model
         self.values: dict[tuple[str, Span, int], Tensor] = {}
         self.saved: dict[tuple[Span, int], _Saved] = {}
@@ -329,14 +330,17 @@ class _Pass:
         for m, loss in losses:
             if not math.isfinite(loss):
                 self.worker.drop()
-                raise NonFiniteLoss(f"the loss is {loss} at step {self.step}, microbatch {m}; the step was not taken")
+                if not self.trains:
+                    raise NonFiniteLoss(f"the held-out loss is {loss} at microbatch {m}")
+                where = f"step {self.step + 1}, microbatch {m}"
+                raise NonFiniteLoss(f"the loss is {loss} at {where}; the step was not taken")
         squares = {_span(text): value for vote in votes.values() for text, value in vote["norms"].items()}
         norm = math.sqrt(sum(value for _, value in sorted(squares.items())))
         if not math.isfinite(norm):
             span = next(s for s, value in sorted(squares.items()) if not math.isfinite(value))
             self.worker.drop()
             raise NonFiniteLoss(
-                f"the gradient norm of span {span} is {squares[span]} at step {self.step}; the step was not taken"
+                f"the gradient norm of span {span} is {squares[span]} at step {self.step + 1}; the step was not taken"
             )
         tokens = sum(self.job.tokens(self.step, m) for m, _ in losses)
         config = next((s.config for s in self.worker.store.shards.values()), None)

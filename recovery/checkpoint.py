@@ -97,7 +97,9 @@ def commit(root: Path, step: int, records: Sequence[FileRecord], extra: Mapping[
         shutil.rmtree(final)
     os.rename(folder, final)
     _flush_directory(root)
-    for old in sorted(_committed(root), reverse=True)[max(1, keep) :]:
+    others = sorted(_committed(root), reverse=True)
+    # Newer ones are damaged, or of a future that a rollback gave up: this one was written after them.
+    for old in [p for p in others if p > final] + [p for p in others if p <= final][max(1, keep) :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from recovery.commit import Follower
 from recovery.member import READY
 from recovery.membership import View, publish, replace_workers
+from recovery.remedy import CannotRestore
 
 Event = Callable[..., None]
 """(event, **fields): what happened, for events.jsonl and for the person who watches."""
@@ -108,7 +109,11 @@ class Coordinator:
             view = replace(view, joined={**waiting, **view.joined})
         self._trained |= settled
         if self._trained:  # until then, what a worker builds by itself is what all have
-            view = self.cure(view)
+            try:
+                view = self.cure(view)
+            except CannotRestore as error:
+                told = ", ".join(f"worker {worker} {reason}" for worker, reason in lost.items())
+                raise CannotRestore(f"{told}; {error}") from error
             if not settled and self.view.rollback is not None:
                 view = replace(view, restores=(), rollback=self.view.rollback)
         publish(self.store, view)

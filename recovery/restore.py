@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.groups import GroupBuilder
 from pipeline.schedule import Span
+from pipeline.store import TIED
 from pipeline.transport import LinkError
 from pipeline.worker import Worker
 from recovery import checkpoint
@@ -105,6 +106,11 @@ def load_checkpoint(worker: Worker, path: Path) -> int:
     for layer in worker.store.layers():
         if worker.store.layer_state(layer):
             worker.store.load_layer_state(layer, checkpoint.read_layer(path, manifest, layer))
+    if TIED in worker.store.shards:  # a head that sits elsewhere: its weight is in the embedding's file
+        saved = checkpoint.read_layer(path, manifest, 0)
+        with torch.no_grad():
+            for key, tensor in worker.store.shard_state(TIED).items():
+                tensor.copy_(saved[key])
     return int(manifest["extra"]["step"])
 
 

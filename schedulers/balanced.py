@@ -69,23 +69,28 @@ def deal(shares: dict[int, float], count: int) -> list[int]:
 
 def balanced(
     layer_costs: Sequence[float], workers: int, microbatches: int, replicas: int = 1, *, in_flight: int | None = None,
-    evaluate: bool = False,
+    evaluated: int | None = None,
 ) -> Schedule:  # fmt: skip
     """Microbatch m runs on replica m % replicas, whose worker k is replica * workers + k of the schedule.
 
     `layer_costs` as in `pieces`; `in_flight` bounds the microbatches whose activations a worker holds (workers + 1
-    unless given). `evaluate` leaves the backwards out. Raises ValueError for sizes that cannot be.
+    unless given). With `evaluated`, forwards alone, of so many microbatches, on the
+    workers that the `microbatches` of training are dealt to. Raises ValueError for sizes that cannot be.
     """
     cut = pieces(layer_costs, workers)
     spans = tuple(piece.span for piece in cut)
     check(spans, microbatches, replicas)
-    mine = [range(r, microbatches, replicas) for r in range(replicas)]
-    home = {
-        (piece.span, m): replica * workers + worker
-        for piece in cut
-        for replica, microbatch in enumerate(mine)
-        for m, worker in zip(microbatch, deal(piece.shares, len(microbatch)), strict=True)
-    }
+    count = microbatches if evaluated is None else evaluated
+    home: dict[tuple[Span, int], int] = {}
+    for replica in range(replicas):
+        trained, mine = len(range(replica, microbatches, replicas)), range(replica, count, replicas)
+        for piece in cut:
+            shares = piece.shares
+            if evaluated is not None and trained:  # a small share may not come to a single microbatch
+                holders = set(deal(shares, trained))
+                shares = {worker: share for worker, share in shares.items() if worker in holders}
+            for m, worker in zip(mine, deal(shares, len(mine)), strict=True):
+                home[piece.span, m] = replica * workers + worker
     held = workers + 1 if in_flight is None else in_flight
     limits = {
         replica * workers + k: held * sum(k in piece.shares for piece in cut)
@@ -96,8 +101,8 @@ def balanced(
     def seconds(kind: str, span: Span) -> float:
         return unit_seconds(kind, span) * fsum(layer_costs[span[0] : span[1]])
 
-    route = Route(spans, ()) if evaluate else Route.through(spans)
+    route = Route.through(spans) if evaluated is None else Route(spans, ())
     return greedy(
-        (route,) * microbatches, lambda span, m: home[span, m], seconds=seconds, limits=limits,
-        workers=range(workers * replicas), split=not evaluate, name="balanced",
+        (route,) * count, lambda span, m: home[span, m], seconds=seconds, limits=limits,
+        workers=range(workers * replicas), split=evaluated is None, name="balanced",
     )  # fmt: skip

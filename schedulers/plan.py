@@ -41,11 +41,12 @@ def num_spans(name: str, stages: int, chunks: int) -> int:
 
 def plan(
     name: str, layer_costs: Sequence[float], stages: int, microbatches: int, replicas: int = 1, *, chunks: int = 2,
-    evaluate: bool = False, ends: Ends = "in line", swap: bool = False,
+    evaluated: int | None = None, ends: Ends = "in line", swap: bool = False,
 ) -> Schedule:  # fmt: skip
     """A schedule of layers that cost `layer_costs` seconds each, on `stages` workers per replica; not yet lowered.
 
-    `evaluate` gives forwards alone, on the same spans. `ends` says where the first and the last layer, the embedding
+    `evaluated` gives the forwards alone of so many
+    microbatches, on the spans and workers of training. `ends` says where the first and the last layer, the embedding
     and the head, go: "in line" with the others; the head "home" to the first worker, or both "apart" there, as spans
     of their own, both in the order of 1F1B; `swap` then swaps the routes of every other microbatch.
 
@@ -54,7 +55,8 @@ def plan(
     if name not in PLANNERS:
         raise ValueError(f"unknown scheduler {name!r}; allowed: {', '.join(PLANNERS)}")
     if name == "balanced":
-        return balanced(layer_costs, stages, microbatches, replicas, evaluate=evaluate)
+        return balanced(layer_costs, stages, microbatches, replicas, evaluated=evaluated)
+    count = microbatches if evaluated is None else evaluated
     if ends != "in line":
         head = (len(layer_costs) - 1, len(layer_costs))
         if ends == "home":
@@ -64,8 +66,8 @@ def plan(
             blocks = partition(layer_costs[1:-1], [1.0] * (stages - 1))
             spans = ((0, 1), *((lo + 1, hi + 1) for lo, hi in blocks), head)
         order = swapped if swap else head_with_embedding
-        return order(spans, microbatches, replicas, evaluate=evaluate)
+        return order(spans, count, replicas, evaluate=evaluated is not None)
     spans = partition(layer_costs, [1.0] * num_spans(name, stages, chunks))
-    if evaluate:
-        return evaluation(spans, microbatches, replicas, stages=stages)
+    if evaluated is not None:
+        return evaluation(spans, count, replicas, stages=stages)
     return build(name, spans, microbatches, replicas, **({"chunks": chunks} if name == "interleaved" else {}))

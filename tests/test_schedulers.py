@@ -195,7 +195,7 @@ def schedules(draw: st.DrawFn) -> tuple[Schedule, bool]:
     if name.startswith("balanced"):
         evaluate = name == "balanced evaluation"
         costs = draw(st.lists(st.floats(0.1, 4.0), min_size=p, max_size=p + layers))
-        return plan("balanced", costs, p, m, replicas, evaluate=evaluate), not evaluate
+        return plan("balanced", costs, p, m, replicas, evaluated=m if evaluate else None), not evaluate
     return build(name, spans(p, layers), m, replicas), True
 
 

@@ -1,0 +1,531 @@
+"""The command line as a person meets it: what --help says, what --json holds, and how a mistake is answered."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import socket
+import tomllib
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from jobs.data import blocks
+from jobs.tokenizer import build_tokenizer
+from launch.cli import COMMANDS, main
+from pipeline.model import FAMILIES, LayeredModel
+from pipeline.schedule import loads
+from pipeline.verify import verify
+from pipeline.weights import PRESETS, finish_export, preset, write_shard
+from schedulers import PLANNERS
+
+ROOT = Path(__file__).parents[1]
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """The exit code, what is printed on stdout and on stderr."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as ended:  # the parser of arguments ends like that
+        code = ended.code if isinstance(ended.code, int) else 1
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    """The one JSON object that a command prints with --json."""
+    code, out, err = told(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+# ---- help ----
+
+
+def docstrings(settings: type) -> dict[str, str]:
+    """Field -> the text below it, of a class and of those it inherits from."""
+    found: dict[str, str] = {}
+    for cls in reversed(settings.__mro__[:-1]):
+        source = ROOT / f"{cls.__module__.replace('.', '/')}.py"
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                for field, text in zip(node.body, node.body[1:], strict=False):
+                    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                        assert isinstance(field.target, ast.Name)
+                        assert isinstance(text.value, ast.Constant)
+                        found[field.target.id] = str(text.value.value)
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_of_every_flag_what_its_field_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    settings, _ = COMMANDS[command].load()
+    code, out, _ = told(capsys, command, "--help")
+    assert code == 0
+    said = "".join(out.split()).replace("│", "")
+    assert f"unbroken {command}" in out
+    names = [field.name for field in fields(settings)]
+    texts = docstrings(settings)
+    assert set(names) == set(texts), "a setting without a docstring has no help"
+    for name in names:
+        assert f"--{name.replace('_', '-')}" in out
+        assert "".join(texts[name].split()) in said, f"the help of --{name} is not what its field says"
+
+
+def test_help_tells_of_the_file_of_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config" in told(capsys, "train", "--help")[1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_without_a_command_all_of_them_are_listed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, out, _ = told(capsys, *arguments)
+    assert code == (0 if arguments else 2)
+    for name, command in COMMANDS.items():
+        assert f"{name} " in out
+        assert command.summary in out
+
+
+# ---- mistakes in the line itself ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "command 'trian' is unknown; allowed: train, eval, generate, simulate, draw, doctor"),
+        (["train", "--wrokers", "2"], "--wrokers"),
+        (["train", "--workers", "two"], "--workers"),
+        (["train", "--workers"], "--workers"),
+        (["train", "--dtype", "float64"], "bfloat16"),
+        (["train", "stray"], "stray"),
+        (["train", "--config"], "config is missing its value; allowed: the path of a TOML file"),
+        (["train", "--config", "nowhere.toml"], "config is 'nowhere.toml', which cannot be read"),
+        (["eval", "--config=nowhere.toml"], "config is 'nowhere.toml', which cannot be read"),
+        (["simulate", "--config", str(ROOT / "Makefile")], "which cannot be read as TOML"),
+        (["simulate", "--config", str(ROOT / "pyproject.toml")], "no such setting; allowed: chunks, costs,"),
+        (["simulate", "--stages", "0"], "stages is 0; allowed: 1 or more"),
+        (["simulate", "--scheduler", "magic"], "scheduler is 'magic'; allowed: one of gpipe, one_f_one_b, interleaved"),
+        (["simulate", "--costs", "nowhere.json"], "costs is 'nowhere.json', which cannot be read"),
+        (["simulate", "--costs", str(ROOT / "Makefile")], "Makefile', which is no JSON"),
+        (["simulate", "--network", str(ROOT)], "which cannot be read"),
+        (["simulate", "--schedule", "nowhere.txt"], "schedule is 'nowhere.txt', which cannot be read"),
+        (["simulate", "--schedule", str(ROOT / "Makefile")], "first line"),
+        (["draw", "--out", "picture.pdf"], "out is 'picture.pdf'; allowed: a path that ends in .svg, .json or .txt"),
+        (["draw", "--out", "nowhere/picture.svg"], "out is 'nowhere/picture.svg', which cannot be written"),
+        (["eval", "--model", "nowhere"], "model is 'nowhere', which has no config.json"),
+        (["eval", "--samples", "0"], "samples is 0; allowed: 1 or more"),
+        (["eval", "--sequence-length", "0"], "sequence_length is 0; allowed: 1 or more"),
+        (["generate", "--model", "nowhere"], "model is 'nowhere', which has no config.json"),
+        (["generate", "--tokens", "0"], "tokens is 0; allowed: 1 or more"),
+        (["generate", "--temperature", "-1"], "temperature is -1.0; allowed: 0 or more"),
+        (["doctor", "--store-port", "70000"], "store_port is 70000; allowed: 0 to 65535"),
+    ],
+    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_answered_by_name_and_with_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = told(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- simulate and draw ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "makespan", "bubble", "peaks"),
+    [
+        # p = 4 stages, m = 8 microbatches, F = 1, B = 2: m + p - 1 rounds of 3, of which p - 1 are bubble
+        ([], 33.0, 3 / 11, [4, 3, 2, 1]),
+        (["--scheduler", "gpipe"], 33.0, 3 / 11, [8, 8, 8, 8]),
+        (["--scheduler", "one_f_one_b", "--stages", "2", "--microbatches", "3"], 12.0, 1 / 4, [2, 1]),
+        (["--replicas", "2"], 21.0, 3 / 7, [4, 3, 2, 1] * 2),
+        (["--stages", "1"], 24.0, 0.0, [1]),
+        # 9 replicas of 4 workers for 8 microbatches: the last replica has nothing to do, and that is a bubble too
+        (["--replicas", "9"], 12.0, 1 - 8 * 4 * 3 / (9 * 4 * 12), None),
+        # v = 2 chunks: the bubble is (p - 1) / (v m + p - 1)
+        (["--scheduler", "interleaved", "--chunks", "2"], 57.0, 3 / 19, None),
+        # ZB-H1 with F = I = W = 1: (p - 1)(F + I - W) idle beside 3 m of work
+        (["--scheduler", "zero_bubble"], 27.0, 1 / 9, [4, 4, 4, 4]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
+)
+def test_simulation_reports_what_the_published_formulas_say(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], makespan: float, bubble: float, peaks: list[int] | None
+) -> None:
+    found = report(capsys, "simulate", *arguments)
+    assert found["simulated"] is True
+    assert found["makespan_s"] == pytest.approx(makespan)
+    assert found["bubble"] == pytest.approx(bubble)
+    assert sorted(found["peak_activations"], key=int) == [str(w) for w in range(found["workers"])]
+    if peaks is not None:
+        assert all(n <= limit for n, limit in zip(found["peak_activations"].values(), peaks, strict=True))
+    busy = sum(found["busy_s"].values())
+    assert found["bubble"] == pytest.approx(1 - busy / (found["workers"] * makespan))
+
+
+@pytest.mark.parametrize("scheduler", PLANNERS)
+def test_every_scheduler_can_be_simulated_with_costs_and_a_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, scheduler: str
+) -> None:
+    costs = {"about": "4 layers", "forward": [1.0, 2.0, 2.0, 1.0], "output_bytes": 10}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    matrix = {"latency_s": [[0, 0.5], [0.5, 0]], "bandwidth": [[None, 10], [10, None]]}
+    (tmp_path / "network.json").write_text(json.dumps(matrix))
+    shared = ["simulate", "--scheduler", scheduler, "--stages", "2", "--chunks", "2", "--microbatches", "4"]
+    free = report(capsys, *shared, "--costs", tmp_path / "costs.json")
+    slow = report(capsys, *shared, "--costs", tmp_path / "costs.json", "--network", tmp_path / "network.json")
+    assert free["scheduler"] == slow["scheduler"] == scheduler
+    assert sum(free["busy_s"].values()) == pytest.approx(4 * 6 * 3)
+    assert slow["makespan_s"] > free["makespan_s"] >= 36.0
+    assert slow["bubble"] > free["bubble"]
+
+
+def schedule_text(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
+    report(capsys, "draw", *arguments, "--out", folder / "schedule.txt")
+    return (folder / "schedule.txt").read_text()
+
+
+def test_a_drawn_schedule_can_be_simulated_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for scheduler in PLANNERS:
+        verify(loads(schedule_text(capsys, tmp_path, "--scheduler", scheduler)))
+        again = report(capsys, "simulate", "--schedule", tmp_path / "schedule.txt")
+        assert again == report(capsys, "simulate", "--scheduler", scheduler)
+
+
+def test_drawings_are_pictures_and_traces(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = report(capsys, "draw", "--out", tmp_path / "a.svg")
+    assert found == {"out": str(tmp_path / "a.svg"), "makespan_s": 33.0, "bubble": pytest.approx(3 / 11)}
+    assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    assert told(capsys, "draw", "--out", tmp_path / "b.json")[:2] == (0, f"wrote {tmp_path / 'b.json'}\n")
+    events = json.loads((tmp_path / "b.json").read_text())["traceEvents"]
+    assert len([e for e in events if e["ph"] == "X" and e["pid"] == 1]) == 4 * 8 * 2  # forwards and backwards
+    assert len([e for e in events if e["ph"] == "X" and e["pid"] == 2]) == 3 * 8 * 2  # over three links, both ways
+    report(capsys, "draw", "--out", tmp_path / "c.anything", "--format", "svg")
+    assert ET.parse(tmp_path / "c.anything").getroot().tag.endswith("svg")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.svg", "b.json", "c.anything"]
+
+
+def test_a_simulation_is_shown_to_people_too(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = told(capsys, "simulate", "--stages", "2", "--microbatches", "2")
+    assert (code, err) == (0, "")
+    assert "worker 0" in out
+    assert "worker 1" in out
+    assert "simulated: makespan 9 s, bubble 33.3%, peak activations per worker 0:2 1:1" in out
+
+
+# ---- doctor ----
+
+
+def test_doctor_finds_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "doctor")
+    assert found["ok"] is True
+    assert found["packages"]["torch"] == version("torch")
+    assert found["cores"] >= 1
+    assert found["cuda_devices"] == torch.cuda.device_count()
+    assert found["store"]["ok"] is True
+    assert 0 < found["store"]["port"] < 65536
+    assert set(found["schedulers"]) == set(PLANNERS)
+    assert set(found["models"]["families"]) == set(FAMILIES)
+    assert set(found["models"]["presets"]) == set(PRESETS)
+    code, out, _ = told(capsys, "doctor")
+    assert code == 0
+    assert "all well" in out
+    assert version("torch") in out
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_doctor_says_that_a_port_is_taken(capsys: pytest.CaptureFixture[str], taken: int) -> None:
+    code, out, _ = told(capsys, "doctor", "--store-port", str(taken), "--json")
+    assert code == 1
+    found = json.loads(out)
+    assert (found["ok"], found["store"]["ok"], found["store"]["port"]) == (False, False, taken)
+    assert "in use" in found["store"]["error"]
+    code, out, _ = told(capsys, "doctor", "--store-port", str(taken))
+    assert code == 1
+    assert "NOT READY" in out
+
+
+# ---- a run that is refused ----
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("a pipeline of workers trains on this. " * 400)
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, **changes: object) -> tuple[int, str]:
+    """Exit code and message of a training run that must not start; its folder must not be there afterwards."""
+    values: dict[str, object] = {
+        "model": "llama-tiny", "data": folder / "corpus.txt", "tokenizer": "bytes", "workers": 2, "microbatches": 4,
+        "microbatch_size": 2, "sequence_length": 32, "steps": 2, "out": folder / "run",
+    }  # fmt: skip
+    flags = [text for n, v in {**values, **changes}.items() for text in (f"--{n.replace('_', '-')}", str(v))]
+    code, _, err = told(capsys, "train", *flags)
+    assert "Traceback" not in err
+    assert err.startswith("unbroken train: ")
+    assert not (folder / "run").exists(), "a refused run leaves nothing"
+    return code, err
+
+
+def _binary(folder: Path) -> Path:
+    (folder / "binary.txt").write_bytes(b"text " * 1000 + b"\xff\xfe")
+    return folder / "binary.txt"
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "empty.txt").touch()
+    return folder / "empty.txt"
+
+
+def _short(folder: Path) -> Path:
+    (folder / "short.txt").write_text("x" * 280)
+    return folder / "short.txt"
+
+
+def _no_weights(folder: Path) -> Path:
+    preset("llama-tiny", vocab_size=258).save_pretrained(folder / "bare")
+    return folder / "bare"
+
+
+def _truncated(folder: Path) -> Path:
+    model = exported(folder / "model", "llama-tiny")
+    file = next(model.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    return model
+
+
+def _no_index(folder: Path) -> Path:
+    model = exported(folder / "model", "llama-tiny")
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scheduler", "pipedream", "scheduler is 'pipedream'; allowed: one of gpipe, one_f_one_b, interleaved, zero_b"),
+        ("workers", 7, "workers 7 / replicas 1 asks for 7 spans; "),
+        ("replicas", 3, "replicas is 3; allowed: a divisor of workers (2)"),
+        ("steps", 0, "steps is 0; allowed: 1 or more"),
+        ("data", "nowhere.txt", "data is 'nowhere.txt', which does not exist; allowed: stdlib, UTF-8 text files"),
+        ("data", lambda folder: folder, ", a folder; allowed: a glob, such as "),
+        ("data", _empty, "empty.txt', which holds no text"),
+        ("data", _short, "has 281 tokens, 33 of them held out, so 248 to train on; needed: 257, one global batch of 8"),
+        ("data", _binary, "binary.txt' is not UTF-8: byte 0xff at offset 5000; allowed: text in UTF-8"),
+        ("model", "nowhere", "model 'nowhere': found nothing at that path; expected a directory with config.json"),
+        ("model", _no_weights, "looked for model.safetensors or model.safetensors.index.json; found config.json"),
+        ("model", _truncated, "truncated or not a safetensors file"),
+        ("model", _no_index, "names 1 files; not there: model-00001-of-00001.safetensors"),
+        ("sequence_length", 4096, "sequence_length is 4096; allowed: at most 2048 for model llama-tiny"),
+        ("network", "nowhere.json", "network is 'nowhere.json'; allowed: a readable JSON file"),
+        ("store_port", 99999, "store_port is 99999; allowed: 0 to 65535"),
+        ("config", "nowhere.toml", "config is 'nowhere.toml', which cannot be read"),
+    ],
+    ids=lambda value: value.strip("_").replace("_", "-") if isinstance(value, str) and " " not in value else "",
+)
+def test_a_run_that_cannot_be_is_refused_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], corpus: Path, name: str, value: Any, message: str
+) -> None:
+    folder = corpus.parent
+    code, err = refused(capsys, folder, **{name: value(folder) if callable(value) else value})
+    assert code == 2
+    assert message in err
+
+
+def test_microbatches_are_shared_evenly_by_replicas(capsys: pytest.CaptureFixture[str], corpus: Path) -> None:
+    code, err = refused(capsys, corpus.parent, replicas=2, microbatches=5)
+    assert (code, err) == (2, "unbroken train: microbatches is 5; allowed: a multiple of replicas (2)\n")
+
+
+def test_a_port_in_use_is_named(capsys: pytest.CaptureFixture[str], corpus: Path, taken: int) -> None:
+    code, err = refused(capsys, corpus.parent, store_port=taken)
+    assert code == 2
+    assert f"store_port is {taken}, which is in use; allowed: a free port, or 0 to take one" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], corpus: Path) -> None:
+    code, err = refused(capsys, corpus.parent, device="cuda")
+    assert code == 2
+    assert "device is 'cuda', but no CUDA device is present; allowed here: cpu, auto" in err
+
+
+def test_a_torchrun_of_another_size_is_refused(
+    capsys: pytest.CaptureFixture[str], corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, err = refused(capsys, corpus.parent)
+    assert code == 2
+    assert "workers is 2; allowed under this torchrun: 3, one per slot" in err
+
+
+def test_a_refused_run_leaves_no_folder_that_it_made_on_the_way(
+    capsys: pytest.CaptureFixture[str], corpus: Path
+) -> None:
+    refused(capsys, corpus.parent, data="nowhere.txt", out=corpus.parent / "new" / "deep" / "run")
+    assert sorted(p.name for p in corpus.parent.iterdir()) == ["corpus.txt"]
+
+
+def test_a_refused_run_leaves_an_empty_folder_empty(capsys: pytest.CaptureFixture[str], corpus: Path) -> None:
+    (corpus.parent / "mine").mkdir()
+    refused(capsys, corpus.parent, data=_short(corpus.parent), out=corpus.parent / "mine")
+    assert list((corpus.parent / "mine").rglob("*")) == []
+
+
+@pytest.mark.parametrize("out", ["corpus.txt", "corpus.txt/run"])
+def test_a_run_folder_that_cannot_be_made_is_named(capsys: pytest.CaptureFixture[str], corpus: Path, out: str) -> None:
+    code, err = refused(capsys, corpus.parent, out=corpus.parent / out)
+    assert code in (1, 2)
+    assert f"out is '{corpus.parent / out}'" in err
+    assert corpus.read_text().startswith("a pipeline")
+
+
+# ---- eval and generate ----
+
+
+def exported(path: Path, name: str) -> Path:
+    """A model with random weights and a tokenizer of bytes, as a run exports it."""
+    tokenizer = build_tokenizer("bytes", 0, ())
+    config = preset(name, vocab_size=len(tokenizer))
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    model = LayeredModel(config)
+    span = model.build((0, model.num_layers), seed=0)
+    tensors = {
+        name: parameter.detach()
+        for layer in range(model.num_layers)
+        for name, parameter in span.named_layer_parameters(layer).items()
+        if name in model.keys(layer)
+    }
+    return finish_export(path, config, write_shard(path, 1, 1, tensors), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llama-tiny", "gpt2-tiny"):
+        exported(folder / name, name)
+    return folder
+
+
+def test_eval_is_the_mean_loss_per_token(capsys: pytest.CaptureFixture[str], models: Path, corpus: Path) -> None:
+    for name in ("llama-tiny", "gpt2-tiny"):
+        found = report(
+            capsys, "eval", "--model", models / name, "--data", corpus, "--sequence-length", "16", "--samples", "5"
+        )
+        model = AutoModelForCausalLM.from_pretrained(models / name).eval()
+        capsys.readouterr()
+        samples = [b for b, _ in zip(blocks([corpus.read_text()], build_tokenizer("bytes", 0, ()), 16), range(5))]
+        ids = torch.stack([torch.from_numpy(sample[:-1]) for sample in samples])
+        labels = torch.stack([torch.from_numpy(sample[1:]) for sample in samples])
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
+        assert found["loss"] == pytest.approx(float(loss), abs=1e-5)
+        assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+        assert (found["tokens"], found["model"]) == (80, str(models / name))
+
+
+def test_eval_stops_at_the_end_of_the_text(capsys: pytest.CaptureFixture[str], models: Path, corpus: Path) -> None:
+    found = report(capsys, "eval", "--model", models / "llama-tiny", "--data", corpus, "--sequence-length", "500",
+                   "--samples", "1000")  # fmt: skip
+    assert found["tokens"] == len(corpus.read_text()) // 500 * 500
+
+
+def test_generation_is_repeatable_and_begins_with_the_prompt(capsys: pytest.CaptureFixture[str], models: Path) -> None:
+    def sampled(*more: str) -> str:
+        return report(capsys, "generate", "--model", models / "llama-tiny", "--tokens", "12", *more)["text"]
+
+    assert sampled("--prompt", "once").startswith("once")
+    assert sampled("--seed", "1") == sampled("--seed", "1") != sampled("--seed", "2")
+    assert sampled("--temperature", "0", "--seed", "1") == sampled("--temperature", "0", "--seed", "2")
+    assert sampled("--prompt", "") != ""
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("eval", ["--data", "nowhere.txt"], "data is 'nowhere.txt', which does not exist"),
+        ("eval", ["--sequence-length", "100000"], "sequence_length is 100000; allowed: at most 512"),
+        ("eval", ["--data", "CORPUS", "--sequence-length", "512", "--samples", "1"], None),
+        ("eval", ["--data", "SHORT"], "at least 129 tokens of text"),
+        ("generate", ["--prompt", "x" * 600], "at most 512"),
+    ],
+    ids=["no data", "too long", "as long as can be", "too short", "long prompt"],
+)
+def test_what_a_model_cannot_take_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str], models: Path, corpus: Path, command: str, flags: list[str], message: str | None
+) -> None:
+    """A GPT-2 knows 512 positions and no more."""
+    (corpus.parent / "tiny.txt").write_text("tiny")
+    names = {"CORPUS": str(corpus), "SHORT": str(corpus.parent / "tiny.txt")}
+    code, _, err = told(
+        capsys, command, "--model", models / "gpt2-tiny", *[names.get(flag, flag) for flag in flags]
+    )  # fmt: skip
+    assert code == (0 if message is None else 2), err
+    assert (message or "") in err
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "config.json").unlink(),
+        lambda path: (path / "config.json").write_text("{"),
+        lambda path: (path / "model-00001-of-00001.safetensors").write_bytes(b"no tensors"),
+        lambda path: (path / "model-00001-of-00001.safetensors").unlink(),
+        lambda path: (path / "tokenizer.json").unlink(),
+    ],
+    ids=["no config", "broken config", "broken weights", "no weights", "no tokenizer"],
+)
+def test_a_model_that_cannot_be_read_is_named(
+    capsys: pytest.CaptureFixture[str], models: Path, tmp_path: Path, command: str, damage: Callable[[Path], object]
+) -> None:
+    path = shutil.copytree(models / "llama-tiny", tmp_path / "model")
+    damage(path)
+    code, out, err = told(capsys, command, "--model", path, "--json")
+    assert (code, out) == (2, "")
+    assert f"model is '{path}', which " in err
+
+
+def test_nothing_but_the_report_is_shown(capsys: pytest.CaptureFixture[str], models: Path) -> None:
+    """Progress bars of libraries are no part of the answer."""
+    transformers.utils.logging.enable_progress_bar()  # as in a fresh process
+    code, out, err = told(capsys, "generate", "--model", models / "llama-tiny", "--tokens", "3", "--prompt", "once")
+    assert (code, err) == (0, "")
+    assert out.startswith("once")
+
+
+def test_the_project_says_where_the_command_is() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"unbroken": "launch.cli:main"}
