@@ -2,14 +2,17 @@
 
 from schedulers.balanced import balanced
 from schedulers.evaluation import evaluation
+from schedulers.gpipe import gpipe
 from schedulers.greedy import greedy
 from schedulers.head_with_embedding import head_with_embedding
 from schedulers.interleaved import interleaved
+from schedulers.one_f_one_b import one_f_one_b
 from schedulers.partition import PartitionError, partition
 from schedulers.plan import PLANNERS, SCHEDULERS, build, num_spans, plan
 from schedulers.swapped import swapped
+from schedulers.zero_bubble import zero_bubble
 
 __all__ = [
-    "PLANNERS", "SCHEDULERS", "PartitionError", "balanced", "build", "evaluation", "greedy", "head_with_embedding",
-    "interleaved", "num_spans", "partition", "plan", "swapped",
+    "PLANNERS", "SCHEDULERS", "PartitionError", "balanced", "build", "evaluation", "gpipe", "greedy",
+    "head_with_embedding", "interleaved", "num_spans", "one_f_one_b", "partition", "plan", "swapped", "zero_bubble",
 ]  # fmt: skip
