@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import time
@@ -27,6 +28,7 @@ FATAL = ("NonFiniteLoss", "CheckpointError", "ModelError", "CorpusError", "Confi
 """Errors that another worker in the same place would meet too: the run ends with them."""
 _POLL_S = 0.02
 _GRACE_S = 3.0
+_LAST_S = 15.0
 
 
 class RunFailed(RuntimeError):
@@ -59,21 +61,23 @@ class Agent:
         `tick` is called many times a second. Workers that are lost are reported to the coordinator; those that it
         names in their place are started.
         """
-        code = None
+        code, ended = None, math.inf
         with self._forward_signals():
-            while self.pids or code is None:
+            # Once one has ended well, all is committed and saved: nobody is worth a long wait any more.
+            while (self.pids or code is None) and time.monotonic() < ended + _LAST_S:
                 for exit_ in self.nursery.poll(_POLL_S):
                     worker = self.pids.pop(exit_.pid, None)
                     if worker is None:
                         continue
                     if exit_.code in (0, STOPPED):
-                        code = max(code or 0, exit_.code)
+                        code, ended = max(code or 0, exit_.code), time.monotonic()
                     elif code is None:  # once one has ended well, all have committed all there is
                         self._lost(worker, exit_)
                 tick()
                 self._follow()
                 if self.store.check(["failed"]):
                     raise RunFailed(self.store.get("failed").decode())
+        assert code is not None
         return code
 
     def _lost(self, worker: int, exit_: Exit) -> None:

@@ -6,10 +6,27 @@ which order can everything run? Both are answered once, here; the answers come f
 
 from __future__ import annotations
 
+import gc
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 from pipeline.schedule import COMPUTE, LOAD, OFFLOAD, STEP, B, F, Op, Schedule, ScheduleError, Span, W, deps, overlaps
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Leave garbage alone meanwhile: a million small tuples, none of them garbage, would be looked through again and
+    again, which takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 _SHOWN = 12  # links of a cycle that a message tells; a cycle through hundreds of workers helps nobody
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.graph import no_collection
 from pipeline.schedule import COMPUTE, RECV, REDUCE, SEND, STEP, B, Node, Op, Schedule, W, deps
 
 
@@ -50,6 +51,7 @@ def add_reduce_step(schedule: Schedule) -> Schedule:
     return Schedule(schedule.routes, lanes, schedule.name)
 
 
+@no_collection()
 def lower(schedule: Schedule) -> Schedule:
     """All passes. SENDs come last, so that they stand before a REDUCE."""
     return add_send_recv(add_reduce_step(schedule))

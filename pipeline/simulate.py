@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from pipeline.costs import CostError, Costs, Network
-from pipeline.graph import Graph
+from pipeline.graph import Graph, no_collection
 from pipeline.memory import Change, crosses, lane_peaks, timed_peaks
 from pipeline.schedule import COMPUTE, LOAD, OFFLOAD, RECV, REDUCE, SEND, STEP, F, Op, Schedule, Span
 from pipeline.timeline import Event, Timeline, Transfer
@@ -19,6 +19,7 @@ from pipeline.timeline import Event, Timeline, Transfer
 __all__ = ["CostError", "Costs", "Network", "simulate"]
 
 
+@no_collection()
 def simulate(schedule: Schedule, costs: Costs, network: Network | None = None) -> Timeline:
     """The timeline of one iteration; without `network`, transfers take no time.
 

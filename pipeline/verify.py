@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.graph import Graph
+from pipeline.graph import Graph, no_collection
 from pipeline.memory import lane_peaks
 from pipeline.schedule import (
     ALL,
@@ -45,6 +45,7 @@ class Report:
     lowered: bool
 
 
+@no_collection()
 def verify(schedule: Schedule, *, max_activations: int | Mapping[int, int] | None = None) -> Report:
     """Prove a schedule, or raise ScheduleError naming the op, what it waits for or what is missing.
 
