@@ -14,11 +14,16 @@ from itertools import accumulate
 from math import fsum
 from typing import NamedTuple
 
+from pipeline.costs import Costs
 from pipeline.schedule import Route, Schedule, Span
+from pipeline.simulate import simulate
 from schedulers.chain import check
 from schedulers.greedy import greedy, unit_seconds
 
 _SLIVER = 1 / 16  # of a layer, or of a worker's part if that is less: not worth a replica
+
+
+_SEARCHED, _TURNS = 400, 8  # spans times microbatches up to which a dealing is searched for, and how many turns
 
 
 class Piece(NamedTuple):
@@ -56,44 +61,81 @@ def pieces(layer_costs: Sequence[float], workers: int) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def deal(shares: dict[int, float], count: int) -> list[int]:
+class Dealing(NamedTuple):
+    """How the microbatches of shared spans are dealt: `shift` more of them go to the earlier worker than its share
+    says, `turn` places on in the round; `in_flight` bounds the microbatches whose activations a worker holds."""
+
+    in_flight: int
+    shift: int = 0
+    turn: int = 0
+
+
+def deal(shares: dict[int, float], count: int, shift: int = 0, turn: int = 0) -> list[int]:
     """The worker of each of `count` microbatches, spread evenly: whoever is furthest behind its share is next."""
+    if shift and len(shares) > 1 and count:
+        first, last = min(shares), max(shares)
+        moved = min(shift / count, shares[last])
+        shares = shares | {first: shares[first] + moved, last: shares[last] - moved}
     given = dict.fromkeys(shares, 0)
     out: list[int] = []
     for n in range(1, count + 1):
         worker = max(shares, key=lambda w: (n * shares[w] - given[w], -w))
         given[worker] += 1
         out.append(worker)
-    return out
+    return out[turn:] + out[:turn]
 
 
 def balanced(
-    layer_costs: Sequence[float], workers: int, microbatches: int, replicas: int = 1, *, in_flight: int | None = None,
+    layer_costs: Sequence[float], workers: int, microbatches: int, replicas: int = 1, *, dealing: Dealing | None = None,
     evaluated: int | None = None,
 ) -> Schedule:  # fmt: skip
     """Microbatch m runs on replica m % replicas, whose worker k is replica * workers + k of the schedule.
 
-    `layer_costs` as in `pieces`; `in_flight` bounds the microbatches whose activations a worker holds (workers + 1
-    unless given). With `evaluated`, forwards alone, of so many microbatches, on the
-    workers that the `microbatches` of training are dealt to. Raises ValueError for sizes that cannot be.
+    `layer_costs` as in `pieces`. Unless `dealing` is given, the best of some is chosen by simulation. With
+    `evaluated`, forwards alone, of so many microbatches, on the workers that the `microbatches` of training are dealt
+    to. Raises ValueError for sizes that cannot be.
     """
     cut = pieces(layer_costs, workers)
-    spans = tuple(piece.span for piece in cut)
-    check(spans, microbatches, replicas)
+    check([piece.span for piece in cut], microbatches, replicas)
+    chosen = dealing or _choose(layer_costs, workers, -(-microbatches // replicas), cut)
+    return _order(layer_costs, workers, microbatches, replicas, cut, chosen, evaluated)
+
+
+def _choose(layer_costs: Sequence[float], workers: int, microbatches: int, cut: Sequence[Piece]) -> Dealing:
+    """The dealing of one replica with the least makespan; among equals the one that holds least."""
+    plain = Dealing(workers + 1)
+    if microbatches * len(cut) > _SEARCHED or all(len(piece.shares) == 1 for piece in cut):
+        return plain
+    costs = Costs(
+        forward=layer_costs, backward=[2 * c for c in layer_costs], input_gradient=layer_costs,
+        weight_gradient=layer_costs,
+    )  # fmt: skip
+    found: list[tuple[float, int, Dealing]] = []
+    for in_flight in (workers, workers + 1):
+        for shift in (0, 1):
+            for turn in range(min(microbatches, _TURNS)):
+                dealing = Dealing(in_flight, shift, turn)
+                timeline = simulate(_order(layer_costs, workers, microbatches, 1, cut, dealing, None), costs)
+                found.append((round(timeline.makespan_s / fsum(layer_costs), 6), in_flight, dealing))
+    return min(found)[-1]
+
+
+def _order(
+    layer_costs: Sequence[float], workers: int, microbatches: int, replicas: int, cut: Sequence[Piece],
+    dealing: Dealing, evaluated: int | None,
+) -> Schedule:  # fmt: skip
     count = microbatches if evaluated is None else evaluated
     home: dict[tuple[Span, int], int] = {}
     for replica in range(replicas):
         trained, mine = len(range(replica, microbatches, replicas)), range(replica, count, replicas)
         for piece in cut:
-            shares = piece.shares
-            if evaluated is not None and trained:  # a small share may not come to a single microbatch
-                holders = set(deal(shares, trained))
-                shares = {worker: share for worker, share in shares.items() if worker in holders}
-            for m, worker in zip(mine, deal(shares, len(mine)), strict=True):
-                home[piece.span, m] = replica * workers + worker
-    held = workers + 1 if in_flight is None else in_flight
+            dealt = deal(piece.shares, trained, dealing.shift, dealing.turn)
+            if evaluated is not None:  # a small share may not come to a single microbatch of training
+                shares = {w: share for w, share in piece.shares.items() if w in dealt} or piece.shares
+                dealt = deal(shares, len(mine))
+            home.update({(piece.span, m): replica * workers + w for m, w in zip(mine, dealt, strict=True)})
     limits = {
-        replica * workers + k: held * sum(k in piece.shares for piece in cut)
+        replica * workers + k: dealing.in_flight * sum(k in piece.shares for piece in cut)
         for replica in range(replicas)
         for k in range(workers)
     }
@@ -101,6 +143,7 @@ def balanced(
     def seconds(kind: str, span: Span) -> float:
         return unit_seconds(kind, span) * fsum(layer_costs[span[0] : span[1]])
 
+    spans = tuple(piece.span for piece in cut)
     route = Route.through(spans) if evaluated is None else Route(spans, ())
     return greedy(
         (route,) * count, lambda span, m: home[span, m], seconds=seconds, limits=limits,
