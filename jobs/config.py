@@ -113,6 +113,8 @@ class TrainConfig:
     """Faults to inject, e.g. 'kill:worker=2,step=30,at=backward' or 'rate:p=0.002,stages=1-4,seed=7'; ; between."""
     heartbeat: float = 10.0
     """Seconds without a sign of life after which a worker is given up."""
+    spares: int = 0
+    """Workers per agent that wait with everything loaded, to take a lost one's place a little sooner."""
     max_failures: int = 100
     """Lost workers after which the run gives up."""
 
@@ -156,6 +158,7 @@ class TrainConfig:
         )  # fmt: skip
         _require(self.recovery in POLICIES, "recovery", self.recovery, f"one of {', '.join(POLICIES)}")
         _require(self.heartbeat >= 2, "heartbeat", self.heartbeat, "2 or more seconds")
+        _require(self.spares >= 0, "spares", self.spares, "0 or more")
         _require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or more")
         parse_faults(self.inject)
         _require(0 < self.lr < math.inf, "lr", self.lr, "above 0")

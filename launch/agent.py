@@ -43,7 +43,11 @@ class Agent:
     store: dist.Store
     places: Sequence[int]
     payload: Callable[[int, int, int, bool], dict[str, Any]]
+    num_spares: int = 0
+    """Workers that are kept waiting with everything loaded, to take the next places without being started first."""
     pids: dict[int, int] = field(default_factory=dict)
+    _spares: dict[int, str] = field(default_factory=dict)  # pid -> the key by which it is called
+    _spares_made: int = 0
     _view: int = 1
     _stopping: int = 0
 
@@ -51,9 +55,24 @@ class Agent:
         """Fork the workers of the first view, each with the number of its place."""
         for place in self.places:
             self._start(place, place, 1, joins=False)
+        self._keep_spares()
 
     def _start(self, worker: int, place: int, view: int, *, joins: bool) -> None:
-        self.pids[self.nursery.start(self.payload(worker, place, view, joins))] = worker
+        """Have a worker in a place: a spare one that is called, or a new one."""
+        payload = self.payload(worker, place, view, joins)
+        if joins and self._spares:
+            pid = next(iter(self._spares))
+            self.store.set(self._spares.pop(pid), json.dumps(payload))
+        else:
+            pid = self.nursery.start(payload)
+        self.pids[pid] = worker
+
+    def _keep_spares(self) -> None:
+        while len(self._spares) < self.num_spares:
+            key = f"spare/{self.places[0]}/{self._spares_made}"
+            self._spares_made += 1
+            payload = self.payload(-1, self.places[0], 1, True)
+            self._spares[self.nursery.start({**payload, "spare": key})] = key
 
     def supervise(self, tick: Callable[[], None]) -> int:
         """Wait for the workers to end; returns 0 or STOPPED. Raises RunFailed when the run cannot go on.
@@ -66,6 +85,7 @@ class Agent:
             # Once one has ended well, all is committed and saved: nobody is worth a long wait any more.
             while (self.pids or code is None) and time.monotonic() < ended + _LAST_S:
                 for exit_ in self.nursery.poll(_POLL_S):
+                    self._spares.pop(exit_.pid, None)
                     worker = self.pids.pop(exit_.pid, None)
                     if worker is None:
                         continue
@@ -103,15 +123,27 @@ class Agent:
             for worker in view.joined:
                 if (place := view.places[worker]) in self.places and worker not in running:
                     self._start(worker, place, view.number, joins=True)
+            self._keep_spares()
 
     def end(self) -> None:
-        """End the workers that still run, gently first."""
+        """End the workers that still run, gently first, and the spare ones."""
+        self._end_spares()
         for signum, grace in ((signal.SIGTERM, _GRACE_S if self._stopping else 0.0), (signal.SIGKILL, 2.0)):
             self._signal(signum)
             deadline = time.monotonic() + grace
             while self.pids and time.monotonic() < deadline:
                 for exit_ in self.nursery.poll(0.05):
                     self.pids.pop(exit_.pid, None)
+
+    def _end_spares(self) -> None:
+        for pid in self._spares:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 2.0
+        while self._spares and time.monotonic() < deadline:
+            for exit_ in self.nursery.poll(0.05):
+                self._spares.pop(exit_.pid, None)
+                self.pids.pop(exit_.pid, None)
 
     def _signal(self, signum: int) -> None:
         for pid in self.pids:

@@ -50,7 +50,7 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
     try:
         handle = open_store(slot, config.store_port)
-        agent = Agent(nursery, handle.store, workers, partial(_payload, config, slot, handle, devices))
+        agent = Agent(nursery, handle.store, workers, partial(_payload, config, slot, handle, devices), config.spares)
         try:
             agent.start()
             if slot.coordinates:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from recovery.policy import CHECKPOINT, POLICIES, remedies
 from recovery.restore import load_checkpoint
 
 log = logging.getLogger(__name__)
+_FOREVER = timedelta(days=365)  # an agent that ends takes its spare workers along
 
 
 def connect(store: dict[str, Any], timeout_s: float) -> dist.Store:
@@ -50,9 +52,11 @@ def worker_main(payload: dict[str, Any]) -> int:
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    worker_id = int(payload["worker"])
     torch.set_num_threads(int(payload["threads"]))
     store = connect(payload["store"], 60.0)
+    if "spare" in payload:
+        payload = _called(store, payload["spare"])
+    worker_id = int(payload["worker"])
     try:
         return _run(worker_id, payload, store, stop)
     except Exception as error:
@@ -60,6 +64,20 @@ def worker_main(payload: dict[str, Any]) -> int:
         text = f"{type(error).__name__}: {error}"
         store.set(f"error/{worker_id}", json.dumps({"time": time.time(), "type": type(error).__name__, "error": text}))
         return 1
+
+
+def _called(store: dist.Store, key: str) -> dict[str, Any]:
+    """Load what every worker needs, then wait for the place that is to be taken; its payload."""
+    store.wait(["view/1"], _FOREVER)
+    config = config_from_dict(TrainConfig, read_view(store, 1).details["config"])
+    _blueprint(config.out / "model-config")
+    store.wait([key], _FOREVER)
+    return json.loads(store.get(key))
+
+
+@cache
+def _blueprint(folder: Path, attention: str | None = None) -> LayeredModel:
+    return LayeredModel(read_config(folder), attention=attention)
 
 
 def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threading.Event) -> int:
@@ -104,7 +122,7 @@ def build_member(
     device = torch.device(payload["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = LayeredModel(read_config(config.out / "model-config"), attention=payload.get("attention"))
+    model = _blueprint(config.out / "model-config", payload.get("attention"))
     source = view.details["source"]
     spans = {span for span, workers in view.schedule("train").holders.items() if place in workers}
     spans |= {span for span, worker in view.shadows if worker == place}

@@ -155,6 +155,17 @@ def test_every_fault_ends_in_the_weights_of_the_run_without_it(
     assert same_weights(out, calm["line"])
 
 
+def test_a_spare_worker_takes_a_place_and_the_next_spare_the_next(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = ["--workers", "4", "--recovery", "checkpoint", "--spares", "1"]
+    flags += ["--inject", "kill:worker=1,step=6;kill:worker=0,step=9"]
+    train(nursery, out := tmp_path / "run", *flags)
+    assert {event["worker"] for event in events(out, "remedy")} == {0, 1}
+    whole_ledger(out)
+    assert same_weights(out, calm["line"])
+
+
 def test_two_at_once_from_outside(nursery: Nursery, calm: dict[str, Path], tmp_path: Path) -> None:
     """Both workers of a stage's neighbours, killed by somebody else in the same moment, at no particular point."""
     out = tmp_path / "run"
