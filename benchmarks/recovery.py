@@ -35,6 +35,7 @@ REMEDIES = {  # name -> (flags, places that may be killed)
     "checkfree": (["--workers", "5", "--recovery", "checkfree"], (2, 3)),
     "checkfree+": (["--workers", "5", "--recovery", "checkfree+"], (0, 1, 2, 3, 4)),
     "checkpoint": (["--workers", "4", "--recovery", "checkpoint"], (0, 1, 2, 3)),
+    "replica, spare": (["--workers", "4", "--replicas", "2", "--recovery", "replica", "--spares", "1"], (0, 1, 2, 3)),
 }
 
 
@@ -108,7 +109,8 @@ def measure(name: str, kills: int, seed: int, advance: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Run(Path(folder), flags) as run:
         run.until(lambda: run.last_step() >= 25)
         (warm,) = psutil.Process(run.process.pid).children()
-        at = dict(enumerate(sorted(child.pid for child in warm.children())))  # place -> pid
+        at = dict(enumerate(sorted(child.pid for child in warm.children())))  # place -> pid; a spare comes last
+        spare = at.pop(max(at)) if "--spares" in flags else 0
         for _ in range(kills):
             time.sleep(chance.uniform(0.3, 0.8))
             place = chance.choice(places)
@@ -138,7 +140,8 @@ def measure(name: str, kills: int, seed: int, advance: Any) -> dict[str, Any]:
                 }
             )  # fmt: skip
             known = set(at.values())
-            (at[place],) = [c.pid for c in warm.children() if c.pid not in known]
+            fresh = [c.pid for c in warm.children() if c.pid not in known]
+            at[place], spare = (spare, next(pid for pid in fresh if pid != spare)) if spare else (fresh[0], 0)
             advance()
     return {"remedy": name, "kills": len(rows), "rows": rows}
 
