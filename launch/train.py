@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -138,18 +138,18 @@ def _follow(
 
     def tick() -> None:
         coordinator.tick()
-        story.tick()
+        story.tick(coordinator.view.workers)
 
     try:
         code = agent.supervise(tick)
         for rank in range(1, slot.world):
             store.wait([f"done/{rank}"])
-        story.tick()
+        story.tick(coordinator.view.workers)
     except Exception as error:
         with suppress(RuntimeError):  # the store may be what failed
             if not store.check(["failed"]):
                 store.set("failed", str(error))
-            story.tick()
+            story.tick(coordinator.view.workers)
         folder.event("failed", error=str(error), step=story.step)
         raise
     finally:
@@ -191,17 +191,24 @@ class Story:
     def __init__(self, config: TrainConfig, plan: Plan, folder: RunFolder, display: Display, store: dist.Store) -> None:
         self._config, self._plan, self._folder, self._display, self._store = config, plan, folder, display, store
         self._pictures = Pictures(config, plan, folder)
-        self._next = 0
+        self._read: dict[int, int] = {}  # worker -> how many of its records
         self.step = plan.view.first_step
         self._began = time.monotonic()
 
-    def tick(self) -> None:
-        """Handle every record that has come."""
-        while self._store.check([key := f"record/{self._next}"]):
-            record = json.loads(self._store.get(key))
-            self._store.delete_key(key)
-            self._next += 1
-            self._handle(record)
+    def tick(self, workers: Iterable[int]) -> None:
+        """Handle every record that has come from `workers`, and the last ones of those who were lost since."""
+        now = set(workers)
+        for worker in sorted(now | set(self._read)):
+            number = self._read.get(worker, 0)
+            while self._store.check([key := f"record/{worker}/{number}"]):
+                record = json.loads(self._store.get(key))
+                self._store.delete_key(key)
+                number += 1
+                self._handle(record)
+            if worker in now:
+                self._read[worker] = number
+            else:
+                self._read.pop(worker, None)
 
     def event(self, event: str, **fields: Any) -> None:
         """Something happened to the membership: keep it, and say it."""

@@ -175,15 +175,15 @@ def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Sha
 
 
 class Reports:
-    """Numbered records in the store; the coordinator reads them in order."""
+    """A worker's numbered records in the store. Each has numbers of its own: a writer that dies leaves no gap."""
 
     def __init__(self, store: dist.Store, worker: int) -> None:
-        self._store, self.worker = store, worker
+        self._store, self.worker, self._next = store, worker, 0
 
     def put(self, record: dict[str, Any]) -> None:
         """Add a record."""
-        number = self._store.add("records", 1) - 1
-        self._store.set(f"record/{number}", json.dumps({"time": time.time(), **record}))
+        self._store.set(f"record/{self.worker}/{self._next}", json.dumps({"time": time.time(), **record}))
+        self._next += 1
 
     def claim(self, name: str) -> bool:
         """Whether nobody has asked for `name` before."""

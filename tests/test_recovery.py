@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,29 @@ def test_two_at_once_from_outside(nursery: Nursery, calm: dict[str, Path], tmp_p
     assert {event["worker"] for event in events(out, "remedy")} == {1, 2}
     whole_ledger(out)
     assert same_weights(out, calm["line"])
+
+
+def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    """Each slot is an agent with one worker: torchrun starts nobody again; the weights are those of the calm run."""
+    flags = ["--workers", "2", "--recovery", "checkpoint"]
+    train(nursery, calm := tmp_path / "calm", *flags)
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"]
+    arguments = settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*launcher, "-m", "launch", *arguments], cwd=Path(__file__).parent.parent, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=90)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said
+    assert [event["worker"] for event in events(out, "remedy")] == [1, 0]
+    whole_ledger(out)
+    assert same_weights(out, calm)
 
 
 def _workers(pid: int, out: Path, step: int) -> list[int]:

@@ -1,0 +1,33 @@
+"""A short form of benchmarks/soak.py: random kills, then a whole ledger and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.timeout(200)
+def test_nothing_is_missing_and_nothing_is_left_after_random_kills() -> None:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "benchmarks" / "soak.py"), "--minutes", "0.75", "--every", "4", "--seed", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=180)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, out + err
+    found = json.loads(out)
+    assert found["problems"] == []
+    assert found["lost"] >= 5, "hardly anything happened"
+    assert found["steps"] > 50
