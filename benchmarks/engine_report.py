@@ -127,7 +127,7 @@ def goals(facts: Facts, runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def print_report(console: Console, facts: Facts, rows: Sequence[Row], reached: Sequence[Mapping[str, Any]]) -> None:
     """The table, errors and goals."""
-    table = Table(title=caption(facts), title_justify="left")
+    table = Table(title=caption(facts, rows), title_justify="left")
     for name in ("contender", "tokens/s", "min-max", "/ best peer", "/ all cores", "/ bound", "/ simulated", "peak MiB",
                  "loss gap"):  # fmt: skip
         table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=name != "peak MiB")
@@ -168,13 +168,13 @@ def ratio(value: Mapping[str, float] | None) -> str:
     return f"{value['median']:.2f}{spread_}"
 
 
-def caption(facts: Facts) -> str:
-    """What all did, in a line."""
-    work = facts["work"]
+def caption(facts: Facts, rows: Sequence[Row]) -> str:
+    """What all did, in a line; rounds are those that were run."""
+    work, rounds = facts["work"], max((row["rounds"] for row in rows), default=0)
     return (
         f"Llama {work['hidden']} x {work['layers']}, sequence {work['sequence']}, {work['microbatches']} microbatches "
         f"of {work['batch']}, fp32, {facts['workers']} workers of one thread, {facts['cpus']} cores, "
-        f"{facts['rounds']} round{'s' * (facts['rounds'] > 1)} of {facts['steps']} steps, torch {facts['torch']}"
+        f"{rounds} round{'s' * (rounds > 1)} of {facts['steps']} steps, torch {facts['torch']}"
     )
 
 
@@ -198,7 +198,7 @@ def picture(facts: Facts, rows: Sequence[Row], width: int = 900) -> str:
     bottom = _TOP + _ROW * len(shown)
 
     body = [text(16, 28, "training speed, tokens per second", font_size=16, font_weight="600")]
-    body += [text(16, 48 + 17 * i, line, fill=MUTED) for i, line in enumerate(folded(caption(facts), width - 32))]
+    body += [text(16, 48 + 17 * i, line, fill=MUTED) for i, line in enumerate(folded(caption(facts, rows), width - 32))]
     for value in ticks(0, most, 6):
         x = left + value * scale
         body.append(tag("line", x1=x, x2=x, y1=_TOP, y2=bottom, stroke=FAINT))
