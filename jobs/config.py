@@ -146,50 +146,46 @@ class TrainConfig:
         """Raise ConfigError for the first setting that cannot work, whatever the model and the data are."""
         for name in ("workers", "replicas", "chunks", "microbatches", "microbatch_size", "sequence_length", "steps",
                      "evaluate_samples", "keep"):  # fmt: skip
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpoint_every", "evaluate_every", "warmup", "max_tokens", "threads", "sample_tokens", "clip",
                      "weight_decay"):  # fmt: skip
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.scheduler in PLANNERS, "scheduler", self.scheduler, f"one of {', '.join(PLANNERS)}")
-        _require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
-        _require(
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.scheduler in PLANNERS, "scheduler", self.scheduler, f"one of {', '.join(PLANNERS)}")
+        require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
+        require(
             self.microbatches % self.replicas == 0, "microbatches", self.microbatches,
             f"a multiple of replicas ({self.replicas})",
         )  # fmt: skip
-        _require(self.recovery in POLICIES, "recovery", self.recovery, f"one of {', '.join(POLICIES)}")
-        _require(self.heartbeat >= 2, "heartbeat", self.heartbeat, "2 or more seconds")
-        _require(self.spares >= 0, "spares", self.spares, "0 or more")
-        _require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or more")
+        require(self.recovery in POLICIES, "recovery", self.recovery, f"one of {', '.join(POLICIES)}")
+        require(self.heartbeat >= 2, "heartbeat", self.heartbeat, "2 or more seconds")
+        require(self.spares >= 0, "spares", self.spares, "0 or more")
+        require(self.max_failures >= 0, "max_failures", self.max_failures, "0 or more")
         parse_faults(self.inject)
-        _require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
-        _require(0 < self.deadline <= _WEEK_S, "deadline", self.deadline, f"above 0, up to {_WEEK_S:.0f} (a week)")
-        _require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
-        _require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
-        _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
-        _require(0 <= self.store_port < 65536, "store_port", self.store_port, "0 to 65535")
+        require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
+        require(0 < self.deadline <= _WEEK_S, "deadline", self.deadline, f"above 0, up to {_WEEK_S:.0f} (a week)")
+        require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
+        require(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
+        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
+        require(0 <= self.store_port < 65536, "store_port", self.store_port, "0 to 65535")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         if self.recovery == "checkfree+":
-            _require(
+            require(
                 self.scheduler == "one_f_one_b" and self.stages > LEAST, "recovery", self.recovery,
                 f"only with scheduler one_f_one_b and {LEAST + 1} or more workers per replica (found {self.stages}): "
                 f"{LEAST} block stages, and the embedding and the head on a worker of their own",
             )  # fmt: skip
         if self.head_with_embedding:
-            _require(
+            require(
                 self.scheduler == "one_f_one_b" and self.stages > 1, "head_with_embedding", True,
                 "only with scheduler one_f_one_b and 2 or more stages",
             )  # fmt: skip
         if self.network is not None:
-            _require(self.network.is_file(), "network", str(self.network), "a readable JSON file")
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+            require(self.network.is_file(), "network", str(self.network), "a readable JSON file")
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """Raise ConfigError in its one form unless `holds`."""
-    _require(holds, name, value, allowed)
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
