@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -64,7 +65,8 @@ def check_ledger(run: Run) -> list[str]:
 def soak(minutes: float, every_s: float, seed: int, advance: Any) -> dict[str, Any]:
     """Run, hit, stop, check. Raises RuntimeError when the run ends by itself or hangs."""
     chance, shared = random.Random(seed), set(os.listdir("/dev/shm"))
-    with tempfile.TemporaryDirectory() as folder, Run(Path(folder), FLAGS) as run:
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))  # kept when something is wrong
+    with Run(folder, FLAGS) as run:
         run.until(lambda: run.last_step() >= 10)
         agent = psutil.Process(run.process.pid)
         (warm,) = agent.children()
@@ -98,6 +100,10 @@ def soak(minutes: float, every_s: float, seed: int, advance: Any) -> dict[str, A
                 )
         growth = {pid: survivors[pid] - n for pid, n in eldest.items() if pid in survivors}
         problems += [f"worker {pid} has {n} descriptors more than at first" for pid, n in growth.items() if n > 12]
+    if problems:
+        problems.append(f"the run's folder was kept: {folder}")
+    else:
+        shutil.rmtree(folder)
     return {
         "minutes": minutes, "kills": kills, "lost": sum(e["event"] == "detected" for e in events),
         "views": 1 + sum(e["event"] == "view" for e in events), "steps": steps,

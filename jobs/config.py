@@ -48,8 +48,9 @@ class TrainConfig:
     """Compute threads per worker; 0 shares the cores of the machine evenly, at least one each."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    head_with_embedding: bool = False
-    """Place the head on the first worker, beside the embedding (with --scheduler one_f_one_b)."""
+    ends: Literal["auto", "in-line", "home", "apart"] = "auto"
+    """Where the embedding and the head go: in-line with the blocks, the head home to the first worker, or both apart
+    from the blocks on a worker of their own (--scheduler one_f_one_b); auto is in-line unless --recovery needs more."""
 
     model: str = "llama-2m"
     """A preset (see `unbroken doctor`), a directory with config.json and safetensors, a config.json, or a GGUF file."""
@@ -105,8 +106,8 @@ class TrainConfig:
     """Tokens of the continuation that is sampled at the end; 0 for none."""
 
     recovery: str = "auto"
-    """What brings the state of a lost worker back: auto, replica, checkfree, checkfree+, copy, random,
-    checkpoint, or none."""
+    """What brings the state of a lost worker back: auto, replica, checkfree, checkfree+, redundant,
+    copy, random, checkpoint, or none."""
     checkfree_weights: Literal["norm", "norm_squared", "uniform"] = "norm"
     """How checkfree weighs both neighbours: by their gradient norms, the squares of these, or alike."""
     inject: str = ""
@@ -176,10 +177,16 @@ class TrainConfig:
                 f"only with scheduler one_f_one_b and {LEAST + 1} or more workers per replica (found {self.stages}): "
                 f"{LEAST} block stages, and the embedding and the head on a worker of their own",
             )  # fmt: skip
-        if self.head_with_embedding:
+            require(self.ends in ("auto", "apart"), "ends", self.ends, "auto or apart under --recovery checkfree+")
+        if self.ends in ("home", "apart"):
             require(
-                self.scheduler == "one_f_one_b" and self.stages > 1, "head_with_embedding", True,
-                "only with scheduler one_f_one_b and 2 or more stages",
+                self.scheduler == "one_f_one_b" and self.stages > 1, "ends", self.ends,
+                "auto or in-line; home and apart only with scheduler one_f_one_b and 2 or more stages",
+            )  # fmt: skip
+        if self.recovery == "redundant":
+            require(
+                self.scheduler != "balanced" and self.stages > 1, "recovery", self.recovery,
+                "only with 2 or more workers per replica, and not with scheduler balanced",
             )  # fmt: skip
         if self.network is not None:
             require(self.network.is_file(), "network", str(self.network), "a readable JSON file")

@@ -7,7 +7,7 @@ the same thing; what it writes to the run folder is whole or absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from jobs.data import Dataset
 from jobs.data import prepare as prepare_data
 from jobs.tokenizer import build_tokenizer
 from pipeline.costs import CostError, Network
-from pipeline.lower import lower
+from pipeline.lower import add_redundant, lower
 from pipeline.model import LayeredModel
 from pipeline.schedule import Schedule, Span, dumps
 from pipeline.verify import verify
 from pipeline.weights import PRESETS, read_config, resolve
-from recovery import checkpoint
+from recovery import checkpoint, redundant
 from recovery.membership import View
 from schedulers import num_spans, plan
 from schedulers.plan import Ends
@@ -77,6 +77,8 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[
             config.scheduler, costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks,
             evaluated=count, ends=ends, swap=config.recovery == "checkfree+",
         )  # fmt: skip
+        if config.recovery == "redundant" and count is None:
+            schedule = add_redundant(schedule, shadows(config, schedule))
         made[purpose] = lower(schedule)
         verify(made[purpose])
     return made
@@ -85,17 +87,22 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[
 def where_ends_go(config: TrainConfig) -> Ends:
     """Where the embedding and the head are placed: apart from the blocks where stages are to be alike (CheckFree)."""
     alike = config.recovery == "checkfree+" or (config.recovery == "checkfree" and config.stages > 3)
-    if alike and config.scheduler == "one_f_one_b":
-        return "apart"
-    return "home" if config.head_with_embedding else "in line"
+    if config.ends == "auto":
+        return "apart" if alike and config.scheduler == "one_f_one_b" else "in line"
+    return "in line" if config.ends == "in-line" else config.ends
 
 
-def shadows(config: TrainConfig, spans: Sequence[Span]) -> tuple[tuple[Span, int], ...]:
-    """Copies that are kept for recovery alone, as (span, worker): under checkfree+, both ends on the next worker."""
-    if config.recovery != "checkfree+":
-        return ()
-    first, last = min(spans), max(spans)
-    return tuple((span, r * config.stages + 1) for r in range(config.replicas) for span in (first, last))
+def shadows(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], ...]:
+    """Copies that are kept for recovery alone, as (span, worker): under checkfree+ both ends on the second worker,
+    under redundant each stage on the one before it."""
+    holders, found = schedule.holders, list[tuple[Span, int]]()
+    for base in range(0, config.workers, config.stages):
+        if config.recovery == "checkfree+":
+            found += [(span, base + 1) for span in (min(holders), max(holders))]
+        elif config.recovery == "redundant":
+            stages = [[s for s, workers in holders.items() if base + k in workers] for k in range(config.stages)]
+            found += [(span, base + worker) for span, worker in redundant.copies(stages)]
+    return tuple(found)
 
 
 def evaluation_samples(config: TrainConfig, dataset: Dataset) -> int:
@@ -172,7 +179,7 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         first_sample=first_sample,
         checkpoint=None if found.path is None else str(found.path),
         places={worker: worker for worker in range(config.workers)},
-        shadows=shadows(config, list(made["train"].holders)),
+        shadows=shadows(config, made["train"]),
         next_worker=config.workers,
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),

@@ -116,13 +116,13 @@ class Agent:
             view = read_view(self.store, self._view + 1)
             self._view = view.number
             for pid, worker in self.pids.items():
-                if worker not in view.workers:
+                if worker not in view.places:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             running = set(self.pids.values())
-            for worker in view.joined:
+            for worker in (*view.joined, *view.awaited):
                 if (place := view.places[worker]) in self.places and worker not in running:
-                    self._start(worker, place, view.number, joins=True)
+                    self._start(worker, place, view.number + (worker in view.awaited), joins=True)
             self._keep_spares()
 
     def end(self) -> None:

@@ -32,7 +32,7 @@ from launch.run_folder import RunFolder
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.worker_main import default_threads, worker_main
 from recovery.coordinator import Coordinator
-from recovery.policy import cure
+from recovery.policy import Recovery
 
 
 def train(config: TrainConfig, as_json: bool = False) -> int:
@@ -132,7 +132,7 @@ def _follow(
     story, model = Story(config, plan, folder, display, store), plan.model
     coordinator = Coordinator(
         store, plan.view,
-        lambda view: cure(view, config.recovery, model.num_layers, model.tied, config.out / "checkpoints"),
+        Recovery(config.recovery, plan.view, model.num_layers, model.tied, config.out / "checkpoints"),
         story.event, config.heartbeat, config.deadline, config.max_failures,
     )  # fmt: skip
 
@@ -173,6 +173,7 @@ def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
 _SAID = {
     "detected": "worker {worker} {reason}",
     "remedy": "worker {replacement} takes its place: {remedy}",
+    "taken_over": "the one before it does its work as well: {remedy}; worker {replacement} is being started",
     "resumed": "going on from step {step} after {seconds[total]:.2f} s",
     "rolled_back": "back to {to}: {steps_lost} steps are run again",
     "not_finite": "{error}; it is run again",

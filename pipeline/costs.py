@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pipeline.schedule import B, F, I, Schedule, Span
+from pipeline.schedule import B, F, I, R, Schedule, Span
 
 PerSpan = float | Sequence[float] | Mapping[Span, float]
 """One number for every span; or one per layer, summed over a span's layers; or one by span."""
@@ -64,8 +64,8 @@ class Costs:
             raise CostError("input_gradient and weight_gradient: one of them; allowed: both, or neither")
 
     def seconds(self, kind: str, span: Span) -> float:
-        """What F, B, I or W of a span takes. Raises CostError where that was not given."""
-        if kind == F:
+        """What F, B, I, W or R of a span takes. Raises CostError where that was not given."""
+        if kind in (F, R):
             return self.of("forward", span)
         if kind == B:
             if self.backward is not None:

@@ -12,7 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
-from pipeline.schedule import COMPUTE, LOAD, OFFLOAD, STEP, B, F, Op, Schedule, ScheduleError, Span, W, deps, overlaps
+from pipeline.schedule import (
+    COMPUTE,
+    LOAD,
+    OFFLOAD,
+    STEP,
+    B,
+    F,
+    Op,
+    R,
+    Schedule,
+    ScheduleError,
+    Span,
+    W,
+    deps,
+    overlaps,
+)
 
 
 @contextmanager
@@ -106,9 +121,13 @@ class Graph:
     def frees(self) -> dict[int, tuple[int, ...]]:
         """F of a route that comes back -> the ops after the last of which its activations are gone.
 
-        That is the B, or W, of the same span; where backward spans are cut differently, of all that overlap it.
+        That is the B, or W, of the same span; where backward spans are cut differently, of all that overlap it. What
+        a redundant forward leaves goes with the last backward of its microbatch in its lane: by then it was not needed.
         """
         last = {op[:3]: i for i, op in enumerate(self.ops) if op[0] == B or op[0] == W}
+        ends: dict[tuple[int, int], tuple[int, ...]] = {}
+        for (_, _, m), j in last.items():
+            ends[self.workers[j], m] = (max(j, *ends.get((self.workers[j], m), (j,))),)
         over: dict[tuple[int, Span], tuple[Span, ...]] = {}
         found: dict[int, tuple[int, ...]] = {}
         for i, (kind, span, m, _, _) in enumerate(self.ops):
@@ -118,6 +137,8 @@ class Graph:
                     spans = over[id(backward), span] = tuple(s for s in backward if overlaps(s, span))
                 freeing = (last.get((B, s, m), last.get((W, s, m), -1)) for s in spans)
                 found[i] = tuple(j for j in freeing if j >= 0)
+            elif kind == R:
+                found[i] = ends.get((self.workers[i], m), ())
         return found
 
     def _deadlock(self, stuck: dict[int, tuple[int, int]]) -> str:

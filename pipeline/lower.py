@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from pipeline.graph import no_collection
-from pipeline.schedule import COMPUTE, RECV, REDUCE, SEND, STEP, B, Node, Op, Schedule, W, deps
+from pipeline.schedule import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, Node, Op, R, Schedule, Span, W, deps
 
 
 def add_send_recv(schedule: Schedule) -> Schedule:
@@ -48,6 +50,28 @@ def add_reduce_step(schedule: Schedule) -> Schedule:
         ends = {i: Op(REDUCE, span) for span, i in last.items()}
         ops = [each for i, op in enumerate(lane) for each in ((op, ends[i]) if i in ends else (op,))]
         lanes[worker] = (*ops, *(Op(STEP, span) for span in sorted(last)))
+    return Schedule(schedule.routes, lanes, schedule.name)
+
+
+def add_redundant(schedule: Schedule, copies: Collection[tuple[Span, int]]) -> Schedule:
+    """R of each (span, worker) in `copies`, for every microbatch that visits the span and comes by the worker.
+
+    It stands right after the worker's forward of the span before it, whose output is its input; where that is another
+    worker's, after the last forward of the microbatch in the lane. Once lowered, a SEND stands before it.
+    """
+    after: dict[Node, list[Op]] = {}
+    for span, worker in copies:
+        last = {op.microbatch: op for op in schedule.lanes.get(worker, ()) if op.kind == F}
+        for m, own in last.items():
+            forward = schedule.routes[m].forward
+            if span in forward and schedule.routes[m].backward:
+                before = Op(F, forward[max(0, forward.index(span) - 1)], m)
+                here = schedule.home.get(before[:3]) == worker
+                after.setdefault((worker, before if here else own), []).append(Op(R, span, m))
+    lanes = {
+        worker: tuple(each for op in lane for each in (op, *after.get((worker, op), ())))
+        for worker, lane in schedule.lanes.items()
+    }
     return Schedule(schedule.routes, lanes, schedule.name)
 
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Layers `lo, lo + 1, ..., hi - 1` of the model: `(lo, hi)`."""
 
-F, B, I, W = "F", "B", "I", "W"
-"""Forward, backward, and the two halves of a backward: input gradient and weight gradient."""
+F, B, I, W, R = "F", "B", "I", "W", "R"
+"""Forward, backward, the two halves of a backward (input gradient, weight gradient), and a redundant forward: the same
+work as F on a copy of the span, whose result stays where it is in case that the worker of F is lost."""
 SEND, RECV, LOAD, OFFLOAD, REDUCE, STEP = "SEND", "RECV", "LOAD", "OFFLOAD", "REDUCE", "STEP"
-COMPUTE = (F, B, I, W)
+COMPUTE = (F, B, I, W, R)
 KINDS = (*COMPUTE, SEND, RECV, LOAD, OFFLOAD, REDUCE, STEP)
 ALL = -1
 """The microbatch of an op that belongs to no single one (LOAD, OFFLOAD, REDUCE, STEP)."""
@@ -103,8 +104,9 @@ class Schedule:
     def holders(self) -> dict[Span, tuple[int, ...]]:
         """Span -> the workers that compute it, ascending: its replicas."""
         found: dict[Span, set[int]] = {}
-        for (_, span, _), worker in self.home.items():
-            found.setdefault(span, set()).add(worker)
+        for (kind, span, _), worker in self.home.items():
+            if kind != R:
+                found.setdefault(span, set()).add(worker)
         return {span: tuple(sorted(workers)) for span, workers in sorted(found.items())}
 
     @cached_property
@@ -180,7 +182,7 @@ def deps(schedule: Schedule, worker: int, op: Op) -> tuple[Node, ...]:
         return ((worker, of) if kind == SEND else (peer, Op(SEND, span, microbatch, worker, of)),)
     nodes = schedule.nodes
     try:
-        needed = ((I, span),) if kind == W else schedule.needs[microbatch][F if kind == F else B, span]
+        needed = ((I, span),) if kind == W else schedule.needs[microbatch][F if kind in (F, R) else B, span]
     except (IndexError, KeyError) as error:
         raise ScheduleError(f"{op} of worker {worker} is on no route") from error
     found: list[Node] = []
@@ -202,7 +204,7 @@ def deps(schedule: Schedule, worker: int, op: Op) -> tuple[Node, ...]:
 # ---- text ----
 
 _HEADER = "unbroken schedule 1"
-_OP = re.compile(r"(F|B|I|W|LOAD|OFFLOAD|REDUCE|STEP)\[(\d+):(\d+)\](?:#(\d+))?")
+_OP = re.compile(r"(F|B|I|W|R|LOAD|OFFLOAD|REDUCE|STEP)\[(\d+):(\d+)\](?:#(\d+))?")
 _LINK = re.compile(r"(SEND|RECV)\((.+)\)([<>])(\d+)")
 
 

@@ -10,11 +10,11 @@ import textwrap
 from collections import defaultdict
 
 from pipeline.boxes import SAID, Frame
-from pipeline.schedule import COMPUTE, REDUCE, STEP, B, F, I, W
+from pipeline.schedule import COMPUTE, REDUCE, STEP, B, F, I, R, W
 from pipeline.svg import clean, duration
 from pipeline.timeline import Event, Timeline
 
-_MARK = {F: ">", B: "<", I: "-", W: "+", REDUCE: "R", STEP: "S"}
+_MARK = {F: ">", B: "<", I: "-", W: "+", R: "~", REDUCE: "R", STEP: "S"}
 
 
 def terminal(timeline: Timeline, width: int = 100, *, rich: bool = False, rows: int = 64) -> str:

@@ -48,10 +48,10 @@ class Timeline:
 
     @property
     def busy_s(self) -> dict[int, float]:
-        """Worker -> seconds spent in F, B, I and W."""
+        """Worker -> seconds spent in F, B, I, W and R."""
         busy = dict.fromkeys(sorted({*self.workers, *(e.worker for e in self.events)}), 0.0)
         for event in self.events:
-            if event.op.kind in "FBIW":
+            if event.op.kind in "FBIWR":
                 busy[event.worker] += event.end - event.start
         return busy
 

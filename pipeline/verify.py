@@ -26,6 +26,7 @@ from pipeline.schedule import (
     F,
     I,
     Op,
+    R,
     Route,
     Schedule,
     ScheduleError,
@@ -178,7 +179,7 @@ def _check_pairing(graph: Graph) -> None:
                         used[source].append(user)
             made = (F if op.of.kind == F else B, op.span)
             users = uses[id(needs)].get(made, []) if op.of.kind != W else []
-            homes = {schedule.home.get((k, s, m)) for kind, s in users for k in ((F,) if kind == F else (B, I))}
+            homes = {schedule.home.get((k, s, m)) for kind, s in users for k in ((F, R) if kind == F else (B, I))}
             if worker not in homes:
                 raise ScheduleError(f"{op} of worker {worker} receives what no op of that lane needs")
 

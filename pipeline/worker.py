@@ -25,7 +25,7 @@ from pipeline.batch import Batch, Job
 from pipeline.groups import Group, Work, sum_over
 from pipeline.optimizer import clip_factor, learning_rate
 from pipeline.rng import RngKey
-from pipeline.schedule import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, Schedule, Span, W
+from pipeline.schedule import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Schedule, Span, W
 from pipeline.store import TIED, ResidentStore, shard_holders
 from pipeline.timeline import Event
 from pipeline.transport import LinkError, Transport
@@ -76,6 +76,15 @@ class Settings:
     deadline_s: float = 300.0
 
 
+@dataclass
+class Saved:
+    """What a forward leaves for its backward."""
+
+    x: Tensor
+    y: Tensor
+    later: WeightGradients | None
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One iteration, as every worker agrees on it. `loss` is the mean over `tokens`."""
@@ -107,6 +116,10 @@ class Worker:
     norms: Mapping[Span, float] = field(default_factory=dict)
     reduced: dict[Span, Work] = field(default_factory=dict)
     """The sums over replicas that were started since the last committed step."""
+    sums: Counter[Span] = field(default_factory=Counter)
+    """How many sums were started over each group since it was built: equal on all its members, or one of them waits."""
+    spare: dict[tuple[int, Span, int], Saved] = field(default_factory=dict)
+    """(step, span, microbatch) -> what a redundant forward has left, for the case that this worker takes over."""
 
     def run(
         self, schedule: Schedule, job: Job, step: int, *, wish: Mapping[str, Any] | None = None, record: bool = False
@@ -139,6 +152,7 @@ class Worker:
     def reduce(self, shard: Span) -> None:
         """Start summing a shard's gradient over its holders, if there are several."""
         if group := self.groups.get(shard):
+            self.sums[shard] += 1
             self.reduced[shard] = sum_over(group, self.store.shards[shard].gradient, self.settings.deadline_s)
 
     def finish_reductions(self, deadline: float) -> None:
@@ -168,15 +182,6 @@ class _Settled:
     wishes: Mapping[int, Mapping[str, Any]]
 
 
-@dataclass
-class _Saved:
-    """What a forward leaves for its backward."""
-
-    x: Tensor
-    y: Tensor
-    later: WeightGradients | None
-
-
 class _Pass:
     """One run of one lane."""
 
@@ -187,16 +192,19 @@ class _Pass:
         self.trains = any(route.backward for route in schedule.routes)
         self.model = worker.store.model
         self.values: dict[tuple[str, Span, int], Tensor] = {}
-        self.saved: dict[tuple[Span, int], _Saved] = {}
+        self.saved: dict[tuple[Span, int], Saved] = {}
         self.losses: dict[int, Tensor] = {}
         self.batches: dict[int, Batch] = {}
         self.split = {op[1:3] for op in self.lane if op.kind == W} if not worker.settings.recompute else set()
         counts = Counter(_POINTS[op.kind] for op in self.lane if op.kind in _POINTS)
         self.middle = {point: n // 2 + 1 for point, n in counts.items()}
         self.seen: dict[str, int] = {}
+        self.last = {op.microbatch: op for op in self.lane if op.kind in (B, I)}
+        for old in [key for key in worker.spare if key[0] != step]:
+            del worker.spare[old]
         self.handlers: dict[str, Callable[[Op], None]] = {
             F: self.forward, B: self.backward, I: self.backward, W: self.weights, SEND: self.send, RECV: self.receive,
-            REDUCE: self.reduce, STEP: self.apply,
+            REDUCE: self.reduce, STEP: self.apply, R: self.redundant,
         }  # fmt: skip
 
     def execute(self, record: bool) -> tuple[Event, ...]:
@@ -215,6 +223,7 @@ class _Pass:
                 events.append(Event(self.worker.id, op, began, time.monotonic() - start))
         _ = self.settled  # lanes without STEP (evaluation, an idle worker) settle too
         self.worker.reduced.clear()
+        self.worker.spare.clear()
         with suppress(LinkError):  # all that was sent has been used, or the step would not be settled
             self.worker.transport.flush(self.deadline)
         return tuple(events)
@@ -235,27 +244,38 @@ class _Pass:
 
     def forward(self, op: Op) -> None:
         span, m = op.span, op.microbatch
-        module = self.worker.store.modules[span]
-        batch, route = self.batch(m), self.schedule.routes[m]
+        route = self.schedule.routes[m]
         place = route.forward.index(span)
-        if place == 0:
-            x = batch.input_ids
+        x = None if place == 0 else self.values.pop((F, route.forward[place - 1], m))
+        saved = self.worker.spare.pop((self.step, span, m), None) if route.backward else None
+        if saved is None:
+            saved = self.compute(op, x, WeightGradients() if (span, m) in self.split else None)
+        if span[1] == self.model.num_layers:
+            self.losses[m] = saved.y.detach()
         else:
-            x = self.values.pop((F, route.forward[place - 1], m)).detach().requires_grad_(torch.is_grad_enabled())
-        later = WeightGradients() if (span, m) in self.split else None
+            self.values[F, span, m] = saved.y.detach()
+        if route.backward:
+            self.saved[span, m] = saved
+
+    def redundant(self, op: Op) -> None:
+        """F on a copy. Its input is the output of this worker's own forward, or has been received."""
+        route, m = self.schedule.routes[op.microbatch], op.microbatch
+        place, x = route.forward.index(op.span), None
+        if place > 0:
+            before = route.forward[place - 1]
+            x = self.saved[before, m].y if (before, m) in self.saved else self.values.pop((F, before, m))
+        self.worker.spare[self.step, op.span, m] = self.compute(op, x, None)
+
+    def compute(self, op: Op, x: Tensor | None, later: WeightGradients | None) -> Saved:
+        """The forward of a span on `x` (None: on the tokens), up to the loss where it is the last."""
+        batch, backward = self.batch(op.microbatch), bool(self.schedule.routes[op.microbatch].backward)
+        x = batch.input_ids if x is None else x.detach().requires_grad_(torch.is_grad_enabled())
         with defer_weights(later) if later else nullcontext(), self.autocast():
-            y = module(
-                x, attention_mask=batch.attention_mask,
-                recompute=self.worker.settings.recompute and bool(route.backward),
+            y = self.worker.store.modules[op.span](
+                x, attention_mask=batch.attention_mask, recompute=self.worker.settings.recompute and backward,
                 rng=RngKey(self.worker.settings.seed, self.step, batch.sample_ids),
             )  # fmt: skip
-        if span[1] == self.model.num_layers:
-            y = self.job.loss(y, batch)
-            self.losses[m] = y.detach()
-        else:
-            self.values[F, span, m] = y.detach()
-        if route.backward:
-            self.saved[span, m] = _Saved(x, y, later)
+        return Saved(x, self.job.loss(y, batch) if op.span[1] == self.model.num_layers else y, later)
 
     def backward(self, op: Op) -> None:
         """B, or I: there the products with weights were put off by `defer_weights` and W computes them."""
@@ -273,6 +293,9 @@ class _Pass:
         if place + 1 < len(route.backward):
             assert saved.x.grad is not None
             self.values[op.kind, span, m] = saved.x.grad
+        if op is self.last[m]:  # who runs these forwards for real has come through
+            for key in [key for key in self.worker.spare if key[2] == m]:
+                del self.worker.spare[key]
 
     def weights(self, op: Op) -> None:
         saved = self.saved.pop((op.span, op.microbatch))

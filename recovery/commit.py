@@ -95,12 +95,14 @@ class Follower:
     def __post_init__(self) -> None:
         self.moved = time.monotonic()
 
-    def follow(self) -> None:
-        """Take note of the outcomes since the last call, and delete what nobody reads any more."""
+    def follow(self) -> bool:
+        """Take note of new outcomes, and delete what nobody reads any more; returns whether there were any."""
+        before = self.iteration
         while self.store.check([_key(self.view, "outcome", self.iteration)]):
             self.store.delete_key(_key(self.view, "outcome", self.iteration - 3))
             self.iteration += 1
             self.moved = time.monotonic()
+        return self.iteration > before
 
     def voted(self, worker: int) -> bool:
         """Whether a worker has voted on the iteration under way."""

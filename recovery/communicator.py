@@ -1,8 +1,8 @@
 """The links and groups of one worker, edited from view to view: only what touches a changed worker is rebuilt.
 
 What a view builds counts once all members say that they have theirs; until then it may be half built on the other
-side, so a view that is ended before that takes it along. Groups that are kept are left in step: each member has
-started exactly one sum since the last commit, whoever was interrupted where.
+side, so a view that is ended before that takes it along. Groups that are kept are brought in step: whoever was
+interrupted before it could start a sum that others have started, in this view or an earlier one, starts it now.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Communicator:
                 return
 
     def settle(self, workers: set[int], deadline: float) -> None:
-        """Leave the old view: drop what touches a worker that is not in `workers`, and bring kept groups in step.
+        """Leave the old view: drop what is broken or touches a worker that is not in `workers`. Raises nothing.
 
-        Raises nothing: a group that cannot be brought in step is dropped, and so rebuilt.
+        Over groups that are kept a sum is started, so that nobody goes on waiting for this worker in one.
         """
         fresh_links, fresh_groups = self.unconfirmed
         for peer in list(self.worker.transport.links):
@@ -72,7 +72,7 @@ class Communicator:
         for shard in list(self.members):
             if shard not in self.worker.reduced:
                 self.worker.reduce(shard)
-            if not self._end(shard, deadline):
+            elif self.worker.reduced[shard].is_completed() and not self._end(shard, deadline):
                 self._forget(shard)
 
     def _end(self, shard: Span, deadline: float) -> bool:
@@ -84,23 +84,34 @@ class Communicator:
             return False
         return True
 
-    def kept(self) -> dict[str, list[list[int]] | list[int]]:
+    def kept(self) -> dict[str, list[Any]]:
         """What is left after `settle`, as JSON, for the others to see."""
-        return {"links": sorted(self.worker.transport.links), "shards": [list(shard) for shard in self.members]}
+        sums = [[*shard, self.worker.sums[shard]] for shard in self.members]
+        return {"links": sorted(self.worker.transport.links), "sums": sums}
 
-    def agree(self, votes: Mapping[int, Mapping[str, Any]]) -> None:
-        """Drop what another end has dropped. `votes` are everyone's `kept`, by worker."""
+    def agree(self, votes: Mapping[int, Mapping[str, Any]], deadline: float) -> None:
+        """Drop what another end has dropped, and bring what is left in step. `votes` are everyone's `kept`, by worker.
+
+        Afterwards no sum is under way. Raises LinkError when a group does not come in step.
+        """
+        sums = {worker: {(lo, hi): number for lo, hi, number in vote["sums"]} for worker, vote in votes.items()}
         for peer in list(self.worker.transport.links):
             if self.worker.id not in votes[peer]["links"]:
                 self.worker.transport.drop(peer)
         for shard, members in list(self.members.items()):
-            if any(list(shard) not in votes[member]["shards"] for member in members):
+            if any(shard not in sums[member] for member in members):
                 self._forget(shard)
+                continue
+            if self.worker.sums[shard] < max(sums[member][shard] for member in members):
+                self.worker.reduce(shard)
+            if not self._end(shard, deadline):
+                raise LinkError(f"workers {members} did not bring the group of shard {shard} in step")
 
     def _forget(self, shard: Span) -> None:
         self.members.pop(shard, None)
         self._groups.pop(shard, None)
         self.worker.reduced.pop(shard, None)
+        self.worker.sums.pop(shard, None)
 
     @property
     def _groups(self) -> dict[Span, Group]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from recovery.commit import Follower
 from recovery.member import READY
 from recovery.membership import View, publish, replace_workers
+from recovery.policy import CHECKPOINT, REDUNDANT, Recovery
 from recovery.remedy import CannotRestore
 
 Event = Callable[..., None]
@@ -31,7 +32,7 @@ def report_loss(store: dist.Store, worker: int, reason: str, pid: int = 0) -> No
 
 @dataclass
 class Coordinator:
-    """Publishes `view` at once. `cure(next view)` adds the remedies, and raises CannotRestore where there is none.
+    """Publishes `view` at once; `recovery` says what comes after it.
 
     A worker whose heart has not beaten for `heartbeat_s` is lost, and so is one that neither votes nor waits while
     nothing is settled for `deadline_s`. More than `max_failures` losses end the run.
@@ -39,7 +40,7 @@ class Coordinator:
 
     store: dist.Store
     view: View
-    cure: Callable[[View], View]
+    recovery: Recovery
     event: Event
     heartbeat_s: float
     deadline_s: float
@@ -57,17 +58,24 @@ class Coordinator:
 
     def tick(self) -> None:
         """Take note of what has happened since the last call. Raises CannotRestore, or TooManyFailures."""
-        self._follower.follow()
+        committed = self._follower.follow()
         lost = self._reports() | self._silent()
         if lost:
             self._change(lost)
+        elif committed and self._settled and (ready := self._ready()):
+            self._follower.abort()  # at the end of a step: it costs least when the next one has only begun
+            self._publish(self.recovery.with_ready(self.view, ready))
+
+    def _ready(self) -> tuple[int, ...]:
+        """The awaited workers that have been started and have built what they need."""
+        return tuple(worker for worker in self.view.awaited if self.store.check([f"beat/{worker}"]))
 
     def _reports(self) -> dict[int, str]:
         lost: dict[int, str] = {}
         while self.store.check([f"loss/{self._reported}"]):
             report = json.loads(self.store.get(f"loss/{self._reported}"))
             self._reported += 1
-            if report["worker"] in self.view.workers:
+            if report["worker"] in self.view.places:
                 lost[report["worker"]] = report["reason"]
                 self.event("detected", worker=report["worker"], reason=report["reason"], time=report["time"])
         return lost
@@ -102,26 +110,31 @@ class Coordinator:
                 f"allowed by max_failures: {self.max_failures}"
             )
         self._follower.abort()
-        view = replace_workers(self.view, tuple(sorted(lost)))
-        settled = self._follower.iteration > READY
-        if not settled:  # who joined then has no state yet, and who was to go back may have done so or not
-            waiting = {new: old for new, old in self.view.joined.items() if new not in lost}
-            view = replace(view, joined={**waiting, **view.joined})
-        self._trained |= settled
-        if self._trained:  # until then, what a worker builds by itself is what all have
-            try:
-                view = self.cure(view)
-            except CannotRestore as error:
-                told = ", ".join(f"worker {worker} {reason}" for worker, reason in lost.items())
-                raise CannotRestore(f"{told}; {error}") from error
-            if not settled and self.view.rollback is not None:
-                view = replace(view, restores=(), rollback=self.view.rollback)
+        # Before a view is settled, who joined it has no state yet, and who was to go back may have done so or not.
+        view = replace(self.view, joined={}, restores=(), rollback=None) if self._settled else self.view
+        self._trained |= self._settled
+        gone = tuple(sorted(lost))
+        try:  # until something was trained, what a worker builds by itself is what all have
+            view = self.recovery.after_loss(view, gone) if self._trained else replace_workers(view, gone)
+        except CannotRestore as error:
+            told = ", ".join(f"worker {worker} {reason}" for worker, reason in lost.items())
+            raise CannotRestore(f"{told}; {error}") from error
+        self._publish(view, gone)
+
+    @property
+    def _settled(self) -> bool:
+        return self._follower.iteration > READY
+
+    def _publish(self, view: View, lost: Sequence[int] = ()) -> None:
         publish(self.store, view)
         self.view, self._follower = view, Follower(self.store, view.number)
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
-        remedies = sorted({restore.remedy for restore in view.restores}) if view.rollback is None else ["checkpoint"]
+        remedies = sorted({restore.remedy for restore in view.restores}) if view.rollback is None else [CHECKPOINT]
         for joiner, old in view.joined.items():
             self.event("remedy", worker=old, replacement=joiner, remedy="+".join(remedies), view=view.number)
+        for replacement, old in view.awaited.items():
+            if old in lost:
+                self.event("taken_over", worker=old, replacement=replacement, remedy=REDUNDANT, view=view.number)
 
 
 def _as_text(joined: Mapping[int, int]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ INTERRUPTIONS = (Aborted, CommitError, LinkError)
 """What a worker raises when a view ends under it. Its state is that of the last committed step; it can go on."""
 
 BEAT_S = 0.5
+_FOREVER_S = 365 * 86_400.0  # the store goes with the coordinator, and ends the wait
 READY = 2
 """The iteration of a view by which all its members are ready; 1 is that they are there."""
 
@@ -67,8 +68,11 @@ class Member:
         """
         began = time.monotonic()
         while True:
-            view = await_view(self.store, number, self.patience_s)
+            # The coordinator takes who joins in when it is ready, at the end of a step that may be long.
+            view = await_view(self.store, number, self.patience_s if position is not None else _FOREVER_S)
             number = view.number + 1
+            if self.worker.id in view.awaited:
+                continue
             if self.worker.id not in view.workers:
                 raise MembershipError(f"worker {self.worker.id} is not in view {view.number}")
             try:
@@ -82,8 +86,6 @@ class Member:
         times = {"view": time.monotonic()}
         worker.transport.mailbox.advance(view.number, 0)
         self.communicator.settle(set(view.workers), deadline)
-        worker.reduced.clear()
-        worker.drop()  # after the last sum: one that was under way still wrote into the gradients
         worker.iteration = 0
         worker.exchange = Ballot(self.store, view.number, worker.id, view.workers)
         train, evaluate = view.schedule("train"), view.schedule("evaluate")
@@ -95,7 +97,9 @@ class Member:
         positions = [vote["position"] for vote in votes.values() if vote["position"] is not None]
         if any(found != positions[0] for found in positions):
             raise MembershipError(f"the workers of view {view.number} stand at different places: {positions}")
-        self.communicator.agree(votes)
+        self.communicator.agree(votes, deadline)
+        worker.reduced.clear()
+        worker.drop()  # after the last sum: one that was under way still wrote into the gradients
         model = worker.store.model
         shards = shards_of(view, model.num_layers, model.tied)
         pairs = link_pairs(connections(train) | connections(evaluate))
@@ -105,6 +109,8 @@ class Member:
         for vote in votes.values():
             known.update({(int(k.split(":")[0]), int(k.split(":")[1])): v for k, v in vote["norms"].items()})
         where = dict(positions[0]) if positions else {}
+        if view.restores or view.rollback is not None:
+            worker.spare.clear()  # it was computed with other weights
         if view.rollback is not None:
             where["step"] = load_checkpoint(worker, Path(view.rollback))
             known = {}

@@ -55,6 +55,8 @@ class View:
     rollback: str | None = None
     shadows: tuple[tuple[Span, int], ...] = ()
     """(span, worker): copies of a span's state that are kept up to date for recovery, and compute nothing."""
+    awaited: Mapping[int, int] = field(default_factory=dict)
+    """Workers that are being started and join a later view -> whose place they will take; `places` has them already."""
     next_worker: int = 0
     """The id of the next worker that is started; ids are never used again."""
 
@@ -82,7 +84,10 @@ def substitute(schedule: Schedule, places: Mapping[int, int]) -> Schedule:
 
 
 def replace_workers(view: View, lost: tuple[int, ...]) -> View:
-    """The next view, in which a new worker takes the place of each lost one; how it is restored is still open."""
+    """The next view, in which a new worker takes the place of each lost one; how it is restored is still open.
+
+    Who has joined `view` without having got its state yet joins again, and a rollback is still to be done.
+    """
     moved = {old: view.next_worker + i for i, old in enumerate(lost)}
     return replace(
         view,
@@ -90,9 +95,10 @@ def replace_workers(view: View, lost: tuple[int, ...]) -> View:
         workers=tuple(sorted(moved.get(worker, worker) for worker in view.workers)),
         schedules={purpose: dumps(substitute(loads(text), moved)) for purpose, text in view.schedules.items()},
         places={moved.get(worker, worker): place for worker, place in view.places.items()},
-        joined={new: old for old, new in moved.items()},
+        joined={w: old for w, old in view.joined.items() if w not in lost}
+        | {new: old for old, new in moved.items() if old not in view.awaited},
+        awaited={moved.get(worker, worker): old for worker, old in view.awaited.items()},
         restores=(),
-        rollback=None,
         shadows=tuple((span, moved.get(worker, worker)) for span, worker in view.shadows),
         next_worker=view.next_worker + len(moved),
     )
@@ -108,7 +114,8 @@ def read_view(store: dist.Store, number: int) -> View:
     fields = json.loads(store.get(f"view/{number}"))
     fields["workers"] = tuple(fields["workers"])
     fields["places"] = {int(worker): place for worker, place in fields["places"].items()}
-    fields["joined"] = {int(new): old for new, old in fields["joined"].items()}
+    for name in ("joined", "awaited"):
+        fields[name] = {int(new): old for new, old in fields[name].items()}
     fields["shadows"] = tuple(((lo, hi), worker) for (lo, hi), worker in fields["shadows"])
     fields["restores"] = tuple(map(Restore.from_json, fields["restores"]))
     return View(**fields)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recovery import checkpoint
-from recovery.membership import Restore, View
+from recovery import checkpoint, redundant
+from recovery.membership import Restore, View, replace_workers
 from recovery.neighbours import Average, Copy, Random, Twin
 from recovery.remedy import CannotRestore, Loss, Remedy, losses
 from recovery.replica import Replica
 
-CHECKPOINT = "checkpoint"
+CHECKPOINT, REDUNDANT = "checkpoint", "redundant"
 POLICIES: Mapping[str, tuple[str, ...]] = {
     "auto": ("replica", "checkfree", CHECKPOINT),
     "replica": ("replica",),
     "checkfree": ("replica", "checkfree"),
     "checkfree+": ("replica", "checkfree+", "checkfree"),
+    REDUNDANT: (REDUNDANT, "replica", CHECKPOINT),
     "copy": ("replica", "copy"),
     "random": ("replica", "random"),
     CHECKPOINT: (CHECKPOINT,),
@@ -31,12 +32,46 @@ def remedies(weights: str = "norm") -> dict[str, Remedy]:
     return {remedy.name: remedy for remedy in (Replica(), Average(weights), Twin(), Copy(), Random())}
 
 
-def cure(view: View, policy: str, num_layers: int, tied: bool, checkpoints: Path) -> View:
+@dataclass(frozen=True)
+class Recovery:
+    """What is done about lost workers. `home` is the first view of the run, `policy` a name in POLICIES."""
+
+    policy: str
+    home: View
+    num_layers: int
+    tied: bool
+    checkpoints: Path
+
+    def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
+        """The view after `view`, in which the work of `lost` is taken over, or replacements join. Raises CannotRestore.
+
+        `view.joined` are those who have joined it without having got their state yet.
+        """
+        if view.rollback is not None:  # everybody is still to go back
+            return replace_workers(view, lost)
+        reasons = list[str]()
+        if REDUNDANT in POLICIES[self.policy]:
+            try:
+                return self._cured(redundant.take_over(self.home, view, lost))
+            except CannotRestore as error:
+                reasons.append(f"{REDUNDANT}: {error}")
+        return self._cured(replace_workers(view, lost), reasons)
+
+    def with_ready(self, view: View, ready: tuple[int, ...]) -> View:
+        """The view after `view`, in which awaited workers that are ready join. Raises CannotRestore."""
+        return self._cured(redundant.rejoin(self.home, view, ready))
+
+    def _cured(self, view: View, reasons: Sequence[str] = ()) -> View:
+        return cure(view, self.policy, self.num_layers, self.tied, self.checkpoints, reasons)
+
+
+def cure(view: View, policy: str, num_layers: int, tied: bool, checkpoints: Path, tried: Sequence[str] = ()) -> View:
     """`view`, in which workers have joined, with how each of their spans comes back. Raises CannotRestore.
 
-    Rolling back to a checkpoint concerns everybody, so it is taken for all spans or for none.
+    Rolling back to a checkpoint concerns everybody, so it is taken for all spans or for none. `tried` says what has
+    been found impossible before.
     """
-    wanted, reasons = losses(view, num_layers, tied), list[str]()
+    wanted, reasons = losses(view, num_layers, tied), list(tried)
     restores = [found for loss in wanted if (found := _plan(loss, POLICIES[policy], reasons))]
     if len(restores) == len(wanted):
         return replace(view, restores=tuple(restores))

@@ -67,8 +67,8 @@ from schedulers import PLANNERS
         ({"dropout": 1.0}, r"^dropout is 1.0; allowed: 0 or more and below 1$"),
         ({"store_port": 65536}, r"^store_port is 65536; allowed: 0 to 65535$"),
         ({"store_port": -1}, r"^store_port is -1; allowed: 0 to 65535$"),
-        ({"head_with_embedding": True, "scheduler": "gpipe"}, r"^head_with_embedding is True; allowed: only with sch"),
-        ({"head_with_embedding": True, "workers": 2, "replicas": 2}, r"^head_with_embedding is True; .* 2 or more st"),
+        ({"ends": "home", "scheduler": "gpipe"}, r"^ends is 'home'; allowed: auto or in-line; home and apart only w"),
+        ({"ends": "home", "workers": 2, "replicas": 2}, r"^ends is 'home'; .* 2 or more st"),
         ({"network": Path("nowhere.json")}, r"^network is 'nowhere.json'; allowed: a readable JSON file$"),
     ],
 )  # fmt: skip
@@ -83,7 +83,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(changes: dict[str, Any], me
         {}, {"workers": 1}, {"workers": 6, "replicas": 3, "microbatches": 9}, {"clip": 0.0}, {"clip": math.inf},
         {"warmup": 0}, {"warmup": 10_000}, {"dropout": 0.0}, {"beta1": 0.0}, {"min_lr_ratio": 0.0}, {"seed": -7},
         {"store_port": 65535}, {"checkpoint_every": 0, "evaluate_every": 0, "sample_tokens": 0, "max_tokens": 0},
-        {"head_with_embedding": True, "workers": 4, "replicas": 2}, *[{"scheduler": name} for name in PLANNERS],
+        {"ends": "home", "workers": 4, "replicas": 2}, *[{"scheduler": name} for name in PLANNERS],
     ],
 )  # fmt: skip
 def test_the_edges_of_what_can_work_are_allowed(changes: dict[str, Any]) -> None:
@@ -210,8 +210,8 @@ PLANS: list[dict[str, Any]] = [
         for name in PLANNERS
         for workers, replicas in ((1, 1), (2, 1), (2, 2), (3, 1), (4, 2))
     ],
-    {"head_with_embedding": True}, {"head_with_embedding": True, "workers": 3},
-    {"head_with_embedding": True, "workers": 4, "replicas": 2}, {"scheduler": "interleaved", "chunks": 3},
+    {"ends": "home"}, {"ends": "home", "workers": 3},
+    {"ends": "home", "workers": 4, "replicas": 2}, {"scheduler": "interleaved", "chunks": 3},
 ]  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_stages_are_as_equal_as_layers_allow() -> None:
 
 
 def test_the_head_sits_with_the_embedding() -> None:
-    train = schedules(settings(workers=3, head_with_embedding=True), TINY, 2)["train"]
+    train = schedules(settings(workers=3, ends="home"), TINY, 2)["train"]
     held = {w: sorted(s for s, ws in train.holders.items() if w in ws) for w in range(3)}
     assert held[0][0][0] == 0
     assert held[0][-1] == (5, 6)

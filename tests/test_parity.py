@@ -64,7 +64,7 @@ def test_equals_plain_torch(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_head_with_embedding(nursery: Nursery, tmp_path: Path, model: str) -> None:
-    config = settings(workers=4, replicas=2, head_with_embedding=True)
+    config = settings(workers=4, replicas=2, ends="home")
     check(run_workers(nursery, config, MODELS[model], tmp_path), reference(model))
 
 

@@ -43,7 +43,7 @@ def apart(stages: int, swap: bool = False) -> View:
 def test_a_new_worker_takes_each_place_and_ids_are_never_used_again() -> None:
     first = in_line()
     second = lose(first, 1, 3)
-    third = lose(second, 4)
+    third = lose(replace(second, joined={}), 4)
     assert second.workers == (0, 2, 4, 5)
     assert second.joined == {4: 1, 5: 3}
     assert third.workers == (0, 2, 5, 6)

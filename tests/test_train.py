@@ -500,9 +500,7 @@ VARIANTS = {
     "llama": Variant({}, {"workers": 3, "microbatches": 8, "microbatch_size": 1}),
     "gpt2 with dropout": Variant({"model": "gpt2-tiny", "dropout": 0.2}, {"workers": 1}),
     "tied, head apart": Variant({"model": "tied.json", "scheduler": "zero_bubble"}, {"workers": 3}),
-    "tied, head beside": Variant(
-        {"model": "tied.json", "head_with_embedding": True, "workers": 3}, {"head_with_embedding": False}
-    ),
+    "tied, head beside": Variant({"model": "tied.json", "ends": "home", "workers": 3}, {"ends": "auto"}),
     "two replicas": Variant({"workers": 4, "replicas": 2, "scheduler": "interleaved"}, {"workers": 2, "replicas": 1}),
     "shared layers": Variant({"scheduler": "balanced"}, {"workers": 4, "replicas": 2}),
     "bfloat16": Variant({"dtype": "bfloat16", "recompute": True}, {"workers": 4, "scheduler": "gpipe"}, 1e-2),

@@ -1,0 +1,100 @@
+"""Redundant computation (Bamboo, Thorpe et al., NSDI 2023): each stage also holds its successor and runs its forward.
+
+When a worker is lost, the one before it does its work as well, from the next view on and without waiting for anybody:
+it has the state, kept up to date step by step, and the activations of the microbatches under way. Meanwhile a
+replacement is started; once it is ready it joins at the end of a step and gets its state back from whom kept it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.lower import add_redundant, lower
+from pipeline.merge import merge
+from pipeline.schedule import F, R, Schedule, Span, dumps
+from pipeline.verify import verify
+from recovery.membership import View, substitute
+from recovery.remedy import CannotRestore
+
+
+def copies(spans_of: Sequence[Sequence[Span]]) -> tuple[tuple[Span, int], ...]:
+    """(span, who also holds it), for the stages of one pipeline in order: the stage before; for the first, the last."""
+    return tuple((span, (stage - 1) % len(spans_of)) for stage, spans in enumerate(spans_of) for span in spans)
+
+
+def successors(train: Schedule) -> dict[int, int]:
+    """Worker -> the one that runs every forward of it redundantly and can take its place."""
+    found: dict[int, set[int | None]] = {}
+    for (kind, span, m), worker in train.home.items():
+        if kind == F:
+            found.setdefault(worker, set()).add(train.home.get((R, span, m)))
+    return {worker: holder for worker, (holder, *more) in found.items() if holder is not None and not more}
+
+
+def take_over(home: View, view: View, lost: Sequence[int]) -> View:
+    """The next view, in which others do the work of `lost`; replacements are awaited. Raises CannotRestore.
+
+    `home` is the first view of the run, whose workers are its places.
+    """
+    moved = {old: view.next_worker + i for i, old in enumerate(lost)}
+    awaited = {moved.get(worker, worker): old for worker, old in view.awaited.items()}
+    return arrange(
+        home,
+        replace(
+            view,
+            number=view.number + 1,
+            workers=tuple(worker for worker in view.workers if worker not in lost),
+            places={moved.get(worker, worker): place for worker, place in view.places.items()},
+            joined={worker: old for worker, old in view.joined.items() if worker not in lost},
+            awaited=awaited | {new: old for old, new in moved.items() if old not in view.awaited},
+            restores=(),
+            next_worker=view.next_worker + len(moved),
+        ),
+    )
+
+
+def rejoin(home: View, view: View, ready: Sequence[int]) -> View:
+    """The next view, in which awaited workers that are ready have their places back; their state is still to come."""
+    return arrange(
+        home,
+        replace(
+            view,
+            number=view.number + 1,
+            workers=tuple(sorted({*view.workers, *ready})),
+            joined={worker: view.awaited[worker] for worker in ready},
+            awaited={worker: old for worker, old in view.awaited.items() if worker not in ready},
+            restores=(),
+        ),
+    )
+
+
+def arrange(home: View, view: View) -> View:
+    """`view` with the schedules of `home` for the places that its workers have; the others' work is taken over.
+
+    Raises CannotRestore where who could do that is not there, or has no state itself.
+    """
+    at = {view.places[worker]: worker for worker in view.workers}
+    train = home.schedule("train")
+    holders = successors(train)
+    into: dict[int, int] = {}
+    for place in sorted(set(home.workers) - set(at)):
+        holder = holders.get(place)
+        if holder is None or holder not in at or at[holder] in view.joined:
+            who = "nobody keeps a copy" if holder is None else f"the stage that keeps the copy, {holder}, is lost too"
+            raise CannotRestore(f"stage {place}: {who}")
+        into[place] = holder
+    merged = merge(train, into)
+    computed = {(span, worker) for span, workers in merged.holders.items() for worker in workers}
+    shadows = tuple((span, place) for span, place in home.shadows if place in at and (span, place) not in computed)
+    made = {
+        "train": lower(add_redundant(merged, shadows)),
+        "evaluate": lower(merge(home.schedule("evaluate"), into)),
+    }
+    for schedule in made.values():
+        verify(schedule)
+    return replace(
+        view,
+        schedules={purpose: dumps(substitute(schedule, at)) for purpose, schedule in made.items()},
+        shadows=tuple((span, at[place]) for span, place in shadows),
+    )
