@@ -123,6 +123,13 @@ class TrainConfig:
     """JSON with latency_s and bandwidth matrices: links between workers are slowed down to it (one machine only)."""
     deadline: float = 300.0
     """Seconds after which a worker that is busy with one step is given up."""
+    nodes: int = 1
+    """Machines of the run. On each the same command is given, under torchrun or not, with its own --node-rank; --out
+    must be a folder that all of them see."""
+    node_rank: int = 0
+    """This machine's number; 0 hosts the store and speaks to the user."""
+    store: str = ""
+    """HOST:PORT of node 0 where all machines meet; needed with --nodes."""
     store_port: int = 0
     """TCP port of the store on this machine; 0 takes a free one."""
 
@@ -169,6 +176,14 @@ class TrainConfig:
         require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and below 1")
         require(0 <= self.store_port < 65536, "store_port", self.store_port, "0 to 65535")
+        require(self.nodes >= 1, "nodes", self.nodes, "1 or more")
+        require(0 <= self.node_rank < self.nodes, "node_rank", self.node_rank, f"0 to {self.nodes - 1}")
+        host, _, port = self.store.rpartition(":")
+        meets = bool(host) and port.isdecimal() and 0 < int(port) < 65536
+        require(
+            meets if self.nodes > 1 else not self.store, "store", self.store,
+            "HOST:PORT of node 0" if self.nodes > 1 else "nothing with one node",
+        )  # fmt: skip
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         if self.recovery == "checkfree+":

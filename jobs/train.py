@@ -80,7 +80,8 @@ class Trainer:
             try:
                 self._entered(self.member.enter(number, position))
                 return self._train()
-            except INTERRUPTIONS:
+            except INTERRUPTIONS as error:
+                self.member.complain(error)
                 number, position = self.view.number + 1, self._position()
 
     def _position(self) -> dict[str, Any]:

@@ -21,12 +21,15 @@ import torch.distributed as dist
 
 from jobs.train import STOPPED
 from launch.nursery import Exit, Nursery
-from recovery.coordinator import report_loss
+from recovery.coordinator import beat, report_loss
 from recovery.membership import read_view
 
 FATAL = ("NonFiniteLoss", "CheckpointError", "ModelError", "CorpusError", "ConfigError", "MembershipError")
 """Errors that another worker in the same place would meet too: the run ends with them."""
+OVER = "over"
+"""The key under which the coordinator leaves the exit code of the run."""
 _POLL_S = 0.02
+_BEAT_S = 0.5
 _GRACE_S = 3.0
 _LAST_S = 15.0
 
@@ -37,8 +40,12 @@ class RunFailed(RuntimeError):
 
 @dataclass
 class Agent:
-    """The supervisor of the workers of `places`, view after view. `payload(worker, place, view, joins)` starts one."""
+    """The supervisor of the workers of `places`, view after view. `payload(worker, place, view, joins)` starts one.
 
+    Where another agent is gone with its machine, the coordinator gives its places to those that are left.
+    """
+
+    rank: int
     nursery: Nursery
     store: dist.Store
     places: Sequence[int]
@@ -49,7 +56,10 @@ class Agent:
     _spares: dict[int, str] = field(default_factory=dict)  # pid -> the key by which it is called
     _spares_made: int = 0
     _view: int = 1
+    _awaited: set[int] = field(default_factory=set)
     _stopping: int = 0
+    _beats: int = 0
+    _beaten: float = -math.inf
 
     def start(self) -> None:
         """Fork the workers of the first view, each with the number of its place."""
@@ -69,7 +79,7 @@ class Agent:
 
     def _keep_spares(self) -> None:
         while len(self._spares) < self.num_spares:
-            key = f"spare/{self.places[0]}/{self._spares_made}"
+            key = f"spare/{self.rank}/{self._spares_made}"
             self._spares_made += 1
             payload = self.payload(-1, self.places[0], 1, True)
             self._spares[self.nursery.start({**payload, "spare": key})] = key
@@ -93,12 +103,20 @@ class Agent:
                         code, ended = max(code or 0, exit_.code), time.monotonic()
                     elif code is None:  # once one has ended well, all have committed all there is
                         self._lost(worker, exit_)
+                self._beat()
                 tick()
-                self._follow()
+                self._follow(code is not None)
+                if not self.pids and code is None and self.store.check([OVER]):
+                    return int(self.store.get(OVER))  # its places have gone to others
                 if self.store.check(["failed"]):
                     raise RunFailed(self.store.get("failed").decode())
         assert code is not None
         return code
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beaten >= _BEAT_S:
+            self._beats, self._beaten = self._beats + 1, time.monotonic()
+            beat(self.store, self.rank, self._beats)
 
     def _lost(self, worker: int, exit_: Exit) -> None:
         reason = str(exit_)
@@ -110,8 +128,8 @@ class Agent:
                 return
         report_loss(self.store, worker, reason)
 
-    def _follow(self) -> None:
-        """Start who joins in the views that came since, and end who is in none any more."""
+    def _follow(self, over: bool) -> None:
+        """Start who joins in the views that came since, and end who is in none, or when it is `over` is awaited."""
         while self.store.check([f"view/{self._view + 1}"]):
             view = read_view(self.store, self._view + 1)
             self._view = view.number
@@ -119,11 +137,17 @@ class Agent:
                 if worker not in view.places:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+            self._awaited = set(view.awaited)
             running = set(self.pids.values())
             for worker in (*view.joined, *view.awaited):
-                if (place := view.places[worker]) in self.places and worker not in running:
+                if view.agents[place := view.places[worker]] == self.rank and worker not in running:
                     self._start(worker, place, view.number + (worker in view.awaited), joins=True)
             self._keep_spares()
+        if over:
+            for pid, worker in self.pids.items():
+                if worker in self._awaited:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
         """End the workers that still run, gently first, and the spare ones."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-from jobs.config import ConfigError
+from jobs.config import ConfigError, TrainConfig
 
 
 @dataclass(frozen=True)
 class Slot:
-    """This agent's place. `world` is the number of torchrun slots, 0 where there is no torchrun."""
+    """This agent's place: `rank` among `agents`. Where `torchrun` started them, each has one worker."""
 
     rank: int = 0
-    world: int = 0
+    agents: int = 1
+    torchrun: bool = False
     local_rank: int = 0
     local_world: int = 0
     host: str = "127.0.0.1"
@@ -33,30 +37,44 @@ class Slot:
         return self.rank == 0
 
     def workers(self, total: int) -> list[int]:
-        """The workers that this agent supervises. Raises ConfigError when torchrun has another number of slots."""
-        if not self.world:
-            return list(range(total))
-        if total != self.world:
-            raise ConfigError(f"workers is {total}; allowed under this torchrun: {self.world}, one per slot")
-        return [self.rank]
+        """The workers that this agent supervises. Raises ConfigError when they cannot be dealt to the agents."""
+        if self.torchrun and total != self.agents:
+            raise ConfigError(f"workers is {total}; allowed under this torchrun: {self.agents}, one per slot")
+        if total < self.agents:
+            raise ConfigError(f"workers is {total}; allowed on {self.agents} nodes: {self.agents} or more")
+        return [worker for worker, agent in self.dealt(total).items() if agent == self.rank]
 
-    def local_index(self, worker: int) -> int:
+    def dealt(self, total: int) -> dict[int, int]:
+        """Worker -> the rank of its agent: an even share of neighbours each."""
+        return {worker: worker * self.agents // total for worker in range(total)}
+
+    def local_index(self, worker: int, total: int) -> int:
         """The worker's number among those of its machine: which device it takes."""
-        return self.local_rank if self.world else worker
+        return self.local_rank if self.torchrun else worker - self.workers(total)[0]
 
     def workers_here(self, total: int) -> int:
         """How many workers share this machine."""
-        return self.local_world if self.world else total
+        return self.local_world if self.torchrun else len(self.workers(total))
 
 
-def find_slot(environment: Mapping[str, str] = os.environ) -> Slot:
-    """The slot that torchrun's environment variables describe, or the whole machine where they are not set."""
+def find_slot(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> Slot:
+    """The slot that torchrun's environment variables describe, or the whole machine where they are not set.
+
+    Of several nodes (`config.nodes`) each has an agent, or a torchrun, of its own; all meet at `config.store`.
+    """
+    host, _, port = config.store.rpartition(":") if config.nodes > 1 else ("", "", "0")
     if "TORCHELASTIC_RUN_ID" not in environment and not {"RANK", "MASTER_ADDR"} <= set(environment):
-        return Slot()
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return Slot(config.node_rank, config.nodes, host=host or "127.0.0.1", port=int(port) or config.store_port)
+    attempt, here = environment.get("TORCHELASTIC_RESTART_COUNT", "0"), int(environment["WORLD_SIZE"])
+    if config.nodes > 1:
+        return Slot(
+            config.node_rank * here + int(environment["RANK"]), config.nodes * here, True,
+            int(environment["RANK"]), here, host, int(port),
+        )  # fmt: skip
     return Slot(
         rank=int(environment["RANK"]),
-        world=int(environment["WORLD_SIZE"]),
+        agents=here,
+        torchrun=True,
         local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
         local_world=int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])),
         host=environment["MASTER_ADDR"],
@@ -82,18 +100,30 @@ class StoreHandle:
         return {"host": self.host, "port": self.port, "prefix": self.prefix}
 
 
-def open_store(slot: Slot, port: int, timeout_s: float = 60.0) -> StoreHandle:
-    """Host the store (on one machine), or join torchrun's. Raises ConfigError for a port that is in use."""
-    hosts = not slot.world or (slot.rank == 0 and not slot.agent_store)
-    host, wanted = (slot.host, slot.port) if slot.world else ("127.0.0.1", port)
+def open_store(slot: Slot, timeout_s: float = 60.0) -> StoreHandle:
+    """Host the store, on the interface that its address names, or join it. Raises ConfigError where that cannot be."""
+    hosts, port = slot.coordinates and not slot.agent_store, slot.port
+    listener: dict[str, Any] = {}
     try:
+        if hosts:
+            server = socket.create_server((slot.host, slot.port), backlog=1024)
+            port = server.getsockname()[1]
+            listener["master_listen_fd"] = server.detach()
         store = dist.TCPStore(
-            host, wanted, is_master=hosts, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            slot.host, port, is_master=hosts, wait_for_workers=False, timeout=timedelta(seconds=timeout_s), **listener
         )
-    except (RuntimeError, OSError) as error:
-        if hosts and ("EADDRINUSE" in str(error) or "address already in use" in str(error).lower()):
+    except dist.DistNetworkError as error:
+        raise ConfigError(
+            f"there is no store at {slot.host}:{slot.port}, for {timeout_s:.0f} s; allowed: the address of node 0, "
+            "where the same command runs"
+        ) from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and slot.agents == 1:
             raise ConfigError(
-                f"store_port is {wanted}, which is in use; allowed: a free port, or 0 to take one"
+                f"store_port is {slot.port}, which is in use; allowed: a free port, or 0 to take one"
             ) from error
-        raise
-    return StoreHandle(dist.PrefixStore(slot.prefix, store), host, store.port, slot.prefix)
+        raise ConfigError(
+            f"store is {slot.host}:{slot.port}, where this machine cannot listen: {os.strerror(error.errno or 0)}; "
+            "allowed on node 0: an address of its own, and a free port"
+        ) from error
+    return StoreHandle(dist.PrefixStore(slot.prefix, store), slot.host, port, slot.prefix)

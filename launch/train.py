@@ -19,7 +19,7 @@ import transformers
 from jobs.config import TrainConfig
 from jobs.plan import Plan, make_plan
 from jobs.train import STOPPED
-from launch.agent import Agent
+from launch.agent import OVER, Agent
 from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
@@ -34,23 +34,27 @@ from launch.worker_main import default_threads, worker_main
 from recovery.coordinator import Coordinator
 from recovery.policy import Recovery
 
+_LAST_S = 20.0
+
 
 def train(config: TrainConfig, as_json: bool = False) -> int:
     """Run a training job to its end on this machine, or this slot's share of it under torchrun. Returns the exit code.
 
     Raises ConfigError and its like before anything is started, RunFailed when a worker fails.
     """
-    slot = find_slot()
+    config.validate()
+    slot = find_slot(config)
     if slot.attempt and (config.out / "checkpoints").is_dir():
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
-    config.validate()
     workers = slot.workers(config.workers)
     devices = find_devices(config.device, slot.workers_here(config.workers))
     transformers.utils.logging.disable_progress_bar()
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
     try:
-        handle = open_store(slot, config.store_port)
-        agent = Agent(nursery, handle.store, workers, partial(_payload, config, slot, handle, devices), config.spares)
+        handle = open_store(slot)
+        agent = Agent(
+            slot.rank, nursery, handle.store, workers, partial(_payload, config, slot, handle, devices), config.spares
+        )
         try:
             agent.start()
             if slot.coordinates:
@@ -81,7 +85,7 @@ def _payload(
         "joins": joins,
         "store": handle.address(),
         "threads": config.threads or default_threads(slot.workers_here(config.workers)),
-        "device": devices.of(slot.local_index(place)),
+        "device": devices.of(slot.local_index(place, config.workers)),
         "nccl": devices.nccl,
     }
 
@@ -130,9 +134,10 @@ def _follow(
     for name, reason in plan.notes:
         folder.event("checkpoint_skipped", step=plan.view.first_step, checkpoint=name, reason=reason)
     story, model = Story(config, plan, folder, display, store), plan.model
+    first = replace(plan.view, agents=slot.dealt(config.workers))
     coordinator = Coordinator(
-        store, plan.view,
-        Recovery(config.recovery, plan.view, model.num_layers, model.tied, config.out / "checkpoints"),
+        store, first,
+        Recovery(config.recovery, first, model.num_layers, model.tied, config.out / "checkpoints"),
         story.event, config.heartbeat, config.deadline, config.max_failures,
     )  # fmt: skip
 
@@ -142,8 +147,8 @@ def _follow(
 
     try:
         code = agent.supervise(tick)
-        for rank in range(1, slot.world):
-            store.wait([f"done/{rank}"])
+        store.set(OVER, str(code))
+        _await_agents(coordinator, store)
         story.tick(coordinator.view.workers)
     except Exception as error:
         with suppress(RuntimeError):  # the store may be what failed
@@ -155,6 +160,13 @@ def _follow(
     finally:
         folder.close()
     return code, story
+
+
+def _await_agents(coordinator: Coordinator, store: dist.Store) -> None:
+    """The store stays until all agents that live have seen the end."""
+    deadline = time.monotonic() + _LAST_S
+    while not all(store.check([f"done/{agent}"]) for agent in coordinator.alive - {0}) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
@@ -175,6 +187,7 @@ _SAID = {
     "remedy": "worker {replacement} takes its place: {remedy}",
     "taken_over": "the one before it does its work as well: {remedy}; worker {replacement} is being started",
     "resumed": "going on from step {step} after {seconds[total]:.2f} s",
+    "link": "worker {worker} {reason}; nobody is lost: links are built anew",
     "rolled_back": "back to {to}: {steps_lost} steps are run again",
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",

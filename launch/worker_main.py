@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -13,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -91,7 +93,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         load_checkpoint(member.worker, Path(view.checkpoint))
     dataset = open_dataset(config.out)
     reports = Reports(connect(payload["store"], 60.0), worker_id)
-    member.worker.probe = make_injector(member, config, place, reports)
+    member.worker.probe = make_injector(member, config, place, reports, int(payload["store"]["port"]))
     evaluated = evaluation_samples(config, dataset)
     trainer = Trainer(
         config, member,
@@ -150,7 +152,7 @@ def build_member(
     return Member(worker, communicator, store, remedies(config.checkfree_weights), shapes)
 
 
-def make_injector(member: Member, config: TrainConfig, place: int, reports: Reports) -> Injector:
+def make_injector(member: Member, config: TrainConfig, place: int, reports: Reports, store_port: int) -> Injector:
     """The faults of the settings, as this worker meets them. The stage is that of the first view."""
     store = member.worker.store
 
@@ -161,8 +163,14 @@ def make_injector(member: Member, config: TrainConfig, place: int, reports: Repo
         reports.put({"kind": "event", "event": "fault", "worker": reports.worker, "step": fault.step,
                      "fault": fault.kind, "at": fault.at})  # fmt: skip
 
+    def cut() -> None:
+        for connection in psutil.Process().net_connections("tcp"):
+            if connection.status == psutil.CONN_ESTABLISHED and connection.raddr.port != store_port:
+                with socket.socket(fileno=os.dup(connection.fd)) as end:
+                    end.shutdown(socket.SHUT_RDWR)
+
     stage = place % config.stages if place < config.stages else None  # replicas of a stage are not hit by its faults
-    return Injector(parse(config.inject), reports.worker, stage, reports.claim, told, poison)
+    return Injector(parse(config.inject), reports.worker, stage, reports.claim, told, poison, cut)
 
 
 def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Shape] | None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 COMMIT, ABORT = "commit", "abort"
+READY = 2
+"""The iteration of a view by which all its members are ready; 1 is that they are there."""
 
 
 class CommitError(RuntimeError):

@@ -100,6 +100,8 @@ class Communicator:
                 self.worker.transport.drop(peer)
         for shard, members in list(self.members.items()):
             if any(shard not in sums[member] for member in members):
+                self._poison(shard, members, set())
+                self._end(shard, min(deadline, time.monotonic() + _ENDING_S))
                 self._forget(shard)
                 continue
             if self.worker.sums[shard] < max(sums[member][shard] for member in members):

@@ -1,27 +1,42 @@
 """The one writer of views. It learns of losses, ends the step under way, names the remedy, and publishes the next view.
 
 Losses reach it through the store, from whoever sees them: an agent whose worker ended, or this coordinator itself,
-when a worker has stopped to say that it lives, or has neither voted nor waited for long.
+when a worker has stopped to say that it lives, or has neither voted nor waited for long. An agent that is silent takes
+its workers along, and others start their replacements. A link that breaks between two who live is a complaint.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
 
-from recovery.commit import Follower
-from recovery.member import READY
+from recovery.commit import READY, Follower
 from recovery.membership import View, publish, replace_workers
 from recovery.policy import CHECKPOINT, REDUNDANT, Recovery
 from recovery.remedy import CannotRestore
 
 Event = Callable[..., None]
 """(event, **fields): what happened, for events.jsonl and for the person who watches."""
+
+
+_GRACE_S = 1.0  # a broken link is most often a lost worker, of which a report is on its way
+_COMPLAINTS = 3
+
+
+def complain(store: dist.Store, view: int, worker: int, reason: str) -> None:
+    """Tell the coordinator that this worker has met a broken link in `view`."""
+    store.set(f"complaint/{view}", json.dumps({"worker": worker, "reason": reason}))
+
+
+def beat(store: dist.Store, agent: int, number: int) -> None:
+    """Say that an agent lives: twice a second, with ascending numbers."""
+    store.set(f"agent/{agent}", str(number))
 
 
 def report_loss(store: dist.Store, worker: int, reason: str, pid: int = 0) -> None:
@@ -35,7 +50,8 @@ class Coordinator:
     """Publishes `view` at once; `recovery` says what comes after it.
 
     A worker whose heart has not beaten for `heartbeat_s` is lost, and so is one that neither votes nor waits while
-    nothing is settled for `deadline_s`. More than `max_failures` losses end the run.
+    nothing is settled for `deadline_s`. After a complaint about a link a view of the same workers gives them new ones;
+    after three without a step between them who complained is replaced. More than `max_failures` losses end the run.
     """
 
     store: dist.Store
@@ -48,9 +64,11 @@ class Coordinator:
     _follower: Follower = field(init=False)
     _reported: int = 0
     _failures: int = 0
-    _beats: dict[int, tuple[bytes, float]] = field(default_factory=dict)
+    _beats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     _looked: float = 0.0
     _trained: bool = False
+    _complained: float | None = None
+    _complaints: int = 0
 
     def __post_init__(self) -> None:
         publish(self.store, self.view)
@@ -59,8 +77,12 @@ class Coordinator:
     def tick(self) -> None:
         """Take note of what has happened since the last call. Raises CannotRestore, or TooManyFailures."""
         committed = self._follower.follow()
-        lost = self._reports() | self._silent()
-        if lost:
+        if committed and self._settled:
+            self._complaints = 0
+        lost = self._reports() | self._silent() or self._broken()
+        if lost is None:  # everybody lives: the same workers, with new links
+            self._change({})
+        elif lost:
             self._change(lost)
         elif committed and self._settled and (ready := self._ready()):
             self._follower.abort()  # at the end of a step: it costs least when the next one has only begun
@@ -80,27 +102,68 @@ class Coordinator:
                 self.event("detected", worker=report["worker"], reason=report["reason"], time=report["time"])
         return lost
 
+    def _broken(self) -> dict[int, str] | None:
+        """After a complaint: None where a new view may mend the link; who complains, where several did not."""
+        if not self.store.check([f"complaint/{self.view.number}"]):
+            return {}
+        now = time.monotonic()
+        self._complained = self._complained or now
+        if now - self._complained < _GRACE_S:
+            return {}
+        self._complaints += 1
+        complaint = json.loads(self.store.get(f"complaint/{self.view.number}"))
+        worker, reason = int(complaint["worker"]), f"cannot reach another one: {complaint['reason']}"
+        again = self._complaints > _COMPLAINTS
+        self.event("detected" if again else "link", worker=worker, reason=reason)
+        return {worker: reason} if again else None
+
     def _silent(self) -> dict[int, str]:
         """Workers that hang: looked for once a second."""
         now = time.monotonic()
         if now - self._looked < min(1.0, self.heartbeat_s / 4):
             return {}
         self._looked = now
+        _ = self.alive  # agents are looked at as often as workers
         lost: dict[int, str] = {}
         stalled = now - self._follower.moved > self.deadline_s
         for worker in self.view.workers:
             if not self.store.check([f"beat/{worker}"]):
-                continue  # it is still being started; its agent sees it end
-            beat = self.store.get(f"beat/{worker}")
-            known, since = self._beats.get(worker, (b"", now))
-            self._beats[worker] = (beat, now if beat != known else since)
-            if now - self._beats[worker][1] > self.heartbeat_s:
+                if self.view.agents[self.view.places[worker]] in self.alive:
+                    continue  # it is still being started; its agent sees it end
+                lost[worker] = "was being started by an agent that has given no sign of life since"
+                continue
+            if self._silence_s(f"beat/{worker}") > self.heartbeat_s:
                 lost[worker] = f"has given no sign of life for {self.heartbeat_s:g} s"
-            elif stalled and not json.loads(beat)[1] and not self._follower.voted(worker):
+            elif stalled and not json.loads(self._beats[f"beat/{worker}"][0])[1] and not self._follower.voted(worker):
                 lost[worker] = f"has been busy with one step for {self.deadline_s:g} s"
         for worker, reason in lost.items():
             self.event("detected", worker=worker, reason=reason)
         return lost
+
+    def _silence_s(self, key: str) -> float:
+        """Seconds since what stands under a key has changed, as far as was seen."""
+        now, found = time.monotonic(), self.store.get(key)
+        known, since = self._beats.get(key, (b"", now))
+        self._beats[key] = (found, now if found != known else since)
+        return now - self._beats[key][1]
+
+    @property
+    def alive(self) -> set[int]:
+        """The agents that have given a sign of life of late, or have not begun yet."""
+        return {
+            agent
+            for agent in {*self.view.agents.values(), 0}
+            if not self.store.check([f"agent/{agent}"]) or self._silence_s(f"agent/{agent}") < self.heartbeat_s / 2
+        }
+
+    def _with_agents(self, view: View) -> View:
+        """Places that are to be filled, where the agent is gone with its machine, go to those with the fewest."""
+        agents, alive = dict(view.agents), self.alive
+        for worker in (*view.joined, *view.awaited):
+            if agents[view.places[worker]] not in alive:
+                count = Counter(agents[place] for place in agents)
+                agents[view.places[worker]] = min(alive, key=lambda agent: (count[agent], agent))
+        return replace(view, agents=agents)
 
     def _change(self, lost: Mapping[int, str]) -> None:
         self._failures += len(lost)
@@ -126,8 +189,9 @@ class Coordinator:
         return self._follower.iteration > READY
 
     def _publish(self, view: View, lost: Sequence[int] = ()) -> None:
+        view = self._with_agents(view)
         publish(self.store, view)
-        self.view, self._follower = view, Follower(self.store, view.number)
+        self.view, self._follower, self._complained = view, Follower(self.store, view.number), None
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
         remedies = sorted({restore.remedy for restore in view.restores}) if view.rollback is None else [CHECKPOINT]
         for joiner, old in view.joined.items():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pipeline.rng import derive
 
 POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join")
-KINDS = ("kill", "term", "stop", "exception", "slow", "nan")
+KINDS = ("kill", "term", "stop", "exception", "slow", "nan", "cut")
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
@@ -124,7 +124,8 @@ def _stages(text: str, value: str) -> tuple[int, ...]:
 class Injector:
     """The faults that one worker meets. `claim(name)` is true for the first who asks: a fault happens once in a run.
 
-    `told(fault)` is called just before it happens. `poison` makes a gradient NaN.
+    `told(fault)` is called just before it happens. `poison` makes a gradient NaN; `cut` breaks the worker's connections
+    to other workers.
     """
 
     faults: Sequence[Fault | Rate]
@@ -133,6 +134,7 @@ class Injector:
     claim: Callable[[str], bool]
     told: Callable[[Fault], None]
     poison: Callable[[], None]
+    cut: Callable[[], None]
     slowdown: float = field(default=1.0)
 
     def __call__(self, point: str, step: int) -> None:
@@ -164,5 +166,7 @@ class Injector:
             raise InjectedFault(f"injected at {fault.at} of step {fault.step}")
         elif fault.kind == "slow":
             self.slowdown = fault.factor
+        elif fault.kind == "cut":
+            self.cut()
         else:
             self.poison()

@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.transport import LinkError, link_pairs
 from pipeline.worker import Worker, connections
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes
+from recovery.coordinator import complain
 from recovery.membership import MembershipError, View, await_view, shards_of
 from recovery.remedy import Remedy
 from recovery.restore import load_checkpoint, restore
@@ -31,8 +33,6 @@ INTERRUPTIONS = (Aborted, CommitError, LinkError)
 
 BEAT_S = 0.5
 _FOREVER_S = 365 * 86_400.0  # the store goes with the coordinator, and ends the wait
-READY = 2
-"""The iteration of a view by which all its members are ready; 1 is that they are there."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Member:
     train: Schedule = field(default_factory=lambda: Schedule((), {}))
     evaluate: Schedule = field(default_factory=lambda: Schedule((), {}))
 
+    def complain(self, error: Exception) -> None:
+        """An interruption that no view has brought is the coordinator's to know: a link may have broken by itself."""
+        if isinstance(error, LinkError) and self.worker.transport.mailbox.woken() is None:
+            with suppress(RuntimeError):  # without a store there is no view to come, which is told by who waits for it
+                complain(self.store, self.worker.transport.view, self.worker.id, str(error)[:300])
+
     def enter(self, number: int, position: Mapping[str, Any] | None) -> Joined:
         """Take part in view `number` or the newest after it, again and again until all its members are ready.
 
@@ -77,13 +83,14 @@ class Member:
                 raise MembershipError(f"worker {self.worker.id} is not in view {view.number}")
             try:
                 return self._enter(view, position, began)
-            except INTERRUPTIONS:
-                continue
+            except INTERRUPTIONS as error:
+                self.complain(error)
 
     def _enter(self, view: View, position: Mapping[str, Any] | None, began: float) -> Joined:
         worker, probe = self.worker, self.worker.probe
         deadline = time.monotonic() + self.patience_s
         times = {"view": time.monotonic()}
+        worker.transport.view = view.number
         worker.transport.mailbox.advance(view.number, 0)
         self.communicator.settle(set(view.workers), deadline)
         worker.iteration = 0

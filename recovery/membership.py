@@ -50,6 +50,8 @@ class View:
     checkpoint: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     places: Mapping[int, int] = field(default_factory=dict)
+    agents: Mapping[int, int] = field(default_factory=dict)
+    """Place -> the agent (by rank) that starts and supervises the worker there."""
     joined: Mapping[int, int] = field(default_factory=dict)
     restores: tuple[Restore, ...] = ()
     rollback: str | None = None
@@ -114,7 +116,7 @@ def read_view(store: dist.Store, number: int) -> View:
     fields = json.loads(store.get(f"view/{number}"))
     fields["workers"] = tuple(fields["workers"])
     fields["places"] = {int(worker): place for worker, place in fields["places"].items()}
-    for name in ("joined", "awaited"):
+    for name in ("agents", "joined", "awaited"):
         fields[name] = {int(new): old for new, old in fields[name].items()}
     fields["shadows"] = tuple(((lo, hi), worker) for (lo, hi), worker in fields["shadows"])
     fields["restores"] = tuple(map(Restore.from_json, fields["restores"]))

@@ -65,6 +65,7 @@ def rejoin(home: View, view: View, ready: Sequence[int]) -> View:
             joined={worker: view.awaited[worker] for worker in ready},
             awaited={worker: old for worker, old in view.awaited.items() if worker not in ready},
             restores=(),
+            rollback=None,
         ),
     )
 

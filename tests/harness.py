@@ -36,7 +36,7 @@ from pipeline.model import LayeredModel
 from pipeline.optimizer import decay_groups, learning_rate
 from pipeline.rng import RngKey, keyed_dropout
 from pipeline.schedule import dumps
-from recovery.member import READY
+from recovery.commit import READY
 from recovery.membership import View, await_view, publish
 
 TIMEOUT_S = 90.0

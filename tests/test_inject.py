@@ -57,7 +57,9 @@ def test_a_fault_is_met_once_by_whom_it_names() -> None:
         return asked.count(name) == 1
 
     def injector(worker: int, stage: int, text: str) -> Injector:
-        return Injector(parse(text), worker, stage, claim, lambda fault: None, lambda: poisoned.append(worker))
+        return Injector(
+            parse(text), worker, stage, claim, lambda fault: None, lambda: poisoned.append(worker), lambda: None
+        )
 
     named = injector(2, 0, "exception:worker=2,step=5,at=forward")
     named("forward", 4)

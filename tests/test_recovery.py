@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,58 @@ def test_every_fault_ends_in_the_weights_of_the_run_without_it(
     assert same_weights(out, calm["line"])
 
 
+@pytest.mark.parametrize(("at", "worker"), list(zip(POINTS, (0, 1, 2, 3, 0), strict=True)))
+def test_redundancy_takes_over_without_waiting_and_nothing_of_the_run_changes(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, at: str, worker: int
+) -> None:
+    flags = ["--workers", "4", "--recovery", "redundant", "--inject", f"kill:worker={worker},step=7,at={at}"]
+    train(nursery, out := tmp_path / "run", *flags)
+    (taken,) = events(out, "taken_over")
+    assert taken["worker"] == worker
+    assert events(out, "resumed")[0]["restores"] == [], "who takes over had to be given state first"
+    assert not events(out, "rolled_back")
+    assert len(metrics(out)) == STEPS
+    whole_ledger(out)
+    assert same_weights(out, calm["line"])
+
+
+def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(nursery: Nursery, tmp_path: Path) -> None:
+    """Twice, the second time the one that took over; the replacement of a replacement; two replicas."""
+    flags = ["--workers", "6", "--replicas", "2", "--steps", "90"]
+    train(nursery, calm := tmp_path / "calm", *flags)
+    faults = "kill:worker=1,step=7;kill:worker=0,step=30,at=reduce;kill:worker=6,step=55,at=forward"
+    train(nursery, out := tmp_path / "run", *flags, "--recovery", "redundant", "--inject", faults)
+    assert [event["worker"] for event in events(out, "taken_over")] == [1, 0, 6]
+    assert [(e["worker"], e["replacement"], e["remedy"]) for e in events(out, "remedy")] == [
+        (1, 6, "replica"), (0, 7, "replica"), (6, 8, "replica"),
+    ]  # fmt: skip
+    steps = [event["step"] for event in events(out, "resumed")]
+    assert steps[0] < steps[1], "nobody went on before the replacement was there"
+    assert [line["step"] for line in metrics(out)] == list(range(1, 91))
+    assert same_weights(out, calm)
+
+
+def test_a_stage_and_the_one_that_keeps_its_copy_are_restored_from_a_checkpoint(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = ["--workers", "4", "--recovery", "redundant", "--inject", "kill:worker=1,step=7;kill:worker=2,step=7"]
+    train(nursery, out := tmp_path / "run", *flags)
+    assert [event["to"] for event in events(out, "rolled_back")] == ["step-00000005"]
+    whole_ledger(out)
+    assert same_weights(out, calm["line"])
+
+
+def test_links_that_break_with_nobody_lost_are_built_anew(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = ["--workers", "4", "--replicas", "2", "--inject", "cut:worker=1,step=7,at=backward"]
+    train(nursery, out := tmp_path / "run", *flags)
+    assert events(out, "link")
+    assert not events(out, "detected")
+    whole_ledger(out)
+    assert same_weights(out, calm["replicas"])
+
+
 def test_a_spare_worker_takes_a_place_and_the_next_spare_the_next(
     nursery: Nursery, calm: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -207,15 +260,69 @@ def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(nu
     assert same_weights(out, calm)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_lost_machine_is_replaced_by_the_others(nursery: Nursery, tmp_path: Path, torchrun: bool) -> None:
+    """Two agents, or two torchruns, with a store of their own; one is killed with all that it has started."""
+    flags = ["--workers", "4", "--replicas", "2", "--recovery", "replica", "--steps", "60"]
+    train(nursery, calm := tmp_path / "calm", *flags)
+    out = tmp_path / "run"
+    flags += ["--nodes", "2", "--store", f"127.0.0.1:{free_port()}", "--heartbeat", "2"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"] if torchrun else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        nodes: list[subprocess.Popen[bytes]] = []
+        for rank in range(2):
+            log = stack.enter_context((tmp_path / f"node{rank}.log").open("wb"))
+            more = ["--master-port", str(free_port())] if torchrun else []
+            arguments = [sys.executable, *launcher, *more, "-m", "launch", *settings(out, *flags)]
+            nodes.append(
+                subprocess.Popen(
+                    [*arguments, "--node-rank", str(rank)],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=Path(__file__).parent.parent,
+                    start_new_session=True,
+                )
+            )
+            stack.callback(_end_family, nodes[-1])
+        _await_steps(out, 8)
+        _end_family(nodes[1])  # in no order and without a word, as when the power goes
+        code = nodes[0].wait(60)
+        said = (tmp_path / "node0.log").read_text()
+    assert code == 0, said
+    assert {event["worker"] for event in events(out, "remedy")} == {2, 3}
+    assert {event["remedy"] for event in events(out, "remedy")} == {"replica"}
+    assert [line["step"] for line in metrics(out)] == list(range(1, 61))
+    assert same_weights(out, calm)
+
+
+def _end_family(process: subprocess.Popen[bytes]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait(10)
+
+
+def _await_steps(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").is_file() or len(metrics(out)) < step:
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.01)
+
+
 def _workers(pid: int, out: Path, step: int) -> list[int]:
     """The pids of the workers, in the order of their ids, once `step` steps are committed."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (out / "metrics.jsonl").is_file() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
-            (warm,) = psutil.Process(pid).children()
-            return sorted(child.pid for child in warm.children())
-        time.sleep(0.01)
-    raise AssertionError("the run did not get that far")
+    _await_steps(out, step)
+    (warm,) = psutil.Process(pid).children()
+    return sorted(child.pid for child in warm.children())
 
 
 def test_too_many_failures_end_the_run_by_name(nursery: Nursery, tmp_path: Path) -> None:
