@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for soak.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run is ended too
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("soaking", total=60 * options.minutes)
         found = soak(options.minutes, options.every, options.seed, lambda s: progress.update(task, completed=s))

@@ -20,7 +20,7 @@ def test_texts_are_read_whole() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("burn:worker=1,step=2", r"'burn' is no fault; allowed: kill, term, stop, exception, slow, nan, rate"),
+        ("burn:worker=1,step=2", r"'burn' is no fault; allowed: kill, term, stop, exception, slow, nan, cut, rate"),
         ("kill:worker=1", r"step is missing; allowed: a number of 0 or more"),
         ("kill:worker=x,step=1", r"worker is 'x'; allowed: a number of 0 or more"),
         ("kill:step=1", r"allowed: one of worker=ID and stage=NUMBER"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.lower import add_reduce_step, add_send_recv, lower
+from pipeline.lower import add_reduce_step, add_redundant, add_send_recv, lower
+from pipeline.merge import bare, merge
 from pipeline.schedule import RECV, SEND, B, F, Op, Route, Schedule, ScheduleError, loads
 from pipeline.verify import verify
 from schedulers import SCHEDULERS, build, evaluation, interleaved, one_f_one_b
@@ -76,3 +77,26 @@ def test_every_held_span_steps_after_its_last_gradient() -> None:
 def test_a_missing_op_is_named() -> None:
     with pytest.raises(ScheduleError, match=r"needs F\[0:1\]#0, which no lane holds"):
         lower(Schedule((Route.through((A, C)),), {0: (Op(F, C, 0),)}))
+
+
+def test_a_redundant_forward_follows_what_it_works_on_once_that_is_sent() -> None:
+    lowered = lower(add_redundant(one_f_one_b([A, C], 2), [(C, 0), (A, 1)]))
+    verify(lowered)
+    assert [str(op) for op in lowered.lanes[0]][:3] == ["F[0:1]#0", "SEND(F[0:1]#0)>1", "R[1:2]#0"]
+    assert [str(op) for op in lowered.lanes[1]][:3] == ["RECV(F[0:1]#0)<0", "F[1:2]#0", "R[0:1]#0"]
+    assert lowered.holders == {A: (0,), C: (1,)}, "a copy does not make a replica"
+    assert loads(str(lowered)) == lowered
+    assert bare(lowered) == bare(one_f_one_b([A, C], 2))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("into", [{1: 0}, {0: 3}, {0: 3, 2: 1}, {1: 0, 2: 0, 3: 0}])
+def test_merged_lanes_can_run_and_do_the_work_of_both(name: str, into: dict[int, int]) -> None:
+    schedule = build(name, [(i, i + 1) for i in range(4 if name != "interleaved" else 8)], 6)
+    merged = merge(schedule, into)
+    verify(lower(merged))
+    assert set(merged.lanes) == set(schedule.lanes) - set(into)
+    assert sorted(op for _, op in merged.ops()) == sorted(op for _, op in schedule.ops())
+    for worker, lane in schedule.lanes.items():
+        order = [op for op in merged.lanes[into.get(worker, worker)] if op in set(lane)]
+        assert tuple(order) == lane, "the order of a lane has changed"

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.schedule import Schedule, dumps
-from recovery.membership import Restore, View, replace_workers
+from pipeline.lower import add_redundant, lower
+from pipeline.schedule import Schedule, Span, dumps
+from recovery import redundant
+from recovery.membership import Restore, View, replace_workers, substitute
 from recovery.neighbours import Average
-from recovery.policy import POLICIES, cure, remedies
+from recovery.policy import POLICIES, Recovery, cure, remedies
 from recovery.remedy import CannotRestore, losses, swaps
 from schedulers import plan, swapped
+from schedulers.plan import Ends
 
 LAYERS = 10
 
@@ -146,7 +149,73 @@ def test_fewer_than_four_block_stages_cannot_swap() -> None:
 
 
 def test_every_policy_names_remedies_that_exist() -> None:
-    assert {name for names in POLICIES.values() for name in names} <= {*remedies(), "checkpoint"}
+    assert {name for names in POLICIES.values() for name in names} <= {*remedies(), "checkpoint", "redundant"}
+
+
+def redundantly(stages: int, replicas: int = 1, ends: Ends = "in line") -> View:
+    made = plan("one_f_one_b", [1.0] * LAYERS, stages, 8, replicas, ends=ends)
+    copies: list[tuple[Span, int]] = []
+    for base in range(0, stages * replicas, stages):
+        held = [[s for s, ws in made.holders.items() if base + k in ws] for k in range(stages)]
+        copies += [(span, base + worker) for span, worker in redundant.copies(held)]
+    evaluated = plan("one_f_one_b", [1.0] * LAYERS, stages, 8, replicas, ends=ends, evaluated=4)
+    texts = {"train": dumps(lower(add_redundant(made, copies))), "evaluate": dumps(lower(evaluated))}
+    workers = tuple(range(stages * replicas))
+    return View(
+        1, workers, texts, places={w: w for w in workers}, next_worker=len(workers), shadows=tuple(sorted(copies))
+    )
+
+
+@pytest.mark.parametrize(
+    ("stages", "replicas", "ends"), [(2, 1, "in line"), (4, 1, "in line"), (3, 2, "in line"), (5, 1, "apart")]
+)
+def test_the_stage_before_takes_over_and_gives_back(tmp_path: Path, stages: int, replicas: int, ends: Ends) -> None:
+    home = redundantly(stages, replicas, ends)
+    recovery = Recovery("redundant", home, LAYERS, False, tmp_path)
+    for lost in home.workers:
+        view = recovery.after_loss(home, (lost,))
+        holder = lost - 1 if lost % stages else lost + stages - 1
+        before, after = home.schedule("train"), view.schedule("train")
+        assert view.workers == tuple(w for w in home.workers if w != lost)
+        assert view.awaited == {len(home.workers): lost}
+        assert view.restores == ()
+        mine = {op[:3] for w in (lost, holder) for op in before.lanes[w] if op.kind in "FB"}
+        assert {op[:3] for op in after.lanes[holder] if op.kind in "FB"} == mine
+        for span in {span for _, span, _ in mine}:
+            order = [op[:3] for lane in after.lanes.values() for op in lane if op.kind == "B" and op.span == span]
+            known = [op[:3] for lane in before.lanes.values() for op in lane if op.kind == "B" and op.span == span]
+            assert replicas > 1 or order == known, "gradients would be summed in another order"
+        back = recovery.with_ready(view, tuple(view.awaited))
+        assert back.workers == tuple(sorted({*view.workers, len(home.workers)}))
+        assert back.joined == {len(home.workers): lost}
+        assert not back.awaited
+        assert {r.remedy for r in back.restores} == {"replica"}
+        assert {r.worker for r in back.restores} == {len(home.workers)}
+        assert substitute(back.schedule("train"), {len(home.workers): lost}) == before
+        assert len(back.shadows) == len(home.shadows)
+
+
+def test_two_that_are_no_neighbours_are_taken_over_at_once_and_join_one_by_one(tmp_path: Path) -> None:
+    recovery = Recovery("redundant", home := redundantly(4), LAYERS, False, tmp_path)
+    view = recovery.after_loss(home, (0, 2))
+    assert view.workers == (1, 3)
+    assert view.awaited == {4: 0, 5: 2}
+    one = recovery.with_ready(view, (5,))
+    assert one.workers == (1, 3, 5)
+    assert one.awaited == {4: 0}
+    assert recovery.with_ready(replace(one, joined={}), (4,)).workers == (1, 3, 4, 5)
+    again = recovery.after_loss(replace(one, joined={}), (4,))
+    assert again.awaited == {6: 0}, "who was awaited and died is not started again"
+    assert again.workers == (1, 3, 5)
+
+
+def test_a_stage_and_who_keeps_its_copy_cannot_be_taken_over(tmp_path: Path) -> None:
+    recovery = Recovery("redundant", home := redundantly(4), LAYERS, False, tmp_path)
+    with pytest.raises(CannotRestore, match=r"redundant: stage 2: the stage that keeps the copy, 1, is lost too; "):
+        recovery.after_loss(home, (1, 2))
+    joining = replace(recovery.with_ready(recovery.after_loss(home, (1,)), (4,)), checkpoint=None)
+    with pytest.raises(CannotRestore, match=r"redundant: stage 2: the stage that keeps the copy, 1, is lost too"):
+        recovery.after_loss(joining, (2,))  # worker 4 has joined as stage 1, and has no state yet
 
 
 def test_rolling_back_is_for_all_or_for_none(tmp_path: Path) -> None:
