@@ -1,11 +1,16 @@
 """How long a lost worker costs: from SIGKILL to the next committed step, with its parts, for each remedy.
 
     python benchmarks/recovery.py --kills 20 --out benchmarks/results
+    python benchmarks/recovery.py --only replica torchft 'fault-free cost' --kills 3
 
 A run of the small Llama is hit by SIGKILL from outside, at random moments and on random workers, while it trains.
 Times are of one clock (this machine's): the kill here, detection and view by the coordinator, the parts by the workers,
 the next commit by the run's metrics. `checkpoint` includes the steps that are run again until the run is where it was.
-The peer is torchrun with --max-restarts, which stops every worker and starts all again from the newest checkpoint.
+The peers, torchrun --max-restarts and torchft, are in recovery_peers.py, with how they are killed and what is timed.
+
+`fault-free cost` is what being able to recover by CheckFree takes while nobody dies: tokens/s under --recovery
+checkfree over those under none with the same stages (--ends apart). Each round runs both anew, in an order that
+alternates, and counts ten seconds of steady steps of each; ratios are formed within a round.
 """
 
 from __future__ import annotations
@@ -25,11 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from recovery_peers import PEERS, lines, measure_peer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 STEPS = 1_000_000
+STEP_TOKENS = 4 * 2 * 64  # microbatches, their size, the sequence length: see `command`
 REMEDIES = {  # name -> (flags, places that may be killed)
     "replica": (["--workers", "4", "--replicas", "2", "--recovery", "replica"], (0, 1, 2, 3)),
     "checkfree": (["--workers", "5", "--recovery", "checkfree"], (2, 3)),
@@ -37,6 +45,12 @@ REMEDIES = {  # name -> (flags, places that may be killed)
     "checkpoint": (["--workers", "4", "--recovery", "checkpoint"], (0, 1, 2, 3)),
     "replica, spare": (["--workers", "4", "--replicas", "2", "--recovery", "replica", "--spares", "1"], (0, 1, 2, 3)),
 }
+COST = "fault-free cost"
+COMPARED = {  # the same stages and schedule
+    "none": ["--workers", "5", "--recovery", "none", "--ends", "apart", "--checkpoint-every", "0"],
+    "checkfree": ["--workers", "5", "--recovery", "checkfree", "--checkpoint-every", "0"],
+}
+PARTS = ("total_s", "detect_s", "decide_s", "woken_s", "ready_s", "edit_s", "restore_s", "first_step_s", "rejoin_s")
 
 
 def command(out: Path, steps: int, *flags: str) -> list[str]:
@@ -48,20 +62,14 @@ def command(out: Path, steps: int, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
 class Run:
     """A training run that is watched through its folder and hit through the operating system."""
 
-    def __init__(self, folder: Path, flags: list[str], launcher: list[str] | None = None) -> None:
+    def __init__(self, folder: Path, flags: list[str]) -> None:
         self.out = folder / "run"
         self._log = (folder / "log").open("wb")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        arguments = [sys.executable, *(launcher or []), *command(self.out, STEPS, *flags)]
+        arguments = [sys.executable, *command(self.out, STEPS, *flags)]
         self.process = subprocess.Popen(
             arguments, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -86,10 +94,6 @@ class Run:
     def last_step(self) -> int:
         found = lines(self.out / "metrics.jsonl")
         return found[-1]["step"] if found else 0
-
-    def starts(self) -> int:
-        """How often the run has been started."""
-        return sum(event["event"] == "started" for event in lines(self.out / "events.jsonl"))
 
     def until(self, reached: Any, deadline_s: float = 120.0) -> float:
         """Wait until `reached()`; returns when that was seen, in unix seconds."""
@@ -146,34 +150,37 @@ def measure(name: str, kills: int, seed: int, advance: Any) -> dict[str, Any]:
     return {"remedy": name, "kills": len(rows), "rows": rows}
 
 
-def torchrun_restart(kills: int, seed: int, advance: Any) -> dict[str, Any]:
-    """The peer: every worker is stopped and started again; the run resumes from its newest checkpoint."""
-    chance, rows = random.Random(seed), list[dict[str, float]]()
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "4",
-        "--max-restarts",
-        "1000",
-        "--monitor-interval",
-        "0.1",
-    ]
-    flags = ["--workers", "4", "--recovery", "none"]
-    with tempfile.TemporaryDirectory() as folder, Run(Path(folder), flags, launcher) as run:
-        run.until(lambda: run.last_step() >= 25)
-        for _ in range(kills):
-            time.sleep(chance.uniform(0.3, 0.8))
-            before = run.last_step()
-            agents = psutil.Process(run.process.pid).children()
-            victim = chance.choice(agents)
-            killed = time.time()
-            victim.kill()
-            run.until(lambda before=before: run.last_step() < before or run.starts() > 1 + len(rows))
-            done = run.until(lambda before=before: run.last_step() > before)
-            rows.append({"total_s": done - killed})
+def throughput(flags: list[str], seconds: float) -> float:
+    """Tokens per second of a run of its own that nobody disturbs, over `seconds` of its steps."""
+    with tempfile.TemporaryDirectory() as folder, Run(Path(folder), flags) as run:
+        ledger = run.out / "ledger.jsonl"
+        run.until(lambda: run.last_step() >= 40)
+        began = time.time()
+        time.sleep(seconds)
+        run.until(lambda: lines(ledger)[-1]["time"] >= began + seconds)
+        steady = [line for line in lines(ledger) if line["time"] >= began]
+    span = steady[-1]["time"] - steady[0]["time"]
+    return STEP_TOKENS * (steady[-1]["step"] - steady[0]["step"]) / span
+
+
+def fault_free(rounds: int, seconds: float, advance: Any) -> dict[str, Any]:
+    """Rounds of all in COMPARED, in an order that alternates, and the ratio of their speeds."""
+    found: list[dict[str, float]] = []
+    for number in range(rounds):
+        names = [*COMPARED] if number % 2 == 0 else [*reversed(COMPARED)]
+        speeds: dict[str, float] = {}
+        for name in names:
+            speeds[name] = throughput(COMPARED[name], seconds)
             advance()
-    return {"remedy": "torchrun restart", "kills": len(rows), "rows": rows}
+        found.append({**speeds, "ratio": speeds["checkfree"] / speeds["none"]})
+    return {
+        "seconds": seconds, "rounds": found,
+        "tokens_per_s": {name: statistics.median(each[name] for each in found) for name in COMPARED},
+        "ratio": {
+            "median": statistics.median(each["ratio"] for each in found),
+            "least": min(each["ratio"] for each in found), "most": max(each["ratio"] for each in found),
+        },
+    }  # fmt: skip
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -185,45 +192,85 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    names = found["rows"][0].keys()
+    rows = found["rows"]
+    names = rows[0].keys() if rows else ()
     return {
-        "remedy": found["remedy"], "kills": found["kills"],
-        **{n: spread([row[n] for row in found["rows"]]) for n in names},
+        "remedy": found["remedy"], "kills": found["kills"], **({"error": found["error"]} if "error" in found else {}),
+        **{n: spread([row[n] for row in rows]) for n in names},
     }  # fmt: skip
 
 
+def report(console: Console, summaries: list[dict[str, Any]], cost: dict[str, Any] | None) -> None:
+    """The tables, and a line for each peer that failed."""
+    parts = [part for part in PARTS if any(part in each for each in summaries)]
+    if parts:
+        table = Table(title="seconds from SIGKILL to the next commit: p50 / p95")
+        for column in ("remedy", "kills", *parts):
+            table.add_column(column, justify="right")
+        for each in summaries:
+            values = [each.get(part) for part in parts]
+            cells = [f"{v['p50']:.3f} / {v['p95']:.3f}" if v else "" for v in values]
+            table.add_row(each["remedy"], str(each["kills"]), *cells)
+        console.print(table)
+    for each in summaries:
+        if "error" in each:
+            console.print(f"{each['remedy']}: {escape(each['error'])}", highlight=False)
+    if cost:
+        table = Table(title=f"{COST}: checkfree beside none, tokens/s")
+        for column in ("round", *COMPARED, "ratio"):
+            table.add_column(column, justify="right")
+        for number, each in enumerate(cost["rounds"]):
+            table.add_row(str(number + 1), *(f"{each[name]:,.0f}" for name in COMPARED), f"{each['ratio']:.3f}")
+        ratio, speeds = cost["ratio"], cost["tokens_per_s"]
+        told = f"{ratio['median']:.3f} ({ratio['least']:.3f}-{ratio['most']:.3f})"
+        table.add_row("median", *(f"{speeds[name]:,.0f}" for name in COMPARED), told)
+        console.print(table)
+
+
 def main() -> int:
+    everything = (*REMEDIES, *PEERS, COST)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="per remedy")
+    parser.add_argument("--peer", type=int, help="kills per peer; default as many as per remedy")
+    parser.add_argument("--rounds", type=int, default=5, help=f"of {COST}")
+    parser.add_argument("--seconds", type=float, default=10.0, help=f"of steady steps, per run of {COST}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--remedies", nargs="*", default=[*REMEDIES], choices=[*REMEDIES])
-    parser.add_argument("--peer", type=int, default=5, help="kills under torchrun --max-restarts; 0 for none")
+    parser.add_argument("--only", nargs="+", choices=everything, default=[*everything], metavar="NAME",
+                        help=f"parts to run. All: {'; '.join(everything)}")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for recovery.json")
     options = parser.parse_args()
+    for name in ("kills", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}; expected at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that being stopped also stops what was started
     console = Console(width=150)
+    per_peer = options.kills if options.peer is None else options.peer
+    remedies = [name for name in REMEDIES if name in options.only]
+    peers = [name for name in PEERS if name in options.only and per_peer > 0]
+    rounds = options.rounds if COST in options.only else 0
     results: list[dict[str, Any]] = []
+    cost: dict[str, Any] | None = None
     with Progress(console=console) as progress:
-        task = progress.add_task("kills", total=options.kills * len(options.remedies) + options.peer)
-        for name in options.remedies:
+        total = options.kills * len(remedies) + per_peer * len(peers) + rounds * len(COMPARED)
+        task = progress.add_task("", total=total)
+        for name in remedies:
             progress.update(task, description=name)
             results.append(measure(name, options.kills, options.seed, lambda: progress.advance(task)))
-        if options.peer:
-            progress.update(task, description="torchrun restart")
-            results.append(torchrun_restart(options.peer, options.seed, lambda: progress.advance(task)))
-    table = Table(title="seconds from SIGKILL to the next commit: p50 / p95")
+        for name in peers:
+            progress.update(task, description=name)
+            results.append(measure_peer(name, per_peer, options.seed, lambda: progress.advance(task)))
+            progress.advance(task, per_peer - results[-1]["kills"])
+        if rounds:
+            progress.update(task, description=COST)
+            cost = fault_free(rounds, options.seconds, lambda: progress.advance(task))
     summaries = [summary(found) for found in results]
-    for column in ("remedy", "kills", *[k for k in summaries[0] if k.endswith("_s")]):
-        table.add_column(column, justify="right")
-    for each in summaries:
-        cells = [f"{v['p50']:.3f} / {v['p95']:.3f}" if isinstance(v, dict) else str(v) for v in each.values()]
-        table.add_row(*cells)
-    console.print(table)
+    report(console, summaries, cost)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(
-            {"command": sys.argv, "cores": os.cpu_count(), "summary": summaries, "runs": results}, indent=1
-        )
-        (options.out / "recovery.json").write_text(text + "\n")
+        whole = {"command": sys.argv, "cores": os.cpu_count(), "summary": summaries, "runs": results}
+        if cost:
+            whole["fault_free_cost"] = cost
+        (options.out / "recovery.json").write_text(json.dumps(whole, indent=1) + "\n")
     return 0
 
 

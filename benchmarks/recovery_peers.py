@@ -1,20 +1,22 @@
 """The peers of benchmarks/recovery.py: from SIGKILL to the next commit under torchrun's restarts and under torchft.
 
-    python benchmarks/recovery.py --only 'torchrun restart' torchft 'torchft, 1 s timeout' --kills 20
+    python benchmarks/recovery.py --only 'torchrun restart' torchft 'torchft, 1 s' 'torchft, 1 s, any moment'
 
 All train a plain transformers Llama of the size of preset llama-2m, data parallel over gloo on one thread per process,
 on as many tokens a step as recovery.py asks for (random ones, which cost the same). Who commits a step appends a line.
 
 `torchrun restart`: four processes under torchrun --max-restarts, DDP, torch.save every 20 steps. SIGKILL at a random
-moment on a random process, rank 0 included; then torchrun ends the others, starts all again, and they resume. Until
-`restarted_s` the first step is done again; `total_s` also includes the other steps since the checkpoint.
+moment on a random process, rank 0 included; then torchrun ends the others, starts all again, and they resume. Parts:
+`ready_s` until all run again with their group built (the imports of four processes, almost all of it), `restore_s`
+reads the checkpoint, and `first_step_s` ends with the first step that the run had not done before.
 
-`torchft` (0.2.0): two replica groups of one process, a lighthouse on 127.0.0.1, Manager, ProcessGroupGloo, and the DDP
-and optimizer wrappers. A replica is killed between steps, by its own hand when asked to, 0.1 s after its commit, when
-the other waits for it as well: a kill in the middle of a backward pass makes the survivor's DDP wrapper raise an
-AssertionError, which ends it too. `total_s` is until the survivor's next commit; `rejoin_s` is from the start of a new
-process in the place of the dead until both commit together. The survivor waits for the lighthouse's heartbeat timeout:
-5 s unless told otherwise, and 1 s in `torchft, 1 s timeout`. Neither peer has a pipeline to repair, as ours has.
+`torchft` (0.2.0): two replica groups of one process, a lighthouse on 127.0.0.1, a Manager with ProcessGroupGloo, and
+torchft's wrappers of DDP and the optimizer. A replica is killed between steps: by its own hand when asked to, 0.1 s
+after a commit, when the other waits for it. In the middle of a backward pass the survivor's DDP wrapper would raise an
+AssertionError and end it too. `any moment` reduces by Manager.allreduce in the wrapper's place, survives that, and is
+killed from outside. Times are until the survivor's next commit without the dead, which waits for the lighthouse's
+heartbeat timeout: 5 s by default. `rejoin_s` is from the start of a new process in the dead one's place until both
+commit together. No peer here has a pipeline to repair.
 
 Each process is this script with --role, dies with who started it, and is ended on the way out, whatever happened.
 """
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,8 @@ MODEL = {  # preset llama-2m, with the vocabulary of --tokenizer bytes
 SAMPLES, SEQUENCE, CHECKPOINT_EVERY, CLIP = 8, 64, 20, 1.0
 WORKERS, REPLICAS, WARM_STEPS = 4, 2, 25
 TORCHFT = "pip install -c constraints.txt torchft==0.2.0"
+
+HERE = Path(__file__).resolve().parent
 
 Row = dict[str, float]
 
@@ -86,7 +91,6 @@ def backward(model: Any, step: int, rank: int, world: int) -> None:
     tokens = torch.randint(MODEL["vocab_size"], (SAMPLES // world, SEQUENCE + 1), generator=generator)
     logits = model(input_ids=tokens[:, :-1]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
 
 
 def torchrun_agent(folder: Path) -> None:
@@ -96,7 +100,7 @@ def torchrun_agent(folder: Path) -> None:
     main(
         [
             "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(WORKERS), "--max-restarts", "1000000",
-            "--monitor-interval", "0.1", __file__, "--role", "torchrun-worker", "--folder", str(folder),
+            "--monitor-interval", "0.1", __file__, "--role=torchrun-worker", f"--folder={folder}",
         ]
     )  # fmt: skip
 
@@ -107,24 +111,26 @@ def torchrun_worker(folder: Path) -> None:
     import torch.distributed as dist
 
     rank, world, restart = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    model, optimizer = trainee()
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group("gloo", store=dist.PrefixStore(f"restart{restart}", store), rank=rank, world_size=world)
-    model, optimizer = trainee()
-    saved, step = folder / "checkpoint.pt", 0
+    ready, saved, step = time.time(), folder / "checkpoint.pt", 0
     if saved.is_file():
         state = torch.load(saved)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     shared = torch.nn.parallel.DistributedDataParallel(model)
+    restored = time.time()
     while True:
         optimizer.zero_grad()
         backward(shared, step, rank, world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         step += 1
         if rank > 0:
             continue
-        append(folder / "steps.jsonl", step=step, restart=restart)
+        append(folder / "steps.jsonl", step=step, restart=restart, ready=ready, restored=restored)
         if step % CHECKPOINT_EVERY == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             torch.save(state, saved.with_suffix(".tmp"))
@@ -143,8 +149,10 @@ def lighthouse(folder: Path, timeout_ms: int) -> None:
         time.sleep(60)
 
 
-def replica(folder: Path, number: int) -> None:
-    """A replica group of one process; dies between two steps when `folder`/kill<number> is there."""
+def replica(folder: Path, number: int, by_hand: int) -> None:
+    """A replica group of one process; dies between two steps when `folder`/kill<number> is there. `by_hand` reduces
+    without the wrapper of DDP."""
+    import torch
     import torch.distributed as dist
     from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 
@@ -161,12 +169,18 @@ def replica(folder: Path, number: int) -> None:
         store_addr="127.0.0.1", store_port=store.port, hostname="127.0.0.1", replica_id=f"replica{number}",
         lighthouse_addr=(folder / "lighthouse").read_text(),
     )  # fmt: skip
-    shared, optimizer = DistributedDataParallel(manager, model), Optimizer(manager, adamw)
+    shared = model if by_hand else DistributedDataParallel(manager, model)
+    optimizer, parameters = Optimizer(manager, adamw), list(model.parameters())
     asked, said = folder / f"kill{number}", folder / f"replica{number}.jsonl"
     while True:
         before = manager.current_step()
         optimizer.zero_grad()
         backward(shared, before, number, REPLICAS)
+        if by_hand:
+            flat = torch.nn.utils.parameters_to_vector([p.grad for p in parameters])
+            manager.allreduce(flat).wait()
+            torch.nn.utils.vector_to_parameters(flat, [p.grad for p in parameters])
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         if (step := manager.current_step()) == before:
             continue
@@ -208,13 +222,13 @@ class Family:
                 each.kill()
         psutil.wait_procs(found, timeout=10)
 
-    def start(self, role: str, **more: Any) -> subprocess.Popen[bytes]:
+    def start(self, role: str, *numbers: int) -> subprocess.Popen[bytes]:
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NO_PROXY": "*", "no_proxy": "*",
             "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        fields = {"role": role, "folder": self.folder, "parent": os.getpid(), **more}
-        arguments = [sys.executable, __file__, *(f"--{name}={value}" for name, value in fields.items())]
+        fixed = [f"--role={role}", f"--folder={self.folder}", f"--parent={os.getpid()}"]
+        arguments = [sys.executable, __file__, *fixed, *map(str, map(int, numbers))]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 arguments, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -222,39 +236,36 @@ class Family:
         self._processes.append(process)
         return process
 
-    def lost(self, process: subprocess.Popen[bytes], deadline_s: float = 60.0) -> None:
-        """Wait for the end of one that is to be killed. Raises PeerError."""
+    def lose(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of one that is to end. Raises PeerError."""
+        self.until(lambda: process.poll() is not None, but=process)
         self._processes.remove(process)
-        try:
-            self.until(lambda: process.poll() is not None, deadline_s)
-        except PeerError:
-            self._processes.append(process)
-            raise
 
-    def until(self, reached: Callable[[], bool], deadline_s: float = 120.0) -> None:
-        """Wait until `reached()`. Raises PeerError when a process ends before, or at the deadline."""
+    def until(
+        self, reached: Callable[[], bool], deadline_s: float = 120.0, but: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        """Wait until `reached()`. Raises PeerError when a process, `but` excepted, has ended, or at the deadline."""
         deadline = time.monotonic() + deadline_s
         while not reached():
-            ended = [p.args[2] for p in self._processes if p.poll() is not None]
+            ended = [p.args[2] for p in self._processes if p is not but and p.poll() is not None]
             if ended or time.monotonic() > deadline:
                 what = f"{ended[0]} ended" if ended else f"nothing came within {deadline_s:.0f} s"
                 words = " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-6:])
-                here = f"{Path(__file__).resolve().parent.parent}/"
-                raise PeerError(f"{what}; said last: {words[-1200:].replace(here, '')}")
-            time.sleep(0.002)
+                raise PeerError(f"{what}; said last: {words[-1200:].replace(f'{HERE.parent}/', '')}")
+            time.sleep(0.1)  # times are read from lines; whole files are read here
 
 
 def torchrun_restart(family: Family, chance: random.Random) -> Iterator[Row]:
     """Kill one of the workers, wait until the run is further than it was; and again."""
     agent, said = psutil.Process(family.start("torchrun-agent").pid), family.folder / "steps.jsonl"
 
-    def committed(restart: int, least: int) -> list[float]:
-        return [line["time"] for line in lines(said) if line["restart"] >= restart and line["step"] > least]
+    def committed(restart: int, least: int) -> list[dict[str, Any]]:
+        return [line for line in lines(said) if line["restart"] >= restart and line["step"] > least]
 
     family.until(lambda: bool(committed(0, WARM_STEPS)))
     while True:
         time.sleep(chance.uniform(0.3, 0.8))
-        workers = [child for child in agent.children() if "torchrun-worker" in child.cmdline()]
+        workers = [child for child in agent.children() if "--role=torchrun-worker" in child.cmdline()]
         if len(workers) != WORKERS:
             raise PeerError(f"{len(workers)} workers run; expected {WORKERS}")
         restart, killed = lines(said)[-1]["restart"], time.time()
@@ -262,44 +273,51 @@ def torchrun_restart(family: Family, chance: random.Random) -> Iterator[Row]:
         family.until(lambda restart=restart: bool(committed(restart + 1, 0)))
         before = max(line["step"] for line in lines(said) if line["restart"] <= restart)
         family.until(lambda restart=restart, before=before: bool(committed(restart + 1, before)))
-        totals, firsts = committed(restart + 1, before), committed(restart + 1, 0)
-        yield {"total_s": totals[0] - killed, "restarted_s": firsts[0] - killed}
+        done = committed(restart + 1, before)[0]
+        yield {
+            "total_s": done["time"] - killed, "ready_s": done["ready"] - killed,
+            "restore_s": done["restored"] - done["ready"], "first_step_s": done["time"] - done["restored"],
+        }  # fmt: skip
 
 
-def torchft(family: Family, chance: random.Random, timeout_ms: int) -> Iterator[Row]:
-    """Kill one of two replicas between steps, wait for the other's commit and for a new one to join; and again."""
+def torchft(family: Family, chance: random.Random, timeout_ms: int, by_hand: bool) -> Iterator[Row]:
+    """Kill one of two replicas, wait for a commit of the other and for a new one to join; and again."""
     folder, said = family.folder, [family.folder / f"replica{number}.jsonl" for number in range(REPLICAS)]
-    family.start("lighthouse", timeout=timeout_ms)
+    family.start("lighthouse", timeout_ms)
     family.until((folder / "lighthouse").is_file)
-    processes = [family.start("replica", number=number) for number in range(REPLICAS)]
+    processes = [family.start("replica", number, by_hand) for number in range(REPLICAS)]
 
-    def together(number: int, seen: int = 0) -> bool:
-        return any(line.get("together") == REPLICAS for line in lines(said[number])[seen:])
+    def committed(number: int, together: int, least: int, seen: int = 0) -> list[float]:
+        new = [line for line in lines(said[number])[seen:] if line.get("together") == together]
+        return [line["time"] for line in new if line["step"] > least]
 
-    family.until(lambda: all(together(n) and lines(said[n])[-1]["step"] >= WARM_STEPS for n in range(REPLICAS)))
+    family.until(lambda: all(committed(number, REPLICAS, WARM_STEPS) for number in range(REPLICAS)))
     while True:
         time.sleep(chance.uniform(0.3, 0.8))
-        victim = chance.randrange(REPLICAS)
-        (folder / f"kill{victim}").touch()
-        family.lost(processes[victim])
-        death, seen = lines(said[victim])[-1], len(lines(said[victim]))
-        if "killed" not in death:
-            raise PeerError(f"replica {victim} ended before it was to")
-
-        def committed(other: int = 1 - victim, last: int = death["step"]) -> list[float]:
-            return [line["time"] for line in lines(said[other]) if line["step"] > last]
-
-        family.until(lambda committed=committed: bool(committed()))
-        row, started = {"total_s": committed()[0] - death["time"]}, time.time()
-        processes[victim] = family.start("replica", number=victim)
-        family.until(lambda victim=victim, seen=seen: together(victim, seen))
-        yield {**row, "rejoin_s": time.time() - started}
+        victim, killed = chance.randrange(REPLICAS), time.time()
+        if by_hand:
+            processes[victim].kill()
+        else:
+            (folder / f"kill{victim}").touch()
+        family.lose(processes[victim])
+        known = lines(said[victim])
+        last, seen = known[-1]["step"], len(known)
+        if not by_hand:
+            killed = next(line["time"] for line in reversed(known) if "killed" in line)
+        rest = partial(committed, 1 - victim, REPLICAS - 1, last)
+        family.until(lambda rest=rest: bool(rest()))
+        row, started = {"total_s": rest()[0] - killed}, time.time()
+        processes[victim] = family.start("replica", victim, by_hand)
+        joined = partial(committed, victim, REPLICAS, last, seen)
+        family.until(lambda joined=joined: bool(joined()))
+        yield {**row, "rejoin_s": joined()[0] - started}
 
 
 PEERS: dict[str, Callable[[Family, random.Random], Iterator[Row]]] = {
     "torchrun restart": torchrun_restart,
-    "torchft": lambda family, chance: torchft(family, chance, 5000),
-    "torchft, 1 s timeout": lambda family, chance: torchft(family, chance, 1000),
+    "torchft": partial(torchft, timeout_ms=5000, by_hand=False),
+    "torchft, 1 s": partial(torchft, timeout_ms=1000, by_hand=False),
+    "torchft, 1 s, any moment": partial(torchft, timeout_ms=1000, by_hand=True),
 }
 
 
@@ -321,24 +339,19 @@ def measure_peer(name: str, kills: int, seed: int, advance: Callable[[], None]) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    roles = {"torchrun-agent", "torchrun-worker", "lighthouse", "replica"}
-    parser.add_argument("--role", choices=sorted(roles), required=True)
+    roles = {
+        "torchrun-agent": torchrun_agent, "torchrun-worker": torchrun_worker,
+        "lighthouse": lighthouse, "replica": replica,
+    }  # fmt: skip
+    parser.add_argument("--role", choices=[*roles], required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--parent", type=int, default=os.getppid(), help="end when this process does")
-    parser.add_argument("--number", type=int, default=0, help="which replica")
-    parser.add_argument("--timeout", type=int, default=5000, help="milliseconds without a heartbeat")
+    parser.add_argument("numbers", type=int, nargs="*", help="what the role takes beside its folder")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != options.parent:
         return 1
-    if options.role == "torchrun-agent":
-        torchrun_agent(options.folder)
-    elif options.role == "torchrun-worker":
-        torchrun_worker(options.folder)
-    elif options.role == "lighthouse":
-        lighthouse(options.folder, options.timeout)
-    else:
-        replica(options.folder, options.number)
+    roles[options.role](options.folder, *options.numbers)
     return 0
 
 

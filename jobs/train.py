@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 from jobs.config import TrainConfig
 from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
+from pipeline.settle import NonFiniteLoss
 from pipeline.weights import ModelError, finish_export, write_shard
-from pipeline.worker import NonFiniteLoss, StepResult, Worker
+from pipeline.worker import StepResult, Worker
 from recovery import checkpoint
 from recovery.member import INTERRUPTIONS, Joined, Member
 from recovery.membership import View

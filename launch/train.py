@@ -19,7 +19,7 @@ import transformers
 from jobs.config import TrainConfig
 from jobs.plan import Plan, make_plan
 from jobs.train import STOPPED
-from launch.agent import OVER, Agent
+from launch.agent import OVER, Agent, RunFailed
 from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
@@ -59,8 +59,14 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
             agent.start()
             if slot.coordinates:
                 return _coordinate(config, agent, handle.store, slot, as_json)
-            code = agent.supervise(lambda: None)
-            handle.store.set(f"done/{slot.rank}", str(code))
+            try:
+                code = agent.supervise(lambda: None)
+                handle.store.set(f"done/{slot.rank}", str(code))
+            except dist.DistNetworkError as error:
+                raise RunFailed(
+                    f"the store at {handle.host}:{handle.port} is gone, and with it the coordinator of the run; "
+                    "--resume goes on from the newest valid checkpoint"
+                ) from error
             return code
         finally:
             agent.end()

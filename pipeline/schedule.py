@@ -136,6 +136,17 @@ class Schedule:
         return dumps(self)
 
 
+def span_text(span: Span) -> str:
+    """`lo:hi`; `parse_span` reads it."""
+    return f"{span[0]}:{span[1]}"
+
+
+def parse_span(text: str) -> Span:
+    """The span that `span_text` wrote. Raises ValueError for any other text."""
+    lo, _, hi = text.partition(":")
+    return int(lo), int(hi)
+
+
 def overlaps(a: Span, b: Span) -> bool:
     """Whether two spans share a layer."""
     return a[0] < b[1] and b[0] < a[1]

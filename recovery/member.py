@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.schedule import Schedule, Span
+from pipeline.schedule import Schedule, Span, parse_span, span_text
 from pipeline.transport import LinkError, link_pairs
 from pipeline.worker import Worker, connections
 from recovery.commit import Aborted, Ballot, CommitError
@@ -96,7 +96,7 @@ class Member:
         worker.iteration = 0
         worker.exchange = Ballot(self.store, view.number, worker.id, view.workers)
         train, evaluate = view.schedule("train"), view.schedule("evaluate")
-        norms = {f"{lo}:{hi}": value for (lo, hi), value in worker.norms.items()}
+        norms = {span_text(span): value for span, value in worker.norms.items()}
         votes = worker.gather({"position": position, "norms": norms, **self.communicator.kept()})
         times["ready"] = time.monotonic()
         step = int((position or {}).get("step", 0))
@@ -114,7 +114,7 @@ class Member:
         times["edited"] = time.monotonic()
         known: dict[Span, float] = {}
         for vote in votes.values():
-            known.update({(int(k.split(":")[0]), int(k.split(":")[1])): v for k, v in vote["norms"].items()})
+            known.update({parse_span(text): norm for text, norm in vote["norms"].items()})
         where = dict(positions[0]) if positions else {}
         if view.restores or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
@@ -124,7 +124,7 @@ class Member:
         else:
             restore(worker, view, self.communicator.builder, self.remedies, known, deadline)
         copies = {span: ws for span, ws in shards.items() if len(ws) > 1 and worker.id in ws}
-        votes = worker.gather({"copies": {f"{lo}:{hi}": worker.store.fingerprint((lo, hi)) for lo, hi in copies}})
+        votes = worker.gather({"copies": {span_text(span): worker.store.fingerprint(span) for span in copies}})
         _check_copies(view, shards, votes)
         times["restored"] = time.monotonic()
         self.communicator.confirm()
@@ -135,10 +135,11 @@ class Member:
 
 def _check_copies(view: View, shards: Mapping[Span, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> None:
     """All holders of a shard have the same state, bit for bit. Raises MembershipError."""
-    for (lo, hi), workers in shards.items():
-        found = {worker: votes[worker]["copies"].get(f"{lo}:{hi}") for worker in workers}
+    for span, workers in shards.items():
+        text = span_text(span)
+        found = {worker: votes[worker]["copies"].get(text) for worker in workers}
         if len(set(found.values())) > 1:
-            raise MembershipError(f"view {view.number}: the copies of span {lo}:{hi} differ, by checksum: {found}")
+            raise MembershipError(f"view {view.number}: the copies of span {text} differ, by checksum: {found}")
 
 
 class Watcher:

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -274,24 +275,7 @@ def test_a_lost_machine_is_replaced_by_the_others(nursery: Nursery, tmp_path: Pa
     out = tmp_path / "run"
     flags += ["--nodes", "2", "--store", f"127.0.0.1:{free_port()}", "--heartbeat", "2"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"] if torchrun else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        nodes: list[subprocess.Popen[bytes]] = []
-        for rank in range(2):
-            log = stack.enter_context((tmp_path / f"node{rank}.log").open("wb"))
-            more = ["--master-port", str(free_port())] if torchrun else []
-            arguments = [sys.executable, *launcher, *more, "-m", "launch", *settings(out, *flags)]
-            nodes.append(
-                subprocess.Popen(
-                    [*arguments, "--node-rank", str(rank)],
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=Path(__file__).parent.parent,
-                    start_new_session=True,
-                )
-            )
-            stack.callback(_end_family, nodes[-1])
+    with _nodes(tmp_path, settings(out, *flags), launcher) as nodes:
         _await_steps(out, 8)
         _end_family(nodes[1])  # in no order and without a word, as when the power goes
         code = nodes[0].wait(60)
@@ -301,6 +285,46 @@ def test_a_lost_machine_is_replaced_by_the_others(nursery: Nursery, tmp_path: Pa
     assert {event["remedy"] for event in events(out, "remedy")} == {"replica"}
     assert [line["step"] for line in metrics(out)] == list(range(1, 61))
     assert same_weights(out, calm)
+
+
+def test_the_loss_of_the_store_ends_every_machine_by_name(tmp_path: Path) -> None:
+    """Node 0 hosts it. What is left is whole: a checkpoint that a run on any number of machines goes on from."""
+    out = tmp_path / "run"
+    flags = ["--workers", "2", "--steps", "100000", "--nodes", "2", "--store", f"127.0.0.1:{free_port()}"]
+    with _nodes(tmp_path, settings(out, *flags)) as nodes:
+        _await_steps(out, 8)
+        family = psutil.Process(nodes[1].pid).children(recursive=True)
+        _end_family(nodes[0])
+        assert nodes[1].wait(30) == 1
+        _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    said = (tmp_path / "node1.log").read_text()
+    assert "is gone, and with it the coordinator of the run; --resume goes on from the newest valid checkpoint" in said
+    assert checkpoint.find(out / "checkpoints").path is not None
+
+
+@contextmanager
+def _nodes(folder: Path, arguments: list[str], launcher: Sequence[str] = ()) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The same command on two nodes, each with a torchrun of its own if `launcher` is one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        nodes: list[subprocess.Popen[bytes]] = []
+        for rank in range(2):
+            log = stack.enter_context((folder / f"node{rank}.log").open("wb"))
+            more = ["--master-port", str(free_port())] if launcher else []
+            command = [sys.executable, *launcher, *more, "-m", "launch", *arguments, "--node-rank", str(rank)]
+            nodes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=Path(__file__).parent.parent,
+                    start_new_session=True,
+                )
+            )
+            stack.callback(_end_family, nodes[-1])
+        yield nodes
 
 
 def _end_family(process: subprocess.Popen[bytes]) -> None:
