@@ -243,7 +243,7 @@ def main() -> int:
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}; expected at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that being stopped also stops what was started
-    console = Console(width=150)
+    console = Console(width=180)
     per_peer = options.kills if options.peer is None else options.peer
     remedies = [name for name in REMEDIES if name in options.only]
     peers = [name for name in PEERS if name in options.only and per_peer > 0]

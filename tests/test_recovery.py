@@ -238,13 +238,41 @@ def test_two_at_once_from_outside(nursery: Nursery, calm: dict[str, Path], tmp_p
     assert same_weights(out, calm["line"])
 
 
+@pytest.mark.parametrize(("blocks", "torchrun"), [(4, True), (6, False), (8, False)])
+def test_every_kind_of_stage_is_lost_under_checkfree_plus(
+    nursery: Nursery, tmp_path: Path, blocks: int, torchrun: bool
+) -> None:
+    """The first block stage, an inner one, the last, and the one with both ends, each at another point of a step."""
+    faults = f"kill:stage=1,step=4,at=backward;kill:stage=2,step=6,at=forward;kill:stage={blocks},step=8,at=optimizer"
+    flags = ["--workers", str(blocks + 1), "--recovery", "checkfree+", "--model", str(_eight_blocks(tmp_path))]
+    flags += ["--checkpoint-every", "0", "--inject", f"{faults};kill:stage=0,step=10,at=reduce"]
+    out = tmp_path / "run"
+    if torchrun:
+        _under_torchrun(blocks + 1, settings(out, *flags))
+    else:
+        train(nursery, out, *flags)
+    restored = [{(tuple(s), remedy) for _, s, remedy in e["restores"]} for e in events(out, "resumed")]
+    assert [{remedy for _, remedy in each} for each in restored] == [
+        {"checkfree+", "replica"}, {"checkfree"}, {"checkfree+"}, {"replica"},
+    ]  # fmt: skip
+    assert {span for span, remedy in restored[0] if remedy == "replica"} == {(0, 1), (9, 10)}
+    assert len(metrics(out)) == STEPS
+    whole_ledger(out)
+
+
 def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(nursery: Nursery, tmp_path: Path) -> None:
     """Each slot is an agent with one worker: torchrun starts nobody again; the weights are those of the calm run."""
     flags = ["--workers", "2", "--recovery", "checkpoint"]
     train(nursery, calm := tmp_path / "calm", *flags)
     out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"]
-    arguments = settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit")
+    _under_torchrun(2, settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit"))
+    assert [event["worker"] for event in events(out, "remedy")] == [1, 0]
+    whole_ledger(out)
+    assert same_weights(out, calm)
+
+
+def _under_torchrun(workers: int, arguments: list[str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--max-restarts", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [*launcher, "-m", "launch", *arguments], cwd=Path(__file__).parent.parent, env=environment, text=True,
@@ -256,9 +284,6 @@ def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(nu
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said
-    assert [event["worker"] for event in events(out, "remedy")] == [1, 0]
-    whole_ledger(out)
-    assert same_weights(out, calm)
 
 
 def free_port() -> int:
