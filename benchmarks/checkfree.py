@@ -1,34 +1,34 @@
 """What each remedy costs in loss and time, under the failure rates of the CheckFree paper: real runs, real kills.
 
-    python benchmarks/checkfree.py --out benchmarks/results            # five seeds: about an hour on two idle cores
+    python benchmarks/checkfree.py --out benchmarks/results            # five seeds: 40 minutes on two idle cores
     python benchmarks/checkfree.py --seeds 1 --steps 60 --out /tmp/x   # to try the script
 
 A Llama of 1.3 M parameters, one block per stage in six stages, the embedding and the head on a worker of their own,
 trains on the sources of Python's standard library while SIGKILL hits its block stages. Whether a stage is lost in a
 step is drawn from the seed, the step and the stage alone (`--inject rate:`), so every remedy meets the same failures;
-like the paper's, they spare the first and the last block stage, which CheckFree cannot rebuild, but for the rows "all
-stages" of CheckFree+. Remedies take turns within each seed and rate, in an order shuffled by the seed. Time is that of
-the run's own records, from its first committed step; `none` is the run without failures. Held-out loss is measured
-every --every steps by the run itself. The jump is the loss of the very batch that follows the loss of the first block
-stage, less that of the same run without it. Writes checkfree.json and checkfree.svg.
+like the paper's, they spare the first and last block stage, which CheckFree cannot rebuild, but for the row "all
+stages" of CheckFree+ at the highest rate. Remedies take turns within each seed and rate, in an order shuffled by the
+seed. Time is that of the run's own records, from its first committed step; `none` is the run without failures.
+Held-out loss is measured every --every steps by the run itself. The jump is the loss of the very batch that follows the
+loss of the first block stage, less that of the same run without it. Writes checkfree.json and checkfree.svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from checkfree_report import picture, print_report, summarise
 from rich.console import Console
 from rich.progress import (
     MofNCompleteColumn,
@@ -39,8 +39,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipeline.weights import preset
-from recovery import lines
+sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
+
+import launch.train  # noqa: E402, F401  (what a run imports is there before it is forked)
+from benchmarks.checkfree_report import picture, print_report, summarise  # noqa: E402
+from launch import cli  # noqa: E402
+from launch.nursery import Nursery  # noqa: E402
+from pipeline.weights import preset  # noqa: E402
 
 RATES = json.loads((Path(__file__).parent / "data" / "checkfree_paper.json").read_text())
 MIDDLE, ALL = "2-5", "1-6"
@@ -50,6 +55,7 @@ ARMS = {  # name -> (recovery, stages that are hit)
     "checkfree+, all stages": ("checkfree+", ALL),
 }  # fmt: skip
 DEADLINE_S = 300.0
+JUMP = 10  # steps before the end
 
 
 def model(folder: Path) -> Path:
@@ -61,34 +67,51 @@ def model(folder: Path) -> Path:
     return path
 
 
-def run(folder: Path, recovery: str, seed: int, inject: str, options: argparse.Namespace) -> dict[str, Any]:
+def run(nursery: Nursery, folder: Path, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run to its end: its curve, its failures and what it cost. Raises RuntimeError with what it said."""
-    out = folder / "run"
-    command = [
-        sys.executable, "-m", "launch", "train", "--workers", "7", "--ends", "apart", "--model", str(model(folder)),
+    out, steps = folder / "run", job.get("steps", options.steps)
+    recovery, seed, inject = job["recovery"], job["seed"], job["inject"]
+    arguments = [
+        "train", "--workers", "7", "--ends", "apart", "--model", str(model(folder)),
         "--tokenizer", "bytes", "--max-tokens", "1000000", "--sequence-length", "64", "--microbatches", "2",
-        "--microbatch-size", "4", "--steps", str(options.steps), "--warmup", "20", "--lr", "2e-3", "--threads", "1",
+        "--microbatch-size", "4", "--steps", str(steps), "--warmup", "20", "--lr", "2e-3", "--threads", "1",
         "--evaluate-every", str(options.every), "--evaluate-samples", "64", "--sample-tokens", "0", "--seed", str(seed),
         "--checkpoint-every", str(options.checkpoint_every if recovery == "checkpoint" else 0),
         "--recovery", recovery, "--inject", inject, "--max-failures", "1000", "--json", "--out", str(out),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    log = folder / "log"
+    pid = nursery.start({"arguments": arguments, "log": str(log)})
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
-        if done.returncode:
-            raise RuntimeError(f"recovery {recovery}, seed {seed}, {inject!r} ended: {done.stderr[-600:]}")
-        steps, events = lines(out / "metrics.jsonl"), lines(out / "events.jsonl")
+        ended = nursery.poll(DEADLINE_S)
+        if [exit_.code for exit_ in ended] != [0]:
+            raise RuntimeError(f"recovery {recovery}, seed {seed}, {inject!r} ended: {log.read_text()[-600:]}")
+        metrics, events = lines(out / "metrics.jsonl"), lines(out / "events.jsonl")
         times = [line["time"] for line in lines(out / "ledger.jsonl")]
         zero = times[0]
         curve = [(e["step"], e["time"] - zero, e["loss"]) for e in events if e["event"] == "evaluation"]
         return {
-            "recovery": recovery, "seed": seed, "curve": curve, "losses": [step["loss"] for step in steps],
+            "curve": curve, "losses": [step["loss"] for step in metrics],
             "seconds": curve[-1][1], "step_s": statistics.median(b - a for a, b in pairwise(times)),
             "faults": sum(e["event"] == "fault" for e in events),
             "replayed": sum(e.get("steps_lost", 0) for e in events if e["event"] == "rolled_back"),
         }  # fmt: skip
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # and with it go its workers
+            nursery.poll(5.0)
         shutil.rmtree(out, ignore_errors=True)
+
+
+def command(payload: dict[str, Any]) -> int:
+    """The command line, in a process that has imported everything before."""
+    with open(payload["log"], "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    return cli.main(payload["arguments"])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -100,25 +123,31 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
                 {"arm": arm, "recovery": recovery, "rate": number, "seed": seed,
                  "inject": f"rate:p={p},stages={stages},seed={seed}"}
                 for arm, (recovery, stages) in ARMS.items()
+                if stages == MIDDLE or number == 2
             ]  # fmt: skip
             if number == 0:
                 turn.append({"arm": "none", "recovery": "none", "rate": None, "seed": seed, "inject": ""})
             random.Random(f"{seed}/{number}").shuffle(turn)
             jobs += turn
         for arm, recovery in (("jump, swapped", "checkfree+"), ("jump, not swapped", "copy")):
-            for fault in ("", f"kill:stage=1,step={options.steps // 2},at=backward"):
-                jobs.append({"arm": arm, "recovery": recovery, "rate": None, "seed": seed, "inject": fault})
+            for fault in ("", f"kill:stage=1,step={options.steps - JUMP},at=backward"):
+                steps = options.steps - JUMP + 2
+                jobs.append(
+                    {"arm": arm, "recovery": recovery, "rate": None, "seed": seed, "inject": fault, "steps": steps}
+                )
     return jobs
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="of the checkpoint arm")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    nursery = Nursery(command)
     console, runs, failed = Console(stderr=True), list[dict[str, Any]](), list[str]()
     columns = (
         SpinnerColumn(),
@@ -133,8 +162,8 @@ def main() -> int:
         for job in jobs:
             progress.update(task, description=f"seed {job['seed']}, {job['arm']}, rate {job['rate']}")
             try:
-                runs.append({**job, **run(Path(folder), job["recovery"], job["seed"], job["inject"], options)})
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                runs.append({**job, **run(nursery, Path(folder), job, options)})
+            except RuntimeError as error:
                 failed.append(str(error))
                 console.print(f"[red]{error}")
             progress.advance(task)
@@ -143,6 +172,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found = {
         "command": ["benchmarks/checkfree.py", *sys.argv[1:]], "seeds": options.seeds, "steps": options.steps,
+        "jump_at": options.steps - JUMP,
         "checkpoint_every": options.checkpoint_every, "paper": RATES, "failed": failed, "runs": runs,
     }  # fmt: skip
     found["summary"] = summarise(found)

@@ -86,7 +86,7 @@ def gates(found: Found) -> Row:
         for seed in sorted({run["seed"] for run in runs}):
             pair = {bool(run["inject"]): run["losses"] for run in runs if run["seed"] == seed}
             if len(pair) == 2:
-                at = found["steps"] // 2
+                at = found["jump_at"]
                 jumps.setdefault(arm, []).append(pair[True][at] - pair[False][at])
     out |= {arm: spread(values) for arm, values in jumps.items()}
     if len(jumps) == 2:

@@ -150,8 +150,7 @@ def lighthouse(folder: Path, timeout_ms: int) -> None:
 
 
 def replica(folder: Path, number: int, by_hand: int) -> None:
-    """A replica group of one process; dies between two steps when `folder`/kill<number> is there. `by_hand` reduces
-    without the wrapper of DDP."""
+    """A replica group of one process; dies between two steps when `folder`/kill<number> is there."""
     import torch
     import torch.distributed as dist
     from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
@@ -176,7 +175,7 @@ def replica(folder: Path, number: int, by_hand: int) -> None:
         before = manager.current_step()
         optimizer.zero_grad()
         backward(shared, before, number, REPLICAS)
-        if by_hand:
+        if by_hand:  # in place of the wrapper of DDP
             flat = torch.nn.utils.parameters_to_vector([p.grad for p in parameters])
             manager.allreduce(flat).wait()
             torch.nn.utils.vector_to_parameters(flat, [p.grad for p in parameters])
@@ -204,14 +203,15 @@ class Family:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log"
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._needed: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Family:
         return self
 
     def __exit__(self, *_: object) -> None:
         found: list[psutil.Process] = []
-        for process in self._processes:
+        for process in self._started:
             if process.poll() is None:
                 process.send_signal(signal.SIGSTOP)  # so that it starts no more while it is asked for those it has
                 found += psutil.Process(process.pid).children(recursive=True)
@@ -233,21 +233,20 @@ class Family:
             process = subprocess.Popen(
                 arguments, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self._processes.append(process)
+        self._started.append(process)
+        self._needed.append(process)
         return process
 
     def lose(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for the end of one that is to end. Raises PeerError."""
-        self.until(lambda: process.poll() is not None, but=process)
-        self._processes.remove(process)
+        self._needed.remove(process)
+        self.until(lambda: process.poll() is not None)
 
-    def until(
-        self, reached: Callable[[], bool], deadline_s: float = 120.0, but: subprocess.Popen[bytes] | None = None
-    ) -> None:
-        """Wait until `reached()`. Raises PeerError when a process, `but` excepted, has ended, or at the deadline."""
+    def until(self, reached: Callable[[], bool], deadline_s: float = 120.0) -> None:
+        """Wait until `reached()`. Raises PeerError when a process that is needed has ended, or at the deadline."""
         deadline = time.monotonic() + deadline_s
         while not reached():
-            ended = [p.args[2] for p in self._processes if p is not but and p.poll() is not None]
+            ended = [p.args[2] for p in self._needed if p.poll() is not None]
             if ended or time.monotonic() > deadline:
                 what = f"{ended[0]} ended" if ended else f"nothing came within {deadline_s:.0f} s"
                 words = " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-6:])
@@ -303,7 +302,9 @@ def torchft(family: Family, chance: random.Random, timeout_ms: int, by_hand: boo
         known = lines(said[victim])
         last, seen = known[-1]["step"], len(known)
         if not by_hand:
-            killed = next(line["time"] for line in reversed(known) if "killed" in line)
+            if "killed" not in known[-1]:
+                raise PeerError(f"replica {victim} ended before it was to")
+            killed = known[-1]["time"]
         rest = partial(committed, 1 - victim, REPLICAS - 1, last)
         family.until(lambda rest=rest: bool(rest()))
         row, started = {"total_s": rest()[0] - killed}, time.time()
