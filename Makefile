@@ -41,10 +41,11 @@ unit: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed,torchft]'
 	$(BIN)/python benchmarks/ir.py --out benchmarks/results/ir.json
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results
 	$(BIN)/python benchmarks/recovery.py --out benchmarks/results
+	$(BIN)/python benchmarks/checkfree.py --out benchmarks/results
 
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from recovery_peers import PEERS, lines, measure_peer
+from recovery_peers import PEERS, measure_peer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -42,6 +43,7 @@ REMEDIES = {  # name -> (flags, places that may be killed)
     "replica": (["--workers", "4", "--replicas", "2", "--recovery", "replica"], (0, 1, 2, 3)),
     "checkfree": (["--workers", "5", "--recovery", "checkfree"], (2, 3)),
     "checkfree+": (["--workers", "5", "--recovery", "checkfree+"], (0, 1, 2, 3, 4)),
+    "redundant": (["--workers", "4", "--recovery", "redundant"], (0, 1, 2, 3)),
     "checkpoint": (["--workers", "4", "--recovery", "checkpoint"], (0, 1, 2, 3)),
     "replica, spare": (["--workers", "4", "--replicas", "2", "--recovery", "replica", "--spares", "1"], (0, 1, 2, 3)),
 }
@@ -62,11 +64,30 @@ def command(out: Path, steps: int, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
+class Tail:
+    """The records of a JSONL file that is written to meanwhile; only what is new is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read, self._records = path, 0, list[dict[str, Any]]()
+
+    def __call__(self) -> list[dict[str, Any]]:
+        if self._path.is_file():
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                text, _, _ = file.read().rpartition(b"\n")
+            self._read += len(text) + 1 if text else 0
+            self._records += [json.loads(line) for line in text.splitlines()]
+        return self._records
+
+
 class Run:
     """A training run that is watched through its folder and hit through the operating system."""
 
     def __init__(self, folder: Path, flags: list[str]) -> None:
         self.out = folder / "run"
+        self.metrics, self.events, self.ledger = (
+            Tail(self.out / f"{name}.jsonl") for name in ("metrics", "events", "ledger")
+        )
         self._log = (folder / "log").open("wb")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         arguments = [sys.executable, *command(self.out, STEPS, *flags)]
@@ -87,13 +108,8 @@ class Run:
         self.process.wait()
         self._log.close()
 
-    def steps(self) -> int:
-        """Steps committed so far, each counted once."""
-        return len({line["step"] for line in lines(self.out / "metrics.jsonl")})
-
     def last_step(self) -> int:
-        found = lines(self.out / "metrics.jsonl")
-        return found[-1]["step"] if found else 0
+        return self.metrics()[-1]["step"] if self.metrics() else 0
 
     def until(self, reached: Any, deadline_s: float = 120.0) -> float:
         """Wait until `reached()`; returns when that was seen, in unix seconds."""
@@ -101,7 +117,7 @@ class Run:
         while not reached():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the run ended or hangs: {Path(self._log.name).read_text()[-1500:]}")
-            time.sleep(0.002)
+            time.sleep(0.005)
         return time.time()
 
 
@@ -118,22 +134,22 @@ def measure(name: str, kills: int, seed: int, advance: Any) -> dict[str, Any]:
         for _ in range(kills):
             time.sleep(chance.uniform(0.3, 0.8))
             place = chance.choice(places)
-            before, seen = run.last_step(), len(lines(run.out / "events.jsonl"))
+            before, seen = run.last_step(), len(run.events())
             killed = time.time()
             os.kill(at[place], signal.SIGKILL)
-            run.until(lambda seen=seen: any(e["event"] == "resumed" for e in lines(run.out / "events.jsonl")[seen:]))
-            new = lines(run.out / "events.jsonl")[seen:]
+            run.until(lambda seen=seen: any(e["event"] == "resumed" for e in run.events()[seen:]))
+            new = run.events()[seen:]
             detected = next(e["time"] for e in new if e["event"] == "detected")
             view = next(e["time"] for e in new if e["event"] == "view")
             resumed = next(e for e in new if e["event"] == "resumed")
             least = before if name == "checkpoint" else 0  # what was rolled back is run again first
 
             def done(view: int = resumed["view"], least: int = least) -> list[float]:
-                ledger = lines(run.out / "ledger.jsonl")
-                return [line["time"] for line in ledger if line["view"] == view and line["step"] > least]
+                new = itertools.takewhile(lambda line: line["view"] >= view, reversed(run.ledger()))
+                return [line["time"] for line in new if line["view"] == view and line["step"] > least]
 
             run.until(done)
-            committed = done()[0]
+            committed = done()[-1]
             parts = resumed["seconds"]
             rows.append(
                 {
@@ -143,6 +159,8 @@ def measure(name: str, kills: int, seed: int, advance: Any) -> dict[str, Any]:
                     "first_step_s": committed - resumed["time"],
                 }
             )  # fmt: skip
+            if name == "redundant":  # its replacement joins later, while the run goes on
+                run.until(lambda seen=seen: sum(e["event"] == "resumed" for e in run.events()[seen:]) > 1)
             known = set(at.values())
             fresh = [c.pid for c in warm.children() if c.pid not in known]
             at[place], spare = (spare, next(pid for pid in fresh if pid != spare)) if spare else (fresh[0], 0)
@@ -153,12 +171,11 @@ def measure(name: str, kills: int, seed: int, advance: Any) -> dict[str, Any]:
 def throughput(flags: list[str], seconds: float) -> float:
     """Tokens per second of a run of its own that nobody disturbs, over `seconds` of its steps."""
     with tempfile.TemporaryDirectory() as folder, Run(Path(folder), flags) as run:
-        ledger = run.out / "ledger.jsonl"
         run.until(lambda: run.last_step() >= 40)
         began = time.time()
         time.sleep(seconds)
-        run.until(lambda: lines(ledger)[-1]["time"] >= began + seconds)
-        steady = [line for line in lines(ledger) if line["time"] >= began]
+        run.until(lambda: run.ledger()[-1]["time"] >= began + seconds)
+        steady = [line for line in run.ledger() if line["time"] >= began]
     span = steady[-1]["time"] - steady[0]["time"]
     return STEP_TOKENS * (steady[-1]["step"] - steady[0]["step"]) / span
 

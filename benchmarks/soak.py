@@ -27,7 +27,7 @@ import psutil
 from rich.console import Console
 from rich.progress import Progress
 
-from recovery import Run, lines
+from recovery import Run
 
 FLAGS = ["--workers", "6", "--replicas", "2", "--model", "llama-tiny", "--checkpoint-every", "50"]
 
@@ -47,7 +47,7 @@ def hit(run: Run, chance: random.Random) -> int:
 
 def check_ledger(run: Run) -> list[str]:
     """What is wrong with it."""
-    ledger = lines(run.out / "ledger.jsonl")
+    ledger = run.ledger()
     last: dict[int, dict[str, Any]] = {}
     wrong: list[str] = []
     for line in ledger:
@@ -87,8 +87,8 @@ def soak(minutes: float, every_s: float, seed: int, advance: Any) -> dict[str, A
         run.process.send_signal(signal.SIGTERM)
         code = run.process.wait(60)
         _, alive = psutil.wait_procs(family, timeout=10)
-        events = lines(run.out / "events.jsonl")
-        steps = len({line["step"] for line in lines(run.out / "ledger.jsonl")})
+        events = run.events()
+        steps = len({line["step"] for line in run.ledger()})
         problems = check_ledger(run)
         problems += [] if code == 75 else [f"exit code {code}: {Path(run._log.name).read_text()[-500:]}"]
         problems += [f"left behind: {p}" for p in alive]
@@ -112,7 +112,7 @@ def soak(minutes: float, every_s: float, seed: int, advance: Any) -> dict[str, A
 
 
 def rolled_back(run: Run) -> bool:
-    events = lines(run.out / "events.jsonl")
+    events = run.events()
     return bool(events) and events[-1]["event"] == "rolled_back"
 
 
