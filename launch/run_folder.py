@@ -13,6 +13,14 @@ LEDGER = ("step", "view", "first_sample", "samples")
 """Which samples a committed step was made of: `samples` global ids from `first_sample` on."""
 
 
+_LOSSES = ("remedy", "taken_over")
+"""The events that say what was done about a lost worker."""
+
+
+def _marked(event: dict[str, Any]) -> dict[str, Any]:
+    return {**event, "label": f"worker {event['worker']} lost: {event['remedy']}"}
+
+
 class RunFolder:
     """The files of one run. A resumed run drops the metrics of steps that it will run again."""
 
@@ -28,7 +36,7 @@ class RunFolder:
             e for e in read_jsonl(path / "events.jsonl") if e["event"] == "evaluation" and e["step"] <= first_step
         ]
         self.marks = [
-            e for e in read_jsonl(path / "events.jsonl") if e["event"] == "remedy" and e["step"] <= first_step
+            _marked(e) for e in read_jsonl(path / "events.jsonl") if e["event"] in _LOSSES and e["step"] <= first_step
         ]
         self._files = {name: (path / f"{name}.jsonl").open("a") for name in ("metrics", "events", "ledger")}
         self._board = None
@@ -56,8 +64,8 @@ class RunFolder:
             self.evaluations.append(line)
             if self._board is not None:
                 self._board.add_scalar("held_out_loss", fields["loss"], fields["step"])
-        if event == "remedy":
-            self.marks.append({**line, "label": f"worker {fields['worker']} lost: {fields['remedy']}"})
+        if event in _LOSSES:
+            self.marks.append(_marked(line))
         self._append("events", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:

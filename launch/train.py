@@ -191,6 +191,7 @@ def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
 _SAID = {
     "detected": "worker {worker} {reason}",
     "remedy": "worker {replacement} takes its place: {remedy}",
+    "rejoined": "worker {replacement} is ready and takes the place of worker {worker}: {remedy}",
     "taken_over": "the one before it does its work as well: {remedy}; worker {replacement} is being started",
     "resumed": "going on from step {step} after {seconds[total]:.2f} s",
     "link": "worker {worker} {reason}; nobody is lost: links are built anew",

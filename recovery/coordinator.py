@@ -86,7 +86,7 @@ class Coordinator:
             self._change(lost)
         elif committed and self._settled and (ready := self._ready()):
             self._follower.abort()  # at the end of a step: it costs least when the next one has only begun
-            self._publish(self.recovery.with_ready(self.view, ready))
+            self._publish(self.recovery.with_ready(self.view, ready), event="rejoined")
 
     def _ready(self) -> tuple[int, ...]:
         """The awaited workers that have been started and have built what they need."""
@@ -188,14 +188,14 @@ class Coordinator:
     def _settled(self) -> bool:
         return self._follower.iteration > READY
 
-    def _publish(self, view: View, lost: Sequence[int] = ()) -> None:
+    def _publish(self, view: View, lost: Sequence[int] = (), event: str = "remedy") -> None:
         view = self._with_agents(view)
         publish(self.store, view)
         self.view, self._follower, self._complained = view, Follower(self.store, view.number), None
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
         remedies = sorted({restore.remedy for restore in view.restores}) if view.rollback is None else [CHECKPOINT]
         for joiner, old in view.joined.items():
-            self.event("remedy", worker=old, replacement=joiner, remedy="+".join(remedies), view=view.number)
+            self.event(event, worker=old, replacement=joiner, remedy="+".join(remedies), view=view.number)
         for replacement, old in view.awaited.items():
             if old in lost:
                 self.event("taken_over", worker=old, replacement=replacement, remedy=REDUNDANT, view=view.number)

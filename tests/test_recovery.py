@@ -182,7 +182,7 @@ def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(nursery
     faults = "kill:worker=1,step=7;kill:worker=0,step=30,at=reduce;kill:worker=6,step=55,at=forward"
     train(nursery, out := tmp_path / "run", *flags, "--recovery", "redundant", "--inject", faults)
     assert [event["worker"] for event in events(out, "taken_over")] == [1, 0, 6]
-    assert [(e["worker"], e["replacement"], e["remedy"]) for e in events(out, "remedy")] == [
+    assert [(e["worker"], e["replacement"], e["remedy"]) for e in events(out, "rejoined")] == [
         (1, 6, "replica"), (0, 7, "replica"), (6, 8, "replica"),
     ]  # fmt: skip
     steps = [event["step"] for event in events(out, "resumed")]
