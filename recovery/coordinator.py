@@ -149,10 +149,10 @@ class Coordinator:
 
     @property
     def alive(self) -> set[int]:
-        """The agents that have given a sign of life of late, or have not begun yet."""
-        return {
+        """The agents that have given a sign of life of late, or have not begun yet; 0 is the coordinator's own."""
+        return {0} | {
             agent
-            for agent in {*self.view.agents.values(), 0}
+            for agent in self.view.agents.values()
             if not self.store.check([f"agent/{agent}"]) or self._silence_s(f"agent/{agent}") < self.heartbeat_s / 2
         }
 
