@@ -3,6 +3,8 @@
 When a worker is lost, the one before it does its work as well, from the next view on and without waiting for anybody:
 it has the state, kept up to date step by step, and the activations of the microbatches under way. Meanwhile a
 replacement is started; once it is ready it joins at the end of a step and gets its state back from whom kept it.
+Weights stay bitwise those of a run without the loss, but for a tied weight whose two ends meet on one worker: there its
+gradient is summed in another order.
 """
 
 from __future__ import annotations
