@@ -45,6 +45,7 @@ import launch.train  # noqa: E402, F401  (what a run imports is there before it 
 from benchmarks.checkfree_report import picture, print_report, summarise  # noqa: E402
 from launch import cli  # noqa: E402
 from launch.nursery import Nursery  # noqa: E402
+from launch.run_folder import read_jsonl  # noqa: E402
 from pipeline.weights import preset  # noqa: E402
 
 RATES = json.loads((Path(__file__).parent / "data" / "checkfree_paper.json").read_text())
@@ -85,12 +86,12 @@ def run(nursery: Nursery, folder: Path, job: dict[str, Any], options: argparse.N
         ended = nursery.poll(DEADLINE_S)
         if [exit_.code for exit_ in ended] != [0]:
             raise RuntimeError(f"recovery {recovery}, seed {seed}, {inject!r} ended: {log.read_text()[-600:]}")
-        metrics, events = lines(out / "metrics.jsonl"), lines(out / "events.jsonl")
-        times = [line["time"] for line in lines(out / "ledger.jsonl")]
+        metrics, events = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "events.jsonl")
+        times = [line["time"] for line in read_jsonl(out / "ledger.jsonl")]
         zero = times[0]
         curve = [(e["step"], e["time"] - zero, e["loss"]) for e in events if e["event"] == "evaluation"]
         return {
-            "curve": curve, "losses": [step["loss"] for step in metrics],
+            "curve": curve, **({"losses": [step["loss"] for step in metrics]} if job["arm"].startswith("jump") else {}),
             "seconds": curve[-1][1], "step_s": statistics.median(b - a for a, b in pairwise(times)),
             "faults": sum(e["event"] == "fault" for e in events),
             "replayed": sum(e.get("steps_lost", 0) for e in events if e["event"] == "rolled_back"),
@@ -108,10 +109,6 @@ def command(payload: dict[str, Any]) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     return cli.main(payload["arguments"])
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -167,8 +164,6 @@ def main() -> int:
                 failed.append(str(error))
                 console.print(f"[red]{error}")
             progress.advance(task)
-            if job["arm"] not in ("jump, swapped", "jump, not swapped"):
-                runs[-1].pop("losses", None)
     options.out.mkdir(parents=True, exist_ok=True)
     found = {
         "command": ["benchmarks/checkfree.py", *sys.argv[1:]], "seeds": options.seeds, "steps": options.steps,

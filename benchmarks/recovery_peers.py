@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import itertools
 import json
@@ -42,6 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from launch.nursery import die_with_parent
 
 MODEL = {  # preset llama-2m, with the vocabulary of --tokenizer bytes
     "hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -349,9 +350,7 @@ def main() -> int:
     parser.add_argument("--parent", type=int, default=os.getppid(), help="end when this process does")
     parser.add_argument("numbers", type=int, nargs="*", help="what the role takes beside its folder")
     options = parser.parse_args()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != options.parent:
-        return 1
+    die_with_parent(options.parent)
     roles[options.role](options.folder, *options.numbers)
     return 0
 

@@ -64,7 +64,7 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[
     """
     costs = layer_costs(model, config.sequence_length)
     ends = where_ends_go(config)
-    asked = num_spans(config.scheduler, config.stages, config.chunks) + (ends != "in line")
+    asked = num_spans(config.scheduler, config.stages, config.chunks) + (ends != "in-line")
     if asked > len(costs):
         by = f" x chunks {config.chunks}" if config.scheduler == "interleaved" else ""
         raise ConfigError(
@@ -88,8 +88,8 @@ def where_ends_go(config: TrainConfig) -> Ends:
     """Where the embedding and the head are placed: apart from the blocks where stages are to be alike (CheckFree)."""
     alike = config.recovery == "checkfree+" or (config.recovery == "checkfree" and config.stages > 3)
     if config.ends == "auto":
-        return "apart" if alike and config.scheduler == "one_f_one_b" else "in line"
-    return "in line" if config.ends == "in-line" else config.ends
+        return "apart" if alike and config.scheduler == "one_f_one_b" else "in-line"
+    return config.ends
 
 
 def shadows(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], ...]:

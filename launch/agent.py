@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,10 +133,7 @@ class Agent:
         while self.store.check([f"view/{self._view + 1}"]):
             view = read_view(self.store, self._view + 1)
             self._view = view.number
-            for pid, worker in self.pids.items():
-                if worker not in view.places:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            _send([pid for pid, worker in self.pids.items() if worker not in view.places], signal.SIGKILL)
             self._awaited = set(view.awaited)
             running = set(self.pids.values())
             for worker in (*view.joined, *view.awaited):
@@ -144,35 +141,25 @@ class Agent:
                     self._start(worker, place, view.number + (worker in view.awaited), joins=True)
             self._keep_spares()
         if over:
-            for pid, worker in self.pids.items():
-                if worker in self._awaited:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            _send([pid for pid, worker in self.pids.items() if worker in self._awaited], signal.SIGKILL)
 
     def end(self) -> None:
         """End the workers that still run, gently first, and the spare ones."""
         self._end_spares()
         for signum, grace in ((signal.SIGTERM, _GRACE_S if self._stopping else 0.0), (signal.SIGKILL, 2.0)):
-            self._signal(signum)
+            _send(self.pids, signum)
             deadline = time.monotonic() + grace
             while self.pids and time.monotonic() < deadline:
                 for exit_ in self.nursery.poll(0.05):
                     self.pids.pop(exit_.pid, None)
 
     def _end_spares(self) -> None:
-        for pid in self._spares:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _send(self._spares, signal.SIGKILL)
         deadline = time.monotonic() + 2.0
         while self._spares and time.monotonic() < deadline:
             for exit_ in self.nursery.poll(0.05):
                 self._spares.pop(exit_.pid, None)
                 self.pids.pop(exit_.pid, None)
-
-    def _signal(self, signum: int) -> None:
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
 
     @contextmanager
     def _forward_signals(self) -> Iterator[None]:
@@ -182,7 +169,7 @@ class Agent:
             self._stopping += 1
             if signum == signal.SIGINT and self._stopping > 1:
                 raise KeyboardInterrupt
-            self._signal(signal.SIGTERM)
+            _send(self.pids, signal.SIGTERM)
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -190,3 +177,9 @@ class Agent:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def _send(pids: Iterable[int], signum: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)

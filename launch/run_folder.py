@@ -32,12 +32,10 @@ class RunFolder:
         write_whole(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
         ledger = [line for line in read_jsonl(path / "ledger.jsonl") if line["step"] <= first_step]
         write_whole(path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in ledger))
-        self.evaluations = [
-            e for e in read_jsonl(path / "events.jsonl") if e["event"] == "evaluation" and e["step"] <= first_step
-        ]
-        self.marks = [
-            _marked(e) for e in read_jsonl(path / "events.jsonl") if e["event"] in _LOSSES and e["step"] <= first_step
-        ]
+        past = [e for e in read_jsonl(path / "events.jsonl") if e["event"] in ("evaluation", *_LOSSES)]
+        past = [e for e in past if e["step"] <= first_step]
+        self.evaluations = [e for e in past if e["event"] == "evaluation"]
+        self.marks = [_marked(e) for e in past if e["event"] in _LOSSES]
         self._files = {name: (path / f"{name}.jsonl").open("a") for name in ("metrics", "events", "ledger")}
         self._board = None
         if tensorboard:

@@ -125,9 +125,9 @@ class Graph:
         a redundant forward leaves goes with the last backward of its microbatch in its lane: by then it was not needed.
         """
         last = {op[:3]: i for i, op in enumerate(self.ops) if op[0] == B or op[0] == W}
-        ends: dict[tuple[int, int], tuple[int, ...]] = {}
-        for (_, _, m), j in last.items():
-            ends[self.workers[j], m] = (max(j, *ends.get((self.workers[j], m), (j,))),)
+        ends: dict[tuple[int, int], tuple[int, ...]] = {}  # (worker, microbatch) -> the last backward in its lane
+        if any(op[0] == R for op in self.ops):
+            ends = {(self.workers[j], m): (j,) for (_, _, m), j in last.items()}
         over: dict[tuple[int, Span], tuple[Span, ...]] = {}
         found: dict[int, tuple[int, ...]] = {}
         for i, (kind, span, m, _, _) in enumerate(self.ops):

@@ -184,8 +184,8 @@ class Pass:
         """The step as all workers agree on it, reached once per pass: everything that STEP needs to know."""
         beside = self.beside if any(op.kind == STEP for op in self.lane) else None
         return settle(
-            self.worker, self.schedule, self.job, self.step, losses=self.losses, beside=beside, wish=self.wish,
-            deadline=self.deadline,
+            self.worker, self.schedule, self.job, self.step, trains=self.trains, losses=self.losses, beside=beside,
+            wish=self.wish, deadline=self.deadline,
         )  # fmt: skip
 
     @cached_property

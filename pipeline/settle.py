@@ -36,13 +36,13 @@ class Settled:
 
 
 def settle(
-    worker: Worker, schedule: Schedule, job: Job, step: int, *, losses: Mapping[int, Tensor],
+    worker: Worker, schedule: Schedule, job: Job, step: int, *, trains: bool, losses: Mapping[int, Tensor],
     beside: Sequence[Span] | None, wish: Mapping[str, Any], deadline: float,
 ) -> Settled:  # fmt: skip
     """Sum what is still to be summed, vote, and return what all agree on.
 
     `losses` are the sums over the tokens of the microbatches whose loss this worker has computed; `beside` the shards
-    that it holds but does not compute with, None where nothing is trained. Raises NonFiniteLoss on all workers alike.
+    that it holds but does not compute with, None where its lane has no STEP. Raises NonFiniteLoss on all workers alike.
     """
     model, shards = worker.store.model, worker.store.shards
     for shard in beside or ():
@@ -60,7 +60,6 @@ def settle(
         deadline,
         lambda: worker.probe("commit", step),
     )
-    trains = any(route.backward for route in schedule.routes)
     return _agree(worker, job, step, votes, trains)
 
 

@@ -80,10 +80,8 @@ class Coordinator:
         if committed and self._settled:
             self._complaints = 0
         lost = self._reports() | self._silent() or self._broken()
-        if lost is None:  # everybody lives: the same workers, with new links
-            self._change({})
-        elif lost:
-            self._change(lost)
+        if lost is None or lost:
+            self._change(lost or {})  # where everybody lives: the same workers, with new links
         elif committed and self._settled and (ready := self._ready()):
             self._follower.abort()  # at the end of a step: it costs least when the next one has only begun
             self._publish(self.recovery.with_ready(self.view, ready), event="rejoined")
@@ -123,12 +121,12 @@ class Coordinator:
         if now - self._looked < min(1.0, self.heartbeat_s / 4):
             return {}
         self._looked = now
-        _ = self.alive  # agents are looked at as often as workers
+        alive = self.alive  # looked at as often as workers are
         lost: dict[int, str] = {}
         stalled = now - self._follower.moved > self.deadline_s
         for worker in self.view.workers:
             if not self.store.check([f"beat/{worker}"]):
-                if self.view.agents[self.view.places[worker]] in self.alive:
+                if self.view.agents[self.view.places[worker]] in alive:
                     continue  # it is still being started; its agent sees it end
                 lost[worker] = "was being started by an agent that has given no sign of life since"
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -90,20 +90,31 @@ def replace_workers(view: View, lost: tuple[int, ...]) -> View:
 
     Who has joined `view` without having got its state yet joins again, and a rollback is still to be done.
     """
-    moved = {old: view.next_worker + i for i, old in enumerate(lost)}
+    after, new = succeed(view, lost)
+    moved = {old: worker for worker, old in new.items()}
     return replace(
-        view,
-        number=view.number + 1,
+        after,
         workers=tuple(sorted(moved.get(worker, worker) for worker in view.workers)),
         schedules={purpose: dumps(substitute(loads(text), moved)) for purpose, text in view.schedules.items()},
+        joined={**after.joined, **new},
+        shadows=tuple((span, moved.get(worker, worker)) for span, worker in view.shadows),
+    )
+
+
+def succeed(view: View, lost: Sequence[int]) -> tuple[View, dict[int, int]]:
+    """The next view as far as it follows from who is lost: new workers have their places, and are still to be put to
+    work. And the new workers -> whom they follow, without those who follow one that was itself awaited."""
+    moved = {old: view.next_worker + i for i, old in enumerate(lost)}
+    after = replace(
+        view,
+        number=view.number + 1,
         places={moved.get(worker, worker): place for worker, place in view.places.items()},
-        joined={w: old for w, old in view.joined.items() if w not in lost}
-        | {new: old for old, new in moved.items() if old not in view.awaited},
+        joined={worker: old for worker, old in view.joined.items() if worker not in lost},
         awaited={moved.get(worker, worker): old for worker, old in view.awaited.items()},
         restores=(),
-        shadows=tuple((span, moved.get(worker, worker)) for span, worker in view.shadows),
         next_worker=view.next_worker + len(moved),
     )
+    return after, {new: old for old, new in moved.items() if old not in view.awaited}
 
 
 def publish(store: dist.Store, view: View) -> None:

@@ -16,7 +16,7 @@ from pipeline.lower import add_redundant, lower
 from pipeline.merge import merge
 from pipeline.schedule import F, R, Schedule, Span, dumps
 from pipeline.verify import verify
-from recovery.membership import View, substitute
+from recovery.membership import View, substitute, succeed
 from recovery.remedy import CannotRestore
 
 
@@ -39,21 +39,9 @@ def take_over(home: View, view: View, lost: Sequence[int]) -> View:
 
     `home` is the first view of the run, whose workers are its places.
     """
-    moved = {old: view.next_worker + i for i, old in enumerate(lost)}
-    awaited = {moved.get(worker, worker): old for worker, old in view.awaited.items()}
-    return arrange(
-        home,
-        replace(
-            view,
-            number=view.number + 1,
-            workers=tuple(worker for worker in view.workers if worker not in lost),
-            places={moved.get(worker, worker): place for worker, place in view.places.items()},
-            joined={worker: old for worker, old in view.joined.items() if worker not in lost},
-            awaited=awaited | {new: old for old, new in moved.items() if old not in view.awaited},
-            restores=(),
-            next_worker=view.next_worker + len(moved),
-        ),
-    )
+    after, new = succeed(view, lost)
+    left = tuple(worker for worker in view.workers if worker not in lost)
+    return arrange(home, replace(after, workers=left, awaited={**after.awaited, **new}))
 
 
 def rejoin(home: View, view: View, ready: Sequence[int]) -> View:

@@ -24,7 +24,7 @@ PLANNERS = (*SCHEDULERS, "balanced")
 """What --scheduler accepts: the orders above, and those that choose their own cut."""
 
 
-Ends = Literal["in line", "home", "apart"]
+Ends = Literal["in-line", "home", "apart"]
 
 
 def build(name: str, spans: Sequence[Span], microbatches: int, replicas: int = 1, **options: int) -> Schedule:
@@ -41,13 +41,13 @@ def num_spans(name: str, stages: int, chunks: int) -> int:
 
 def plan(
     name: str, layer_costs: Sequence[float], stages: int, microbatches: int, replicas: int = 1, *, chunks: int = 2,
-    evaluated: int | None = None, ends: Ends = "in line", swap: bool = False,
+    evaluated: int | None = None, ends: Ends = "in-line", swap: bool = False,
 ) -> Schedule:  # fmt: skip
     """A schedule of layers that cost `layer_costs` seconds each, on `stages` workers per replica; not yet lowered.
 
     `evaluated` gives the forwards alone of so many
     microbatches, on the spans and workers of training. `ends` says where the first and the last layer, the embedding
-    and the head, go: "in line" with the others; the head "home" to the first worker, or both "apart" there, as spans
+    and the head, go: "in-line" with the others; the head "home" to the first worker, or both "apart" there, as spans
     of their own, both in the order of 1F1B; `swap` then swaps the routes of every other microbatch.
 
     Raises ValueError, or PartitionError where there are fewer layers than spans.
@@ -57,7 +57,7 @@ def plan(
     if name == "balanced":
         return balanced(layer_costs, stages, microbatches, replicas, evaluated=evaluated)
     count = microbatches if evaluated is None else evaluated
-    if ends != "in line":
+    if ends != "in-line":
         head = (len(layer_costs) - 1, len(layer_costs))
         if ends == "home":
             part = fsum(layer_costs) / stages

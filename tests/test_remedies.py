@@ -152,7 +152,7 @@ def test_every_policy_names_remedies_that_exist() -> None:
     assert {name for names in POLICIES.values() for name in names} <= {*remedies(), "checkpoint", "redundant"}
 
 
-def redundantly(stages: int, replicas: int = 1, ends: Ends = "in line") -> View:
+def redundantly(stages: int, replicas: int = 1, ends: Ends = "in-line") -> View:
     made = plan("one_f_one_b", [1.0] * LAYERS, stages, 8, replicas, ends=ends)
     copies: list[tuple[Span, int]] = []
     for base in range(0, stages * replicas, stages):
@@ -167,7 +167,7 @@ def redundantly(stages: int, replicas: int = 1, ends: Ends = "in line") -> View:
 
 
 @pytest.mark.parametrize(
-    ("stages", "replicas", "ends"), [(2, 1, "in line"), (4, 1, "in line"), (3, 2, "in line"), (5, 1, "apart")]
+    ("stages", "replicas", "ends"), [(2, 1, "in-line"), (4, 1, "in-line"), (3, 2, "in-line"), (5, 1, "apart")]
 )
 def test_the_stage_before_takes_over_and_gives_back(tmp_path: Path, stages: int, replicas: int, ends: Ends) -> None:
     home = redundantly(stages, replicas, ends)
