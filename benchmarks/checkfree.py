@@ -55,7 +55,7 @@ ARMS = {  # name -> (recovery, stages that are hit)
     "checkfree+": ("checkfree+", MIDDLE), "copy": ("copy", MIDDLE), "random": ("random", MIDDLE),
     "checkfree+, all stages": ("checkfree+", ALL),
 }  # fmt: skip
-DEADLINE_S = 300.0
+DEADLINE_S = 900.0
 JUMP = 10  # steps before the end
 
 
@@ -79,6 +79,7 @@ def run(nursery: Nursery, folder: Path, job: dict[str, Any], options: argparse.N
         "--evaluate-every", str(options.every), "--evaluate-samples", "64", "--sample-tokens", "0", "--seed", str(seed),
         "--checkpoint-every", str(options.checkpoint_every if recovery == "checkpoint" else 0),
         "--recovery", recovery, "--inject", inject, "--max-failures", "1000", "--json", "--out", str(out),
+        *job.get("more", ()),
     ]  # fmt: skip
     log = folder / "log"
     pid = nursery.start({"arguments": arguments, "log": str(log)})

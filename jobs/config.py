@@ -29,7 +29,16 @@ class TrainConfig:
     replicas: int = 1
     """Data-parallel copies of the pipeline; must divide --workers and --microbatches."""
     scheduler: str = "one_f_one_b"
-    """gpipe, one_f_one_b, interleaved, zero_bubble, or balanced (shares layers between neighbours)."""
+    """gpipe, one_f_one_b, interleaved, zero_bubble, balanced (shares layers between neighbours), or skippipe (partial
+    routes through the slow links of --network)."""
+    skip: float = 0.0
+    """Share of the stages that each microbatch leaves out, under --scheduler skippipe; the first is never left out."""
+    swaps: bool = False
+    """Let a pair of neighbouring stages change places on a route, under --scheduler skippipe."""
+    full_every: int = 0
+    """Under --scheduler skippipe, every so many steps one in which no stage is skipped; 0 for none."""
+    search_moves: int = 12_000
+    """How long routes are searched for under --scheduler skippipe: moves, so that the seed alone decides the result."""
     chunks: int = 2
     """Spans per worker under --scheduler interleaved."""
     microbatches: int = 8
@@ -155,10 +164,17 @@ class TrainConfig:
         for name in ("workers", "replicas", "chunks", "microbatches", "microbatch_size", "sequence_length", "steps",
                      "evaluate_samples", "keep"):  # fmt: skip
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("checkpoint_every", "evaluate_every", "warmup", "max_tokens", "threads", "sample_tokens", "clip",
+        for name in ("checkpoint_every", "full_every", "search_moves", "evaluate_every", "warmup", "max_tokens", "threads", "sample_tokens", "clip",
                      "weight_decay"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.scheduler in PLANNERS, "scheduler", self.scheduler, f"one of {', '.join(PLANNERS)}")
+        known = (*PLANNERS, "skippipe")
+        require(self.scheduler in known, "scheduler", self.scheduler, f"one of {', '.join(known)}")
+        skips = self.scheduler == "skippipe"
+        require(not skips or self.network is not None, "network", self.network, "a JSON file, under scheduler skippipe")
+        require(
+            skips or not (self.skip or self.swaps or self.full_every), "skip", self.skip,
+            "0, without swaps and full_every, unless scheduler is skippipe",
+        )  # fmt: skip
         require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
         require(
             self.microbatches % self.replicas == 0, "microbatches", self.microbatches,
@@ -200,8 +216,8 @@ class TrainConfig:
             )  # fmt: skip
         if self.recovery == "redundant":
             require(
-                self.scheduler != "balanced" and self.stages > 1, "recovery", self.recovery,
-                "only with 2 or more workers per replica, and not with scheduler balanced",
+                self.scheduler not in ("balanced", "skippipe") and self.stages > 1, "recovery", self.recovery,
+                "only with 2 or more workers per replica, and not with scheduler balanced or skippipe",
             )  # fmt: skip
         if self.network is not None:
             require(self.network.is_file(), "network", str(self.network), "a readable JSON file")

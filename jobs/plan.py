@@ -7,28 +7,34 @@ the same thing; what it writes to the run folder is whole or absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.corpus import documents
 from jobs.data import Dataset
 from jobs.data import prepare as prepare_data
+from jobs.routes import Routes
 from jobs.tokenizer import build_tokenizer
 from pipeline.costs import CostError, Network
 from pipeline.lower import add_redundant, lower
 from pipeline.model import LayeredModel
 from pipeline.schedule import Schedule, Span, dumps
+from pipeline.transport import span_bytes
 from pipeline.verify import verify
 from pipeline.weights import PRESETS, read_config, resolve
 from recovery import checkpoint, redundant
 from recovery.membership import View
 from schedulers import num_spans, plan
 from schedulers.plan import Ends
+
+Around = Callable[[Collection[int]], Mapping[str, Schedule]]
+"""The places that have workers -> schedules by purpose. Raises CannotRestore."""
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)."""
@@ -41,6 +47,7 @@ class Plan:
     view: View
     model: LayeredModel
     notes: tuple[tuple[str, str], ...] = ()
+    around: Around | None = None
 
 
 _SMALL_OPS = 1.2  # what norms, activations and rotations add to a block (measured at dim 384: a fifth)
@@ -57,12 +64,17 @@ def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
     return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
 
 
-def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[str, Schedule]:
-    """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples.
+def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> tuple[dict[str, Schedule], Around | None]:
+    """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples; and what gives
+    those for the workers that are left, where microbatches may take other routes.
 
     Raises ConfigError where the model has fewer layers than the settings ask for spans.
     """
     costs = layer_costs(model, config.sequence_length)
+    if config.scheduler == "skippipe":
+        size = span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32)
+        routes = Routes(config, costs, evaluated, size)
+        return routes.schedules(), routes.around
     ends = where_ends_go(config)
     asked = num_spans(config.scheduler, config.stages, config.chunks) + (ends != "in-line")
     if asked > len(costs):
@@ -81,7 +93,7 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> dict[
             schedule = add_redundant(schedule, shadows(config, schedule))
         made[purpose] = lower(schedule)
         verify(made[purpose])
-    return made
+    return made, None
 
 
 def where_ends_go(config: TrainConfig) -> Ends:
@@ -103,6 +115,14 @@ def shadows(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], 
             stages = [[s for s, workers in holders.items() if base + k in workers] for k in range(config.stages)]
             found += [(span, base + worker) for span, worker in redundant.copies(stages)]
     return tuple(found)
+
+
+def stage_at(config: TrainConfig, view: View, place: int) -> int | None:
+    """The stage of the first replica in a place, in the first view of the run; None for the others."""
+    if config.scheduler == "skippipe":
+        holders = view.schedule("train").holders
+        return next((i for i, span in enumerate(holders) if holders[span][0] == place and span != max(holders)), None)
+    return place if place < config.stages else None
 
 
 def evaluation_samples(config: TrainConfig, dataset: Dataset) -> int:
@@ -170,7 +190,7 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
     first_step = first_sample = 0
     if found.path is not None:
         first_step, first_sample = int(extra["step"]), int(extra["next_sample"])
-    made = schedules(config, model, evaluation_samples(config, dataset))
+    made, around = schedules(config, model, evaluation_samples(config, dataset))
     view = View(
         number=1,
         workers=tuple(range(config.workers)),
@@ -186,7 +206,7 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
             "source": None if source is None else str(source),
         },
     )
-    return Plan(view, model, tuple(notes))
+    return Plan(view, model, tuple(notes), around)
 
 
 def read_network(path: Path, workers: int) -> Network:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from jobs.config import TrainConfig
 from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
+from pipeline.schedule import Schedule
 from pipeline.settle import NonFiniteLoss
 from pipeline.weights import ModelError, finish_export, write_shard
 from pipeline.worker import StepResult, Worker
@@ -26,6 +27,7 @@ from recovery import checkpoint
 from recovery.member import INTERRUPTIONS, Joined, Member
 from recovery.membership import View
 
+_WAIT_S = 0.05
 STOPPED = 75
 """The exit code of a run that was asked to stop and has saved itself (EX_TEMPFAIL: try again)."""
 
@@ -112,6 +114,8 @@ class Trainer:
         while True:
             if self.due:
                 self._after()
+            if self._missing() and (self.stopping or self.step >= config.steps):
+                self._await_missing()
             if self.stopping and self.step < config.steps:
                 self._say({"kind": "stopped", "step": self.step})
                 return STOPPED
@@ -120,12 +124,34 @@ class Trainer:
                 return 0
             self._one_step(record=self.step == drawn)
 
+    def _schedule(self) -> Schedule:
+        """That of the step under way: every so often one in which no span is skipped."""
+        every = self.config.full_every
+        return self.member.schedules["full" if every and (self.step + 1) % every == 0 else "train"]
+
+    def _missing(self) -> list[int]:
+        """The layers that nobody holds at the moment: their stage is being rebuilt, and routes lead around it."""
+        held = {layer for span in self.member.train.holders for layer in range(*span)}
+        return [layer for layer in range(self.worker.store.model.num_layers) if layer not in held]
+
+    def _await_missing(self) -> None:
+        """Wait for the view in which all layers are there, which ends this wait by an interruption. Raises
+        CheckpointError when it does not come."""
+        deadline = time.monotonic() + self.config.deadline
+        while time.monotonic() < deadline:  # who joins is let in when something is settled
+            self.worker.gather({})
+            time.sleep(_WAIT_S)
+        raise checkpoint.CheckpointError(
+            f"layers {self._missing()} are still being rebuilt {self.config.deadline:g} s after step {self.step}: the "
+            "model is not whole and cannot be saved"
+        )
+
     def _one_step(self, record: bool) -> None:
         """Run a step to its commit. A loss that is not finite is given a second chance: it may have been a fault."""
         began = time.monotonic()
         wish = {"stop": self.stop_asked()}
         try:
-            result = self.worker.run(self.member.train, self.job, self.step, wish=wish, record=record)
+            result = self.worker.run(self._schedule(), self.job, self.step, wish=wish, record=record)
         except NonFiniteLoss as error:
             if self.again:
                 raise
@@ -144,7 +170,13 @@ class Trainer:
         first, last = done == self.first_step, done == config.steps
         if not first and not self.stopping and (last or (config.evaluate_every and done % config.evaluate_every == 0)):
             self._evaluate(done)
-        if first or last or self.stopping or (config.checkpoint_every and done % config.checkpoint_every == 0):
+        if self._missing():
+            if last or self.stopping:
+                self._await_missing()
+            if config.checkpoint_every and done % config.checkpoint_every == 0:
+                error = f"layers {self._missing()} are being rebuilt"
+                self._event("checkpoint_failed", step=done, error=error)
+        elif first or last or self.stopping or (config.checkpoint_every and done % config.checkpoint_every == 0):
             saved = self._save(done)
             if self.stopping and not last and not saved:
                 raise checkpoint.CheckpointError(f"asked to stop at step {done}, but could not save")
@@ -177,7 +209,7 @@ class Trainer:
 
     def _evaluate(self, done: int) -> None:
         try:
-            result = self.worker.run(self.member.evaluate, self.held_out, 0)
+            result = self.worker.run(self.member.schedules["evaluate"], self.held_out, 0)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{error}, in the evaluation after step {done}") from error
         perplexity = math.exp(min(result.loss, 700.0))

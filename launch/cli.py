@@ -63,6 +63,12 @@ def _simulate() -> tuple[type, Callable[[Any], Any]]:
     return SimulateConfig, simulate_command
 
 
+def _plan() -> tuple[type, Callable[[Any], Any]]:
+    from launch.plan_command import PlanConfig, plan_command
+
+    return PlanConfig, plan_command
+
+
 def _draw() -> tuple[type, Callable[[Any], Any]]:
     from launch.commands import DrawConfig, draw
 
@@ -80,6 +86,7 @@ COMMANDS = {
     "eval": _Command("perplexity of an exported model", _evaluate),
     "generate": _Command("sample a continuation from an exported model", _generate),
     "simulate": _Command("time a schedule without running it", _simulate),
+    "plan": _Command("search for routes through a network", _plan),
     "draw": _Command("draw a schedule as SVG, Perfetto trace or text", _draw),
     "doctor": _Command("check versions, devices, cores, store and ports", _doctor),
 }
@@ -113,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         rest, file = _take_config(arguments[1:])
-        default = read_toml(file, settings) if file else settings()
+        default = read_toml(file, settings) if file else _default(settings)
         config = tyro.cli(
             settings, args=rest, default=default, prog=f"unbroken {arguments[0]}",
             description=f"{settings.__doc__} Settings may also come from a TOML file: --config FILE; flags come last.",
@@ -138,6 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     values, text = result
     print(json.dumps(values) if config.json else text)
     return 0 if values.get("ok", True) else ERROR
+
+
+def _default(settings: type) -> Any:
+    """The settings' defaults; tyro is to ask for those that have none."""
+    try:
+        return settings()
+    except TypeError:
+        return tyro.MISSING_NONPROP
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

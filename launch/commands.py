@@ -123,7 +123,7 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline]:
     """The schedule and its simulated timeline. Raises ConfigError, ScheduleError or the refusal of a file."""
     for name in ("stages", "microbatches", "replicas", "chunks"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
-    values = None if config.costs is None else _json(config.costs, "costs")
+    values = None if config.costs is None else read_json(config.costs, "costs")
     if config.schedule is not None:
         schedule = loads(_read(config.schedule, "schedule"))
         spans = list(schedule.holders)
@@ -141,7 +141,7 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline]:
         )
         spans = list(schedule.holders)
     costs = Costs.uniform(schedule) if values is None else Costs.from_json(values, spans)
-    network = None if config.network is None else Network.from_json(_json(config.network, "network"))
+    network = None if config.network is None else Network.from_json(read_json(config.network, "network"))
     verify(schedule)
     return schedule, simulate(schedule, costs, network)
 
@@ -198,7 +198,8 @@ def _read(path: Path, name: str) -> str:
         raise ConfigError(f"{name} is {str(path)!r}, which cannot be read: {error}") from error
 
 
-def _json(path: Path, name: str) -> Any:
+def read_json(path: Path, name: str) -> Any:
+    """What a JSON file holds. Raises ConfigError, calling the setting by its `name`."""
     try:
         return json.loads(_read(path, name))
     except json.JSONDecodeError as error:

@@ -143,7 +143,7 @@ def _follow(
     first = replace(plan.view, agents=slot.dealt(config.workers))
     coordinator = Coordinator(
         store, first,
-        Recovery(config.recovery, first, model.num_layers, model.tied, config.out / "checkpoints"),
+        Recovery(config.recovery, first, model.num_layers, model.tied, config.out / "checkpoints", plan.around),
         story.event, config.heartbeat, config.deadline, config.max_failures,
     )  # fmt: skip
 
@@ -180,9 +180,10 @@ def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
     count = sum(model.parameter_count(layer) for layer in range(model.num_layers))
     view = plan.view
     spans = " ".join(f"{lo}:{hi}" for lo, hi in view.schedule("train").holders)
+    parallel = f"{config.replicas} replica(s)" if config.scheduler != "skippipe" else f"skip {config.skip:g}"
     display.say(
         f"{model.config.model_type}, {count / 1e6:.1f}M parameters, {model.num_layers} layers in spans {spans}; "
-        f"{config.workers} workers, {config.replicas} replica(s), {config.scheduler}"
+        f"{config.workers} workers, {parallel}, {config.scheduler}"
     )
     if view.checkpoint:
         display.say(f"resuming at step {view.first_step} from {Path(view.checkpoint).name}")
@@ -193,6 +194,7 @@ _SAID = {
     "remedy": "worker {replacement} takes its place: {remedy}",
     "rejoined": "worker {replacement} is ready and takes the place of worker {worker}: {remedy}",
     "taken_over": "the one before it does its work as well: {remedy}; worker {replacement} is being started",
+    "rerouted": "its microbatches take other routes; worker {replacement} is being started",
     "resumed": "going on from step {step} after {seconds[total]:.2f} s",
     "link": "worker {worker} {reason}; nobody is lost: links are built anew",
     "rolled_back": "back to {to}: {steps_lost} steps are run again",

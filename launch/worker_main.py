@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.config import TrainConfig
-from jobs.plan import evaluation_samples, open_dataset, read_network
+from jobs.plan import evaluation_samples, open_dataset, read_network, stage_at
 from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
@@ -93,7 +93,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         load_checkpoint(member.worker, Path(view.checkpoint))
     dataset = open_dataset(config.out)
     reports = Reports(connect(payload["store"], 60.0), worker_id)
-    member.worker.probe = make_injector(member, config, place, reports, int(payload["store"]["port"]))
+    member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
     evaluated = evaluation_samples(config, dataset)
     trainer = Trainer(
         config, member,
@@ -152,7 +152,9 @@ def build_member(
     return Member(worker, communicator, store, remedies(config.checkfree_weights), shapes)
 
 
-def make_injector(member: Member, config: TrainConfig, place: int, reports: Reports, store_port: int) -> Injector:
+def make_injector(
+    member: Member, config: TrainConfig, view: View, place: int, reports: Reports, store_port: int
+) -> Injector:
     """The faults of the settings, as this worker meets them. The stage is that of the first view."""
     store = member.worker.store
 
@@ -169,8 +171,7 @@ def make_injector(member: Member, config: TrainConfig, place: int, reports: Repo
                 with socket.socket(fileno=os.dup(connection.fd)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
-    stage = place % config.stages if place < config.stages else None  # replicas of a stage are not hit by its faults
-    return Injector(parse(config.inject), reports.worker, stage, reports.claim, told, poison, cut)
+    return Injector(parse(config.inject), reports.worker, stage_at(config, view, place), reports.claim, told, poison, cut)
 
 
 def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Shape] | None:

@@ -48,6 +48,8 @@ class Costs:
     """Seconds of summing a span's gradient over its replicas, from when the last of them is there."""
     step_s: PerSpan = 0.0
     """Seconds of STEP."""
+    gap_s: float = 0.0
+    """Seconds that a worker needs from one compute op to the next one, unless that is of the same microbatch."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -165,7 +167,7 @@ class Network:
 
         Either {"latency_s": matrix, "bandwidth": matrix}, one of which may be left out and where a bandwidth of null
         is unlimited; or {"hop_s": matrix} with the seconds of a whole hop, serialisation included, which holds its
-        link; what such a file holds beside is ignored. Raises CostError.
+        link unless "contention" is false; what such a file holds beside is ignored. Raises CostError.
         """
         if not isinstance(values, dict):
             raise CostError(
@@ -180,8 +182,8 @@ class Network:
             if names:
                 raise CostError(f"a network has hop_s and {', '.join(sorted(names))}; allowed: one or the other")
             hops = values["hop_s"]
-            return cls(hops, [[math.inf] * len(hops)] * len(hops), exclusive=True)
-        unknown = set(values) - names - {"about"}
+            return cls(hops, [[math.inf] * len(hops)] * len(hops), exclusive=values.get("contention", True) is not False)
+        unknown = set(values) - names - {"about", "contention"}
         if unknown or not names:
             found = ", ".join(sorted(unknown)) or "nothing"
             raise CostError(f"a network has {found}; allowed: latency_s and bandwidth, or hop_s")

@@ -7,7 +7,7 @@ absence of deadlock, the end of the step, copies, memory. What passes here canno
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pipeline.graph import Graph, no_collection
@@ -47,8 +47,14 @@ class Report:
 
 
 @no_collection()
-def verify(schedule: Schedule, *, max_activations: int | Mapping[int, int] | None = None) -> Report:
+def verify(
+    schedule: Schedule, *, max_activations: int | Mapping[int, int] | None = None, always: Collection[Span] = (),
+    balanced: bool = False,
+) -> Report:  # fmt: skip
     """Prove a schedule, or raise ScheduleError naming the op, what it waits for or what is missing.
+
+    Where routes skip spans: `always` are spans that none may skip, and `balanced` demands that all others are visited
+    by as many microbatches as each other, and each of their workers by as many as its replicas, give or take one.
 
     `max_activations` bounds what each worker may hold, the same for all or by worker (missing: unbounded). Where
     backward spans are cut differently, what another worker's backward frees counts as held to the end.
@@ -57,6 +63,11 @@ def verify(schedule: Schedule, *, max_activations: int | Mapping[int, int] | Non
         _check_route(route)
     _check_ops(schedule)
     _check_complete(schedule)
+    for m, route in enumerate(schedule.routes):
+        if skipped := [span for span in always if span not in route.forward]:
+            raise ScheduleError(f"route of microbatch {m} skips span {skipped[0]}, which none may skip")
+    if balanced:
+        _check_balance(schedule, always)
     graph = schedule.graph
     _ = graph.order
     if schedule.lowered:
@@ -148,6 +159,22 @@ def _check_complete(schedule: Schedule) -> None:
                 raise ScheduleError(
                     f"{half[1]} is of worker {half[0]}, {rest[1]} of worker {rest[0]}; expected one worker"
                 )
+
+
+def _check_balance(schedule: Schedule, always: Collection[Span]) -> None:
+    """Spans that may be skipped are visited equally often, and so are the replicas of each span."""
+    visits = Counter(span for route in schedule.routes for span in route.forward if span not in always)
+    by_worker = Counter((span, worker) for (kind, span, _), worker in schedule.home.items() if kind == F)
+    groups = {"spans": {str(span): n for span, n in visits.items()}} if visits else {}
+    for span, workers in schedule.holders.items():
+        groups[f"the workers of span {span}"] = {f"worker {w}": by_worker[span, w] for w in workers}
+    for what, counts in groups.items():
+        most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+        if counts[most] > counts[least] + 1:
+            raise ScheduleError(
+                f"visits of {what} are not balanced: {most} has {counts[most]}, {least} has {counts[least]}; "
+                "they may differ by one"
+            )
 
 
 def _missing(kind: str, span: Span, microbatch: int) -> ScheduleError:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from recovery.commit import READY, Follower
 from recovery.membership import View, publish, replace_workers
-from recovery.policy import CHECKPOINT, REDUNDANT, Recovery
+from recovery.policy import CHECKPOINT, REROUTE, Recovery
 from recovery.remedy import CannotRestore
 
 Event = Callable[..., None]
@@ -196,7 +196,8 @@ class Coordinator:
             self.event(event, worker=old, replacement=joiner, remedy="+".join(remedies), view=view.number)
         for replacement, old in view.awaited.items():
             if old in lost:
-                self.event("taken_over", worker=old, replacement=replacement, remedy=REDUNDANT, view=view.number)
+                name = "rerouted" if self.recovery.meanwhile == REROUTE else "taken_over"
+                self.event(name, worker=old, replacement=replacement, remedy=self.recovery.meanwhile, view=view.number)
 
 
 def _as_text(joined: Mapping[int, int]) -> dict[str, Any]:

@@ -57,8 +57,12 @@ class Member:
     shapes: Callable[[View], Shapes | None]
     patience_s: float = 60.0
     view: View | None = None
-    train: Schedule = field(default_factory=lambda: Schedule((), {}))
-    evaluate: Schedule = field(default_factory=lambda: Schedule((), {}))
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
+    """Those of the view, by purpose."""
+
+    @property
+    def train(self) -> Schedule:
+        return self.schedules["train"]
 
     def complain(self, error: Exception) -> None:
         """An interruption that no view has brought is the coordinator's to know: a link may have broken by itself."""
@@ -95,7 +99,7 @@ class Member:
         self.communicator.settle(set(view.workers), deadline)
         worker.iteration = 0
         worker.exchange = Ballot(self.store, view.number, worker.id, view.workers)
-        train, evaluate = view.schedule("train"), view.schedule("evaluate")
+        schedules = {purpose: view.schedule(purpose) for purpose in view.schedules}
         norms = {span_text(span): value for span, value in worker.norms.items()}
         votes = worker.gather({"position": position, "norms": norms, **self.communicator.kept()})
         times["ready"] = time.monotonic()
@@ -109,7 +113,7 @@ class Member:
         worker.drop()  # after the last sum: one that was under way still wrote into the gradients
         model = worker.store.model
         shards = shards_of(view, model.num_layers, model.tied)
-        pairs = link_pairs(connections(train) | connections(evaluate))
+        pairs = link_pairs({pair for schedule in schedules.values() for pair in connections(schedule)})
         self.communicator.edit(view.number, pairs, shards, self.shapes(view))
         times["edited"] = time.monotonic()
         known: dict[Span, float] = {}
@@ -129,7 +133,7 @@ class Member:
         times["restored"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
-        self.view, self.train, self.evaluate = view, train, evaluate
+        self.view, self.schedules = view, schedules
         return Joined(view, where, began, {name: at - began for name, at in times.items()})
 
 

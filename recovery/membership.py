@@ -117,6 +117,27 @@ def succeed(view: View, lost: Sequence[int]) -> tuple[View, dict[int, int]]:
     return after, {new: old for old, new in moved.items() if old not in view.awaited}
 
 
+def leave(view: View, lost: Sequence[int]) -> View:
+    """The next view without `lost`, whose replacements are awaited; who does their work is still open."""
+    after, new = succeed(view, lost)
+    left = tuple(worker for worker in view.workers if worker not in lost)
+    return replace(after, workers=left, awaited={**after.awaited, **new})
+
+
+def come(view: View, ready: Sequence[int]) -> View:
+    """The next view, in which awaited workers that are ready have their places back; their work and their state are
+    still to come."""
+    return replace(
+        view,
+        number=view.number + 1,
+        workers=tuple(sorted({*view.workers, *ready})),
+        joined={worker: view.awaited[worker] for worker in ready},
+        awaited={worker: old for worker, old in view.awaited.items() if worker not in ready},
+        restores=(),
+        rollback=None,
+    )
+
+
 def publish(store: dist.Store, view: View) -> None:
     """Write a view. Only the coordinator does; numbers ascend."""
     store.set(f"view/{view.number}", json.dumps(asdict(view)))

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recovery import checkpoint, redundant
-from recovery.membership import Restore, View, replace_workers
+from recovery import checkpoint, redundant, reroute
+from recovery.membership import Restore, View, come, leave, replace_workers
 from recovery.neighbours import Average, Copy, Random, Twin
 from recovery.remedy import CannotRestore, Loss, Remedy, losses
 from recovery.replica import Replica
 
-CHECKPOINT, REDUNDANT = "checkpoint", "redundant"
+CHECKPOINT, REDUNDANT, REROUTE = "checkpoint", "redundant", "reroute"
 POLICIES: Mapping[str, tuple[str, ...]] = {
     "auto": ("replica", "checkfree", CHECKPOINT),
     "replica": ("replica",),
@@ -41,6 +41,8 @@ class Recovery:
     num_layers: int
     tied: bool
     checkpoints: Path
+    planner: reroute.Planner | None = None
+    """Gives other routes where microbatches may take them; without it lost workers are waited for."""
 
     def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
         """The view after `view`, in which the work of `lost` is taken over, or replacements join. Raises CannotRestore.
@@ -50,16 +52,30 @@ class Recovery:
         if view.rollback is not None:  # everybody is still to go back
             return replace_workers(view, lost)
         reasons = list[str]()
-        if REDUNDANT in POLICIES[self.policy]:
+        if (name := self.meanwhile) is not None:
             try:
-                return self._cured(redundant.take_over(self.home, view, lost))
+                after = self._cured(self._arranged(leave(view, lost)))
+                if name == REROUTE and self._cured(self._arranged(come(after, tuple(after.awaited)))).rollback:
+                    raise CannotRestore("what was lost will come back from a checkpoint alone, so it is now")
+                return after
             except CannotRestore as error:
-                reasons.append(f"{REDUNDANT}: {error}")
+                reasons.append(f"{name}: {error}")
         return self._cured(replace_workers(view, lost), reasons)
 
     def with_ready(self, view: View, ready: tuple[int, ...]) -> View:
         """The view after `view`, in which awaited workers that are ready join. Raises CannotRestore."""
-        return self._cured(redundant.rejoin(self.home, view, ready))
+        return self._cured(self._arranged(come(view, ready)))
+
+    @property
+    def meanwhile(self) -> str | None:
+        """What is done until a replacement is ready: REROUTE, REDUNDANT, or nothing, which is to wait for it."""
+        if POLICIES[self.policy] not in ((), (CHECKPOINT,)) and self.planner is not None:
+            return REROUTE
+        return REDUNDANT if REDUNDANT in POLICIES[self.policy] else None
+
+    def _arranged(self, view: View) -> View:
+        """`view` with the schedules for its workers. Raises CannotRestore."""
+        return redundant.arrange(self.home, view) if self.planner is None else reroute.arrange(self.planner, view)
 
     def _cured(self, view: View, reasons: Sequence[str] = ()) -> View:
         return cure(view, self.policy, self.num_layers, self.tied, self.checkpoints, reasons)

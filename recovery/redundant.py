@@ -16,7 +16,7 @@ from pipeline.lower import add_redundant, lower
 from pipeline.merge import merge
 from pipeline.schedule import F, R, Schedule, Span, dumps
 from pipeline.verify import verify
-from recovery.membership import View, substitute, succeed
+from recovery.membership import View, substitute
 from recovery.remedy import CannotRestore
 
 
@@ -32,32 +32,6 @@ def successors(train: Schedule) -> dict[int, int]:
         if kind == F:
             found.setdefault(worker, set()).add(train.home.get((R, span, m)))
     return {worker: holder for worker, (holder, *more) in found.items() if holder is not None and not more}
-
-
-def take_over(home: View, view: View, lost: Sequence[int]) -> View:
-    """The next view, in which others do the work of `lost`; replacements are awaited. Raises CannotRestore.
-
-    `home` is the first view of the run, whose workers are its places.
-    """
-    after, new = succeed(view, lost)
-    left = tuple(worker for worker in view.workers if worker not in lost)
-    return arrange(home, replace(after, workers=left, awaited={**after.awaited, **new}))
-
-
-def rejoin(home: View, view: View, ready: Sequence[int]) -> View:
-    """The next view, in which awaited workers that are ready have their places back; their state is still to come."""
-    return arrange(
-        home,
-        replace(
-            view,
-            number=view.number + 1,
-            workers=tuple(sorted({*view.workers, *ready})),
-            joined={worker: view.awaited[worker] for worker in ready},
-            awaited={worker: old for worker, old in view.awaited.items() if worker not in ready},
-            restores=(),
-            rollback=None,
-        ),
-    )
 
 
 def arrange(home: View, view: View) -> View:

@@ -1,0 +1,209 @@
+"""`unbroken plan`: search for a plan through a network, or time the paths that a file holds."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from jobs.config import ConfigError, require
+from launch.commands import Result, read_json
+from launch.run_folder import write_whole
+from pipeline.draw import svg
+from pipeline.network_picture import network_svg
+from pipeline.schedule import dumps
+from pipeline.simulate import simulate
+from pipeline.verify import verify
+from schedulers.paths.problem import NetworkError, Path as Nodes, Problem, from_json
+from schedulers.skippipe import SkipPlan, replay, skippipe
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan routes through a network of nodes. What is printed is simulated, under the times in the network file."""
+
+    network: Path
+    """JSON with hop_s, a matrix of seconds from node to node, and stages, a list of lists of nodes; and, if they are
+    to differ from the defaults, forward_s, backward_s, loss_s, gap_s, speed, memory_slots, path_length and
+    microbatches_per_first_stage_node."""
+    scheduler: Literal["skippipe"] = "skippipe"
+    """skippipe: every microbatch skips some stages, and nodes are shared by all paths."""
+    skip: float | None = None
+    """Share of the stages that a path leaves out; unset: what path_length in the file says, or nothing."""
+    swaps: bool = False
+    """Let one pair of neighbouring stages change places on a path."""
+    joint: bool = False
+    """Search which node serves which stage too."""
+    stages: int | None = None
+    """Stages of equal size, where the file has none."""
+    microbatches: int | None = None
+    """Microbatches over all nodes of the first stage; unset: what the file says per node of the first stage."""
+    contention: bool = False
+    """A link carries one microbatch at a time, per direction."""
+    budget: float = 60.0
+    """Seconds of search; it ends sooner where the plan is proved to be the best."""
+    seed: int = 0
+    """Of the search."""
+    replay: bool = False
+    """Search for nothing: time the paths under published_paths in the file."""
+    out: Path | None = None
+    """A folder for pictures of the network and of the iteration, and for the schedule's text."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def plan_command(config: PlanConfig) -> Result:
+    """iteration_s, lower_bound_s, gap, stages and paths. Raises ConfigError or NetworkError."""
+    require(config.budget > 0, "budget", config.budget, "above 0")
+    values = read_json(config.network, "network")
+    problem = from_json(
+        values, skip=config.skip, swaps=config.swaps, contention=config.contention, stages=config.stages,
+        microbatches=config.microbatches,
+    )  # fmt: skip
+    names = names_in(values, len(problem.hop_s))
+    if config.replay:
+        return _replayed(config, problem, values, names)
+    began = time.monotonic()
+    with Console(stderr=True, quiet=config.json).status(f"searching for up to {config.budget:g} s"):
+        plan = skippipe(problem, seed=config.seed, seconds=config.budget, joint=config.joint)
+    schedule = plan.schedule()
+    first = (0, 1)
+    report = verify(
+        schedule, always=(first, (len(problem.stages), len(problem.stages) + 1)), balanced=True,
+        max_activations={n: k + (n in plan.problem.homes) for n, k in enumerate(problem.slots)},
+    )  # fmt: skip
+    found = {
+        "scheduler": "skippipe", **as_json(plan), "joint": config.joint, "seed": config.seed,
+        "search_s": round(time.monotonic() - began, 3), "verified_ops": report.num_ops, "simulated": True,
+    }  # fmt: skip
+    written = [] if config.out is None else _draw(config.out, plan, names)
+    return {**found, "written": written}, _text(plan, names, found, written)
+
+
+def as_json(plan: SkipPlan) -> dict[str, Any]:
+    """What a plan is and takes, for --json."""
+    problem = plan.problem
+    return {
+        "nodes": len(problem.hop_s), "microbatches": problem.num_microbatches, "path_length": problem.path_length,
+        "skip": round(1 - problem.path_length / len(problem.stages), 4), "swaps": problem.swaps,
+        "contention": problem.contention, "iteration_s": plan.iteration_s, "lower_bound_s": plan.lower_bound_s,
+        "gap": plan.gap, "bounds": plan.bounds, "rule": plan.rule, "stages": [list(s) for s in problem.stages],
+        "paths": [list(path) for path in plan.paths], "finish_s": list(plan.run.finish),
+    }  # fmt: skip
+
+
+def names_in(values: Mapping[str, Any], size: int) -> list[str]:
+    """The names of the nodes in a network file, if it has them."""
+    names = values.get("locations", [])
+    good = isinstance(names, list) and len(names) == size
+    return [str(name) for name in names] if good else []
+
+
+def published(problem: Problem, values: Mapping[str, Any]) -> dict[str, list[Nodes]]:
+    """The paths that a file holds, by name, microbatch by microbatch: each path serves as many as the others, in turn.
+
+    A published time of "full pipeline, N microbatches on K fixed pipelines" is that of the k-th nodes of all stages.
+    Raises NetworkError for paths that cannot be read.
+    """
+    found: dict[str, list[Nodes]] = {}
+    for name in values.get("published_iteration_s", {}):
+        if fixed := re.search(r"full pipeline, (\d+) microbatches on (\d+) fixed pipelines", name):
+            lines = [tuple(stage[k] for stage in problem.stages) for k in range(int(fixed[2]))]
+            found[name] = [lines[m % len(lines)] for m in range(int(fixed[1]))]
+    for name, group in values.get("published_paths", {}).items():
+        lines = [_chain(name, each) for each in group.values()]
+        if not lines or problem.num_microbatches % len(lines):
+            raise NetworkError(
+                f"published_paths {name!r} has {len(lines)} paths for {problem.num_microbatches} microbatches; allowed: "
+                "a divisor"
+            )
+        found[name] = lines * (problem.num_microbatches // len(lines))
+    if not found:
+        raise NetworkError("the network file has no published_paths to replay")
+    return found
+
+
+def _chain(name: str, following: Mapping[str, int]) -> Nodes:
+    """The path of {node: the next one}."""
+    after = {int(a): int(b) for a, b in following.items()}
+    starts = set(after) - set(after.values())
+    if len(starts) != 1:
+        raise NetworkError(f"published_paths {name!r}: {dict(following)} is no path; allowed: each node's next one")
+    path = [starts.pop()]
+    while path[-1] in after:
+        path.append(after[path[-1]])
+    return tuple(path)
+
+
+def _replayed(config: PlanConfig, problem: Problem, values: Mapping[str, Any], names: list[str]) -> Result:
+    times = values.get("published_iteration_s", {})
+    rows: list[dict[str, Any]] = []
+    for name, paths in published(problem, values).items():
+        plan = replay(problem, paths)
+        known = [seconds for said, seconds in times.items() if name.split(" (")[0] in said]
+        seconds = known[0] if len(known) == 1 else None
+        rows.append(
+            {
+                "name": name, "microbatches": len(paths), "completed": sum(t < float("inf") for t in plan.run.finish),
+                "iteration_s": plan.iteration_s, "published_s": seconds,
+                "ratio": None if seconds is None else plan.iteration_s / seconds,
+            }
+        )  # fmt: skip
+        if config.out is not None:
+            stem = re.sub(r"[^a-z0-9]+", "-", name.split(" (")[0].lower()).strip("-")
+            _draw(config.out, plan, names, f"{stem}-")
+    said = [
+        f"{row['name']}: {row['iteration_s']:.2f} s"
+        + (f", published {row['published_s']:.2f} s ({row['ratio']:.3f} of it)" if row["published_s"] else "")
+        + f", {row['completed']} of {row['microbatches']} microbatches complete"
+        for row in rows
+    ]
+    return {"scheduler": "skippipe", "replayed": rows, "simulated": True}, "\n".join(said)
+
+
+def _draw(out: Path, plan: SkipPlan, names: list[str], stem: str = "") -> list[str]:
+    """Pictures of the network and of the iteration, and the text of the schedule; returns their paths."""
+    schedule, problem = plan.schedule(), plan.problem
+    note = f"iteration {plan.iteration_s:.2f} s, no plan takes less than {plan.lower_bound_s:.2f} s"
+    texts = {
+        f"{stem}network.svg": network_svg(
+            [list(row) for row in problem.hop_s], [list(s) for s in problem.stages], list(plan.paths), names=names,
+            title="SkipPipe's paths through the network", note=note,
+        ),
+        f"{stem}timeline.svg": svg(simulate(schedule, plan.costs, plan.network)),
+        f"{stem}schedule.txt": dumps(schedule),
+    }  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_whole(out / name, text)
+    except OSError as error:
+        raise ConfigError(f"out is {str(out)!r}, which cannot be written: {error}") from error
+    return [str(out / name) for name in texts]
+
+
+def _text(plan: SkipPlan, names: list[str], found: Mapping[str, Any], written: list[str]) -> str:
+    problem = plan.problem
+
+    def said(node: int) -> str:
+        return f"{node} {names[node]}" if names else str(node)
+
+    lines = [f"stage {i}: {', '.join(map(said, stage))}" for i, stage in enumerate(problem.stages)]
+    count: dict[Nodes, int] = {}
+    for path in plan.paths:
+        count[path] = count.get(path, 0) + 1
+    for path, many in sorted(count.items()):
+        lines.append(f"{many} x {' > '.join(map(said, path))}   round trip {problem.round_trip(path):.2f} s")
+    proved = ", proved to be the least" if plan.gap < 1e-6 else f", at most {plan.gap:.1%} above the least"
+    lines.append(
+        f"simulated: iteration {plan.iteration_s:.3f} s, bound {plan.lower_bound_s:.3f} s{proved}; "
+        f"{problem.num_microbatches} microbatches visit {problem.path_length} of {len(problem.stages)} stages; "
+        f"searched {found['search_s']:.1f} s"
+    )
+    return "\n".join([*lines, *(f"wrote {path}" for path in written)])

@@ -1,0 +1,1 @@
+"""SkipPipe's inner problem: which nodes each microbatch visits, and when. `schedulers/skippipe.py` is the door."""

@@ -1,0 +1,121 @@
+"""What no plan can beat: bounds on the seconds of an iteration, each from one thing that takes time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import networkx as nx
+
+from schedulers.paths.problem import Problem, quotas
+from schedulers.paths.router import Router
+
+
+def lower_bounds(problem: Problem) -> dict[str, float]:
+    """By what it counts, for the given stages; the largest is the bound.
+
+    "round trips": a home with M microbatches and K slots makes ceil(M / K) round trips one after another.
+    "homes": beside, the home does its own work, which the turn from one round to the next must wait for (see `_home`).
+    "first stage", "middle": a node's own ops alone.
+    """
+    router = Router(problem)
+    trips, homes, first = [0.0], [0.0], [0.0]
+    for home in problem.homes:
+        many = problem.microbatches_of(home)
+        found = router.cheapest(home)
+        if found is not None:
+            trips.append(-(-many // problem.slots[home]) * found[0])
+            homes.append(_home(problem, home, found[0], many))
+        own = math.fsum(problem.seconds(kind, home) for kind in ("forward", "loss", "backward"))
+        first.append(many * own + (3 * many - 1) * problem.gap_s)
+    middle = [
+        least * (problem.seconds("forward", node) + problem.seconds("backward", node) + 2 * problem.gap_s)
+        - (problem.gap_s if least else 0.0)
+        for node, (least, _) in quotas(problem)[1].items()
+    ]
+    return {"round trips": max(trips), "homes": max(homes), "first stage": max(first), "middle": max(middle, default=0)}
+
+
+def _home(problem: Problem, home: int, trip: float, many: int) -> float:
+    """Of one home with M microbatches and K slots whose round trips take `trip` seconds at least.
+
+    Number the microbatches by the start of their forward, S(1) <= S(2) <= ...; S(j + K) waits for j of the backwards,
+    so S(j + K) >= S(j) + trip. From S(j) + trip - b on, with j = max(1, M - 2K + 1) and b a backward, at least
+    M - K - j + 1 backwards and M - K - j forwards are done before S(M), one after another, and then comes a whole trip.
+    """
+    slots = problem.slots[home]
+    forward = problem.seconds("forward", home) + problem.gap_s
+    backward = problem.seconds("backward", home)
+    if many <= slots:
+        return (many - 1) * forward + trip
+    j = max(1, many - 2 * slots + 1)
+    start = (j - 1) // slots * trip
+    turn = (many - slots - j + 1) * (backward + problem.gap_s) + (many - slots - j) * forward
+    return start + trip - backward + turn + trip
+
+
+def any_cut(problem: Problem) -> float:
+    """A bound for every cut of the nodes into stages of the given sizes.
+
+    Two things, the larger counts. Homes: each has a cheapest round trip through any other nodes, and as many homes are
+    needed as the first stage has nodes. Slots: all round trips together must fit into the slots of all homes, less what
+    staggers them at both ends; their hops are at least a fractional matching in which each node meets as many hop ends
+    as it has visits (a minimum cost flow), since a path enters and leaves each node that it visits.
+    """
+    size, length = len(problem.hop_s), problem.path_length
+    nodes = [n for stage in problem.stages for n in stage]
+    fast = max(problem.speed)
+    forward, backward = problem.forward_s / fast, problem.backward_s / fast
+    own = length * (forward + backward) + problem.loss_s / fast
+    hop = [[problem.hop_s[a][b] + problem.hop_s[b][a] for b in range(size)] for a in range(size)]
+    trips = sorted(own + _tour(hop, nodes, home, length) for home in nodes)
+    count, slots = len(problem.homes), max(problem.slots)
+    uniform = replace(
+        problem, forward_s=forward, backward_s=backward, loss_s=problem.loss_s / fast, speed=(1.0,) * size,
+        slots=(slots,) * size,
+    )  # fmt: skip
+    fewest = problem.num_microbatches // count
+    homes = _home(uniform, problem.homes[0], trips[count - 1], fewest)
+    visits = _fewest_visits(problem)
+    total = problem.num_microbatches * own + _matching(hop, nodes, visits, problem.num_microbatches, length)
+    rounds = min(slots, fewest)
+    stagger = (forward + backward + 2 * problem.gap_s) * rounds * (rounds - 1) / 2
+    return max(homes, (total / count + stagger) / slots)
+
+
+def _fewest_visits(problem: Problem) -> int:
+    """The fewest visits that any node has, a home's own microbatches counted as such."""
+    return min([problem.num_microbatches // len(problem.homes), *(least for least, _ in quotas(problem)[1].values())])
+
+
+def _tour(hop: Sequence[Sequence[float]], nodes: Sequence[int], home: int, length: int) -> float:
+    """The least sum of hops of a closed walk of `length` stops through `home`; stops next to each other differ."""
+    if length == 1:
+        return 0.0
+    at = {n: hop[home][n] for n in nodes if n != home}
+    for _ in range(length - 2):
+        at = {n: min(cost + hop[m][n] for m, cost in at.items() if m != n) for n in at} if len(at) > 1 else at
+    return min(cost + hop[n][home] for n, cost in at.items())
+
+
+def _matching(
+    hop: Sequence[Sequence[float]], nodes: Sequence[int], visits: int, microbatches: int, length: int
+) -> float:  # fmt: skip
+    """The least total of hops when every node meets 2 x `visits` hop ends, at most `visits` of them on one link.
+
+    A path of two stops uses its one link twice, there and back home.
+    """
+    if length < 2 or visits == 0:
+        return 0.0
+    graph = nx.DiGraph()
+    unit = 1e6  # network simplex wants whole numbers: rounded down, which keeps it a bound
+    for a in nodes:
+        graph.add_node(("from", a), demand=-2 * visits)
+        graph.add_node(("to", a), demand=2 * visits)
+        for b in nodes:
+            if a != b:
+                capacity = visits if length > 2 else 2 * visits
+                graph.add_edge(("from", a), ("to", b), capacity=capacity, weight=math.floor(hop[a][b] * unit))
+    cost, _ = nx.network_simplex(graph)
+    return cost / unit / 2

@@ -1,0 +1,208 @@
+"""SkipPipe: microbatches take partial, reordered paths through a slow network (arXiv 2502.19913).
+
+Every microbatch skips some stages, so that less is computed and fewer slow links are crossed; which ones, over which
+nodes, in which order is searched for: conflict-based search first, then annealing from there, within a budget. What
+comes out is an ordinary Schedule, a bound that no plan can beat, and the gap to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipeline.costs import Costs, Network
+from pipeline.schedule import B, F, Op, Route, Schedule, Span
+from schedulers.paths.anneal import Budget, Found, anneal
+from schedulers.paths.bounds import any_cut, lower_bounds
+from schedulers.paths.clock import Rule, Run, clock
+from schedulers.paths.conflicts import conflict_based, dealt, prioritised
+from schedulers.paths.problem import NetworkError, Path, Problem, check_paths, quotas
+
+MOVES = 12_000
+"""The budget in moves unless told otherwise: some seconds for tens of nodes."""
+_CONFLICTS = 0.2  # of a budget in seconds: what the conflict-based search may take
+_LARGE = 400  # microbatches beyond which conflicts are too many to be resolved one by one
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """Paths with their timing under `problem`, whose stages are those of the plan. `bounds`: see `lower_bounds`."""
+
+    problem: Problem
+    paths: tuple[Path, ...]
+    rule: Rule
+    run: Run
+    bounds: dict[str, float]
+
+    @property
+    def iteration_s(self) -> float:
+        return self.run.iteration_s
+
+    @property
+    def lower_bound_s(self) -> float:
+        return max(self.bounds.values())
+
+    @property
+    def gap(self) -> float:
+        """How much longer than the bound, as a share of it."""
+        return self.iteration_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
+
+    def schedule(self, spans: Sequence[Span] = (), name: str = "skippipe") -> Schedule:
+        """The lanes: node n is worker n. `spans` are the stages' layers, and the head's last; one layer each unless
+        given."""
+        return to_schedule(self, spans, name)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the simulator must know to time `schedule()` as the clock does."""
+        problem, stages = self.problem, len(self.problem.stages)
+        spans = [(i, i + 1) for i in range(stages)]
+        head = (stages, stages + 1)
+        return Costs(
+            {**dict.fromkeys(spans, problem.forward_s), head: problem.loss_s / 2},
+            {**dict.fromkeys(spans, problem.backward_s), head: problem.loss_s / 2},
+            speed=dict(enumerate(problem.speed)), gap_s=problem.gap_s,
+        )  # fmt: skip
+
+    @cached_property
+    def network(self) -> Network:
+        """The links for the simulator."""
+        size = len(self.problem.hop_s)
+        return Network(self.problem.hop_s, [[float("inf")] * size] * size, exclusive=self.problem.contention)
+
+
+def skippipe(
+    problem: Problem, *, seed: int = 0, moves: int = MOVES, seconds: float | None = None, joint: bool = False,
+    start: Sequence[Path] | None = None,
+) -> SkipPlan:  # fmt: skip
+    """The best plan found within `moves`, which the seed alone decides, or within `seconds`.
+
+    `joint` searches the assignment of nodes to stages too; the bound is then one for every assignment of the same
+    sizes. `start` is where the search begins; unless given, a conflict-based search finds it. Raises NetworkError
+    where memory or the network lets no plan through.
+    """
+    began = time.monotonic()
+    bounds = {"any stages": any_cut(problem)} if joint else lower_bounds(problem)
+    starts = [dealt(problem) if start is None else list(start)]
+    if start is None and problem.num_microbatches <= _LARGE and problem.path_length > 1:
+        end = None if seconds is None else began + _CONFLICTS * seconds
+        found = conflict_based(problem, over=lambda: end is not None and time.monotonic() > end)
+        starts += [paths for paths in (found, prioritised(problem, seed)) if paths is not None]
+    left = None if seconds is None else max(0.0, seconds - (time.monotonic() - began))
+    best = anneal(
+        problem, starts, Budget(None if left is not None else moves, left), seed=seed, joint=joint,
+        bound=max(bounds.values()),
+    )  # fmt: skip
+    return _plan(problem, best, bounds)
+
+
+def replay(problem: Problem, paths: Sequence[Path], rule: Rule = "furthest") -> SkipPlan:
+    """Given paths, timed. Raises NetworkError for paths that are illegal, and where some microbatch never completes."""
+    check_paths(problem, paths, balanced=False)
+    run = clock(problem, paths, rule)
+    if run.iteration_s == float("inf"):
+        raise NetworkError("the paths lock each other out: some microbatch never completes for want of memory slots")
+    return SkipPlan(problem, tuple(paths), rule, run, lower_bounds(problem))
+
+
+def replan(plan: SkipPlan, problem: Problem, *, seed: int = 0, moves: int = 2000) -> SkipPlan:
+    """The plan again for `problem`, in which links have changed or nodes are gone (`without`), from its paths as far as
+    they hold: the visits of a lost node go to its replicas, or around its stage where it had none. Raises NetworkError
+    as `skippipe` does."""
+    return skippipe(problem, seed=seed, moves=moves, start=mended(plan.paths, plan.problem, problem))
+
+
+def without(problem: Problem, lost: Collection[int]) -> Problem:
+    """The problem without some nodes, with as many microbatches. A stage that has lost its last node is a stage no
+    more; paths are as long as they were, or as there are stages. Raises NetworkError where no home is left."""
+    stages = [tuple(n for n in stage if n not in lost) for stage in problem.stages]
+    if not stages[0]:
+        raise NetworkError("no node of the first stage is left, and the first stage is never skipped")
+    kept = tuple(stage for stage in stages if stage)
+    return replace(problem, stages=kept, path_length=min(problem.path_length, len(kept)))
+
+
+def mended(paths: Sequence[Path], old: Problem, new: Problem) -> list[Path]:
+    """Legal and balanced paths for `new` that keep what they can of `paths`, which were for `old`."""
+    stage_of, was = new.stage_of, old.stage_of
+    now = {i: new.stages.index(stage) for i, each in enumerate(old.stages)
+           if (stage := next((s for s in new.stages if set(s) & set(each)), None))}  # fmt: skip
+    visits: Counter[int] = Counter()
+    made: list[list[int]] = []
+    for m, path in enumerate(paths):
+        here = [new.home(m)]
+        for node in path[1:]:
+            if node not in stage_of and was[node] in now:  # a replica takes over
+                node = min(new.stages[now[was[node]]], key=lambda n: (visits[n], n))
+            if node in stage_of and len(here) < new.path_length:
+                here.append(node)
+                visits[node] += 1
+        made.append(here)
+    for here in made:  # where a stage is gone, another one is visited in its place
+        while len(here) < new.path_length:
+            free = [n for n in stage_of if stage_of[n] not in {stage_of[h] for h in here}]
+            node = min(free, key=lambda n: (visits[n], n))
+            here[1:] = sorted([*here[1:], node], key=stage_of.__getitem__)
+            visits[node] += 1
+    _even(made, new, visits)
+    found = [tuple(here) for here in made]
+    try:
+        check_paths(new, found)
+    except NetworkError:
+        return dealt(new)
+    return found
+
+
+def _even(paths: list[list[int]], problem: Problem, visits: Counter[int]) -> None:
+    """Move visits from nodes that have too many to nodes that have too few, path by path, while that is possible."""
+    stage_of = problem.stage_of
+    (_, _), nodes = quotas(problem)
+    for here in paths:
+        for at in range(1, len(here)):
+            others = {stage_of[n] for i, n in enumerate(here) if i != at}
+            old = here[at]
+            if visits[old] <= nodes[old][0]:
+                continue
+            new = min((n for n in nodes if stage_of[n] not in others), key=lambda n: (visits[n], n))
+            if visits[new] + 1 < visits[old]:
+                visits[old] -= 1
+                visits[new] += 1
+                here[at] = new
+                if stage_of[new] != stage_of[old]:
+                    here[1:] = sorted(here[1:], key=stage_of.__getitem__)
+
+
+def _plan(problem: Problem, found: Found, bounds: dict[str, float]) -> SkipPlan:
+    planned = problem.with_stages(found.stages)
+    run = clock(planned, found.paths, found.rule)
+    if run.iteration_s == float("inf"):
+        slots = sorted(set(problem.slots))
+        raise NetworkError(
+            f"memory_slots of {slots[0]} per node: no plan was found under which every microbatch completes; allowed: "
+            "more slots, fewer microbatches, or no swaps"
+        )
+    check_paths(planned, found.paths)
+    return SkipPlan(planned, found.paths, found.rule, run, bounds)
+
+
+def to_schedule(plan: SkipPlan, spans: Sequence[Span] = (), name: str = "skippipe") -> Schedule:
+    """See SkipPlan.schedule."""
+    problem = plan.problem
+    stages = len(problem.stages)
+    spans = tuple(spans) or tuple((i, i + 1) for i in range(stages + 1))
+    if len(spans) != stages + 1:
+        raise ValueError(f"spans: {len(spans)}; allowed: {stages + 1}, one per stage and the head's")
+    at, head = problem.stage_of, spans[-1]
+    routes = [Route.through((*(spans[at[node]] for node in path), head)) for path in plan.paths]
+    lanes: dict[int, list[Op]] = {node: [] for stage in problem.stages for node in stage}
+    for node, lane in enumerate(plan.run.lanes):
+        for m, position in lane:
+            length = len(plan.paths[m])
+            if position == length:
+                lanes[node] += [Op(F, head, m), Op(B, head, m)]
+            else:
+                lanes[node].append(Op(F if position < length else B, spans[at[node]], m))
+    return Schedule(tuple(routes), {node: tuple(lane) for node, lane in sorted(lanes.items())}, name)
