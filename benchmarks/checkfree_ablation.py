@@ -4,10 +4,10 @@
     python benchmarks/checkfree_ablation.py --seeds 1 --steps 40 --out /tmp/x   # to try the script
 
 The model and the data of checkfree.py, but four times the batch, so that every stage comes to learn something of its
-own, and about 18 losses in each run, so that what a stage is filled with can be told from chance. They hit the second and the fourth block stage, which have no neighbour in common that
-could be lost in the same moment. Only losses are compared, not times, so other
-work on the machine does no harm. All arms of a seed meet the same failures. Writes checkfree-ablation.json after
-every run, and goes on from it where it was stopped.
+own, and about 18 losses in each run, so that what a stage is filled with can be told from chance. They hit the second
+and the fourth block stage, which have no neighbour in common that could be lost in the same moment. Only losses are
+compared, not times, so other work on the machine does no harm. All arms of a seed meet the same failures. Writes
+checkfree-ablation.json after every run, and goes on from it where it was stopped.
 """
 
 from __future__ import annotations

@@ -31,9 +31,7 @@ class Routes:
     Raises ConfigError where the settings, the network and the model do not fit together.
     """
 
-    def __init__(
-        self, config: TrainConfig, layer_costs: list[float], evaluated: int, activation_bytes: int
-    ) -> None:
+    def __init__(self, config: TrainConfig, layer_costs: list[float], evaluated: int, activation_bytes: int) -> None:
         self.config, self._bytes = config, activation_bytes
         self.evaluated = -(-evaluated // config.microbatch_size)
         self._searched = False
@@ -134,7 +132,9 @@ class Routes:
 
     def _spans_of(self, problem: Problem) -> tuple[Span, ...]:
         """The spans of the stages that `problem` still has, and the head's."""
-        names = [next(i for i, old in enumerate(self.plan.problem.stages) if stage[0] in old) for stage in problem.stages]
+        names = [
+            next(i for i, old in enumerate(self.plan.problem.stages) if stage[0] in old) for stage in problem.stages
+        ]
         return (*(self.spans[i] for i in names), self.spans[-1])
 
 
@@ -146,7 +146,9 @@ def evaluation(problem: Problem, spans: tuple[Span, ...], microbatches: int) -> 
         for span, stage in zip(spans, problem.stages, strict=False):
             lanes[stage[m % len(stage)]].append(Op(F, span, m))
     for home in problem.homes:  # the heads last: by then nobody waits for this node's forwards
-        lanes[home] += [Op(F, spans[-1], m) for m in range(microbatches) if home == problem.homes[m % len(problem.homes)]]
+        lanes[home] += [
+            Op(F, spans[-1], m) for m in range(microbatches) if home == problem.homes[m % len(problem.homes)]
+        ]
     return Schedule((route,) * microbatches, {n: tuple(lane) for n, lane in sorted(lanes.items())}, "evaluation")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -20,7 +19,8 @@ from pipeline.network_picture import network_svg
 from pipeline.schedule import dumps
 from pipeline.simulate import simulate
 from pipeline.verify import verify
-from schedulers.paths.problem import NetworkError, Path as Nodes, Problem, from_json
+from schedulers.paths.problem import NetworkError, Problem, from_json
+from schedulers.paths.problem import Path as Nodes
 from schedulers.skippipe import SkipPlan, replay, skippipe
 
 
@@ -120,8 +120,8 @@ def published(problem: Problem, values: Mapping[str, Any]) -> dict[str, list[Nod
         lines = [_chain(name, each) for each in group.values()]
         if not lines or problem.num_microbatches % len(lines):
             raise NetworkError(
-                f"published_paths {name!r} has {len(lines)} paths for {problem.num_microbatches} microbatches; allowed: "
-                "a divisor"
+                f"published_paths {name!r} has {len(lines)} paths for {problem.num_microbatches} microbatches; "
+                "allowed: a divisor"
             )
         found[name] = lines * (problem.num_microbatches // len(lines))
     if not found:

@@ -171,7 +171,9 @@ def make_injector(
                 with socket.socket(fileno=os.dup(connection.fd)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
-    return Injector(parse(config.inject), reports.worker, stage_at(config, view, place), reports.claim, told, poison, cut)
+    return Injector(
+        parse(config.inject), reports.worker, stage_at(config, view, place), reports.claim, told, poison, cut
+    )
 
 
 def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Shape] | None:

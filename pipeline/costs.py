@@ -182,7 +182,9 @@ class Network:
             if names:
                 raise CostError(f"a network has hop_s and {', '.join(sorted(names))}; allowed: one or the other")
             hops = values["hop_s"]
-            return cls(hops, [[math.inf] * len(hops)] * len(hops), exclusive=values.get("contention", True) is not False)
+            return cls(
+                hops, [[math.inf] * len(hops)] * len(hops), exclusive=values.get("contention", True) is not False
+            )
         unknown = set(values) - names - {"about", "contention"}
         if unknown or not names:
             found = ", ".join(sorted(unknown)) or "nothing"

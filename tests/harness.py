@@ -35,7 +35,7 @@ from launch.worker_main import build_member, connect
 from pipeline.model import LayeredModel
 from pipeline.optimizer import decay_groups, learning_rate
 from pipeline.rng import RngKey, keyed_dropout
-from pipeline.schedule import dumps
+from pipeline.schedule import Route, dumps
 from recovery.commit import READY
 from recovery.membership import View, await_view, publish
 
@@ -173,7 +173,7 @@ def run_workers(
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
     model = LayeredModel(model_config)
-    texts = {name: dumps(s) for name, s in schedules(config, model, config.evaluate_samples).items()}
+    texts = {name: dumps(s) for name, s in schedules(config, model, config.evaluate_samples)[0].items()}
     fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
     view = View(
         1,
@@ -222,8 +222,14 @@ def _collect(out: Path, workers: Sequence[int]) -> Outcome:
     return Outcome(first["losses"], first["norms"], tensors["weights"], tensors["gradients"], equal, results)
 
 
-def plain_training(config: TrainConfig, model_config: PreTrainedConfig, device: str = "cpu") -> Outcome:
-    """The same training with transformers and torch in this process: full model, full batch, one AdamW."""
+def plain_training(
+    config: TrainConfig, model_config: PreTrainedConfig, device: str = "cpu", routes: Sequence[Route] = ()
+) -> Outcome:
+    """The same training with transformers and torch in this process: full model, full batch, one AdamW.
+
+    With `routes`, by microbatch, only the blocks that a route visits are run, in its order, and the gradient of a
+    block is divided by the tokens that have visited it.
+    """
     blueprint = LayeredModel(model_config)
     whole = blueprint.build((0, blueprint.num_layers), seed=config.seed)
     state = {n: p for layer in range(blueprint.num_layers) for n, p in whole.named_layer_parameters(layer).items()}
@@ -242,13 +248,17 @@ def plain_training(config: TrainConfig, model_config: PreTrainedConfig, device: 
         total = 0.0
         for m in range(config.microbatches):
             batch = job.batch(step, m)
-            with _keyed(model, RngKey(config.seed, step, batch.sample_ids)):
+            with _keyed(model, RngKey(config.seed, step, batch.sample_ids)), _routed(model, routes[m : m + 1]):
                 logits = model(batch.input_ids.to(device), use_cache=False).logits
             loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().to(device), reduction="sum")
             (loss / tokens).backward()
             total += float(loss.detach()) / tokens
         if step == 0:
             outcome.gradients = {n: p.grad.clone().cpu() for n, p in named.items() if p.grad is not None}
+        for number, block in enumerate(model.model.layers, 1) if routes else ():
+            visits = sum(any(lo <= number < hi for lo, hi in route.forward) for route in routes)
+            for parameter in block.parameters():
+                parameter.grad *= len(routes) / visits
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
         for group in adamw.param_groups:
             group["lr"] = learning_rate(settings, step)
@@ -258,6 +268,23 @@ def plain_training(config: TrainConfig, model_config: PreTrainedConfig, device: 
         outcome.norms.append(float(norm))
     outcome.weights = {n: p.detach().cpu() for n, p in named.items()}
     return outcome
+
+
+@contextmanager
+def _routed(model: torch.nn.Module, routes: Sequence[Route]) -> Iterator[None]:
+    """Inside, a plain Llama consists of the blocks of the one route alone, if there is one."""
+    if not routes:
+        yield
+        return
+    inner: Any = model.model
+    whole, count = inner.layers, inner.config.num_hidden_layers
+    visited = [n for lo, hi in routes[0].forward for n in range(lo, hi) if 1 <= n <= len(whole)]
+    inner.layers = torch.nn.ModuleList([whole[n - 1] for n in visited])
+    inner.config.num_hidden_layers = len(visited)
+    try:
+        yield
+    finally:
+        inner.layers, inner.config.num_hidden_layers = whole, count
 
 
 @contextmanager

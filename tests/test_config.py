@@ -223,7 +223,7 @@ def test_evaluation_runs_on_the_spans_that_training_holds(
     """Whatever the numbers of microbatches: a worker that is to run a span has it, and every layer is run once."""
     config = settings(**changes, microbatches=microbatches, microbatch_size=size)
     config.validate()
-    made = schedules(config, TINY, evaluated)
+    made, _ = schedules(config, TINY, evaluated)
     train, test = made["train"], made["evaluate"]
     assert (train.num_microbatches, test.num_microbatches) == (microbatches, -(-evaluated // size))
     for purpose, schedule in made.items():
@@ -242,14 +242,14 @@ def test_evaluation_runs_on_the_spans_that_training_holds(
 def test_stages_are_as_equal_as_layers_allow() -> None:
     """4 equal blocks, an embedding that costs nothing and a head of about half a block."""
     for workers, slowest in ((2, 2.5), (3, 2.0), (4, 1.5), (6, 1.0)):
-        train = schedules(settings(workers=workers), TINY, 2)["train"]
+        train = schedules(settings(workers=workers), TINY, 2)[0]["train"]
         costs = layer_costs(TINY, 32)
         largest = max(sum(costs[lo:hi]) for lo, hi in train.holders)
         assert largest <= slowest * costs[1] * 1.01
 
 
 def test_the_head_sits_with_the_embedding() -> None:
-    train = schedules(settings(workers=3, ends="home"), TINY, 2)["train"]
+    train = schedules(settings(workers=3, ends="home"), TINY, 2)[0]["train"]
     held = {w: sorted(s for s, ws in train.holders.items() if w in ws) for w in range(3)}
     assert held[0][0][0] == 0
     assert held[0][-1] == (5, 6)
@@ -273,7 +273,7 @@ def test_more_stages_than_layers_are_refused(tmp_path: Path, changes: dict[str, 
 
 
 def test_as_many_stages_as_layers_are_one_layer_each() -> None:
-    assert sorted(schedules(settings(workers=6), TINY, 4)["train"].holders) == [(n, n + 1) for n in range(6)]
+    assert sorted(schedules(settings(workers=6), TINY, 4)[0]["train"].holders) == [(n, n + 1) for n in range(6)]
 
 
 # ---- the whole plan ----

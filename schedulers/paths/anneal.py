@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush, heapreplace
+from heapq import heappop, heappush
 
 from schedulers.paths.clock import RULES, Clock, Rule
 from schedulers.paths.problem import Path, Problem, quotas
@@ -123,7 +123,7 @@ class _Search:
 
     def judge(self) -> Found:
         """The current paths by the clock, under the better rule."""
-        ends = [(max(self.clock.finish(self.paths, rule)), rule) for rule in RULES]
+        ends: list[tuple[float, Rule]] = [(max(self.clock.finish(self.paths, rule)), rule) for rule in RULES]
         seconds, rule = min(ends, key=lambda each: each[0])
         others = (
             tuple(sorted(n for n in self.nodes if self.stage_of[n] == i)) for i in range(1, len(self.problem.stages))
@@ -196,7 +196,9 @@ class _Search:
             if not changed and names is None:
                 continue
             old = {m: self.paths[m] for m in changed}
-            trips = sum(map(self.problem.round_trip, changed.values())) - sum(map(self.problem.round_trip, old.values()))
+            trips = sum(map(self.problem.round_trip, changed.values())) - sum(
+                map(self.problem.round_trip, old.values())
+            )
             if trips > _WORSE * scale:
                 continue
             worst = self.worst

@@ -78,17 +78,16 @@ class Clock:
                     continue
                 heappush(events, (now + TIE_S, 0, CHOOSE, node))
                 continue
-            else:
-                node = m
-                if at != CHOOSE:
-                    busy[node] = False
-                    if at == FREED:
-                        slots[node] += 1
-                    heappush(events, (now + TIE_S, 0, CHOOSE, node))
-                    continue
-                if busy[node]:
-                    continue
-                now -= TIE_S
+            node = m
+            if at != CHOOSE:
+                busy[node] = False
+                if at == FREED:
+                    slots[node] += 1
+                heappush(events, (now + TIE_S, 0, CHOOSE, node))
+                continue
+            if busy[node]:
+                continue
+            now -= TIE_S
             queue = waiting[node]
             if not queue:
                 continue

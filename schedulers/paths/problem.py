@@ -73,7 +73,9 @@ class Problem:
         if not self.speed:
             object.__setattr__(self, "speed", (1.0,) * size)
         if few := [n for n in nodes if self.slots[n] < 1]:
-            raise NetworkError(f"memory_slots of node {few[0]} is {self.slots[few[0]]}: no path can visit it; allowed: 1 or more")
+            raise NetworkError(
+                f"memory_slots of node {few[0]} is {self.slots[few[0]]}: no path can visit it; allowed: 1 or more"
+            )
         quotas(self)
 
     @property
@@ -158,7 +160,9 @@ def check_paths(problem: Problem, paths: Sequence[Path], *, balanced: bool = Tru
     visits = Counter(node for path in paths for node in path[1:])
     for i, stage in enumerate(problem.stages[1:], 1):
         if not low <= (n := sum(visits[node] for node in stage)) <= high:
-            raise NetworkError(f"stage {i} is visited {n} times; allowed: {low} to {high}, so that all are trained alike")
+            raise NetworkError(
+                f"stage {i} is visited {n} times; allowed: {low} to {high}, so that all are trained alike"
+            )
     for node, (least, most) in nodes.items():
         if not least <= visits[node] <= most:
             raise NetworkError(f"node {node} is visited {visits[node]} times; allowed: {least} to {most}")
@@ -206,10 +210,11 @@ def from_json(
         if not _whole(value):
             raise NetworkError(f"{name} is {value!r}; allowed: a whole number")
     return Problem(
-        hops, cut, length, per_home * len(cut[0]) if microbatches is None else microbatches, forward, _seconds(values, "backward_s", 1.5 * forward),
+        hops, cut, length, per_home * len(cut[0]) if microbatches is None else microbatches,
+        forward, _seconds(values, "backward_s", 1.5 * forward),
         _seconds(values, "loss_s", 0.25 * forward), _seconds(values, "gap_s", _GAP * forward), tuple(slots),
         tuple(float(v) for v in speed), swaps, contention,
-        max((hops[a][b] for stage in cut for a in stage for b in stage if a != b), default=math.inf)
+        max((hops[a][b] for s in cut for a in s for b in s if a != b and {a, b} <= set(range(size))), default=math.inf)
         if "stages" in values else math.inf,
     )  # fmt: skip
 
@@ -247,7 +252,9 @@ def _matrix(rows: Any) -> list[list[float]]:
         raise NetworkError(f"hop_s is {rows!r:.80}; allowed: a list with a list per node")
     for a, row in enumerate(rows):
         if len(row) != len(rows):
-            raise NetworkError(f"hop_s[{a}] has {len(row)} entries: pairs are missing; allowed: {len(rows)}, one per node")
+            raise NetworkError(
+                f"hop_s[{a}] has {len(row)} entries: pairs are missing; allowed: {len(rows)}, one per node"
+            )
         for b, value in enumerate(row):
             if a != b and (not _number(value) or value < 0):
                 raise NetworkError(f"hop_s[{a}][{b}] is {value!r}; allowed: seconds, 0 or more, for every pair")

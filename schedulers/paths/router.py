@@ -1,9 +1,9 @@
-"""The cheapest legal path of one home: exact, by dynamic programming over (visits, highest stage, last stage) and node."""
+"""The cheapest legal path of one home: exact, by dynamic programming over visits, highest stage, last stage and node."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ class _Front:
     node between if two stages were visited in one go, in reverse (else -1)."""
 
     cost: NDArray[np.float64]
-    key: list[_Key | None] = field(default_factory=list)
-    node: NDArray[np.intp] | None = None
-    between: NDArray[np.intp] | None = None
+    key: list[_Key]
+    node: NDArray[np.intp]
+    between: NDArray[np.intp]
 
 
 class Router:
@@ -33,9 +33,7 @@ class Router:
         hops = np.array(problem.hop_s, dtype=float)
         self._both = hops + hops.T
         np.fill_diagonal(self._both, 0.0)
-        self._own = np.array(
-            [problem.seconds("forward", n) + problem.seconds("backward", n) for n in range(len(hops))]
-        )
+        self._own = np.array([problem.seconds("forward", n) + problem.seconds("backward", n) for n in range(len(hops))])
         self._nodes = [np.array(stage) for stage in problem.stages]
 
     def cheapest(self, home: int, banned: Collection[int] = ()) -> tuple[float, Path] | None:
@@ -48,7 +46,8 @@ class Router:
             return own, (home,)
         extra = self._own.copy()
         extra[list(banned)] = np.inf
-        fronts: dict[_Key, _Front] = {(0, 0, 0, False): _Front(np.zeros(1))}
+        none = np.full(1, -1)
+        fronts: dict[_Key, _Front] = {(0, 0, 0, False): _Front(np.zeros(1), [(0, 0, 0, False)], none, none)}
 
         def offer(key: _Key, source: _Key, cost: NDArray[np.float64], came: NDArray[np.intp],
                   between: NDArray[np.intp] | None) -> None:  # fmt: skip
@@ -59,7 +58,6 @@ class Router:
                 return
             better = cost < front.cost
             if better.any():
-                assert front.node is not None and front.between is not None
                 front.cost = np.where(better, cost, front.cost)
                 front.node = np.where(better, came, front.node)
                 front.between = np.where(better, -1 if between is None else between, front.between)
@@ -99,11 +97,8 @@ class Router:
         path: list[int] = []
         while key[0] > 0:
             front = fronts[key]
-            assert front.node is not None and front.between is not None
             path.append(int(nodes[key[2]][k]))
             if front.between[k] >= 0:
                 path.append(int(front.between[k]))
-            source = front.key[k]
-            assert source is not None
-            key, k = source, int(front.node[k])
+            key, k = front.key[k], int(front.node[k])
         return own + seconds, (home, *reversed(path))

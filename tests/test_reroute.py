@@ -1,0 +1,125 @@
+"""Workers are killed in the middle of steps whose microbatches can take other routes: nothing waits or is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.nursery import Nursery
+from tests.harness import Command, relative_difference, run_command
+from tests.test_recovery import POINTS, STEPS, _eight_blocks, events, exported, metrics, settings, whole_ledger
+
+STAGES = [[0, 1], [2, 3], [4], [5]]
+TOKENS = 8 * 32
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six nodes; the last two stages have one holder each."""
+    hops = [[0.0 if a == b else 0.001 for b in range(6)] for a in range(6)]
+    path = tmp_path_factory.mktemp("network") / "network.json"
+    path.write_text(json.dumps({"hop_s": hops, "stages": STAGES, "forward_s": 0.002, "contention": False}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _eight_blocks(tmp_path_factory.mktemp("model"))
+
+
+def train(nursery: Nursery, network: Path, model: Path, out: Path, *more: str, code: int = 0) -> Command:
+    flags = ["--scheduler", "skippipe", "--network", str(network), "--workers", "6", "--model", str(model),
+             "--search-moves", "300", *more]  # fmt: skip
+    done = run_command(nursery, out.with_suffix(".log"), *settings(out, *flags), timeout_s=60)
+    assert done.code == code, done.output
+    return done
+
+
+def every_step_counts_once(out: Path) -> None:
+    """Steps, samples and tokens are those of a run without a loss."""
+    whole_ledger(out)
+    assert [line["step"] for line in metrics(out)] == list(range(1, STEPS + 1))
+    assert {line["tokens"] for line in metrics(out)} == {TOKENS}
+
+
+@pytest.fixture(scope="module")
+def calm(nursery: Nursery, network: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs without a loss, by what they skip."""
+    root = tmp_path_factory.mktemp("calm")
+    for skip in ("0", "0.25"):
+        train(nursery, network, model, root / skip, "--skip", skip)
+    return {skip: root / skip for skip in ("0", "0.25")}
+
+
+@pytest.mark.parametrize("at", POINTS)
+def test_a_replica_takes_over_and_the_loss_is_that_of_the_calm_run(
+    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
+) -> None:
+    worker = POINTS.index(at) % 4
+    out = tmp_path / "run"
+    done = train(nursery, network, model, out, "--inject", f"kill:worker={worker},step=7,at={at}")
+    assert "its microbatches take other routes" in done.output
+    (rerouted,) = events(out, "rerouted")
+    (back,) = events(out, "rejoined")
+    assert (rerouted["worker"], back["worker"], back["remedy"]) == (worker, worker, "replica")
+    assert not events(out, "rolled_back")
+    every_step_counts_once(out)
+    ours, theirs = ([line["loss"] for line in metrics(run)] for run in (out, calm["0"]))
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 2e-5, "sums in another order, no more"
+    assert relative_difference(exported(out), exported(calm["0"])) < 1e-4
+
+
+@pytest.mark.parametrize("at", ["forward", "backward", "commit"])
+def test_the_last_holder_of_a_stage_is_passed_by_until_it_is_rebuilt(
+    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
+) -> None:
+    out = tmp_path / "run"
+    train(nursery, network, model, out, "--skip", "0.25", "--inject", f"kill:worker=4,step=7,at={at}")
+    (rerouted,) = events(out, "rerouted")
+    (back,) = events(out, "rejoined")
+    assert (rerouted["worker"], back["worker"], back["remedy"]) == (4, 4, "checkfree")
+    every_step_counts_once(out)
+    ours, theirs = ([line["loss"] for line in metrics(run)] for run in (out, calm["0.25"]))
+    assert ours[:7] == theirs[:7], "before the loss nothing differs"
+    assert all(abs(a - b) < 0.5 for a, b in zip(ours, theirs, strict=True))
+    assert set(exported(out)) == set(exported(calm["0.25"])), "the whole model is there in the end"
+
+
+def test_both_replicas_of_a_stage_and_a_node_of_the_first(
+    nursery: Nursery, network: Path, model: Path, tmp_path: Path
+) -> None:
+    faults = ";".join(f"kill:worker={w},step={s},at=backward" for w, s in ((2, 5), (3, 5), (0, 9)))
+    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--full-every", "4", "--inject", faults)
+    assert sorted(event["worker"] for event in events(out, "rerouted")) == [0, 2, 3]
+    assert len(events(out, "rejoined")) == 3
+    every_step_counts_once(out)
+
+
+@pytest.mark.parametrize("workers", [(0, 1), (5,)])
+def test_what_no_route_can_pass_by_comes_back_from_a_checkpoint(
+    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, workers: tuple[int, ...]
+) -> None:
+    """The last node of the first stage, and a stage that no remedy but a checkpoint can rebuild."""
+    faults = ";".join(f"kill:worker={w},step=7,at=backward" for w in workers)
+    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
+    assert [event["to"] for event in events(out, "rolled_back")][-1] == "step-00000005"
+    whole_ledger(out)
+    ours, theirs = ([line["loss"] for line in metrics(run)] for run in (out, calm["0.25"]))
+    assert ours[-1] == pytest.approx(theirs[-1], abs=2e-5)
+
+
+def test_a_replacement_that_dies_as_it_joins(nursery: Nursery, network: Path, model: Path, tmp_path: Path) -> None:
+    faults = "kill:worker=4,step=7,at=backward;kill:worker=6,step=7,at=join;kill:worker=6,step=8,at=join"
+    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
+    every_step_counts_once(out)
+    assert events(out, "rejoined")[-1]["worker"] in (4, 6)
+
+
+def test_without_recovery_the_loss_ends_the_run_by_name(
+    nursery: Nursery, network: Path, model: Path, tmp_path: Path
+) -> None:
+    flags = ["--recovery", "none", "--inject", "kill:worker=2,step=3,at=forward"]
+    done = train(nursery, network, model, tmp_path / "run", *flags, code=1)
+    assert "cannot bring back what was lost: it is off" in done.output
