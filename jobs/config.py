@@ -165,8 +165,7 @@ class TrainConfig:
                      "evaluate_samples", "keep"):  # fmt: skip
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpoint_every", "full_every", "search_moves", "evaluate_every", "warmup", "max_tokens",
-                     "threads", "sample_tokens", "clip",
-                     "weight_decay"):  # fmt: skip
+                     "threads", "sample_tokens", "clip", "weight_decay"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         known = (*PLANNERS, "skippipe")
         require(self.scheduler in known, "scheduler", self.scheduler, f"one of {', '.join(known)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +145,7 @@ def _replayed(config: PlanConfig, problem: Problem, values: Mapping[str, Any], n
     times = values.get("published_iteration_s", {})
     rows: list[dict[str, Any]] = []
     for name, paths in published(problem, values).items():
-        plan = replay(problem, paths)
+        plan = replay(replace(problem, swaps=True), paths)  # what was published may swap stages
         known = [seconds for said, seconds in times.items() if name.split(" (")[0] in said]
         seconds = known[0] if len(known) == 1 else None
         rows.append(

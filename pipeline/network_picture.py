@@ -1,8 +1,7 @@
 """How a plan uses a slow network, as a picture: which nodes a microbatch visits, over which links, on whose behalf.
 
-Nodes lie near each other where hops between them are short; their fill is their stage. A link has the colour of the
-home whose microbatches cross it, as the home's ring has, and is the wider the more they are. What no microbatch crosses
-is not drawn. Imports no torch.
+Nodes lie near each other where hops are short; their fill is their stage. A link that microbatches cross has the colour
+of their home, as the home's ring has, and is the wider the more they are. Other links are not drawn. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ _Hops = Sequence[Sequence[float]]
 _Inks = Mapping[int, str]
 _Texts = Sequence[str]
 _Lists = Sequence[Sequence[int]]
-_Link = tuple[int, int, int, bool]
-"""Home, from, to, and whether it is the way home for the loss, with which a forward ends."""
+_Link = tuple[int, int, int, bool]  # home, from, to, and whether it is the way home for the loss, with which all end
 
 _SLOWEST = 95.0  # percentile of hops beyond which a link counts as no slower: one broken link squashes no picture
 _ROOMY, _LABELLED = 25, 50  # nodes at most that are drawn in full size, and that have their location beneath them
-_ROWS, _NAME = 12, 18  # homes in the list of paths; characters of a location's name
+_ROWS, _NAME, _EFFORT = 12, 18, 60_000  # homes listed; characters of a location; links times nodes that they avoid
 
 
 class _Map(NamedTuple):
@@ -138,6 +136,7 @@ def _pushed(boxes: _Points, half: _Points, end: float) -> _Points:
     turn = 2.4 * np.arange(size)  # the golden angle: what lies in one place parts in all directions
     boxes = boxes + 0.2 * half * np.column_stack([np.cos(turn), np.sin(turn)])
     for _ in range(min(4000, max(60, 20_000_000 // size**2))):
+        boxes[:, 0] = np.clip(boxes[:, 0], -edge, edge)
         apart = boxes[:, None] - boxes[None]
         short = half[:, None] + half[None] - np.abs(apart)
         hit = (short > 0.0).all(axis=2) & ~np.eye(size, dtype=bool)
@@ -146,19 +145,18 @@ def _pushed(boxes: _Points, half: _Points, end: float) -> _Points:
         # As far as parts them on one axis, and a little farther, so that this comes to an end.
         push = apart * ((short + 0.5) / np.maximum(np.abs(apart), 1e-3)).min(axis=2, keepdims=True) * hit[..., None]
         boxes = boxes + push.sum(axis=1) / (1.0 + hit.sum(axis=1))[:, None]
-        boxes[:, 0] = np.clip(boxes[:, 0], -edge, edge)
     return boxes
 
 
-def _bent(where: _Map, a: int, b: int, taken: set[int]) -> tuple[_Points, _Points]:
-    """Of the curves not `taken`, the one that runs through the fewest nodes: its control point, and points along it."""
+def _bent(where: _Map, a: int, b: int, taken: set[int], avoid: range) -> tuple[_Points, _Points]:
+    """Of the curves not `taken`, one through the fewest of the nodes `avoid`: its control point, points along it."""
     start, end = where.at[min(a, b)], where.at[max(a, b)]
     aside = np.array([start[1] - end[1], end[0] - start[0]]) * (0.1 + 12 / np.hypot(*(end - start)))
     bends = [sign * k for k in range(1, 5 + len(taken)) for sign in (1, -1) if sign * k not in taken]
     pulls = (start + end) / 2 + np.array(bends)[:, None] * aside
     t = np.linspace(0.02, 0.98, 49)[:, None]
     lines = (1 - t) ** 2 * start + 2 * t * (1 - t) * pulls[:, None] + t**2 * end
-    at, others = lines[:, :, None], [n for n in range(len(where.at)) if n not in (a, b)]
+    at, others = lines[:, :, None], np.array([n for n in avoid if n not in (a, b)], dtype=int)
     boxes = ((at > where.low[others]) & (at < where.high[others])).all(axis=3).any(axis=1).sum(axis=1)
     nodes = (np.linalg.norm(at - where.at[others], axis=3) < where.radius + 2).any(axis=1).sum(axis=1)
     outside = ((lines < where.low.min(axis=0) - 12) | (lines > where.high.max(axis=0) + 12)).any(axis=(1, 2))
@@ -172,9 +170,10 @@ def _curves(
 ) -> tuple[list[str], float, float]:
     """The links, the busiest below the others; and the least and the greatest y of links and nodes."""
     most, taken = max(crossed.values(), default=1), defaultdict[frozenset[int], set[int]](set)
+    avoid = range(len(where.at) if len(where.at) * len(crossed) <= _EFFORT else 0)
     lines, tips, ys = [], [], [where.low[:, 1].min(), where.high[:, 1].max()]
     for (home, a, b, loss), count in sorted(crossed.items(), key=lambda item: (-item[1], item[0])):
-        pull, line = _bent(where, a, b, taken[frozenset((a, b))])
+        pull, line = _bent(where, a, b, taken[frozenset((a, b))], avoid)
         ys += (line[:, 1].min() - 4, line[:, 1].max() + 4)
         start, end, thick = where.at[a], where.at[b], _wide(count, most, where.radius)
         there, back = f"{hop_s[a][b]:.2f} s", f"{hop_s[b][a]:.2f} s"
@@ -214,7 +213,7 @@ def _legend(fills: _Texts, radius: float, most: int, width: float, y: float) -> 
     discs = [tag("circle", cx=9, cy=-4, r=6.5, fill=fill, stroke=MUTED) for fill in fills]
     entries = [(18, disc, f"stage {i}") for i, disc in enumerate(discs)]
     home = tag("circle", cx=9, cy=-4, r=5.5, fill=fills[0], stroke=INK, stroke_width=3.5)
-    entries.append((18, home, "home: where microbatches start and end, in the colour of their links"))
+    entries.append((18, home, "home of microbatches, in the colour of its links"))
     for k in sorted({1, (most + 1) // 2, most}) if most else ():
         entries.append((30, tag("path", stroke_width=_wide(k, most, radius), **line), _many(k)))
     if most:
@@ -237,7 +236,7 @@ def _table(paths: _Lists, names: _Texts, homes: _Inks, width: float, y: float) -
     heads = {home: f"{home} {names[home]}".strip() + ":" for home in list(homes)[:_ROWS]}
     left = 48 + max(map(text_width, heads.values()))
     out = [tag("path", d=f"M16 {coord(y)}H{coord(width - 16)}", stroke=RULE)]
-    out.append(text(16, y + 20, "Paths of each home, and how many microbatches take them", font_weight="600"))
+    out.append(text(16, y + 20, "Paths of each home × microbatches on them", font_weight="600"))
     for row, (home, head) in enumerate(heads.items()):
         taken = Counter("-".join(map(str, path)) for path in paths if path[0] == home)
         ways = [f"{way} × {count}" for way, count in taken.most_common()] or ["none"]

@@ -99,7 +99,7 @@ def conflict_based(
 
 def prioritised(problem: Problem, seed: int = 0, tries: int = 40) -> list[Path] | None:
     """One home after another takes the cheapest paths that are left, those with the longest round trips first; then
-    in other orders. Legal and balanced paths, the best of all orders by the clock, or None where every order gets stuck."""
+    in other orders. Legal and balanced paths, the best of all orders by the clock; None where all get stuck."""
     router, clock, draw = Router(problem), Clock(problem), random.Random(seed)
     (_, stage_most), node_quotas = quotas(problem)
     trips = {home: (router.cheapest(home) or (0.0, ()))[0] for home in problem.homes}

@@ -1,4 +1,4 @@
-"""The cheapest legal path of one home: exact, by dynamic programming over visits, highest stage, last stage and node."""
+"""The cheapest legal path of one home, exactly: dynamic programming over visits, highest and last stage, and node."""
 
 from __future__ import annotations
 
