@@ -103,7 +103,7 @@ def test_without_a_command_all_of_them_are_listed(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "command 'trian' is unknown; allowed: train, eval, generate, simulate, draw, doctor"),
+        (["trian"], "command 'trian' is unknown; allowed: train, eval, generate, simulate, plan, draw, doctor"),
         (["train", "--wrokers", "2"], "--wrokers"),
         (["train", "--workers", "two"], "--workers"),
         (["train", "--workers"], "--workers"),
