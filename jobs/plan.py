@@ -7,7 +7,7 @@ the same thing; what it writes to the run folder is whole or absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from jobs.config import ConfigError, TrainConfig, require
 from jobs.corpus import documents
 from jobs.data import Dataset
 from jobs.data import prepare as prepare_data
+from jobs.network import read_network
 from jobs.routes import Routes
 from jobs.tokenizer import build_tokenizer
-from pipeline.costs import CostError, Network
 from pipeline.lower import add_redundant, lower
 from pipeline.model import LayeredModel
 from pipeline.schedule import Schedule, Span, dumps
@@ -30,11 +30,9 @@ from pipeline.verify import verify
 from pipeline.weights import PRESETS, read_config, resolve
 from recovery import checkpoint, redundant
 from recovery.membership import View
+from recovery.reroute import Planner
 from schedulers import num_spans, plan
 from schedulers.plan import Ends
-
-Around = Callable[[Collection[int]], Mapping[str, Schedule]]
-"""The places that have workers -> schedules by purpose. Raises CannotRestore."""
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)."""
@@ -47,7 +45,7 @@ class Plan:
     view: View
     model: LayeredModel
     notes: tuple[tuple[str, str], ...] = ()
-    around: Around | None = None
+    around: Planner | None = None
 
 
 _SMALL_OPS = 1.2  # what norms, activations and rotations add to a block (measured at dim 384: a fifth)
@@ -64,7 +62,9 @@ def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
     return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
 
 
-def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> tuple[dict[str, Schedule], Around | None]:
+def schedules(
+    config: TrainConfig, model: LayeredModel, evaluated: int
+) -> tuple[Mapping[str, Schedule], Planner | None]:
     """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples; and what gives
     those for the workers that are left, where microbatches may take other routes.
 
@@ -74,7 +74,7 @@ def schedules(config: TrainConfig, model: LayeredModel, evaluated: int) -> tuple
     if config.scheduler == "skippipe":
         size = span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32)
         routes = Routes(config, costs, evaluated, size)
-        return routes.schedules(), routes.around
+        return routes.schedules, routes.around
     ends = where_ends_go(config)
     asked = num_spans(config.scheduler, config.stages, config.chunks) + (ends != "in-line")
     if asked > len(costs):
@@ -207,21 +207,6 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         },
     )
     return Plan(view, model, tuple(notes), around)
-
-
-def read_network(path: Path, workers: int) -> Network:
-    """The links of a network file, for at least so many workers. Raises ConfigError."""
-    try:
-        network = Network.from_json(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"network is {str(path)!r}, which is no JSON: {error}") from error
-    except (OSError, UnicodeDecodeError, CostError) as error:
-        raise ConfigError(f"network is {str(path)!r}, which cannot be used: {error}") from error
-    size = len(network.latency_s)
-    require(
-        size >= workers, "network", str(path), f"a link matrix of {workers} workers or more; found {size} worker(s)"
-    )
-    return network
 
 
 def find_model(config: TrainConfig) -> tuple[PreTrainedConfig, Path | None]:

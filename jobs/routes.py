@@ -6,14 +6,13 @@ those of an evaluation. When workers are lost it plans again over those that are
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from jobs.config import ConfigError, TrainConfig, require
-from pipeline.costs import CostError, Network
+from jobs.network import read_network
 from pipeline.lower import lower
 from pipeline.schedule import F, Op, Route, Schedule, ScheduleError, Span
 from pipeline.verify import verify
@@ -34,7 +33,6 @@ class Routes:
     def __init__(self, config: TrainConfig, layer_costs: list[float], evaluated: int, activation_bytes: int) -> None:
         self.config, self._bytes = config, activation_bytes
         self.evaluated = -(-evaluated // config.microbatch_size)
-        self._searched = False
         values = self._values(layer_costs)
         try:
             asked = from_json(
@@ -63,13 +61,9 @@ class Routes:
 
     def _values(self, layer_costs: list[float]) -> dict[str, Any]:
         """What the network file says, with the seconds of a hop for this model's activations, and of compute."""
-        path, config = self.config.network, self.config
-        assert path is not None
-        try:
-            values: dict[str, Any] = json.loads(path.read_text())
-            network = Network.from_json(_links(values))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, CostError) as error:
-            raise ConfigError(f"network is {str(path)!r}, which cannot be used: {error}") from error
+        config = self.config
+        assert config.network is not None
+        network, values = read_network(config.network, config.workers)
         size = len(network.latency_s)
         values["hop_s"] = [
             [0.0 if a == b else network.hop(a, b, self._bytes)[1] for b in range(size)] for a in range(size)
@@ -93,12 +87,10 @@ class Routes:
     @cached_property
     def whole(self) -> SkipPlan:
         """The routes of a step in which no stage is skipped, over the same stages."""
-        return self._whole(self.plan.problem)
-
-    def _whole(self, problem: Problem) -> SkipPlan:
-        full = replace(problem, path_length=len(problem.stages))
+        full = replace(self.plan.problem, path_length=len(self.plan.problem.stages))
         return skippipe(full, seed=self.config.seed, moves=self.config.search_moves // 4)
 
+    @cached_property
     def schedules(self) -> dict[str, Schedule]:
         """Lowered and verified schedules by purpose, for all workers."""
         return self._made(self.plan, self.whole if self.config.full_every else None)
@@ -107,7 +99,7 @@ class Routes:
         """The schedules for the workers that are left, by place. Raises CannotRestore where there can be none."""
         lost = set(range(self.config.workers)) - set(alive)
         if not lost:
-            return self.schedules()
+            return self.schedules
         try:
             problem = without(self.plan.problem, lost)
             whole = None
@@ -124,10 +116,14 @@ class Routes:
         if whole is not None:
             made["full"] = whole.schedule(spans, "skippipe, whole model")
         made = {purpose: lower(schedule) for purpose, schedule in made.items()}
-        slots = {n: k + (n in plan.problem.homes) for n, k in enumerate(plan.problem.slots)}
         for purpose, schedule in made.items():
             training = purpose != "evaluate"
-            verify(schedule, always=(first, head), balanced=training, max_activations=slots if training else None)
+            verify(
+                schedule,
+                always=(first, head),
+                balanced=training,
+                max_activations=plan.max_activations if training else None,
+            )
         return made
 
     def _spans_of(self, problem: Problem) -> tuple[Span, ...]:
@@ -145,14 +141,6 @@ def evaluation(problem: Problem, spans: tuple[Span, ...], microbatches: int) -> 
     for m in range(microbatches):
         for span, stage in zip(spans, problem.stages, strict=False):
             lanes[stage[m % len(stage)]].append(Op(F, span, m))
-    for home in problem.homes:  # the heads last: by then nobody waits for this node's forwards
-        lanes[home] += [
-            Op(F, spans[-1], m) for m in range(microbatches) if home == problem.homes[m % len(problem.homes)]
-        ]
+    for m in range(microbatches):  # the heads last: by then nobody waits for a home's forwards
+        lanes[problem.home(m)].append(Op(F, spans[-1], m))
     return Schedule((route,) * microbatches, {n: tuple(lane) for n, lane in sorted(lanes.items())}, "evaluation")
-
-
-def _links(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a network file that says what links are like."""
-    names = ("hop_s",) if "hop_s" in values else ("latency_s", "bandwidth")
-    return {name: values[name] for name in (*names, "contention") if name in values}

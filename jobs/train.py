@@ -112,10 +112,10 @@ class Trainer:
     def _train(self) -> int:
         config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)
         while True:
+            if (self.stopping or self.step >= config.steps) and self._missing():
+                self._await_missing()  # what is saved at the end is whole
             if self.due:
                 self._after()
-            if self._missing() and (self.stopping or self.step >= config.steps):
-                self._await_missing()
             if self.stopping and self.step < config.steps:
                 self._say({"kind": "stopped", "step": self.step})
                 return STOPPED
@@ -170,14 +170,11 @@ class Trainer:
         first, last = done == self.first_step, done == config.steps
         if not first and not self.stopping and (last or (config.evaluate_every and done % config.evaluate_every == 0)):
             self._evaluate(done)
-        if self._missing():
-            if last or self.stopping:
-                self._await_missing()
-            if config.checkpoint_every and done % config.checkpoint_every == 0:
-                error = f"layers {self._missing()} are being rebuilt"
-                self._event("checkpoint_failed", step=done, error=error)
-        elif first or last or self.stopping or (config.checkpoint_every and done % config.checkpoint_every == 0):
-            saved = self._save(done)
+        if first or last or self.stopping or (config.checkpoint_every and done % config.checkpoint_every == 0):
+            missing = self._missing()
+            if missing:
+                self._event("checkpoint_failed", step=done, error=f"layers {missing} are being rebuilt")
+            saved = not missing and self._save(done)
             if self.stopping and not last and not saved:
                 raise checkpoint.CheckpointError(f"asked to stop at step {done}, but could not save")
         self.due = False

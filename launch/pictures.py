@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.config import TrainConfig
-from jobs.plan import Plan, read_network
+from jobs.network import read_network
+from jobs.plan import Plan
 from launch.report import loss_svg
 from launch.run_folder import RunFolder, write_whole
 from pipeline.draw import compare_svg
@@ -34,7 +35,7 @@ class Pictures:
         measured = measured_timeline(self._config.scheduler, lanes)
         config, network, size = self._config, None, 0
         if config.network is not None:
-            network = read_network(config.network, config.workers)
+            network, _ = read_network(config.network, config.workers)
             size = config.microbatch_size * config.sequence_length * self._plan.model.hidden_size * 4
         planned = simulate(schedule, replace(measured_costs(measured), output_bytes=size), network)
         title = f"{self._config.scheduler}, {self._config.workers} workers, {self._config.microbatches} microbatches"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.network_picture import network_svg
 from pipeline.schedule import dumps
 from pipeline.simulate import simulate
 from pipeline.verify import verify
+from schedulers.paths.clock import STUCK
 from schedulers.paths.problem import NetworkError, Problem, from_json
 from schedulers.paths.problem import Path as Nodes
 from schedulers.skippipe import SkipPlan, replay, skippipe
@@ -73,10 +75,9 @@ def plan_command(config: PlanConfig) -> Result:
     with Console(stderr=True, quiet=config.json).status(f"searching for up to {config.budget:g} s"):
         plan = skippipe(problem, seed=config.seed, seconds=config.budget, joint=config.joint)
     schedule = plan.schedule()
-    first = (0, 1)
     report = verify(
-        schedule, always=(first, (len(problem.stages), len(problem.stages) + 1)), balanced=True,
-        max_activations={n: k + (n in plan.problem.homes) for n, k in enumerate(problem.slots)},
+        schedule, always=((0, 1), (len(problem.stages), len(problem.stages) + 1)), balanced=True,
+        max_activations=plan.max_activations,
     )  # fmt: skip
     found = {
         "scheduler": "skippipe", **as_json(plan), "joint": config.joint, "seed": config.seed,
@@ -136,7 +137,7 @@ def _chain(name: str, following: Mapping[str, int]) -> Nodes:
     if len(starts) != 1:
         raise NetworkError(f"published_paths {name!r}: {dict(following)} is no path; allowed: each node's next one")
     path = [starts.pop()]
-    while path[-1] in after:
+    while path[-1] in after and len(path) <= len(after):  # what runs in a circle is refused as a path
         path.append(after[path[-1]])
     return tuple(path)
 
@@ -150,7 +151,7 @@ def _replayed(config: PlanConfig, problem: Problem, values: Mapping[str, Any], n
         seconds = known[0] if len(known) == 1 else None
         rows.append(
             {
-                "name": name, "microbatches": len(paths), "completed": sum(t < float("inf") for t in plan.run.finish),
+                "name": name, "microbatches": len(paths), "completed": sum(t < STUCK for t in plan.run.finish),
                 "iteration_s": plan.iteration_s, "published_s": seconds,
                 "ratio": None if seconds is None else plan.iteration_s / seconds,
             }
@@ -195,10 +196,7 @@ def _text(plan: SkipPlan, names: list[str], found: Mapping[str, Any], written: l
         return f"{node} {names[node]}" if names else str(node)
 
     lines = [f"stage {i}: {', '.join(map(said, stage))}" for i, stage in enumerate(problem.stages)]
-    count: dict[Nodes, int] = {}
-    for path in plan.paths:
-        count[path] = count.get(path, 0) + 1
-    for path, many in sorted(count.items()):
+    for path, many in sorted(Counter(plan.paths).items()):
         lines.append(f"{many} x {' > '.join(map(said, path))}   round trip {problem.round_trip(path):.2f} s")
     proved = ", proved to be the least" if plan.gap < 1e-6 else f", at most {plan.gap:.1%} above the least"
     lines.append(

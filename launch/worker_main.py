@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from jobs.config import TrainConfig
-from jobs.plan import evaluation_samples, open_dataset, read_network, stage_at
+from jobs.network import read_network
+from jobs.plan import evaluation_samples, open_dataset, stage_at
 from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
@@ -180,7 +181,7 @@ def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Sha
     """The slow links that a network file asks for."""
     if network is None:
         return None
-    loaded = read_network(network, workers)
+    loaded, _ = read_network(network, workers)
     pairs = [(a, b) for a in range(workers) for b in range(workers) if a != b]
     return {(a, b): Shape(loaded.latency_s[a][b], loaded.bandwidth[a][b], loaded.exclusive) for a, b in pairs}
 

@@ -17,7 +17,7 @@ from pipeline.costs import Costs, Network
 from pipeline.schedule import B, F, Op, Route, Schedule, Span
 from schedulers.paths.anneal import Budget, Found, anneal
 from schedulers.paths.bounds import any_cut, lower_bounds
-from schedulers.paths.clock import Rule, Run, clock
+from schedulers.paths.clock import STUCK, Rule, Run, clock
 from schedulers.paths.conflicts import conflict_based, dealt, prioritised
 from schedulers.paths.problem import NetworkError, Path, Problem, check_paths, quotas
 
@@ -52,8 +52,28 @@ class SkipPlan:
 
     def schedule(self, spans: Sequence[Span] = (), name: str = "skippipe") -> Schedule:
         """The lanes: node n is worker n. `spans` are the stages' layers, and the head's last; one layer each unless
-        given."""
-        return to_schedule(self, spans, name)
+        given. Raises ValueError for another number of them."""
+        problem, stages = self.problem, len(self.problem.stages)
+        spans = tuple(spans) or tuple((i, i + 1) for i in range(stages + 1))
+        if len(spans) != stages + 1:
+            raise ValueError(f"spans: {len(spans)}; allowed: {stages + 1}, one per stage and the head's")
+        at, head = problem.stage_of, spans[-1]
+        routes = [Route.through((*(spans[at[node]] for node in path), head)) for path in self.paths]
+        lanes: dict[int, list[Op]] = {}
+        for node in sorted(at):
+            lanes[node] = lane = []
+            for m, position in self.run.lanes[node]:
+                length = len(self.paths[m])
+                if position == length:
+                    lane += [Op(F, head, m), Op(B, head, m)]
+                else:
+                    lane.append(Op(F if position < length else B, spans[at[node]], m))
+        return Schedule(tuple(routes), {node: tuple(lane) for node, lane in lanes.items()}, name)
+
+    @property
+    def max_activations(self) -> dict[int, int]:
+        """What each node may hold by its memory slots, for the verifier: a home holds a head's beside."""
+        return {n: slots + (n in self.problem.homes) for n, slots in enumerate(self.problem.slots)}
 
     @cached_property
     def costs(self) -> Costs:
@@ -103,7 +123,7 @@ def replay(problem: Problem, paths: Sequence[Path], rule: Rule = "furthest") -> 
     """Given paths, timed. Raises NetworkError for paths that are illegal, and where some microbatch never completes."""
     check_paths(problem, paths, balanced=False)
     run = clock(problem, paths, rule)
-    if run.iteration_s == float("inf"):
+    if run.iteration_s == STUCK:
         raise NetworkError("the paths lock each other out: some microbatch never completes for want of memory slots")
     return SkipPlan(problem, tuple(paths), rule, run, lower_bounds(problem))
 
@@ -159,7 +179,7 @@ def mended(paths: Sequence[Path], old: Problem, new: Problem) -> list[Path]:
 def _even(paths: list[list[int]], problem: Problem, visits: Counter[int]) -> None:
     """Move visits from nodes that have too many to nodes that have too few, path by path, while that is possible."""
     stage_of = problem.stage_of
-    (_, _), nodes = quotas(problem)
+    nodes = quotas(problem)[1]
     for here in paths:
         for at in range(1, len(here)):
             others = {stage_of[n] for i, n in enumerate(here) if i != at}
@@ -178,7 +198,7 @@ def _even(paths: list[list[int]], problem: Problem, visits: Counter[int]) -> Non
 def _plan(problem: Problem, found: Found, bounds: dict[str, float]) -> SkipPlan:
     planned = problem.with_stages(found.stages)
     run = clock(planned, found.paths, found.rule)
-    if run.iteration_s == float("inf"):
+    if run.iteration_s == STUCK:
         slots = sorted(set(problem.slots))
         raise NetworkError(
             f"memory_slots of {slots[0]} per node: no plan was found under which every microbatch completes; allowed: "
@@ -186,23 +206,3 @@ def _plan(problem: Problem, found: Found, bounds: dict[str, float]) -> SkipPlan:
         )
     check_paths(planned, found.paths)
     return SkipPlan(planned, found.paths, found.rule, run, bounds)
-
-
-def to_schedule(plan: SkipPlan, spans: Sequence[Span] = (), name: str = "skippipe") -> Schedule:
-    """See SkipPlan.schedule."""
-    problem = plan.problem
-    stages = len(problem.stages)
-    spans = tuple(spans) or tuple((i, i + 1) for i in range(stages + 1))
-    if len(spans) != stages + 1:
-        raise ValueError(f"spans: {len(spans)}; allowed: {stages + 1}, one per stage and the head's")
-    at, head = problem.stage_of, spans[-1]
-    routes = [Route.through((*(spans[at[node]] for node in path), head)) for path in plan.paths]
-    lanes: dict[int, list[Op]] = {node: [] for stage in problem.stages for node in stage}
-    for node, lane in enumerate(plan.run.lanes):
-        for m, position in lane:
-            length = len(plan.paths[m])
-            if position == length:
-                lanes[node] += [Op(F, head, m), Op(B, head, m)]
-            else:
-                lanes[node].append(Op(F if position < length else B, spans[at[node]], m))
-    return Schedule(tuple(routes), {node: tuple(lane) for node, lane in sorted(lanes.items())}, name)

@@ -77,7 +77,7 @@ def test_a_stage_that_nobody_holds(tmp_path: Path) -> None:
 def test_replicas_take_over_and_come_back(tmp_path: Path) -> None:
     config = skipping(tmp_path, skip=0.25)
     routes = Routes(config, layer_costs(LayeredModel(LLAMA), config.sequence_length), 4, 64)
-    home = routes.schedules()
+    home = routes.schedules
     without = routes.around({0, 1, 2, 4, 5})["train"]
     span = routes.spans[2]
     assert without.holders[span] == (4,)

@@ -83,6 +83,18 @@ def test_no_plan_of_a_small_network_beats_the_bounds(seed: int) -> None:
     assert best - 1e-9 <= found.iteration_s <= 1.1 * best
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bound_for_all_cuts_holds_where_visits_are_uneven(seed: int) -> None:
+    problem = network(seed, (1, 2, 1, 1), path_length=3, num_microbatches=3, slots=(3,) * 5)
+    plans = itertools.product(legal(problem, 0), repeat=3)
+    for paths in plans:
+        try:
+            check_paths(problem, paths)
+        except NetworkError:
+            continue
+        assert any_cut(problem) <= min(clock(problem, paths, rule).iteration_s for rule in RULES) + 1e-9
+
+
 @pytest.mark.parametrize("contention", [False, True])
 @pytest.mark.parametrize(
     ("stages", "length", "many"), [((2, 3, 2, 1), 3, 7), ((3, 2, 2), 3, 6), ((1, 1), 2, 3), ((2,), 1, 4)]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from schedulers.paths.clock import RULES, Clock, Rule
+from schedulers.paths.clock import Clock, Rule
 from schedulers.paths.problem import Path, Problem, quotas
 
 _ESTIMATED = 0.3  # of the budget
@@ -123,8 +123,7 @@ class _Search:
 
     def judge(self) -> Found:
         """The current paths by the clock, under the better rule."""
-        ends: list[tuple[float, Rule]] = [(max(self.clock.finish(self.paths, rule)), rule) for rule in RULES]
-        seconds, rule = min(ends, key=lambda each: each[0])
+        seconds, rule = self.clock.best(self.paths)
         others = (
             tuple(sorted(n for n in self.nodes if self.stage_of[n] == i)) for i in range(1, len(self.problem.stages))
         )

@@ -22,7 +22,7 @@ def lower_bounds(problem: Problem) -> dict[str, float]:
     router = Router(problem)
     trips, homes, first = [0.0], [0.0], [0.0]
     for home in problem.homes:
-        many = problem.microbatches_of(home)
+        many = len(problem.microbatches_of(home))
         found = router.cheapest(home)
         if found is not None:
             trips.append(-(-many // problem.slots[home]) * found[0])
@@ -77,16 +77,12 @@ def any_cut(problem: Problem) -> float:
     )  # fmt: skip
     fewest = problem.num_microbatches // count
     homes = _home(uniform, problem.homes[0], trips[count - 1], fewest)
-    visits = _fewest_visits(problem)
-    total = problem.num_microbatches * own + _matching(hop, nodes, visits, problem.num_microbatches, length)
+    shares = [(fewest, -(-problem.num_microbatches // count)), *quotas(problem)[1].values()]
+    least, most = min(low for low, _ in shares), max(high for _, high in shares)
+    total = problem.num_microbatches * own + _matching(hop, nodes, least, most, length)
     rounds = min(slots, fewest)
     stagger = (forward + backward + 2 * problem.gap_s) * rounds * (rounds - 1) / 2
     return max(homes, (total / count + stagger) / slots)
-
-
-def _fewest_visits(problem: Problem) -> int:
-    """The fewest visits that any node has, a home's own microbatches counted as such."""
-    return min([problem.num_microbatches // len(problem.homes), *(least for least, _ in quotas(problem)[1].values())])
 
 
 def _tour(hop: Sequence[Sequence[float]], nodes: Sequence[int], home: int, length: int) -> float:
@@ -99,23 +95,25 @@ def _tour(hop: Sequence[Sequence[float]], nodes: Sequence[int], home: int, lengt
     return min(cost + hop[n][home] for n, cost in at.items())
 
 
-def _matching(
-    hop: Sequence[Sequence[float]], nodes: Sequence[int], visits: int, microbatches: int, length: int
-) -> float:  # fmt: skip
-    """The least total of hops when every node meets 2 x `visits` hop ends, at most `visits` of them on one link.
+def _matching(hop: Sequence[Sequence[float]], nodes: Sequence[int], least: int, most: int, length: int) -> float:
+    """The least total of hops when every node is visited `least` to `most` times: each visit has two hop ends there,
+    and a link is used at most once in each of its nodes' visits.
 
     A path of two stops uses its one link twice, there and back home.
     """
-    if length < 2 or visits == 0:
+    if length < 2 or least == 0:
         return 0.0
     graph = nx.DiGraph()
     unit = 1e6  # network simplex wants whole numbers: rounded down, which keeps it a bound
     for a in nodes:
-        graph.add_node(("from", a), demand=-2 * visits)
-        graph.add_node(("to", a), demand=2 * visits)
+        graph.add_node(("from", a), demand=-2 * least)
+        graph.add_node(("to", a), demand=2 * least)
         for b in nodes:
             if a != b:
-                capacity = visits if length > 2 else 2 * visits
+                capacity = most if length > 2 else 2 * most
                 graph.add_edge(("from", a), ("to", b), capacity=capacity, weight=math.floor(hop[a][b] * unit))
+        if most > least:  # visits beyond the fewest are made where they are cheapest, if at all
+            graph.add_edge("more", ("from", a), weight=0)
+            graph.add_edge(("to", a), "more", weight=0)
     cost, _ = nx.network_simplex(graph)
     return cost / unit / 2

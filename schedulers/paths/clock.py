@@ -53,6 +53,11 @@ class Clock:
         ]
         self.contention = problem.contention
 
+    def best(self, paths: Sequence[Path]) -> tuple[float, Rule]:
+        """Seconds of the iteration under the better rule, and which that is."""
+        ends: list[tuple[float, Rule]] = [(max(self.finish(paths, rule)), rule) for rule in RULES]
+        return min(ends, key=lambda each: each[0])
+
     def finish(
         self, paths: Sequence[Path], rule: Rule = "first come", lanes: list[list[tuple[int, int]]] | None = None
     ) -> list[float]:

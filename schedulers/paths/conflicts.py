@@ -13,10 +13,10 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from schedulers.paths.clock import RULES, Clock
+from schedulers.paths.clock import Clock
 from schedulers.paths.problem import NetworkError, Path, Problem, check_paths, quotas
 from schedulers.paths.router import Router
 
@@ -37,7 +37,7 @@ def conflict_based(
 ) -> list[Path] | None:
     """Paths that are legal and balanced, or None where none were found within so many expansions, or until `over()`."""
     (_, stage_most), node_quotas = quotas(problem)
-    stage_of, router, clock = problem.stage_of, Router(problem), Clock(problem)
+    router, clock = Router(problem), Clock(problem)
     known: dict[tuple[int, frozenset[int]], tuple[float, Path] | None] = {}
 
     def cheapest(home: int, banned: frozenset[int]) -> tuple[float, Path] | None:
@@ -57,11 +57,13 @@ def conflict_based(
                 places.append((much, frozenset((node,))))
         return sum(much for much, _ in places), places
 
-    roots = [cheapest(problem.home(m), frozenset()) for m in range(problem.num_microbatches)]
-    if any(root is None for root in roots):
-        return None
-    whole = [root for root in roots if root is not None]
-    start = _Node((frozenset(),) * len(whole), tuple(p for _, p in whole), tuple(t for t, _ in whole))
+    roots: list[tuple[float, Path]] = []
+    for m in range(problem.num_microbatches):
+        root = cheapest(problem.home(m), frozenset())
+        if root is None:
+            return None
+        roots.append(root)
+    start = _Node((frozenset(),) * len(roots), tuple(p for _, p in roots), tuple(t for t, _ in roots))
     open_: list[tuple[int, float, int, _Node]] = [(excess(start.paths)[0], max(start.trips), 0, start)]
     number, best, solutions = 0, (float("inf"), None), 0
     while open_ and expansions > 0 and solutions < _SOLUTIONS and not over():
@@ -73,8 +75,7 @@ def conflict_based(
             except NetworkError:
                 continue  # nowhere too much, but somewhere too little
             solutions += 1
-            found = min(max(clock.finish(node.paths, rule)) for rule in RULES)
-            best = min(best, (found, list(node.paths)), key=lambda each: each[0])
+            best = min(best, (clock.best(node.paths)[0], list(node.paths)), key=lambda each: each[0])
             continue
         _, place = max(excess(node.paths)[1], key=lambda each: (len(each[1]), each[0], -min(each[1])))
         tried: set[tuple[int, frozenset[int]]] = set()
@@ -83,8 +84,6 @@ def conflict_based(
                 continue
             tried.add((problem.home(m), node.banned[m]))
             banned = node.banned[m] | place
-            if len({stage_of[n] for n in stage_of} - {stage_of[n] for n in banned}) == 0:
-                continue
             other = cheapest(problem.home(m), banned)
             if other is None:
                 continue
@@ -101,37 +100,40 @@ def prioritised(problem: Problem, seed: int = 0, tries: int = 40) -> list[Path] 
     """One home after another takes the cheapest paths that are left, those with the longest round trips first; then
     in other orders. Legal and balanced paths, the best of all orders by the clock; None where all get stuck."""
     router, clock, draw = Router(problem), Clock(problem), random.Random(seed)
-    (_, stage_most), node_quotas = quotas(problem)
     trips = {home: (router.cheapest(home) or (0.0, ()))[0] for home in problem.homes}
     ranking, best = sorted(problem.homes, key=lambda home: -trips[home]), (float("inf"), None)
     for _ in range(tries):
-        visits: Counter[int] = Counter()
-        by_stage: Counter[int] = Counter()
-        paths: dict[int, Path] = {}
-        for home in ranking:
-            for m in range(problem.homes.index(home), problem.num_microbatches, len(problem.homes)):
-                left = problem.num_microbatches - len(paths)
-                banned = {node for node, (_, most) in node_quotas.items() if visits[node] >= most}
-                must = [i for i in range(1, len(problem.stages)) if stage_most - by_stage[i] >= left]
-                for i, stage in enumerate(problem.stages[1:], 1):
-                    if by_stage[i] >= stage_most or (len(must) >= problem.path_length - 1 and i not in must):
-                        banned.update(stage)
-                found = router.cheapest(home, banned)
-                if found is None:
-                    break
-                paths[m] = found[1]
-                visits.update(found[1][1:])
-                by_stage.update(problem.stage_of[node] for node in found[1][1:])
-        if len(paths) == problem.num_microbatches:
-            whole = [paths[m] for m in range(len(paths))]
-            try:
-                check_paths(problem, whole)
-                best = min(best, (max(clock.finish(whole)), whole), key=lambda each: each[0])
-            except NetworkError:
-                pass
+        if (paths := _in_turn(problem, router, ranking)) is not None:
+            best = min(best, (max(clock.finish(paths)), paths), key=lambda each: each[0])
         a, b = draw.randrange(len(ranking)), draw.randrange(len(ranking))
         ranking[a], ranking[b] = ranking[b], ranking[a]
     return best[1]
+
+
+def _in_turn(problem: Problem, router: Router, ranking: Sequence[int]) -> list[Path] | None:
+    """Home by home, the cheapest paths that leave room for the microbatches after them; None where one gets stuck."""
+    (_, stage_most), node_quotas = quotas(problem)
+    stage_of, visits, by_stage = problem.stage_of, Counter[int](), Counter[int]()
+    paths: dict[int, Path] = {}
+    for m in (m for home in ranking for m in problem.microbatches_of(home)):
+        left = problem.num_microbatches - len(paths)
+        banned = {node for node, (_, most) in node_quotas.items() if visits[node] >= most}
+        must = [i for i in range(1, len(problem.stages)) if stage_most - by_stage[i] >= left]
+        for i, stage in enumerate(problem.stages[1:], 1):
+            if by_stage[i] >= stage_most or (len(must) >= problem.path_length - 1 and i not in must):
+                banned.update(stage)
+        found = router.cheapest(problem.home(m), banned)
+        if found is None:
+            return None
+        paths[m] = found[1]
+        visits.update(found[1][1:])
+        by_stage.update(stage_of[node] for node in found[1][1:])
+    whole = [paths[m] for m in range(len(paths))]
+    try:
+        check_paths(problem, whole)
+    except NetworkError:
+        return None
+    return whole
 
 
 def dealt(problem: Problem) -> list[Path]:

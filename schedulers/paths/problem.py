@@ -83,9 +83,9 @@ class Problem:
         """The nodes of the first stage."""
         return self.stages[0]
 
-    def microbatches_of(self, home: int) -> int:
-        """How many microbatches start at a node of the first stage."""
-        return len(range(self.stages[0].index(home), self.num_microbatches, len(self.stages[0])))
+    def microbatches_of(self, home: int) -> range:
+        """The microbatches that start at a node of the first stage."""
+        return range(self.stages[0].index(home), self.num_microbatches, len(self.stages[0]))
 
     @property
     def stage_of(self) -> dict[int, int]:
