@@ -16,12 +16,9 @@ loss of the first block stage, less that of the same run without it. Writes chec
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
-import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -41,12 +38,9 @@ from rich.progress import (
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
-import launch.train  # noqa: E402, F401  (what a run imports is there before it is forked)
 from benchmarks.checkfree_report import picture, print_report, summarise  # noqa: E402
-from launch import cli  # noqa: E402
+from benchmarks.runs import command, finished, llama  # noqa: E402
 from launch.nursery import Nursery  # noqa: E402
-from launch.run_folder import read_jsonl  # noqa: E402
-from pipeline.weights import preset  # noqa: E402
 
 RATES = json.loads((Path(__file__).parent / "data" / "checkfree_paper.json").read_text())
 MIDDLE, ALL = "2-5", "1-6"
@@ -55,61 +49,28 @@ ARMS = {  # name -> (recovery, stages that are hit)
     "checkfree+": ("checkfree+", MIDDLE), "copy": ("copy", MIDDLE), "random": ("random", MIDDLE),
     "checkfree+, all stages": ("checkfree+", ALL),
 }  # fmt: skip
-DEADLINE_S = 900.0
 JUMP = 10  # steps before the end
-
-
-def model(folder: Path) -> Path:
-    """The config of the model: llama-2m with six blocks and an alphabet of bytes."""
-    config = preset("llama-2m", vocab_size=258)
-    config.num_hidden_layers = 6
-    path = folder / "model.json"
-    path.write_text(config.to_json_string(use_diff=False))
-    return path
 
 
 def run(nursery: Nursery, folder: Path, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run to its end: its curve, its failures and what it cost. Raises RuntimeError with what it said."""
-    out, steps = folder / "run", job.get("steps", options.steps)
-    recovery, seed, inject = job["recovery"], job["seed"], job["inject"]
+    recovery, seed = job["recovery"], job["seed"]
     arguments = [
-        "train", "--workers", "7", "--ends", "apart", "--model", str(model(folder)),
+        "--workers", "7", "--ends", "apart", "--model", str(llama(folder, 6)),
         "--tokenizer", "bytes", "--max-tokens", "1000000", "--sequence-length", "64", "--microbatches", "2",
-        "--microbatch-size", "4", "--steps", str(steps), "--warmup", "20", "--lr", "2e-3", "--threads", "1",
-        "--evaluate-every", str(options.every), "--evaluate-samples", "64", "--sample-tokens", "0", "--seed", str(seed),
-        "--checkpoint-every", str(options.checkpoint_every if recovery == "checkpoint" else 0),
-        "--recovery", recovery, "--inject", inject, "--max-failures", "1000", "--json", "--out", str(out),
-        *job.get("more", ()),
+        "--microbatch-size", "4", "--steps", str(job.get("steps", options.steps)), "--warmup", "20", "--lr", "2e-3",
+        "--threads", "1", "--evaluate-every", str(options.every), "--evaluate-samples", "64", "--sample-tokens", "0",
+        "--seed", str(seed), "--checkpoint-every", str(options.checkpoint_every if recovery == "checkpoint" else 0),
+        "--recovery", recovery, "--inject", job["inject"], "--max-failures", "1000", *job.get("more", ()),
     ]  # fmt: skip
-    log = folder / "log"
-    pid = nursery.start({"arguments": arguments, "log": str(log)})
-    try:
-        ended = nursery.poll(DEADLINE_S)
-        if [exit_.code for exit_ in ended] != [0]:
-            raise RuntimeError(f"recovery {recovery}, seed {seed}, {inject!r} ended: {log.read_text()[-600:]}")
-        metrics, events = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "events.jsonl")
-        times = [line["time"] for line in read_jsonl(out / "ledger.jsonl")]
-        zero = times[0]
-        curve = [(e["step"], e["time"] - zero, e["loss"]) for e in events if e["event"] == "evaluation"]
+    with finished(nursery, folder, arguments) as (records, _):
+        losses = {"losses": [step["loss"] for step in records.metrics]} if job["arm"].startswith("jump") else {}
         return {
-            "curve": curve, **({"losses": [step["loss"] for step in metrics]} if job["arm"].startswith("jump") else {}),
-            "seconds": curve[-1][1], "step_s": statistics.median(b - a for a, b in pairwise(times)),
-            "faults": sum(e["event"] == "fault" for e in events),
-            "replayed": sum(e.get("steps_lost", 0) for e in events if e["event"] == "rolled_back"),
+            "curve": records.curve, **losses, "seconds": records.curve[-1][1],
+            "step_s": statistics.median(b - a for a, b in pairwise(records.times)),
+            "faults": sum(e["event"] == "fault" for e in records.events),
+            "replayed": sum(e.get("steps_lost", 0) for e in records.events if e["event"] == "rolled_back"),
         }  # fmt: skip
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # and with it go its workers
-            nursery.poll(5.0)
-        shutil.rmtree(out, ignore_errors=True)
-
-
-def command(payload: dict[str, Any]) -> int:
-    """The command line, in a process that has imported everything before."""
-    with open(payload["log"], "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    return cli.main(payload["arguments"])
 
 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -26,8 +26,9 @@ from rich.table import Table
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
-from benchmarks.checkfree import command, run  # noqa: E402
+from benchmarks.checkfree import run  # noqa: E402
 from benchmarks.checkfree_report import spread  # noqa: E402
+from benchmarks.runs import command  # noqa: E402
 from launch.nursery import Nursery  # noqa: E402
 
 ARMS = ("none", "checkfree", "random", "copy")

@@ -113,12 +113,17 @@ def published(problem: Problem, values: Mapping[str, Any]) -> dict[str, list[Nod
     Raises NetworkError for paths that cannot be read.
     """
     found: dict[str, list[Nodes]] = {}
-    for name in values.get("published_iteration_s", {}):
+    for name in _named(values, "published_iteration_s"):
         if fixed := re.search(r"full pipeline, (\d+) microbatches on (\d+) fixed pipelines", name):
-            lines = [tuple(stage[k] for stage in problem.stages) for k in range(int(fixed[2]))]
-            found[name] = [lines[m % len(lines)] for m in range(int(fixed[1]))]
-    for name, group in values.get("published_paths", {}).items():
-        lines = [_chain(name, each) for each in group.values()]
+            many, narrowest = int(fixed[2]), min(map(len, problem.stages))
+            if not 1 <= many <= narrowest:
+                raise NetworkError(f"published_iteration_s {name!r}: {many} pipelines; allowed: 1 to {narrowest}, the "
+                                   "nodes of the smallest stage")  # fmt: skip
+            lines = [tuple(stage[k] for stage in problem.stages) for k in range(many)]
+            found[name] = [lines[m % many] for m in range(int(fixed[1]))]
+    groups = _named(values, "published_paths")
+    for name in groups:
+        lines = [_chain(name, each) for each in _named(groups, name).values()]
         if not lines or problem.num_microbatches % len(lines):
             raise NetworkError(
                 f"published_paths {name!r} has {len(lines)} paths for {problem.num_microbatches} microbatches; "
@@ -130,9 +135,28 @@ def published(problem: Problem, values: Mapping[str, Any]) -> dict[str, list[Nod
     return found
 
 
-def _chain(name: str, following: Mapping[str, int]) -> Nodes:
+def published_time(values: Mapping[str, Any], name: str) -> float | None:
+    """The one iteration that a file says the paths of this name take, if it says one."""
+    times = _named(values, "published_iteration_s")
+    known = [seconds for said, seconds in times.items() if name.split(" (")[0] in said]
+    number = len(known) == 1 and isinstance(known[0], int | float) and known[0] > 0
+    return known[0] if number else None
+
+
+def _named(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The object of that name, empty where there is none. Raises NetworkError where it is something else."""
+    found = values.get(name, {})
+    if not isinstance(found, Mapping):
+        raise NetworkError(f"{name} is {found!r:.80}; allowed: an object")
+    return found
+
+
+def _chain(name: str, following: Any) -> Nodes:
     """The path of {node: the next one}."""
-    after = {int(a): int(b) for a, b in following.items()}
+    try:
+        after = {int(a): int(b) for a, b in following.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise NetworkError(f"published_paths {name!r}: {following!r:.80}; allowed: {{node: the next one}}") from None
     starts = set(after) - set(after.values())
     if len(starts) != 1:
         raise NetworkError(f"published_paths {name!r}: {dict(following)} is no path; allowed: each node's next one")
@@ -143,12 +167,10 @@ def _chain(name: str, following: Mapping[str, int]) -> Nodes:
 
 
 def _replayed(config: PlanConfig, problem: Problem, values: Mapping[str, Any], names: list[str]) -> Result:
-    times = values.get("published_iteration_s", {})
     rows: list[dict[str, Any]] = []
     for name, paths in published(problem, values).items():
         plan = replay(replace(problem, swaps=True), paths)  # what was published may swap stages
-        known = [seconds for said, seconds in times.items() if name.split(" (")[0] in said]
-        seconds = known[0] if len(known) == 1 else None
+        seconds = published_time(values, name)
         rows.append(
             {
                 "name": name, "microbatches": len(paths), "completed": sum(t < STUCK for t in plan.run.finish),

@@ -49,7 +49,8 @@ class Costs:
     step_s: PerSpan = 0.0
     """Seconds of STEP."""
     gap_s: float = 0.0
-    """Seconds that a worker needs from one compute op to the next one, unless that is of the same microbatch."""
+    """Seconds that a worker needs from one compute op to the next one, unless that goes straight on with the same span
+    and microbatch, as a loss and its backward do."""
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -63,16 +63,16 @@ class _Run:
         free = dict.fromkeys(graph.lanes, 0.0)
         seconds: dict[tuple[str, Span], float] = {}
         speed = {worker: self.costs.speed.get(worker, 1.0) for worker in graph.lanes}
-        gap, last = self.costs.gap_s, dict[int, int]()  # worker -> the microbatch of its last compute op
+        gap, last = self.costs.gap_s, dict[int, tuple[int, Span]]()  # worker -> what its last compute op was of
         for i in graph.order:
             op, worker = ops[i], workers[i]
             kind, span = op[0], op[1]
             begin = free[worker]
             if kind in COMPUTE:
                 if gap:
-                    if last.get(worker, op[2]) != op[2]:
+                    if worker in last and (waits[i] or last[worker] != (op[2], span)):
                         begin += gap
-                    last[worker] = op[2]
+                    last[worker] = op[2], span
                 for j in waits[i]:
                     if (there := arrival[j, worker]) > begin:
                         begin = there

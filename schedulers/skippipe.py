@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,8 +23,9 @@ from schedulers.paths.problem import NetworkError, Path, Problem, check_paths, q
 
 MOVES = 12_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
-_CONFLICTS = 0.2  # of a budget in seconds: what the conflict-based search may take
-_LARGE = 400  # microbatches beyond which conflicts are too many to be resolved one by one
+_CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
+_LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
+_TRIES = 40  # orders of the homes that are tried for a start; fewer where the network is large
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,23 @@ def skippipe(
     began = time.monotonic()
     bounds = {"any stages": any_cut(problem)} if joint else lower_bounds(problem)
     starts = [dealt(problem) if start is None else list(start)]
-    if start is None and problem.num_microbatches <= _LARGE and problem.path_length > 1:
+    if start is None and problem.path_length > 1:
         end = None if seconds is None else began + _CONFLICTS * seconds
-        found = conflict_based(problem, over=lambda: end is not None and time.monotonic() > end)
-        starts += [paths for paths in (found, prioritised(problem, seed)) if paths is not None]
+        starts += _starts(problem, seed, lambda: end is not None and time.monotonic() > end)
     left = None if seconds is None else max(0.0, seconds - (time.monotonic() - began))
     best = anneal(
         problem, starts, Budget(None if left is not None else moves, left), seed=seed, joint=joint,
         bound=max(bounds.values()),
     )  # fmt: skip
     return _plan(problem, best, bounds)
+
+
+def _starts(problem: Problem, seed: int, over: Callable[[], bool]) -> list[list[Path]]:
+    """By conflict-based search, unless the network is large, and by one home after another, until `over()`."""
+    size = problem.num_microbatches * len(problem.hop_s)
+    found = [conflict_based(problem, over=over) if size <= _LARGE else None]
+    found.append(prioritised(problem, seed, max(1, min(_TRIES, _TRIES * _LARGE // size)), over))
+    return [paths for paths in found if paths is not None]
 
 
 def replay(problem: Problem, paths: Sequence[Path], rule: Rule = "furthest") -> SkipPlan:

@@ -66,13 +66,14 @@ def train(nursery: Nursery, out: Path, *more: str, timeout_s: float = 60.0) -> C
     return done
 
 
-def whole_ledger(out: Path) -> None:
-    """Every step was committed in the end, each on the samples that follow those of the step before."""
+def whole_ledger(out: Path) -> list[dict[str, Any]]:
+    """Every step was committed in the end, each on the samples that follow those of the step before: its lines."""
     lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     last = {line["step"]: line for line in lines}
     assert sorted(last) == list(range(1, STEPS + 1))
     assert [last[step]["first_sample"] for step in sorted(last)] == [8 * i for i in range(STEPS)]
     assert {line["samples"] for line in last.values()} == {8}
+    return lines
 
 
 @pytest.fixture(scope="module")

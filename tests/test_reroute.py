@@ -115,6 +115,23 @@ def test_a_replacement_that_dies_as_it_joins(nursery: Nursery, network: Path, mo
     train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
     every_step_counts_once(out)
     assert events(out, "rejoined")[-1]["worker"] in (4, 6)
+    (rerouted, *_), (resumed, *_) = events(out, "rerouted"), events(out, "resumed")
+    assert [line["step"] for line in whole_ledger(out) if line["view"] == resumed["view"]], "steps without the stage"
+    assert rerouted["worker"] == 4
+
+
+def test_the_end_of_a_run_waits_for_the_stage_that_is_missing(
+    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path
+) -> None:
+    """The last step commits without the stage, whose first replacement dies too; what is saved is whole."""
+    last = STEPS - 1
+    deaths = [f"kill:worker=4,step={last},at=backward", *(f"kill:worker=6,step={s},at=join" for s in (last, STEPS))]
+    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", ";".join(deaths))
+    every_step_counts_once(out)
+    ended, back = whole_ledger(out)[-1], events(out, "rejoined")[-1]
+    assert ended["time"] < back["time"], "the last step did not wait"
+    assert events(out, "exported")[-1]["time"] > back["time"], "the export did"
+    assert set(exported(out)) == set(exported(calm["0.25"]))
 
 
 def test_without_recovery_the_loss_ends_the_run_by_name(

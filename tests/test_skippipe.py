@@ -100,8 +100,7 @@ def test_a_bound_for_all_cuts_holds_where_visits_are_uneven(seed: int) -> None:
     ("stages", "length", "many"), [((2, 3, 2, 1), 3, 7), ((3, 2, 2), 3, 6), ((1, 1), 2, 3), ((2,), 1, 4)]
 )
 def test_a_plan_is_an_ordinary_schedule(stages: tuple[int, ...], length: int, many: int, contention: bool) -> None:
-    gap = 0.05 if length > 1 else 0.0  # the simulator has none between ops of one microbatch
-    problem = network(1, stages, path_length=length, num_microbatches=many, contention=contention, gap_s=gap)
+    problem = network(1, stages, path_length=length, num_microbatches=many, contention=contention)
     plan = skippipe(problem, moves=300, seed=2)
     schedule = plan.schedule()
     head = (len(stages), len(stages) + 1)

@@ -96,13 +96,18 @@ def conflict_based(
     return best[1]
 
 
-def prioritised(problem: Problem, seed: int = 0, tries: int = 40) -> list[Path] | None:
+def prioritised(
+    problem: Problem, seed: int = 0, tries: int = 40, over: Callable[[], bool] = lambda: False
+) -> list[Path] | None:
     """One home after another takes the cheapest paths that are left, those with the longest round trips first; then
-    in other orders. Legal and balanced paths, the best of all orders by the clock; None where all get stuck."""
+    in other orders, until `over()`. Legal and balanced paths, the best of all orders by the clock; None where all get
+    stuck."""
     router, clock, draw = Router(problem), Clock(problem), random.Random(seed)
     trips = {home: (router.cheapest(home) or (0.0, ()))[0] for home in problem.homes}
     ranking, best = sorted(problem.homes, key=lambda home: -trips[home]), (float("inf"), None)
-    for _ in range(tries):
+    for number in range(tries):
+        if number and over():
+            break
         if (paths := _in_turn(problem, router, ranking)) is not None:
             best = min(best, (max(clock.finish(paths)), paths), key=lambda each: each[0])
         a, b = draw.randrange(len(ranking)), draw.randrange(len(ranking))

@@ -1,0 +1,80 @@
+"""Training runs of their own that benchmarks start: forked from a warm parent, waited for, read and cleared away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import launch.train  # noqa: F401  (what a run imports is there before it is forked)
+from launch import cli
+from launch.nursery import Nursery
+from launch.run_folder import read_jsonl
+from pipeline.weights import preset
+
+DEADLINE_S = 900.0
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a run has written down. `curve`: (step, seconds since the first commit, held-out loss)."""
+
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    times: list[float]
+    """Of the commits, in unix seconds."""
+
+    @property
+    def curve(self) -> list[tuple[int, float, float]]:
+        return [(e["step"], e["time"] - self.times[0], e["loss"]) for e in self.events if e["event"] == "evaluation"]
+
+
+def llama(folder: Path, blocks: int) -> Path:
+    """The config of a model: llama-2m with so many blocks and an alphabet of bytes."""
+    config = preset("llama-2m", vocab_size=258)
+    config.num_hidden_layers = blocks
+    path = folder / f"model-{blocks}.json"
+    path.write_text(config.to_json_string(use_diff=False))
+    return path
+
+
+def command(payload: dict[str, Any]) -> int:
+    """The command line, in a process that has imported everything before: the entry of a Nursery."""
+    with open(payload["log"], "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    return cli.main(payload["arguments"])
+
+
+@contextlib.contextmanager
+def finished(nursery: Nursery, folder: Path, arguments: Sequence[str]):
+    """`unbroken train` with these arguments, run to its end: its Records and its folder, which is gone afterwards.
+    Raises RuntimeError with what it said where it fails or takes more than DEADLINE_S."""
+    out, log = folder / "run", folder / "log"
+    pid = nursery.start({"arguments": ["train", "--json", "--out", str(out), *arguments], "log": str(log)})
+    try:
+        ended = nursery.poll(DEADLINE_S)
+        if [exit_.code for exit_ in ended] != [0]:
+            raise RuntimeError(f"{' '.join(arguments)} ended: {log.read_text()[-600:]}")
+        times = [line["time"] for line in read_jsonl(out / "ledger.jsonl")]
+        yield Records(read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "events.jsonl"), times), out
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # and with it go its workers
+            nursery.poll(5.0)
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def op_seconds(out: Path) -> dict[tuple[str, str], list[float]]:
+    """Seconds of the ops of the iteration that a run has recorded: (kind, span as "lo:hi") -> one per op."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads((out / "trace.json").read_text())["traceEvents"]:
+        if event["ph"] == "X":
+            found.setdefault((event["cat"], event["args"]["span"]), []).append(event["dur"] * 1e-6)
+    return found

@@ -1,0 +1,189 @@
+"""What SkipPipe's planner finds, beside what was published and beside the bound: simulated iterations, real searches.
+
+    python benchmarks/skippipe.py --out benchmarks/results        # 35 minutes on two idle cores
+    python benchmarks/skippipe.py --only published --budget 5     # to try the script
+
+`published`: the published network of 20 nodes (data/skippipe_gcp20.json). The paths that were published are timed by
+our clock; the others are searched for, each under three seeds. Every row says how many microbatches and stages it is
+for, since the published full pipeline has 27 microbatches and the skipping ones have 30.
+`unseen`: networks drawn from a seed, of 12 to 24 nodes in 4 to 6 stages. Sites lie on a globe; a link is as slow as its
+sites are far apart, and varies besides; nodes are dealt to stages at random. One search for each.
+`scale`: such networks of 100 and 1,000 nodes.
+A budget is the seconds of a whole search. Searches run two at a time. Writes skippipe.json and skippipe-gaps.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
+
+from benchmarks.skippipe_report import gaps_svg, print_report  # noqa: E402
+from launch.plan_command import published, published_time  # noqa: E402
+from schedulers.paths.problem import Problem, from_json  # noqa: E402
+from schedulers.skippipe import replay, skippipe  # noqa: E402
+
+GCP = Path(__file__).parent / "data" / "skippipe_gcp20.json"
+SEARCHED = {  # name -> stages left out, swaps, joint
+    "re-routed, nothing skipped": (0, False, False),
+    "re-routed, nothing skipped, cut searched": (0, False, True),
+    "one stage of six skipped": (1, True, False),
+    "two stages of six skipped, no swaps": (2, False, False),
+    "two stages of six skipped": (2, True, False),
+    "two stages of six skipped, cut searched": (2, True, True),
+}
+GOALS = {"two stages of six skipped": 33.3, "two stages of six skipped, cut searched": 28.8}  # s, of issue and anchor
+PARTS = ("published", "unseen", "scale")
+
+
+def geography(seed: int, nodes: int, stages: int, skipped: int, per_home: int, swaps: bool = True) -> Problem:
+    """Nodes at sites on a globe, two to a site on average, dealt to stages of which the first is the largest.
+
+    A hop is 20 ms, light in fibre along one and a half times the great circle, and 33.5 MB at a bandwidth that falls
+    with the distance, from 400 MB/s within a site to some 10 MB/s round the globe, times a log-normal factor of 0.4:
+    hops of 0.1 to 5 s, as on the published network, whose times of compute and memory slots are taken too.
+    """
+    draw = np.random.default_rng(seed)
+    sites = draw.normal(size=(max(2, nodes // 2), 3))
+    sites /= np.linalg.norm(sites, axis=1, keepdims=True)
+    at = sites[draw.integers(len(sites), size=nodes)]
+    km = 6371 * np.arccos(np.clip(at @ at.T, -1, 1))
+    speed = 400e6 / (1 + km / 500) * draw.lognormal(0.0, 0.4, size=(nodes, nodes))
+    hop = 0.02 + 1.5 * km / 200_000 + 33_554_432 / speed
+    np.fill_diagonal(hop, 0.0)
+    order = [int(n) for n in draw.permutation(nodes)]
+    rest = nodes // (stages + 1) if stages < 10 else nodes // stages
+    first = nodes - rest * (stages - 1)
+    cut = [order[:first], *(order[first + i * rest : first + (i + 1) * rest] for i in range(stages - 1))]
+    return Problem(
+        hop.tolist(), tuple(map(tuple, cut)), stages - skipped, per_home * first, 0.44, 0.66, 0.11, 0.16 * 0.44,
+        (3,) * nodes, swaps=swaps,
+    )  # fmt: skip
+
+
+def job_problem(job: dict[str, Any]) -> Problem:
+    """What a job is to plan."""
+    if job["part"] == "published":
+        skipped, swaps, _ = SEARCHED[job["name"]]
+        asked = from_json(json.loads(GCP.read_text()), swaps=swaps)
+        return replace(asked, path_length=len(asked.stages) - skipped)
+    return geography(job["seed"], job["nodes"], job["stages"], job["skipped"], job["per_home"], job["swaps"])
+
+
+def search(job: dict[str, Any]) -> dict[str, Any]:
+    """One search, and what it came to."""
+    problem = job_problem(job)
+    began = time.monotonic()
+    plan = skippipe(problem, seed=job["seed"], seconds=job["budget_s"], joint=job["joint"])
+    return {
+        **job, "microbatches": problem.num_microbatches, "path_length": problem.path_length,
+        "stages": len(problem.stages), "iteration_s": plan.iteration_s, "bound_s": plan.lower_bound_s,
+        "gap": plan.gap, "search_s": time.monotonic() - began,
+    }  # fmt: skip
+
+
+def replayed() -> list[dict[str, Any]]:
+    """The published paths by our clock, and fixed pipelines for as many microbatches as the others have."""
+    values = json.loads(GCP.read_text())
+    problem = from_json(values, swaps=True)
+    values["published_iteration_s"]["full pipeline, 30 microbatches on 3 fixed pipelines"] = None
+    rows: list[dict[str, Any]] = []
+    for name, paths in published(problem, values).items():
+        rows.append(
+            {
+                "part": "published", "name": name, "microbatches": len(paths), "path_length": len(paths[0]),
+                "iteration_s": replay(problem, paths).iteration_s, "published_s": published_time(values, name),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every search, the long ones first."""
+    made: list[dict[str, Any]] = []
+    if "scale" in options.only:
+        for nodes, stages, skipped, per_home, swaps in ((1000, 10, 3, 3, False), (100, 10, 3, 6, True)):
+            made.append(
+                {"part": "scale", "name": f"{nodes:,} nodes", "nodes": nodes, "stages": stages, "skipped": skipped,
+                 "per_home": per_home, "swaps": swaps, "joint": False, "seed": 0, "budget_s": 5 * options.budget}
+            )  # fmt: skip
+    if "published" in options.only:
+        made += [
+            {"part": "published", "name": name, "joint": joint, "seed": seed, "budget_s": options.budget}
+            for name, (_, _, joint) in SEARCHED.items() for seed in range(3)
+        ]  # fmt: skip
+    if "unseen" in options.only:
+        for seed in range(options.networks):
+            draw = np.random.default_rng(10_000 + seed)
+            stages = int(draw.integers(4, 7))
+            made.append(
+                {"part": "unseen", "name": f"network {seed}", "nodes": int(draw.integers(12, 25)), "stages": stages,
+                 "skipped": int(draw.integers(1, 3)), "per_home": int(draw.choice([4, 6])), "swaps": bool(seed % 2),
+                 "joint": False, "seed": seed, "budget_s": options.budget / 3}
+            )  # fmt: skip
+    return made
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over seeds, and how the gaps are spread."""
+    found: dict[str, Any] = {}
+    for name in SEARCHED:
+        if same := [row for row in rows if row["name"] == name]:
+            seconds = [row["iteration_s"] for row in same]
+            found[name] = {
+                "median_s": statistics.median(seconds), "least_s": min(seconds), "most_s": max(seconds),
+                "bound_s": same[0]["bound_s"], "gap": statistics.median(row["gap"] for row in same),
+                "search_s": max(row["search_s"] for row in same),
+                **({"goal_s": GOALS[name]} if name in GOALS else {}),
+            }  # fmt: skip
+    if gaps := sorted(row["gap"] for row in rows if row["part"] == "unseen"):
+        found["unseen"] = {
+            "networks": len(gaps), "median": statistics.median(gaps), "least": gaps[0], "most": gaps[-1],
+            "p90": gaps[min(len(gaps) - 1, int(0.9 * len(gaps)))], "proved_best": sum(gap < 1e-6 for gap in gaps),
+        }  # fmt: skip
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of a search; a third for unseen, 5 x scale")
+    parser.add_argument("--networks", type=int, default=40, help="of part unseen")
+    parser.add_argument("--out", type=Path, help="folder for skippipe.json and skippipe-gaps.svg")
+    options = parser.parse_args()
+    rows = replayed() if "published" in options.only else []
+    asked = jobs(options)
+    with Progress(console=Console(stderr=True)) as progress, ProcessPoolExecutor(2) as pool:
+        task = progress.add_task("searching", total=len(asked))
+        for done in as_completed([pool.submit(search, job) for job in asked]):
+            rows.append(done.result())
+            progress.advance(task)
+    rows.sort(key=lambda row: (PARTS.index(row["part"]), row.get("nodes", 0) if row["part"] == "scale" else 0))
+    found = {
+        "command": ["benchmarks/skippipe.py", *sys.argv[1:]], "cores": os.cpu_count(), "simulated": True,
+        "summary": summarise(rows), "rows": rows,
+    }  # fmt: skip
+    print_report(found, Console(width=150))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "skippipe.json").write_text(json.dumps(found, indent=1) + "\n")
+        if "unseen" in options.only:
+            (options.out / "skippipe-gaps.svg").write_text(gaps_svg(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
