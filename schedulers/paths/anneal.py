@@ -69,7 +69,8 @@ def anneal(
     Several chains, each with a seed of its own, as many as the budget leaves long enough; then one from the best.
     """
     judged = [_Search(problem, start, seed, joint).judge() for start in starts]
-    best = min(judged, key=lambda found: found.iteration_s)
+    ranking = sorted(range(len(starts)), key=lambda i: judged[i].iteration_s)
+    starts, best = [starts[i] for i in ranking], judged[ranking[0]]
     chains = _chains(problem, starts[0], budget)
     for chain in range(chains + 1):
         if best.iteration_s <= bound * (1 + 1e-6) or problem.path_length == 1:
