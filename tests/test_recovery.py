@@ -178,9 +178,9 @@ def test_redundancy_takes_over_without_waiting_and_nothing_of_the_run_changes(
 
 def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(nursery: Nursery, tmp_path: Path) -> None:
     """Twice, the second time the one that took over; the replacement of a replacement; two replicas."""
-    flags = ["--workers", "6", "--replicas", "2", "--steps", "180"]
+    flags = ["--workers", "6", "--replicas", "2", "--steps", "120"]
     train(nursery, calm := tmp_path / "calm", *flags)
-    faults = "kill:worker=1,step=7;kill:worker=0,step=65,at=reduce;kill:worker=6,step=125,at=forward"
+    faults = "kill:worker=1,step=7;kill:worker=0,step=45,at=reduce;kill:worker=6,step=85,at=forward"
     train(nursery, out := tmp_path / "run", *flags, "--recovery", "redundant", "--inject", faults)
     assert [event["worker"] for event in events(out, "taken_over")] == [1, 0, 6]
     assert [(e["worker"], e["replacement"], e["remedy"]) for e in events(out, "rejoined")] == [
@@ -188,7 +188,7 @@ def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(nursery
     ]  # fmt: skip
     steps = [event["step"] for event in events(out, "resumed")]
     assert steps[0] < steps[1], "nobody went on before the replacement was there"
-    assert [line["step"] for line in metrics(out)] == list(range(1, 181))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 121))
     assert same_weights(out, calm)
 
 

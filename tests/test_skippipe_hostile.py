@@ -1,4 +1,4 @@
-"""SkipPipe's planner against what nobody would ask of it: odd networks, broken files, every pair of lost nodes."""
+"""SkipPipe's planner against what nobody would ask of it: odd networks, broken files, pairs of lost nodes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_clock_says_what_the_simulator_says(given_: tuple[Problem, list[Node
     assert simulate(schedule, plan.costs, plan.network).makespan_s == pytest.approx(run.iteration_s, abs=1e-6)
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(routed())
 def test_any_problem_is_planned_or_refused(given_: tuple[Problem, list[Nodes]]) -> None:
     problem = given_[0]
@@ -79,12 +79,11 @@ def test_any_problem_is_planned_or_refused(given_: tuple[Problem, list[Nodes]]) 
     assert simulate(plan.schedule(), plan.costs, plan.network).makespan_s == pytest.approx(plan.iteration_s, abs=1e-6)
 
 
-@pytest.mark.parametrize("swaps", [False, True])
-def test_every_node_and_every_pair_of_nodes_is_lost(swaps: bool) -> None:
-    problem = from_json(GCP, skip=0.33, swaps=swaps)
+def test_every_node_and_every_third_pair_of_nodes_is_lost() -> None:
+    problem = from_json(GCP, skip=0.33, swaps=True)
     plan = skippipe(problem, moves=200)
     nodes = sorted(problem.stage_of)
-    for lost in [*((n,) for n in nodes), *itertools.combinations(nodes, 2)]:
+    for lost in [*((n,) for n in nodes), *[*itertools.combinations(nodes, 2)][::3]]:
         left = without(problem, lost)
         again = replan(plan, left, moves=5)
         check_paths(left, again.paths)
@@ -94,9 +93,10 @@ def test_every_node_and_every_pair_of_nodes_is_lost(swaps: bool) -> None:
 
 def test_a_whole_stage_is_lost_beside_a_home() -> None:
     problem = from_json(GCP, skip=0.0)
+    plan = skippipe(problem, moves=20)
     for stage in problem.stages[1:]:
         left = without(problem, {*stage, problem.homes[0]})
-        again = replan(skippipe(problem, moves=20), left, moves=5)
+        again = replan(plan, left, moves=5)
         assert {len(path) for path in again.paths} == {5}
         check_paths(left, again.paths)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import networkx as nx
+import numpy as np
 
 from schedulers.paths.problem import Problem, quotas
 from schedulers.paths.router import Router
@@ -17,6 +18,7 @@ def lower_bounds(problem: Problem) -> dict[str, float]:
 
     "round trips": a home with M microbatches and K slots makes ceil(M / K) round trips one after another.
     "homes": beside, the home does its own work, which the turn from one round to the next must wait for (see `_home`).
+    "held": the same for the slots of the other nodes (see `_held`).
     "first stage", "middle": a node's own ops alone.
     """
     router = Router(problem)
@@ -34,7 +36,10 @@ def lower_bounds(problem: Problem) -> dict[str, float]:
         - (problem.gap_s if least else 0.0)
         for node, (least, _) in quotas(problem)[1].items()
     ]
-    return {"round trips": max(trips), "homes": max(homes), "first stage": max(first), "middle": max(middle, default=0)}
+    return {
+        "round trips": max(trips), "homes": max(homes), "held": _held(problem), "first stage": max(first),
+        "middle": max(middle, default=0),
+    }  # fmt: skip
 
 
 def _home(problem: Problem, home: int, trip: float, many: int) -> float:
@@ -53,6 +58,49 @@ def _home(problem: Problem, home: int, trip: float, many: int) -> float:
     start = (j - 1) // slots * trip
     turn = (many - slots - j + 1) * (backward + problem.gap_s) + (many - slots - j) * forward
     return start + trip - backward + turn + trip
+
+
+def _held(problem: Problem) -> float:
+    """Of the nodes beside the first stage: one with V visits and K slots holds ceil(V / K) microbatches one after
+    another, each from its forward until it has been home for its loss and is back; the first must get there before, and
+    the last one's backward must get home after.
+
+    What is left of a path after a node is found from the homes on, stop by stop, as the cheapest for that many stops:
+    in stages above the node's, or, where stages may change places, in any.
+    """
+    size, length, stage_of = len(problem.hop_s), problem.path_length, problem.stage_of
+    nodes, homes = np.array(sorted(stage_of)), np.array(problem.homes)
+    if length < 2:
+        return 0.0
+    hop = np.array(problem.hop_s, dtype=float)
+    both = hop + hop.T
+    speed = np.array(problem.speed)
+    forward, backward = problem.forward_s / speed, problem.backward_s / speed
+    stage = np.full(size, -1)
+    stage[nodes] = [stage_of[int(n)] for n in nodes]
+    after = (stage[:, None] < stage[None, :]) & (stage[:, None] > 0)  # whether the second may follow the first
+    if problem.swaps:
+        after = (stage[:, None] != stage[None, :]) & (stage[:, None] > 0) & (stage[None, :] > 0)
+    follow = np.where(after, both + (forward + backward)[None, :], np.inf)
+    home = (both[:, homes] + (problem.loss_s / speed)[homes][None, :]).min(axis=1)
+    there = (forward[homes][:, None] + hop[homes]).min(axis=0)
+    back = (hop[:, homes] + backward[homes][None, :]).min(axis=1)
+    onwards = np.where(after, hop + forward[:, None], np.inf)  # [a, b]: the forward of a and the hop to b
+    homewards = np.where(after.T, hop + backward[None, :], np.inf)  # [a, b]: the hop to b and its backward
+    left, to, fro = [home], [there], [back]  # by the number of stops in between
+    for _ in range(length - 2):
+        left.append((follow + left[-1][None, :]).min(axis=1))
+        to.append((onwards + to[-1][:, None]).min(axis=0))
+        fro.append((homewards + fro[-1][None, :]).min(axis=1))
+    found = [0.0]
+    for node, (visits, _) in quotas(problem)[1].items():
+        reach = float(min(each[node] for each in to) + min(each[node] for each in fro))
+        fewest = max(0, length - 1 - stage_of[node] - int(problem.swaps))
+        rest = min((left[r][node] for r in range(fewest, length - 1)), default=np.inf)
+        if visits and np.isfinite(rest):
+            hold = forward[node] + backward[node] + rest
+            found.append(float(reach + -(-visits // problem.slots[node]) * hold))
+    return max(found)
 
 
 def any_cut(problem: Problem) -> float:
