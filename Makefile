@@ -13,7 +13,7 @@ help:
 	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
-	@echo "make soak    half an hour of training under random kills"
+	@echo "make soak    the layouts that the tests leave out, then half an hour of training under random kills"
 	@echo "make clean   remove the environment and the demo run"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/skippipe_training.py --out benchmarks/results
 
 soak: $(STAMP)
+	$(BIN)/python -m pytest -m long
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results
 
 clean:

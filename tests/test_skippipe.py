@@ -131,7 +131,7 @@ def test_published_partition_is_planned_to_its_bound() -> None:
 def test_the_cut_is_searched_too() -> None:
     problem = from_json(GCP, skip=0.33, swaps=True)
     plan = skippipe(problem, moves=9000, joint=True)
-    assert plan.iteration_s < 32.8, "better than the best plan for the cut that was given"
+    assert plan.iteration_s < 32
     assert [len(stage) for stage in plan.problem.stages] == [5, 3, 3, 3, 3, 3]
     slow = max(plan.problem.hop_s[a][b] for stage in plan.problem.stages for a in stage for b in stage)
     assert slow <= problem.replica_hop_s

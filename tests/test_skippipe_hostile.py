@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,8 @@ from schedulers.paths.clock import RULES, STUCK, clock
 from schedulers.paths.problem import NetworkError, Problem, check_paths, from_json
 from schedulers.paths.problem import Path as Nodes
 from schedulers.skippipe import SkipPlan, replan, replay, skippipe, without
+from tests.test_skippipe import GCP
 
-GCP = json.loads((Path(__file__).parent.parent / "benchmarks" / "data" / "skippipe_gcp20.json").read_text())
 SECONDS = st.sampled_from([0.0, 1e-6, 0.1, 0.25, 1.0, 7.5])
 
 
