@@ -22,7 +22,6 @@ import random
 import statistics
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def run(nursery: Nursery, folder: Path, job: dict[str, Any], options: argparse.N
         losses = {"losses": [step["loss"] for step in records.metrics]} if job["arm"].startswith("jump") else {}
         return {
             "curve": records.curve, **losses, "seconds": records.curve[-1][1],
-            "step_s": statistics.median(b - a for a, b in pairwise(records.times)),
+            "step_s": statistics.median(records.steps_s),
             "faults": sum(e["event"] == "fault" for e in records.events),
             "replayed": sum(e.get("steps_lost", 0) for e in records.events if e["event"] == "rolled_back"),
         }  # fmt: skip

@@ -28,7 +28,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 
 from benchmarks.checkfree import run  # noqa: E402
 from benchmarks.checkfree_report import spread  # noqa: E402
-from benchmarks.runs import command  # noqa: E402
+from benchmarks.runs import command, earlier_runs  # noqa: E402
 from launch.nursery import Nursery  # noqa: E402
 
 ARMS = ("none", "checkfree", "random", "copy")
@@ -59,8 +59,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "checkfree-ablation.json"
     settings = {"steps": options.steps, "p": options.p, "every": options.every}
-    found = json.loads(path.read_text()) if path.exists() else {}
-    runs = found["runs"] if found.get("settings") == settings else []
+    runs = earlier_runs(path, settings)
     done = {(each["arm"], each["seed"]) for each in runs}
     jobs = [
         {"arm": arm, "recovery": arm, "seed": seed, "more": MORE,

@@ -9,8 +9,11 @@ import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 import launch.train  # noqa: F401  (what a run imports is there before it is forked)
 from launch import cli
@@ -34,14 +37,30 @@ class Records:
     def curve(self) -> list[tuple[int, float, float]]:
         return [(e["step"], e["time"] - self.times[0], e["loss"]) for e in self.events if e["event"] == "evaluation"]
 
+    @property
+    def steps_s(self) -> list[float]:
+        """Seconds from each commit to the next."""
+        return [b - a for a, b in pairwise(self.times)]
 
-def llama(folder: Path, blocks: int) -> Path:
-    """The config of a model: llama-2m with so many blocks and an alphabet of bytes."""
+
+def llama_config(blocks: int) -> PreTrainedConfig:
+    """A model's shape: llama-2m with so many blocks and an alphabet of bytes."""
     config = preset("llama-2m", vocab_size=258)
     config.num_hidden_layers = blocks
+    return config
+
+
+def llama(folder: Path, blocks: int) -> Path:
+    """`llama_config` as a file for --model."""
     path = folder / f"model-{blocks}.json"
-    path.write_text(config.to_json_string(use_diff=False))
+    path.write_text(llama_config(blocks).to_json_string(use_diff=False))
     return path
+
+
+def earlier_runs(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a file that the same settings have written, to go on from; else none."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["runs"] if found.get("settings") == settings else []
 
 
 def command(payload: dict[str, Any]) -> int:

@@ -20,7 +20,8 @@ Row = Mapping[str, Any]
 _LEFT, _TOP, _WIDE, _HIGH = 60.0, 76.0, 560.0, 260.0
 
 
-def _table(title: str, *columns: str) -> Table:
+def results_table(title: str, *columns: str) -> Table:
+    """A table of numbers: the first column says what they are of."""
     table = Table(title=title)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -30,7 +31,7 @@ def _table(title: str, *columns: str) -> Table:
 def print_report(found: Row, console: Console) -> None:
     """One table per part."""
     summary, rows = found["summary"], found["rows"]
-    table = _table(
+    table = results_table(
         "the published network: simulated seconds of an iteration", "plan", "microbatches", "stages visited", "seconds",
         "of seeds", "published or goal", "bound", "gap", "searched s",
     )  # fmt: skip
@@ -52,7 +53,9 @@ def print_report(found: Row, console: Console) -> None:
         )  # fmt: skip
     if seen:
         console.print(table)
-    table = _table("large networks", "nodes", "stages visited", "microbatches", "seconds", "bound", "gap", "searched s")
+    table = results_table(
+        "large networks", "nodes", "stages visited", "microbatches", "seconds", "bound", "gap", "searched s"
+    )
     for row in (row for row in rows if row["part"] == "scale"):
         table.add_row(
             f"{row['nodes']:,}", f"{row['path_length']} of {row['stages']}", str(row["microbatches"]),

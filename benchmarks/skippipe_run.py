@@ -19,24 +19,22 @@ import os
 import statistics
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
-from benchmarks.runs import command, finished, llama, op_seconds  # noqa: E402
+from benchmarks.runs import command, finished, llama, llama_config, op_seconds  # noqa: E402
+from benchmarks.skippipe_report import results_table  # noqa: E402
 from jobs.config import TrainConfig  # noqa: E402
 from jobs.plan import layer_costs  # noqa: E402
 from jobs.routes import Routes  # noqa: E402
 from launch.nursery import Nursery  # noqa: E402
 from pipeline.model import LayeredModel  # noqa: E402
-from pipeline.weights import preset  # noqa: E402
 
 STAGES = [[0, 1], [2, 3], [4, 5], [6, 7]]
 SKIPS = {"full": 0.0, "25 % skipped": 0.25}
@@ -85,7 +83,7 @@ def arguments(folder: Path, network: Path, skip: float, steps: int, seed: int) -
 def measured(nursery: Nursery, folder: Path, network: Path, skip: float, steps: int, seed: int) -> dict[str, Any]:
     """One run: its iteration, the last loss, and the seconds of its ops."""
     with finished(nursery, folder, arguments(folder, network, skip, steps, seed)) as (records, out):
-        steps_s = [b - a for a, b in pairwise(records.times[WARM:])]
+        steps_s = records.steps_s[WARM:]
         return {
             "iteration_s": statistics.median(steps_s), "least_s": min(steps_s), "most_s": max(steps_s),
             "steps": len(steps_s), "loss": records.metrics[-1]["loss"], "ops": op_times(out, BLOCKS),
@@ -94,13 +92,11 @@ def measured(nursery: Nursery, folder: Path, network: Path, skip: float, steps: 
 
 def foretold(network: Path, skip: float, seed: int) -> dict[str, float]:
     """The plan that such a run trains by."""
-    config = preset("llama-2m", vocab_size=258)
-    config.num_hidden_layers = BLOCKS
     settings = TrainConfig(
         workers=8, scheduler="skippipe", skip=skip, network=network, microbatches=MICROBATCHES,
         microbatch_size=SIZE, sequence_length=LENGTH, seed=seed,
     )  # fmt: skip
-    plan = Routes(settings, layer_costs(LayeredModel(config), LENGTH), 16, 0).plan
+    plan = Routes(settings, layer_costs(LayeredModel(llama_config(BLOCKS)), LENGTH), 16, 0).plan
     return {"simulated_s": plan.iteration_s, "bound_s": plan.lower_bound_s}
 
 
@@ -149,9 +145,10 @@ def main() -> int:
                 runs.append({"round": turn, "arm": arm, **found, **plans[arm]})
                 progress.advance(task)
     summary = summarise(runs)
-    table = Table(title="8 processes, 4 stages, links of 20 to 100 ms: seconds of an iteration")
-    for number, column in enumerate(("arm", "measured", "simulated", "measured / simulated", "of rounds", "bound")):
-        table.add_column(column, justify="right" if number else "left")
+    table = results_table(
+        "8 processes, 4 stages, links of 20 to 100 ms: seconds of an iteration",
+        "arm", "measured", "simulated", "measured / simulated", "of rounds", "bound",
+    )  # fmt: skip
     for arm in SKIPS:
         each = summary[arm]
         table.add_row(

@@ -22,7 +22,6 @@ import random
 import statistics
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
-from benchmarks.runs import command, finished, llama  # noqa: E402
+from benchmarks.runs import command, earlier_runs, finished, llama  # noqa: E402
 from benchmarks.skippipe_run import links, op_times, write_network  # noqa: E402
 from benchmarks.skippipe_training_report import ARMS, picture, print_report, summarise  # noqa: E402
 from jobs.data import Dataset  # noqa: E402
@@ -80,7 +79,7 @@ def run(nursery: Nursery, folder: Path, network: Path, job: dict[str, Any], opti
     stages, blocks = job["stages"], SETTINGS[job["stages"]][2]
     with finished(nursery, folder, arguments(folder, network, job, options)) as (records, out):
         return {
-            "curve": records.curve, "step_s": statistics.median(b - a for a, b in pairwise(records.times)),
+            "curve": records.curve, "step_s": statistics.median(records.steps_s),
             "tokens": sum(step["tokens"] for step in records.metrics),
             "perplexity_without": omitted(out, stages, blocks),
         }  # fmt: skip
@@ -100,8 +99,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "skippipe-training.json"
     settings = {"steps": options.steps, "every": options.every}
-    found = json.loads(path.read_text()) if path.exists() else {}
-    runs = found["runs"] if found.get("settings") == settings else []
+    runs = earlier_runs(path, settings)
     done = {(each["stages"], each["arm"], each["seed"]) for each in runs}
     jobs: list[dict[str, Any]] = []
     for seed in range(options.seeds):
@@ -112,7 +110,7 @@ def main() -> int:
     nursery, console = Nursery(command), Console(stderr=True)
     with tempfile.TemporaryDirectory() as name:
         folder, networks = Path(name), dict[int, Path]()
-        for stages in options.stages:
+        for stages in sorted({job["stages"] for job in jobs}):
             workers, _, blocks = SETTINGS[stages]
             where, hops = folder / f"network-{stages}.json", links(0, workers)
             cut = [[2 * k, 2 * k + 1] for k in range(stages)]
@@ -126,7 +124,7 @@ def main() -> int:
             found = {"command": ["benchmarks/skippipe_training.py", *sys.argv[1:]], "settings": settings,
                      "summary": summarise(runs), "runs": runs}  # fmt: skip
             path.write_text(json.dumps(found) + "\n")
-    found["summary"] = summarise(runs)
+    found = json.loads(path.read_text())
     path.with_suffix(".svg").write_text(picture(found))
     print_report(found, Console(width=140))
     return 0

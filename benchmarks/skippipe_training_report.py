@@ -15,8 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.checkfree_report import spread, time_to
-from pipeline.svg import MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip
+sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
+
+from benchmarks.checkfree_report import spread, time_to  # noqa: E402
+from pipeline.svg import MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip  # noqa: E402
 
 Found = Mapping[str, Any]
 Row = dict[str, Any]

@@ -18,14 +18,13 @@ from pipeline.schedule import B, F, Op, Route, Schedule, Span
 from schedulers.paths.anneal import Budget, Found, anneal
 from schedulers.paths.bounds import any_cut, lower_bounds
 from schedulers.paths.clock import STUCK, Rule, Run, clock
-from schedulers.paths.conflicts import conflict_based, dealt, prioritised
+from schedulers.paths.conflicts import TRIES, conflict_based, dealt, prioritised
 from schedulers.paths.problem import NetworkError, Path, Problem, check_paths, quotas
 
 MOVES = 12_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
-_TRIES = 40  # orders of the homes that are tried for a start; fewer where the network is large
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _starts(problem: Problem, seed: int, over: Callable[[], bool]) -> list[list[
     """By conflict-based search, unless the network is large, and by one home after another, until `over()`."""
     size = problem.num_microbatches * len(problem.hop_s)
     found = [conflict_based(problem, over=over) if size <= _LARGE else None]
-    found.append(prioritised(problem, seed, max(1, min(_TRIES, _TRIES * _LARGE // size)), over))
+    found.append(prioritised(problem, seed, max(1, min(TRIES, TRIES * _LARGE // size)), over))
     return [paths for paths in found if paths is not None]
 
 

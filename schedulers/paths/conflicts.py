@@ -21,6 +21,8 @@ from schedulers.paths.problem import NetworkError, Path, Problem, check_paths, q
 from schedulers.paths.router import Router
 
 _SOLUTIONS = 4
+TRIES = 40
+"""Orders of the homes that `prioritised` tries."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def conflict_based(
 
 
 def prioritised(
-    problem: Problem, seed: int = 0, tries: int = 40, over: Callable[[], bool] = lambda: False
+    problem: Problem, seed: int = 0, tries: int = TRIES, over: Callable[[], bool] = lambda: False
 ) -> list[Path] | None:
     """One home after another takes the cheapest paths that are left, those with the longest round trips first; then
     in other orders, until `over()`. Legal and balanced paths, the best of all orders by the clock; None where all get
