@@ -14,6 +14,7 @@ from rich.console import Console
 
 from jobs.config import ConfigError, require
 from launch.commands import Result, read_json
+from launch.roundpipe_plan import plan_rounds
 from launch.run_folder import write_whole
 from pipeline.draw import svg
 from pipeline.network_picture import network_svg
@@ -28,14 +29,27 @@ from schedulers.skippipe import SkipPlan, replay, skippipe
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Plan routes through a network of nodes. What is printed is simulated, under the times in the network file."""
+    """Plan routes through a network of nodes, or a cut for workers that hold nothing. What is printed is simulated,
+    under the times in the file."""
 
-    network: Path
-    """JSON with hop_s, a matrix of seconds from node to node, and stages, a list of lists of nodes; and, if they are
+    network: Path | None = None
+    """For skippipe: JSON with hop_s, a matrix of seconds from node to node, and stages, a list of lists of nodes; and, if they are
     to differ from the defaults, forward_s, backward_s, loss_s, gap_s, speed, memory_slots, path_length and
     microbatches_per_first_stage_node."""
-    scheduler: Literal["skippipe"] = "skippipe"
-    """skippipe: every microbatch skips some stages, and nodes are shared by all paths."""
+    scheduler: Literal["skippipe", "roundpipe"] = "skippipe"
+    """skippipe: every microbatch skips some stages, and nodes are shared by all paths. roundpipe: stages are dealt to
+    workers round robin, forward and backward cut independently."""
+    costs: Path | None = None
+    """For roundpipe: JSON with gpus, microbatches, round and models; a model has layers, forward_ms, backward_ms,
+    head_forward_ms, head_backward_ms, hop_ms and perhaps published_forward and published_backward."""
+    model: str | None = None
+    """For roundpipe: which of the models in --costs."""
+    rule: Literal["round_robin", "ready"] = "round_robin"
+    """For roundpipe: how stages are dealt, in turn or each to the worker that will be through with it first."""
+    at_once: int | None = None
+    """For roundpipe: microbatches that go through a stage at once; unset: round in the file."""
+    workers: int | None = None
+    """For roundpipe: unset: gpus in the file."""
     skip: float | None = None
     """Share of the stages that a path leaves out; unset: what path_length in the file says, or nothing."""
     swaps: bool = False
@@ -63,6 +77,16 @@ class PlanConfig:
 def plan_command(config: PlanConfig) -> Result:
     """iteration_s, lower_bound_s, gap, stages and paths. Raises ConfigError or NetworkError."""
     require(config.budget > 0, "budget", config.budget, "above 0")
+    if config.scheduler == "roundpipe":
+        require(config.costs is not None, "costs", None, "a JSON file, under scheduler roundpipe")
+        require(config.model is not None, "model", None, "the name of a model in costs, under scheduler roundpipe")
+        assert config.costs is not None
+        assert config.model is not None
+        return plan_rounds(
+            read_json(config.costs, "costs"), config.model, config.rule, config.at_once, config.workers, config.out
+        )
+    require(config.network is not None, "network", None, "a JSON file, under scheduler skippipe")
+    assert config.network is not None
     values = read_json(config.network, "network")
     problem = from_json(
         values, skip=config.skip, swaps=config.swaps, contention=config.contention, stages=config.stages,

@@ -121,12 +121,14 @@ class Graph:
     def frees(self) -> dict[int, tuple[int, ...]]:
         """F of a route that comes back -> the ops after the last of which its activations are gone.
 
-        That is the B, or W, of the same span; where backward spans are cut differently, of all that overlap it. What
-        a redundant forward leaves goes with the last backward of its microbatch in its lane: by then it was not needed.
+        That is the B, or W, of the same span; where backward spans are cut differently, of all that overlap it, unless
+        they recompute it: then it leaves nothing. What a forward that is run again leaves goes with the backward of its
+        span, or, on a copy, with the last backward of its microbatch in its lane: by then it was not needed.
         """
         last = {op[:3]: i for i, op in enumerate(self.ops) if op[0] == B or op[0] == W}
         ends: dict[tuple[int, int], tuple[int, ...]] = {}  # (worker, microbatch) -> the last backward in its lane
-        if any(op[0] == R for op in self.ops):
+        again = {op[1:3] for op in self.ops if op[0] == R}
+        if again:
             ends = {(self.workers[j], m): (j,) for (_, _, m), j in last.items()}
         over: dict[tuple[int, Span], tuple[Span, ...]] = {}
         found: dict[int, tuple[int, ...]] = {}
@@ -135,10 +137,14 @@ class Graph:
                 spans = over.get((id(backward), span))
                 if spans is None:
                     spans = over[id(backward), span] = tuple(s for s in backward if overlaps(s, span))
+                if again and span not in spans and all((s, m) in again for s in spans):
+                    continue
                 freeing = (last.get((B, s, m), last.get((W, s, m), -1)) for s in spans)
                 found[i] = tuple(j for j in freeing if j >= 0)
             elif kind == R:
-                found[i] = ends.get((self.workers[i], m), ())
+                own = last.get((B, span, m), -1)
+                here = own >= 0 and self.workers[own] == self.workers[i]
+                found[i] = (own,) if here else ends.get((self.workers[i], m), ())
         return found
 
     def _deadlock(self, stuck: dict[int, tuple[int, int]]) -> str:

@@ -21,8 +21,9 @@ Span = tuple[int, int]
 """Layers `lo, lo + 1, ..., hi - 1` of the model: `(lo, hi)`."""
 
 F, B, I, W, R = "F", "B", "I", "W", "R"
-"""Forward, backward, the two halves of a backward (input gradient, weight gradient), and a redundant forward: the same
-work as F on a copy of the span, whose result stays where it is in case that the worker of F is lost."""
+"""Forward, backward, the two halves of a backward (input gradient, weight gradient), and a forward run again: the same
+work as F, whose result stays where it is, for the backward of a span that is cut otherwise than the forward ones, or, on
+a copy of the span, in case that the worker of F is lost."""
 SEND, RECV, LOAD, OFFLOAD, REDUCE, STEP = "SEND", "RECV", "LOAD", "OFFLOAD", "REDUCE", "STEP"
 COMPUTE = (F, B, I, W, R)
 KINDS = (*COMPUTE, SEND, RECV, LOAD, OFFLOAD, REDUCE, STEP)
@@ -69,7 +70,7 @@ Key = tuple[str, Span, int]
 """What identifies a compute op: `op[:3]`, its kind, span and microbatch."""
 
 Needs = dict[tuple[str, Span], tuple[tuple[str, Span], ...]]
-"""(F or B, span) -> the (F or B, span) of the same microbatch whose output it needs."""
+"""(F, B or R, span) -> the (F or B, span) of the same microbatch whose output it needs."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def route_needs(route: Route) -> Needs:
 
     A forward waits for the forward before it. A backward waits for the backward before it (the first one: for the
     last forward) and for the forwards that left what it works on: those of the same layers, or, where backward spans
-    are cut differently and recompute, also the one that produced the input of its first layer.
+    are cut differently and recompute, also the one that produced the input of its first layer. For that one alone waits
+    the recomputation, if a lane has it as an op of its own.
     """
     needs: Needs = {}
     for before, span in zip((None, *route.forward), route.forward, strict=False):
@@ -169,6 +171,8 @@ def route_needs(route: Route) -> Needs:
             first = next((i for i, f in enumerate(route.forward) if overlaps(f, span)), len(route.forward))
             sources = [f for f in route.forward if overlaps(f, span)]
             sources += [route.forward[first - 1]] if first else []
+            input_of = [f for f in route.forward if f[0] < span[0] <= f[1]]
+            needs[R, span] = tuple((F, f) for f in input_of)
         if before is None and route.forward and route.forward[-1] not in sources:
             sources.append(route.forward[-1])
         needs[B, span] = (*((F, f) for f in sources), *(() if before is None else ((B, before),)))
@@ -193,7 +197,11 @@ def deps(schedule: Schedule, worker: int, op: Op) -> tuple[Node, ...]:
         return ((worker, of) if kind == SEND else (peer, Op(SEND, span, microbatch, worker, of)),)
     nodes = schedule.nodes
     try:
-        needed = ((I, span),) if kind == W else schedule.needs[microbatch][F if kind in (F, R) else B, span]
+        needs = schedule.needs[microbatch]
+        if kind == W:
+            needed = ((I, span),)
+        else:
+            needed = needs[(R, span) if kind == R and (R, span) in needs else (F if kind in (F, R) else B, span)]
     except (IndexError, KeyError) as error:
         raise ScheduleError(f"{op} of worker {worker} is on no route") from error
     found: list[Node] = []

@@ -181,6 +181,10 @@ def _missing(kind: str, span: Span, microbatch: int) -> ScheduleError:
     return ScheduleError(f"{Op(kind, span, microbatch)} is missing: it is on the route of microbatch {microbatch}")
 
 
+_KINDS_OF = {F: (F, R), R: (R,), B: (B, I)}
+"""What an entry of a route's needs stands for."""
+
+
 def _check_pairing(graph: Graph) -> None:
     """Each SEND is received, each RECV is needed, and once anything is sent, all that crosses workers is.
 
@@ -206,7 +210,7 @@ def _check_pairing(graph: Graph) -> None:
                         used[source].append(user)
             made = (F if op.of.kind == F else B, op.span)
             users = uses[id(needs)].get(made, []) if op.of.kind != W else []
-            homes = {schedule.home.get((k, s, m)) for kind, s in users for k in ((F, R) if kind == F else (B, I))}
+            homes = {schedule.home.get((k, s, m)) for kind, s in users for k in _KINDS_OF[kind]}
             if worker not in homes:
                 raise ScheduleError(f"{op} of worker {worker} receives what no op of that lane needs")
 
