@@ -29,8 +29,8 @@ class TrainConfig:
     replicas: int = 1
     """Data-parallel copies of the pipeline; must divide --workers and --microbatches."""
     scheduler: str = "one_f_one_b"
-    """gpipe, one_f_one_b, interleaved, zero_bubble, balanced (shares layers between neighbours), or skippipe (partial
-    routes through the slow links of --network)."""
+    """gpipe, one_f_one_b, interleaved, zero_bubble, balanced (shares layers between neighbours), skippipe (partial
+    routes through the slow links of --network), or roundpipe (workers that hold nothing, state in host memory)."""
     skip: float = 0.0
     """Share of the stages that each microbatch leaves out, under --scheduler skippipe; the first is never left out."""
     swaps: bool = False
@@ -39,6 +39,17 @@ class TrainConfig:
     """Under --scheduler skippipe, every so many steps one in which no stage is skipped; 0 for none."""
     search_moves: int = 12_000
     """How long routes are searched for under --scheduler skippipe: moves, so that the seed alone decides the result."""
+    at_once: int = 0
+    """Under --scheduler roundpipe, microbatches that go through a span before another is loaded; 0 for half of them.
+    Their gradients are summed first, so the sum depends on it, and not on --workers."""
+    rule: Literal["ready", "round_robin"] = "ready"
+    """Under --scheduler roundpipe, who gets the next span: the worker that will be through with it first, by measured
+    speed, or the next one in turn, as published."""
+    optimizer_async: bool = False
+    """Under --scheduler roundpipe, apply an update while the next iteration computes with the weights before it."""
+    span_mib: int = 0
+    """Under --scheduler roundpipe, MiB that the weights of one span may take: a worker has room for two of them, and
+    on a GPU for one's gradients. 0: a fifth of the GPU's memory, unlimited on the CPU."""
     chunks: int = 2
     """Spans per worker under --scheduler interleaved."""
     microbatches: int = 8
@@ -148,6 +159,11 @@ class TrainConfig:
         return self.workers // self.replicas
 
     @property
+    def round_size(self) -> int:
+        """Microbatches that go through a span at once under roundpipe."""
+        return self.at_once or max(1, -(-self.microbatches // 2))
+
+    @property
     def samples_per_step(self) -> int:
         """The global batch."""
         return self.microbatches * self.microbatch_size
@@ -164,10 +180,10 @@ class TrainConfig:
         for name in ("workers", "replicas", "chunks", "microbatches", "microbatch_size", "sequence_length", "steps",
                      "evaluate_samples", "keep"):  # fmt: skip
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("checkpoint_every", "full_every", "search_moves", "evaluate_every", "warmup", "max_tokens",
+        for name in ("at_once", "span_mib", "checkpoint_every", "full_every", "search_moves", "evaluate_every", "warmup", "max_tokens",
                      "threads", "sample_tokens", "clip", "weight_decay"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        known = (*PLANNERS, "skippipe")
+        known = (*PLANNERS, "skippipe", "roundpipe")
         require(self.scheduler in known, "scheduler", self.scheduler, f"one of {', '.join(known)}")
         skips = self.scheduler == "skippipe"
         require(not skips or self.network is not None, "network", self.network, "a JSON file, under scheduler skippipe")
@@ -175,6 +191,13 @@ class TrainConfig:
             skips or not (self.skip or self.swaps or self.full_every), "skip", self.skip,
             "0, without swaps and full_every, unless scheduler is skippipe",
         )  # fmt: skip
+        if self.scheduler == "roundpipe":
+            self._check_rounds()
+        else:
+            require(
+                not (self.optimizer_async or self.at_once or self.span_mib), "optimizer_async", self.optimizer_async,
+                "False, without at_once and span_mib, unless scheduler is roundpipe",
+            )  # fmt: skip
         require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
         require(
             self.microbatches % self.replicas == 0, "microbatches", self.microbatches,
@@ -221,6 +244,16 @@ class TrainConfig:
             )  # fmt: skip
         if self.network is not None:
             require(self.network.is_file(), "network", str(self.network), "a readable JSON file")
+
+    def _check_rounds(self) -> None:
+        """What workers that hold nothing cannot do, or need not."""
+        for name, only in (("replicas", 1), ("nodes", 1), ("spares", 0), ("network", None), ("ends", "auto")):
+            require(getattr(self, name) == only, name, getattr(self, name), f"{only} under scheduler roundpipe")
+        require(
+            self.recovery == "auto", "recovery", self.recovery,
+            "auto under scheduler roundpipe: what a lost worker had is dealt to the others",
+        )  # fmt: skip
+        require(self.at_once <= self.microbatches, "at_once", self.at_once, f"0 to microbatches ({self.microbatches})")
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -20,6 +20,7 @@ from jobs.corpus import documents
 from jobs.data import Dataset
 from jobs.data import prepare as prepare_data
 from jobs.network import read_network
+from jobs.rounds import Rounds, plan_rounds
 from jobs.routes import Routes
 from jobs.tokenizer import build_tokenizer
 from pipeline.lower import add_redundant, lower
@@ -46,6 +47,7 @@ class Plan:
     model: LayeredModel
     notes: tuple[tuple[str, str], ...] = ()
     around: Planner | None = None
+    rounds: Rounds | None = None
 
 
 _SMALL_OPS = 1.2  # what norms, activations and rotations add to a block (measured at dim 384: a fifth)
@@ -190,7 +192,13 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
     first_step = first_sample = 0
     if found.path is not None:
         first_step, first_sample = int(extra["step"]), int(extra["next_sample"])
-    made, around = schedules(config, model, evaluation_samples(config, dataset))
+    rounds: Rounds | None = None
+    if config.scheduler == "roundpipe":
+        costs = layer_costs(model, config.sequence_length)
+        rounds = plan_rounds(config, model, costs, evaluation_samples(config, dataset))
+        made, around = rounds.schedules, None
+    else:
+        made, around = schedules(config, model, evaluation_samples(config, dataset))
     view = View(
         number=1,
         workers=tuple(range(config.workers)),
@@ -199,14 +207,14 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         first_sample=first_sample,
         checkpoint=None if found.path is None else str(found.path),
         places={worker: worker for worker in range(config.workers)},
-        shadows=shadows(config, made["train"]),
+        shadows=() if rounds else shadows(config, made["train"]),
         next_worker=config.workers,
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "source": None if source is None else str(source),
         },
     )
-    return Plan(view, model, tuple(notes), around)
+    return Plan(view, model, tuple(notes), around, rounds)
 
 
 def find_model(config: TrainConfig) -> tuple[PreTrainedConfig, Path | None]:

@@ -13,7 +13,7 @@ LEDGER = ("step", "view", "first_sample", "samples")
 """Which samples a committed step was made of: `samples` global ids from `first_sample` on."""
 
 
-_LOSSES = ("remedy", "taken_over")
+_LOSSES = ("remedy", "taken_over", "redealt")
 """The events that say what was done about a lost worker."""
 
 

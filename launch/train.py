@@ -43,6 +43,10 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     Raises ConfigError and its like before anything is started, RunFailed when a worker fails.
     """
     config.validate()
+    if config.scheduler == "roundpipe":
+        from launch.round_train import train_rounds  # built on this module
+
+        return train_rounds(config, as_json)
     slot = find_slot(config)
     if slot.attempt and (config.out / "checkpoints").is_dir():
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
@@ -97,7 +101,7 @@ def _payload(
 
 
 def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool) -> int:
-    with _interruptible():
+    with interruptible():
         claim = Claim(config.out)
         with Display(config.steps, quiet=as_json) as display:
             try:
@@ -115,7 +119,7 @@ def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Until workers are there to save something, SIGTERM is Ctrl-C: the run ends and leaves nothing."""
 
     def interrupt(*_: object) -> None:
@@ -134,7 +138,7 @@ def _follow(
     """The run from its first view to its end."""
     for name, reason in plan.notes:
         display.say(f"checkpoint {name} is skipped: {reason}", "yellow")
-    _introduce(config, plan, display)
+    introduce(config, plan, display)
     folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard)
     folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
     for name, reason in plan.notes:
@@ -175,12 +179,17 @@ def _await_agents(coordinator: Coordinator, store: dist.Store) -> None:
         time.sleep(0.05)
 
 
-def _introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
+def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
     model = plan.model
     count = sum(model.parameter_count(layer) for layer in range(model.num_layers))
     view = plan.view
     spans = " ".join(f"{lo}:{hi}" for lo, hi in view.schedule("train").holders)
     parallel = f"{config.replicas} replica(s)" if config.scheduler != "skippipe" else f"skip {config.skip:g}"
+    if plan.rounds is not None:
+        cut = plan.rounds.cut
+        said = [" ".join(f"{lo}:{hi}" for lo, hi in side) for side in (cut.forward, [cut.fused], cut.backward)]
+        spans = f"{said[0]}, with the loss {said[1]}, back {said[2]}"
+        parallel = f"{config.round_size} microbatches at once, {config.rule}"
     display.say(
         f"{model.config.model_type}, {count / 1e6:.1f}M parameters, {model.num_layers} layers in spans {spans}; "
         f"{config.workers} workers, {parallel}, {config.scheduler}"
@@ -194,6 +203,8 @@ _SAID = {
     "remedy": "worker {replacement} takes its place: {remedy}",
     "rejoined": "worker {replacement} is ready and takes the place of worker {worker}: {remedy}",
     "taken_over": "the one before it does its work as well: {remedy}; worker {replacement} is being started",
+    "redealt": "its {slots} slots go to the others",
+    "joined": "worker {worker} has joined: it is used from the next iteration on",
     "rerouted": "its microbatches take other routes; worker {replacement} is being started",
     "resumed": "going on from step {step} after {seconds[total]:.2f} s",
     "link": "worker {worker} {reason}; nobody is lost: links are built anew",
@@ -211,7 +222,9 @@ def _printable(text: str) -> str:
 class Story:
     """Reads the workers' records and turns them into files and lines."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, folder: RunFolder, display: Display, store: dist.Store) -> None:
+    def __init__(
+        self, config: TrainConfig, plan: Plan, folder: RunFolder, display: Display, store: dist.Store | None = None
+    ) -> None:
         self._config, self._plan, self._folder, self._display, self._store = config, plan, folder, display, store
         self._pictures = Pictures(config, plan, folder)
         self._read: dict[int, int] = {}  # worker -> how many of its records
@@ -220,6 +233,7 @@ class Story:
 
     def tick(self, workers: Iterable[int]) -> None:
         """Handle every record that has come from `workers`, and the last ones of those who were lost since."""
+        assert self._store is not None
         now = set(workers)
         for worker in sorted(now | set(self._read)):
             number = self._read.get(worker, 0)
@@ -227,7 +241,7 @@ class Story:
                 record = json.loads(self._store.get(key))
                 self._store.delete_key(key)
                 number += 1
-                self._handle(record)
+                self.handle(record)
             if worker in now:
                 self._read[worker] = number
             else:
@@ -240,7 +254,8 @@ class Story:
         if (line := _SAID.get(event)) is not None:
             self._display.say(line.format(**fields), "yellow")
 
-    def _handle(self, record: dict[str, Any]) -> None:
+    def handle(self, record: dict[str, Any]) -> None:
+        """Take one record that a worker, or the host of a pool, has made."""
         kind = record.pop("kind")
         if kind == "step":
             self.step = record["step"]

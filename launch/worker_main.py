@@ -52,6 +52,10 @@ def connect(store: dict[str, Any], timeout_s: float) -> dist.Store:
 
 def worker_main(payload: dict[str, Any]) -> int:
     """The entry of a worker process. Returns its exit code; an error is left in the store for the agent to tell."""
+    if "pool" in payload:
+        from launch.round_train import pool_worker  # built on this module
+
+        return pool_worker(payload)
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -73,13 +77,14 @@ def _called(store: dist.Store, key: str) -> dict[str, Any]:
     """Load what every worker needs, then wait for the place that is to be taken; its payload."""
     store.wait(["view/1"], _FOREVER)
     config = config_from_dict(TrainConfig, read_view(store, 1).details["config"])
-    _blueprint(config.out / "model-config")
+    blueprint(config.out / "model-config")
     store.wait([key], _FOREVER)
     return json.loads(store.get(key))
 
 
 @cache
-def _blueprint(folder: Path, attention: str | None = None) -> LayeredModel:
+def blueprint(folder: Path, attention: str | None = None) -> LayeredModel:
+    """The model of a run folder, read once."""
     return LayeredModel(read_config(folder), attention=attention)
 
 
@@ -125,7 +130,7 @@ def build_member(
     device = torch.device(payload["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = _blueprint(config.out / "model-config", payload.get("attention"))
+    model = blueprint(config.out / "model-config", payload.get("attention"))
     source = view.details["source"]
     spans = {span for span, workers in view.schedule("train").holders.items() if place in workers}
     spans |= {span for span, worker in view.shadows if worker == place}

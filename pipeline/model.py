@@ -216,7 +216,8 @@ class LayeredModel:
         if layer > 0 and set(names.values()) & set(self.tied_keys) - set(held):
             self._part(self.family.tokens, 0, seed, device, weights, held)  # a lone tied head gets what layer 0 gets
         fresh = {local: name for local, name in names.items() if name not in held}
-        module = module.to_empty(device="cpu")
+        if fresh or any(True for _ in module.buffers()):  # else nothing of it is kept
+            module = module.to_empty(device="cpu")
         # The same call computes buffers that no file holds, so modules with buffers need it in any case.
         drawn = weights is None and bool(fresh)
         modules = [m for m in module.modules() if drawn or any(True for _ in m.buffers(recurse=False))]
@@ -225,7 +226,7 @@ class LayeredModel:
             tensors = weights.read({name: self._stored_names(name) for name in fresh.values()})
             for local, name in fresh.items():
                 _copy(module.get_parameter(local), tensors[name], name, weights)
-        module = module.to(device)
+        module = module.to(device) if fresh or any(True for _ in module.buffers()) else module
         for local, name in names.items():
             owner, _, attribute = local.rpartition(".")
             setattr(module.get_submodule(owner), attribute, held.setdefault(name, module.get_parameter(local)))
@@ -277,16 +278,29 @@ class SpanModule(nn.Module):
                 found[self.model.full_name(path, name)] = parameter
         return found
 
+    def adopt(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+        """Make `tensors` (full name -> weight, not copied) the layer's parameters; returns those. Raises KeyError."""
+        module = self.layers[str(layer)]
+        found: dict[str, nn.Parameter] = {}
+        for part, path in self.model.paths(layer).items():
+            root = module if part == "block" else module.get_submodule(part)
+            for local in [local for local, _ in root.named_parameters()]:
+                owner, _, attribute = local.rpartition(".")
+                name = self.model.full_name(path, local)
+                found[name] = nn.Parameter(tensors[name])
+                setattr(root.get_submodule(owner), attribute, found[name])
+        return found
+
     def forward(
         self, x: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        rng: RngKey | None = None, recompute: bool = False,
+        rng: RngKey | None = None, recompute: bool = False, taps: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Ids [batch, sequence] if the span holds layer 0, else hidden [batch, sequence, hidden] -> hidden, or logits.
 
         `attention_mask` [batch, sequence] is 1 for tokens and 0 for padding. `position_ids` [batch or 1, sequence]
         that start again inside a row, without a mask, separate packed samples. In training, a model with dropout
         needs `rng`. With `recompute`, decoder blocks keep their input only and run again in the backward pass.
-        Raises ModelError.
+        `taps` has layers of the span as keys and receives what goes into them. Raises ModelError.
         """
         if x.dim() != (2 if self.span[0] == 0 else 3):
             wanted = "ids [batch, sequence]" if self.span[0] == 0 else "hidden states [batch, sequence, hidden]"
@@ -297,6 +311,8 @@ class SpanModule(nn.Module):
         places = torch.arange(x.shape[1], device=x.device)[None] if position_ids is None else position_ids
         inputs: Callable[[int], dict[str, Any]] | None = None
         for layer in range(*self.span):
+            if taps is not None and layer in taps:
+                taps[layer] = x
             module = self.layers[str(layer)]
             is_block = 0 < layer < self.model.num_layers - 1
             if layer == 0:

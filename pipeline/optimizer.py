@@ -62,13 +62,18 @@ class SpanOptimizer:
     rate, and CheckFree raises that of a rebuilt stage.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *, gradient: Tensor | None = None,
+        moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
+        """`gradient` [all elements, in order] and `moments` (name -> exp_avg, exp_avg_sq) are used where they lie, if
+        they are given, and are made otherwise; all of them begin as zeros."""
         self.parameters = dict(parameters)
         self.config = config
         device = next(iter(self.parameters.values())).device
         self.lr_scale = torch.ones((), device=device)
         size = sum(p.numel() for p in self.parameters.values())
-        self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
+        self.gradient = torch.zeros(size, dtype=torch.float32, device=device) if gradient is None else gradient
         at = 0
         for parameter in self.parameters.values():
             parameter.grad = self.gradient[at : at + parameter.numel()].view_as(parameter)
@@ -77,11 +82,11 @@ class SpanOptimizer:
             decay_groups(self.parameters, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps,
             fused=True,
         )  # fmt: skip
-        for parameter in self.parameters.values():  # state exists from the start: one form before and after step 1
+        for name, parameter in self.parameters.items():  # state exists from the start: one form before and after step 1
+            given = {} if moments is None else moments[name]
             self._adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
             }
 
     def squared_norm(self) -> float:

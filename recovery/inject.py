@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 
 from pipeline.rng import derive
 
-POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join")
+POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join", "order", "upload", "uploaded",
+          "committed")  # fmt: skip
+"""The last four are met by workers that hold nothing: a slot is there, its weights are being loaded, they are loaded,
+its gradient counts."""
 KINDS = ("kill", "term", "stop", "exception", "slow", "nan", "cut")
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 

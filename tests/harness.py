@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.config import TrainConfig
-from jobs.plan import schedules
+from jobs.plan import layer_costs, schedules
+from jobs.round_train import RoundTrainer
+from jobs.rounds import plan_rounds
 from jobs.text import TextJob
 from launch.config import config_from_dict
 from launch.nursery import Nursery
+from launch.round_train import hosting, make_jobs, make_layout, pool_worker
 from launch.worker_main import build_member, connect
+from pipeline.host_store import HostStore, store_path
 from pipeline.model import LayeredModel
 from pipeline.optimizer import decay_groups, learning_rate
 from pipeline.rng import RngKey, keyed_dropout
 from pipeline.schedule import Route, dumps
+from pipeline.weights import read_config
 from recovery.commit import READY
 from recovery.membership import View, await_view, publish
 
@@ -74,6 +79,8 @@ def entry(payload: dict[str, Any]) -> int:
     """What a process forked from the warm parent does: run the command line, or be a worker of `run_workers`."""
     if "argv" in payload:
         return _command(payload["argv"], Path(payload["log"]))
+    if "pool" in payload:
+        return pool_worker(payload, pool_jobs if "random-tokens" in payload["config"]["data"] else make_jobs)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     store = connect(payload["store"], TIMEOUT_S)
@@ -222,13 +229,78 @@ def _collect(out: Path, workers: Sequence[int]) -> Outcome:
     return Outcome(first["losses"], first["norms"], tensors["weights"], tensors["gradients"], equal, results)
 
 
-def plain_training(
-    config: TrainConfig, model_config: PreTrainedConfig, device: str = "cpu", routes: Sequence[Route] = ()
+def pool_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
+    """The microbatches of `make_job`, for a pool."""
+    vocabulary = int(read_config(config.out / "model-config").vocab_size)
+    held_out = replace(make_job(config, vocabulary), limit=config.evaluate_samples)
+    return {"train": make_job(config, vocabulary), "evaluate": held_out}
+
+
+def run_pool(
+    nursery: Nursery, config: TrainConfig, model_config: PreTrainedConfig, out: Path, evaluate: bool = False
 ) -> Outcome:
+    """Train `model_config` for config.steps with a pool of stateless workers, hosted by this process."""
+    out.mkdir(parents=True, exist_ok=True)
+    model_config.save_pretrained(out / "model-config")
+    model = LayeredModel(model_config)
+    config = replace(config, scheduler="roundpipe", out=out, data="random-tokens")
+    config.validate()
+    rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), config.evaluate_samples)
+    store = HostStore.create(make_layout(config, model, rounds.cut, config.workers), store_path(out))
+    jobs = pool_jobs(config, 0, 0)
+    outcome = Outcome([], [], {}, {})
+    events: list[dict[str, Any]] = []
+
+    def event(name: str, **fields: Any) -> None:
+        events.append({"event": name, **fields})
+
+    def report(record: dict[str, Any]) -> None:
+        if record["kind"] == "step":
+            outcome.losses.append(record["loss"])
+            outcome.norms.append(record["grad_norm"])
+        events.append({"event": record["kind"], **record})
+
+    try:
+        with hosting(config, store, rounds, nursery, event, lambda _: "cpu") as (optimizer, pool):
+            optimizer.initialise(config.seed, None)
+            update = optimizer.update
+
+            def watching(step: int, scale: float, norm: float, lr: float) -> None:
+                if step == 0:  # measured, not yet divided or applied
+                    for shard in filter(None, optimizer.layers):
+                        outcome.gradients |= {n: scale * p.grad for n, p in shard.parameters.items() if p.grad is not None}
+                update(step, scale, norm, lr)
+
+            optimizer.update = watching
+            trainer = RoundTrainer(
+                config, optimizer, pool, rounds.cut, rounds.row, jobs["train"], jobs["evaluate"], "", report, bool
+            )
+            trainer.runs = {}
+            pool.open(config.workers)
+            while trainer.step < config.steps:
+                trainer._one_step(record=True)
+            if evaluate:
+                trainer._evaluate(config.steps)
+            optimizer.drain(TIMEOUT_S)
+            outcome.weights = {
+                n: t.clone() for layer in range(model.num_layers) for n, t in optimizer.parameters(layer).items()
+            }
+            most = max((member.most_held for member in pool.members.values()), default=0)
+            outcome.details[0] = {"events": events, "most_held": most, "rounds": rounds, "bytes": store.layout.num_bytes}
+    finally:
+        store.close()
+    return outcome
+
+
+def plain_training(
+    config: TrainConfig, model_config: PreTrainedConfig, device: str = "cpu", routes: Sequence[Route] = (),
+    behind: bool = False,
+) -> Outcome:  # fmt: skip
     """The same training with transformers and torch in this process: full model, full batch, one AdamW.
 
     With `routes`, by microbatch, only the blocks that a route visits are run, in its order, and the gradient of a
-    block is divided by the tokens that have visited it.
+    block is divided by the tokens that have visited it. With `behind`, gradients are those of the weights before the
+    last update.
     """
     blueprint = LayeredModel(model_config)
     whole = blueprint.build((0, blueprint.num_layers), seed=config.seed)
@@ -244,8 +316,11 @@ def plain_training(
     adamw = torch.optim.AdamW(decay_groups(named, settings.weight_decay), betas=settings.betas, eps=settings.eps)  # type: ignore[arg-type]
     tokens = config.samples_per_step * config.sequence_length
     outcome = Outcome([], [], {}, {})
+    older = {n: p.detach().clone() for n, p in named.items()}
     for step in range(config.steps):
         total = 0.0
+        newest = {n: p.detach().clone() for n, p in named.items()}
+        _fill(named, older if behind else newest)
         for m in range(config.microbatches):
             batch = job.batch(step, m)
             with _keyed(model, RngKey(config.seed, step, batch.sample_ids)), _routed(model, routes[m : m + 1]):
@@ -253,6 +328,8 @@ def plain_training(
             loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().to(device), reduction="sum")
             (loss / tokens).backward()
             total += float(loss.detach()) / tokens
+        _fill(named, newest)
+        older = newest
         if step == 0:
             outcome.gradients = {n: p.grad.clone().cpu() for n, p in named.items() if p.grad is not None}
         for number, block in enumerate(model.model.layers, 1) if routes else ():
@@ -268,6 +345,12 @@ def plain_training(
         outcome.norms.append(float(norm))
     outcome.weights = {n: p.detach().cpu() for n, p in named.items()}
     return outcome
+
+
+@torch.no_grad()
+def _fill(named: dict[str, torch.nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in named.items():
+        parameter.copy_(values[name])
 
 
 @contextmanager

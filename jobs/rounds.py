@@ -1,0 +1,74 @@
+"""RoundPipe for a training job: from settings and the model's shape to a cut, its slots and the verified schedules.
+
+The cut and the rounds are made once and stay, whoever comes and goes; only the dealing follows the workers. How
+microbatches are summed follows from the settings alone, so a run ends in the same bits with any number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jobs.config import TrainConfig
+from pipeline.model import LayeredModel
+from pipeline.schedule import B, F, R, Schedule
+from pipeline.slots import Cut, Slot, forward_slots, schedule_of
+from pipeline.verify import verify
+from schedulers import PartitionError
+from schedulers.roundpipe import Problem, search
+from schedulers.rounds.deal import Dealer
+
+_TRIES = 4000
+_BACKWARD = 2.0
+"""What a backward costs, in forwards."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The plan of one job."""
+
+    problem: Problem
+    cut: Cut
+    row: tuple[Slot, ...]
+    schedules: Mapping[str, Schedule]
+    rule: str
+
+    def cost(self, slot: Slot) -> float:
+        """What a microbatch of a slot takes, in the unit of the layers' costs."""
+        lo, hi = slot.span
+        times = {F: self.problem.forward, R: self.problem.forward, B: self.problem.backward}
+        return math.fsum(math.fsum(times[kind][lo:hi]) for kind in slot.kinds)
+
+    @property
+    def dealer(self) -> Dealer:
+        """Gives slots to workers that run."""
+        return Dealer(self.rule, self.cost)
+
+
+def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[float], evaluated: int) -> Rounds:
+    """The best cut found for the settings. `layer_costs` are those of a forward, in any unit; `evaluated` counts the
+    samples of an evaluation. Raises PartitionError where a layer is larger than --span-mib allows."""
+    sizes = tuple(float(model.parameter_bytes(layer)) for layer in range(model.num_layers))
+    room = config.span_mib * 2**20 if config.span_mib else math.inf
+    if max(sizes) > room:
+        layer = sizes.index(max(sizes))
+        raise PartitionError(
+            f"span_mib is {config.span_mib}; allowed: {math.ceil(sizes[layer] / 2**20)} or more, for the weights of "
+            f"layer {layer}"
+        )
+    problem = Problem(
+        tuple(layer_costs), tuple(_BACKWARD * cost for cost in layer_costs), config.workers, config.microbatches,
+        config.round_size, sizes=sizes, room=room,
+    )  # fmt: skip
+    best = search(problem, tries=_TRIES).best
+    count = -(-evaluated // config.microbatch_size)
+    row = forward_slots(best.cut, count, config.round_size)
+    homes = [i % config.workers for i in range(len(row))]
+    made = {
+        "train": best.schedule(),
+        "evaluate": schedule_of(best.cut, row, homes, range(config.workers), count, "evaluation"),
+    }
+    for schedule in made.values():
+        verify(schedule)
+    return Rounds(problem, best.cut, best.row, made, config.rule)

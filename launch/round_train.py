@@ -1,0 +1,264 @@
+"""`unbroken train --scheduler roundpipe`: the host of a run, and what a worker of its pool does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from jobs.config import TrainConfig, require
+from jobs.plan import Plan, evaluation_samples, make_plan, open_dataset
+from jobs.round_train import RoundTrainer
+from jobs.rounds import Rounds
+from jobs.text import TextJob
+from launch.agent import FATAL, RunFailed
+from launch.claim import Claim
+from launch.config import config_from_dict, to_toml
+from launch.devices import Devices, find_devices
+from launch.nursery import Nursery
+from launch.progress import Display
+from launch.run_folder import RunFolder
+from launch.train import Story, interruptible, introduce
+from launch.worker_main import blueprint, default_threads, worker_main
+from pipeline.batch import Job
+from pipeline.host_optimizer import HostOptimizer
+from pipeline.host_store import HostStore, Layout, store_path
+from pipeline.model import LayeredModel
+from pipeline.mover import CHUNK
+from pipeline.slots import Cut
+from pipeline.stateless import TRAIN, PoolClosed, StatelessWorker
+from pipeline.worker import Settings
+from recovery.inject import Fault, Injector, parse
+from recovery.pool import ROOM, NoWorkerLeft, Pool
+
+log = logging.getLogger(__name__)
+
+
+def train_rounds(config: TrainConfig, as_json: bool) -> int:
+    """Run a job to its end on this machine. Returns the exit code; raises ConfigError before anything is started,
+    HostMemoryError where the state does not fit, RunFailed when the run cannot go on."""
+    require("LOCAL_RANK" not in os.environ, "scheduler", config.scheduler, "one process that starts its own workers, "
+            "not torchrun: the state is in the memory of one host")  # fmt: skip
+    devices = find_devices(config.device, config.workers)
+    transformers.utils.logging.disable_progress_bar()
+    nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
+    try:
+        with interruptible():
+            claim = Claim(config.out)
+            with Display(config.steps, quiet=as_json) as display:
+                try:
+                    plan = make_plan(config, display.preparing)
+                    assert plan.rounds is not None
+                    layout = make_layout(config, plan.model, plan.rounds.cut, config.workers)
+                    store = HostStore.create(layout, store_path(config.out))
+                except BaseException:
+                    claim.undo()
+                    raise
+                try:
+                    code, story = _host(config, plan, display, nursery, store, devices)
+                finally:
+                    store.close()
+                    claim.release()
+        story.close(code, as_json)
+        return code
+    finally:
+        nursery.close()
+
+
+def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int) -> Layout:
+    """Where everything lies in the host store."""
+    rounds = -(-config.microbatches // config.round_size)
+    return Layout(
+        model, cut, config.microbatches, config.microbatch_size, config.sequence_length, ROOM * workers + rounds,
+        config.optimizer_async,
+    )  # fmt: skip
+
+
+@contextmanager
+def hosting(
+    config: TrainConfig, store: HostStore, rounds: Rounds, nursery: Nursery, event: Callable[..., None],
+    device: Callable[[int], str], *, step: int = 0, sample: int = 0,
+) -> Iterator[tuple[HostOptimizer, Pool]]:  # fmt: skip
+    """The optimizer of a store and a pool without workers yet; both end with the context."""
+    pool: Pool | None = None
+
+    def told(what: str, about: Any) -> None:
+        if pool is not None:
+            pool.told(what, about)
+
+    optimizer = HostOptimizer(store, config.optimizer(), told)
+    address = f"\0unbroken-{os.getpid()}-{store.path.name}"
+
+    def start(worker: int) -> int:
+        return nursery.start(
+            {
+                "pool": address, "worker": worker, "config": json.loads(json.dumps(asdict(config), default=str)),
+                "cut": rounds.cut, "blocks": store.layout.blocks, "device": device(worker),
+                "threads": config.threads or default_threads(config.workers), "step": step, "sample": sample,
+            }
+        )  # fmt: skip
+
+    try:
+        pool = Pool(
+            address, start, nursery.poll, optimizer, store.layout.blocks, rounds.cost, rounds.dealer, event,
+            deadline_s=config.deadline, max_failures=config.max_failures, fatal=FATAL,
+        )  # fmt: skip
+        yield optimizer, pool
+    finally:
+        if pool is not None:
+            pool.close()
+        optimizer.close()
+
+
+def _host(
+    config: TrainConfig, plan: Plan, display: Display, nursery: Nursery, store: HostStore, devices: Devices
+) -> tuple[int, Story]:
+    """The run, from its first worker to its end."""
+    assert plan.rounds is not None
+    for name, reason in plan.notes:
+        display.say(f"checkpoint {name} is skipped: {reason}", "yellow")
+    introduce(config, plan, display)
+    display.say(f"host memory: {store.layout.num_bytes / 2**30:.2f} GiB in {store.path}")
+    view = plan.view
+    folder = RunFolder(config.out, to_toml(config), view.first_step, config.tensorboard)
+    folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes)
+    story, rounds = Story(config, plan, folder, display), plan.rounds
+    torch.set_num_threads(config.threads or default_threads(1))
+    jobs = make_jobs(config, view.first_step, view.first_sample)
+    try:
+        with (
+            _stoppable() as stop,
+            hosting(config, store, rounds, nursery, story.event, devices.of, step=view.first_step,
+                    sample=view.first_sample) as (optimizer, pool),
+        ):  # fmt: skip
+            trainer = RoundTrainer(
+                config, optimizer, pool, rounds.cut, rounds.row, jobs[TRAIN], jobs["evaluate"],
+                open_dataset(config.out).fingerprint, story.handle, stop.is_set,
+            )  # fmt: skip
+            if view.checkpoint is not None:
+                trainer.resume(Path(view.checkpoint))
+            else:
+                source = view.details["source"]
+                optimizer.initialise(config.seed, None if source is None else Path(source))
+            pool.open(config.workers)
+            return trainer.train(), story
+    except Exception as error:
+        folder.event("failed", error=str(error), step=story.step)
+        if isinstance(error, NoWorkerLeft):
+            raise RunFailed(str(error)) from error
+        raise
+    finally:
+        folder.close()
+
+
+@contextmanager
+def _stoppable() -> Iterator[threading.Event]:
+    """SIGTERM and the first Ctrl-C ask the run to save and stop; a second Ctrl-C does not wait."""
+    stop = threading.Event()
+
+    def handle(signum: int, _: object) -> None:
+        if signum == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def make_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
+    """The microbatches of training and of evaluation, the same in the host and in every worker."""
+    dataset = open_dataset(config.out)
+    evaluated = evaluation_samples(config, dataset)
+    return {
+        TRAIN: TextJob(
+            dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size, first_step,
+            first_sample,
+        ),
+        "evaluate": TextJob(
+            dataset.held_out_spread(evaluated), config.sequence_length, config.microbatches, config.microbatch_size,
+            limit=evaluated,
+        ),
+    }  # fmt: skip
+
+
+# ---- a worker ----
+
+
+Jobs = Callable[[TrainConfig, int, int], dict[str, TextJob]]
+"""(settings, first step, first sample) -> the jobs of a run, by name."""
+
+
+def pool_worker(payload: dict[str, Any], jobs: Jobs = make_jobs) -> int:
+    """What a forked worker of a pool does. Returns its exit code; an error is told to the host before it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(int(payload["threads"]))
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel.connect(payload["pool"])
+    try:
+        config = config_from_dict(TrainConfig, payload["config"])
+        made = jobs(config, int(payload["step"]), int(payload["sample"]))
+        make_worker(payload, config, made, channel).serve()
+    except PoolClosed:
+        return 1
+    except Exception as error:
+        log.debug("worker %d failed", payload["worker"], exc_info=True)
+        text = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            channel.send(json.dumps({"error": text[:4000], "type": type(error).__name__}).encode())
+        return 1
+    return 0
+
+
+def make_worker(
+    payload: dict[str, Any], config: TrainConfig, jobs: dict[str, TextJob], channel: socket.socket
+) -> StatelessWorker:
+    """A worker that is attached to the host store."""
+    id = int(payload["worker"])
+    forward, fused, backward = payload["cut"]
+    cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
+    layout = Layout(
+        blueprint(config.out / "model-config"), cut, config.microbatches, config.microbatch_size,
+        config.sequence_length, int(payload["blocks"]), config.optimizer_async,
+    )  # fmt: skip
+    device = torch.device(payload["device"])
+    store = HostStore(layout, store_path(config.out))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        store.pin()
+    settings = Settings(
+        device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, deadline_s=config.deadline
+    )
+    named: dict[str, Job] = dict(jobs)
+    worker = StatelessWorker(id, store, named, settings, channel, chunk=CHUNK)
+
+    claimed: set[str] = set()
+
+    def claim(name: str) -> bool:
+        new = name not in claimed
+        claimed.add(name)
+        return new
+
+    def told(fault: Fault) -> None:
+        worker.tell(event={"step": fault.step, "fault": fault.kind, "at": fault.at})
+
+    worker.probe = Injector(
+        parse(config.inject), id, id, claim, told, worker.poison, lambda: channel.shutdown(socket.SHUT_RDWR)
+    )
+    return worker

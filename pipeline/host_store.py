@@ -1,0 +1,190 @@
+"""The state of a model in named shared memory of the host: it outlives every worker, and no worker has a copy of it.
+
+One file in /dev/shm holds weights, fp32 gradients, AdamW's moments, the hidden states between spans and the blocks into
+which workers write gradients before they count. Where each lies follows from the model and the settings alone, so a
+worker that attaches needs the path and nothing else. The file is reserved whole before anything is written, and it goes
+with the process that made it; what a killed one has left is found by its name and removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from pipeline.model import LayeredModel
+from pipeline.schedule import Span
+from pipeline.slots import Cut
+
+_ALIGN = 64  # bytes: a cache line, and what vector loads want
+_SHARED = Path("/dev/shm")
+
+
+class HostMemoryError(RuntimeError):
+    """The host has not enough memory, or the store of a run is in use or gone. Says what was needed and found."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Name -> place of every tensor of a store. All are fp32 but `version/*`, which are int64.
+
+    `batch` x `sequence` is the shape of a microbatch; `blocks` how many gradient blocks there are. With `behind`, two
+    iterations may be under way: there are two sets of hidden states, and beside the weights that the optimizer writes
+    two copies that workers read, in turn.
+    """
+
+    model: LayeredModel
+    cut: Cut
+    microbatches: int
+    batch: int
+    sequence: int
+    blocks: int
+    behind: bool = False
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """The layers whose input must be kept: where a forward or a backward span begins, layer 0 aside."""
+        starts = {lo for lo, _ in (*self.cut.forward, self.cut.fused, *self.cut.backward)}
+        return tuple(sorted(starts - {0}))
+
+    @cached_property
+    def block_size(self) -> int:
+        """Elements of the largest span's gradient."""
+        return max(self.gradient_size(span) for span in (self.cut.fused, *self.cut.backward))
+
+    def gradient_size(self, span: Span) -> int:
+        """Elements of the gradient of all that the layers of a span compute with, a tied head's weight included."""
+        return sum(math.prod(shape) for layer in range(*span) for shape in self.model.shapes(layer).values())
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Name -> (offset in bytes, shape)."""
+        found: dict[str, tuple[int, tuple[int, ...]]] = {}
+        at = 0
+
+        def place(name: str, shape: tuple[int, ...], width: int = 4) -> None:
+            nonlocal at
+            found[name] = at, shape
+            at += -(-width * math.prod(shape) // _ALIGN) * _ALIGN
+
+        model, layers = self.model, range(self.model.num_layers)
+        kinds = ("param", *(("read0", "read1") if self.behind else ()), "exp_avg", "exp_avg_sq")
+        for kind in kinds[:-2]:
+            place(f"version/{kind}", (model.num_layers,), 8)
+        for kind in kinds:
+            for layer in layers:
+                shapes = model.shapes(layer)
+                for key in model.keys(layer):
+                    place(f"{kind}/{key}", shapes[key])
+        for layer in layers:
+            place(f"grad/{layer}", (self.gradient_size((layer, layer + 1)),))
+        for block in range(self.blocks):
+            place(f"block/{block}", (self.block_size,))
+        hidden = (self.batch, self.sequence, model.hidden_size)
+        for side in range(2 if self.behind else 1):
+            for m in range(self.microbatches):
+                for boundary in self.boundaries:
+                    place(f"x{side}/{m}/{boundary}", hidden)
+                    place(f"dx{side}/{m}/{boundary}", hidden)
+        found[""] = at, ()
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole store."""
+        return self.places[""][0]
+
+    def gradient_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
+        """Layer -> name -> its part of a flat gradient that begins with the first of `layers`."""
+        views: dict[int, dict[str, Tensor]] = {}
+        at = 0
+        for layer in layers:
+            views[layer] = {}
+            for name, shape in self.model.shapes(layer).items():
+                views[layer][name] = flat[at : at + math.prod(shape)].view(shape)
+                at += math.prod(shape)
+        return views
+
+
+def store_path(out: Path) -> Path:
+    """Where the store of a run folder lies: in shared memory where there is some, under a name made of the folder's."""
+    digest = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
+    root = _SHARED if _SHARED.is_dir() else out
+    return root / f"unbroken-{os.getuid()}-{digest}"
+
+
+class HostStore:
+    """A store, made by `create` or attached to."""
+
+    def __init__(self, layout: Layout, path: Path) -> None:
+        """Attach. Raises HostMemoryError where there is no such store or it is of another layout."""
+        self.layout, self.path = layout, path
+        size = path.stat().st_size if path.is_file() else -1
+        if size != layout.num_bytes:
+            found = "nothing" if size < 0 else f"{size} bytes"
+            raise HostMemoryError(f"host store {path}: found {found}; this run's has {layout.num_bytes} bytes")
+        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+        self._whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._lock = -1
+
+    @classmethod
+    def create(cls, layout: Layout, path: Path) -> HostStore:
+        """Reserve the memory, all zeros, and hold it until `close`. Raises HostMemoryError, naming needed and found."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise HostMemoryError(f"host store {path} is in use: another run trains in the same folder") from error
+            os.ftruncate(descriptor, 0)  # of a run that was killed
+            needed = layout.num_bytes
+            free = min(shutil.disk_usage(path.parent).free, psutil.virtual_memory().available)
+            if needed > free:
+                path.unlink()
+                raise HostMemoryError(
+                    f"host memory: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are available in "
+                    f"{path.parent}; fewer or smaller microbatches need less, as do fewer workers"
+                )
+            os.posix_fallocate(descriptor, 0, needed)  # else a full host would end a worker with SIGBUS much later
+            store = cls(layout, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        store._lock = descriptor
+        return store
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name, where it lies. Raises KeyError."""
+        offset, shape = self.layout.places[name]
+        kind = torch.int64 if name.startswith("version/") else torch.float32
+        return self._whole[offset : offset + kind.itemsize * math.prod(shape)].view(kind).view(shape)
+
+    def weights(self, layer: int, kind: str = "param") -> dict[str, Tensor]:
+        """Full name -> weight of all that a layer computes with; `kind` is "param", "read0" or "read1"."""
+        model = self.layout.model
+        return {name: self[f"{kind}/{name}"] for name in model.shapes(layer)}
+
+    def pin(self) -> None:
+        """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""
+        result = torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
+        if int(result) != 0:
+            raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {int(result)}")
+
+    def close(self) -> None:
+        """Give the memory back, if this process made it; views must not be used any more."""
+        if self._lock >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
