@@ -180,8 +180,8 @@ class TrainConfig:
         for name in ("workers", "replicas", "chunks", "microbatches", "microbatch_size", "sequence_length", "steps",
                      "evaluate_samples", "keep"):  # fmt: skip
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("at_once", "span_mib", "checkpoint_every", "full_every", "search_moves", "evaluate_every", "warmup", "max_tokens",
-                     "threads", "sample_tokens", "clip", "weight_decay"):  # fmt: skip
+        for name in ("at_once", "span_mib", "checkpoint_every", "full_every", "search_moves", "evaluate_every",
+                     "warmup", "max_tokens", "threads", "sample_tokens", "clip", "weight_decay"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         known = (*PLANNERS, "skippipe", "roundpipe")
         require(self.scheduler in known, "scheduler", self.scheduler, f"one of {', '.join(known)}")

@@ -98,6 +98,8 @@ class RoundTrainer:
             return self._one_step(record, again=True)
         lr = learning_rate(config.optimizer(), step)
         self.optimizer.update(step, 1.0 / max(1, tokens), norm, lr)
+        for later in self.runs.values():
+            self.pool.count(later)
         self.step = step + 1
         self.report(
             {

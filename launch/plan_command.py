@@ -33,8 +33,8 @@ class PlanConfig:
     under the times in the file."""
 
     network: Path | None = None
-    """For skippipe: JSON with hop_s, a matrix of seconds from node to node, and stages, a list of lists of nodes; and, if they are
-    to differ from the defaults, forward_s, backward_s, loss_s, gap_s, speed, memory_slots, path_length and
+    """For skippipe: JSON with hop_s, a matrix of seconds from node to node, and stages, a list of lists of nodes; and,
+    if they are to differ from the defaults, forward_s, backward_s, loss_s, gap_s, speed, memory_slots, path_length and
     microbatches_per_first_stage_node."""
     scheduler: Literal["skippipe", "roundpipe"] = "skippipe"
     """skippipe: every microbatch skips some stages, and nodes are shared by all paths. roundpipe: stages are dealt to

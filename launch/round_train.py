@@ -80,10 +80,10 @@ def train_rounds(config: TrainConfig, as_json: bool) -> int:
 def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int) -> Layout:
     """Where everything lies in the host store."""
     rounds = -(-config.microbatches // config.round_size)
+    blocks = ROOM * workers * (2 if config.optimizer_async else 1) + rounds
     return Layout(
-        model, cut, config.microbatches, config.microbatch_size, config.sequence_length, ROOM * workers + rounds,
-        config.optimizer_async,
-    )  # fmt: skip
+        model, cut, config.microbatches, config.microbatch_size, config.sequence_length, blocks, config.optimizer_async
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`unbroken plan --scheduler roundpipe`: the published partition of a file of costs, timed, and a planned one beside it."""
+"""`unbroken plan --scheduler roundpipe`: a published partition, timed, and a planned one beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launch.run_folder import write_whole
 from pipeline.draw import svg
 from pipeline.schedule import Span, dumps
 from pipeline.simulate import Costs, Network, simulate
-from pipeline.slots import Cut, slots
+from pipeline.slots import slots
 from pipeline.verify import verify
 from schedulers import build
 from schedulers.roundpipe import Dealt, Problem, dealt, from_json, repeated, search
@@ -117,10 +117,11 @@ def _text(
         if "async_bubble" in row:
             lines.append(f"{'  one step behind':<20} {row['async_ms']:9.1f} ms  bubble {row['async_bubble']:7.2%}, "
                          f"over {row['async_iterations']} iterations with filling and draining")  # fmt: skip
-    best: Cut = Cut(*(tuple(map(tuple, rows["planned"][k])) if k != "fused" else tuple(rows["planned"][k])
-                      for k in ("forward", "fused", "backward")))  # fmt: skip
-    spans = [" ".join(f"{lo}:{hi}" for lo, hi in side) for side in (best.forward, (best.fused,), best.backward)]
+    planned = rows["planned"]
+    sides = (planned["forward"], [planned["fused"]], planned["backward"])
+    spans = [" ".join(f"{lo}:{hi}" for lo, hi in side) for side in sides]
     lines.append(f"planned: forward {spans[0]} | with the loss {spans[1]} | backward {spans[2]}; "
-                 f"{rows['planned']['order']}; no plan takes less than {rows['planned']['lower_bound_ms']:.1f} ms")  # fmt: skip
+                 f"{planned['order']}; "
+                 f"no plan takes less than {planned['lower_bound_ms']:.1f} ms")  # fmt: skip
     lines.append("all times are simulated")
     return "\n".join([*lines, *(f"wrote {path}" for path in result["written"])])

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
@@ -134,7 +135,7 @@ class HostStore:
             found = "nothing" if size < 0 else f"{size} bytes"
             raise HostMemoryError(f"host store {path}: found {found}; this run's has {layout.num_bytes} bytes")
         storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
-        self._whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._whole = torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage))
         self._lock = -1
 
     @classmethod
@@ -176,7 +177,8 @@ class HostStore:
 
     def pin(self) -> None:
         """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""
-        result = torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
+        runtime: Any = torch.cuda.cudart()
+        result = runtime.cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
         if int(result) != 0:
             raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {int(result)}")
 
@@ -186,5 +188,3 @@ class HostStore:
             self.path.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = -1
-
-

@@ -51,7 +51,7 @@ def chunks(target: Tensor, source: Tensor, size: int = CHUNK) -> list[tuple[Tens
 
 
 class Mover:
-    """The copies in one direction. `copied` lists (bytes, urgency) of the last chunks in the order in which they ran."""
+    """The copies in one direction. `copied` has (bytes, urgency) of the last chunks, in the order of their turn."""
 
     def __init__(self, device: torch.device, name: str, chunk: int = CHUNK) -> None:
         self._device, self._chunk = device, chunk

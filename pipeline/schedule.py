@@ -22,8 +22,8 @@ Span = tuple[int, int]
 
 F, B, I, W, R = "F", "B", "I", "W", "R"
 """Forward, backward, the two halves of a backward (input gradient, weight gradient), and a forward run again: the same
-work as F, whose result stays where it is, for the backward of a span that is cut otherwise than the forward ones, or, on
-a copy of the span, in case that the worker of F is lost."""
+work as F, whose result stays where it is, for the backward of a span that is cut otherwise than the forward ones, or,
+on a copy of the span, in case that the worker of F is lost."""
 SEND, RECV, LOAD, OFFLOAD, REDUCE, STEP = "SEND", "RECV", "LOAD", "OFFLOAD", "REDUCE", "STEP"
 COMPUTE = (F, B, I, W, R)
 KINDS = (*COMPUTE, SEND, RECV, LOAD, OFFLOAD, REDUCE, STEP)

@@ -384,10 +384,12 @@ class StatelessWorker:
         made, device = self.jobs[order.job].batch(order.step, m), self.device
         mask = made.attention_mask
         return Batch(
-            made.sample_ids, made.input_ids.to(device), made.labels.to(device), None if mask is None else mask.to(device)
+            made.sample_ids,
+            made.input_ids.to(device),
+            made.labels.to(device),
+            None if mask is None else mask.to(device),
         )
 
     def autocast(self) -> Any:
         dtype = self.settings.autocast
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
-

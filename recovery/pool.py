@@ -40,7 +40,8 @@ class NoWorkerLeft(RuntimeError):
 class Exit(Protocol):
     """How a worker process ended."""
 
-    pid: int
+    @property
+    def pid(self) -> int: ...
 
 
 class Deal(Protocol):
@@ -61,6 +62,8 @@ class Run:
     source: str
     version: int
     side: int = 0
+    counted: bool = True
+    """Whether its gradients are added as they come, or wait until the update before it has been asked for."""
     members: frozenset[int] = frozenset()
     pending: deque[int] = field(default_factory=deque)
     done: dict[int, set[int]] = field(default_factory=dict)
@@ -198,8 +201,12 @@ class Pool:
         self, row: Sequence[Slot], boundaries: Sequence[int], *, step: int, job: str, source: str, version: int,
         side: int = 0,
     ) -> Run:  # fmt: skip
-        """Begin with a row of slots as soon as those before it are all given out."""
-        run = Run(self._next_run, step, job, row, boundaries, source, version, side)
+        """Begin with a row of slots as soon as those before it are all given out.
+
+        While another is under way, call `count` once the update of that one has been asked for: gradients of both
+        must not meet.
+        """
+        run = Run(self._next_run, step, job, row, boundaries, source, version, side, counted=not self.active)
         self._next_run += 1
         run.pending, run.left, run.began = deque(range(len(row))), len(row), time.monotonic()
         run.done = {i: set() for i in range(len(row))}
@@ -217,6 +224,12 @@ class Pool:
         if set(run.committed) != wanted or set(run.committed.values()) - {1}:
             raise RuntimeError(f"gradients were counted {dict(run.committed)}; expected once each")
 
+    def count(self, run: Run) -> None:
+        """Add the gradients of a run from now on, and those that have waited."""
+        run.counted = True
+        for span in list(run.waiting):
+            self._add_in_order(run, span)
+
     def wait_for(self, what: str) -> Any:
         """The optimizer's next report of a kind. Raises TimeoutError."""
         deadline = time.monotonic() + self._deadline_s
@@ -227,7 +240,7 @@ class Pool:
         return self.heard.pop(what)
 
     def turn(self) -> None:
-        """Wait for the next thing to happen, and handle all that did. Raises NoWorkerLeft and what the optimizer met."""
+        """Wait for what happens next, and handle all that did. Raises NoWorkerLeft and what the optimizer met."""
         for key, _ in self._selector.select(_TICK_S):
             if key.fileobj is self._listener:
                 self._accept()
@@ -325,7 +338,8 @@ class Pool:
         if given.block >= 0:
             run.committed.update((slot.span, m) for m in slot.microbatches)
             run.waiting.setdefault(slot.span, {})[slot.microbatches] = given.block
-            self._add_in_order(run, slot.span)
+            if run.counted:
+                self._add_in_order(run, slot.span)
 
     def _add_in_order(self, run: Run, span: Span) -> None:
         """Rounds are added in their own order, so that the sum is the same whoever was first."""
@@ -359,7 +373,9 @@ class Pool:
         slot = run.row[index]
         if not usable or self._optimizer.version(slot.span, run.source) < run.version:
             return False
-        if B in slot.kinds and not self._blocks:
+        # what a run keeps back must leave enough for the one before it to be done, and done again
+        kept = 0 if run.counted else ROOM * len(self.members)
+        if B in slot.kinds and len(self._blocks) <= kept:
             return False
         speeds = self.speeds
         free = {w: self._left(self.members[w], speeds[w]) for w in usable}
@@ -468,6 +484,9 @@ class Pool:
         """End all workers and the sockets."""
         for member in self.members.values():
             self._tell(member, end=True)
+            if member.channel is None:  # still starting, and not to be talked to
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.pid, signal.SIGKILL)
         deadline = time.monotonic() + _GONE_S
         left = {member.pid for member in self.members.values()}
         while left and time.monotonic() < deadline:

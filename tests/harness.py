@@ -268,7 +268,9 @@ def run_pool(
             def watching(step: int, scale: float, norm: float, lr: float) -> None:
                 if step == 0:  # measured, not yet divided or applied
                     for shard in filter(None, optimizer.layers):
-                        outcome.gradients |= {n: scale * p.grad for n, p in shard.parameters.items() if p.grad is not None}
+                        outcome.gradients |= {
+                            n: scale * p.grad for n, p in shard.parameters.items() if p.grad is not None
+                        }
                 update(step, scale, norm, lr)
 
             optimizer.update = watching
@@ -286,7 +288,12 @@ def run_pool(
                 n: t.clone() for layer in range(model.num_layers) for n, t in optimizer.parameters(layer).items()
             }
             most = max((member.most_held for member in pool.members.values()), default=0)
-            outcome.details[0] = {"events": events, "most_held": most, "rounds": rounds, "bytes": store.layout.num_bytes}
+            outcome.details[0] = {
+                "events": events,
+                "most_held": most,
+                "rounds": rounds,
+                "bytes": store.layout.num_bytes,
+            }
     finally:
         store.close()
     return outcome

@@ -1,4 +1,4 @@
-"""RoundPipe's planner: the formula, the published figures, the clock against the simulator, the search against all cuts."""
+"""RoundPipe's planner: the formula, the published figures, the clock and the simulator, the search and all cuts."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.slots import BACKWARD, FUSED, Cut, Slot, schedule_of
 from pipeline.schedule import Schedule
+from pipeline.slots import BACKWARD, FUSED, Cut, Slot, schedule_of
 from schedulers.rounds.problem import Problem, sums
 
 RULES = ("round_robin", "ready")
@@ -20,7 +20,7 @@ RULES = ("round_robin", "ready")
 
 @dataclass
 class Clock:
-    """The times of the workers and microbatches, iteration after iteration: `deal` takes up where the last one ended."""
+    """The times of the workers and microbatches, iteration after iteration: `deal` goes on where the last one ended."""
 
     problem: Problem
     rule: str = "round_robin"
@@ -109,7 +109,8 @@ class Dealt:
 
 
 def dealt(
-    problem: Problem, cut: Cut, row: Sequence[Slot], rule: str, *, speeds: Sequence[float] = (), early_head: bool = False
+    problem: Problem, cut: Cut, row: Sequence[Slot], rule: str, *, speeds: Sequence[float] = (),
+    early_head: bool = False,
 ) -> Dealt:  # fmt: skip
     """One iteration, by itself."""
     clock = Clock(problem, rule, speeds, early_head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from pipeline.costs import CostError, Costs, Network
@@ -124,7 +124,7 @@ def spans_from(blocks: Sequence[int], end: int) -> tuple[Span, ...]:
     marks = [0, *(1 + n for n in accumulate(n for n in blocks if n))]
     if marks[-1] != end:
         raise CostError(f"{list(blocks)} blocks end at layer {marks[-1]}; allowed: {end}")
-    return tuple(zip(marks, marks[1:], strict=False))
+    return tuple(pairwise(marks))
 
 
 def from_json(values: Any, model: str) -> tuple[Problem, Cut | None]:
@@ -142,9 +142,10 @@ def from_json(values: Any, model: str) -> tuple[Problem, Cut | None]:
 
     def number(where: Mapping[str, Any], name: str, kind: type = float, default: float | None = None) -> Any:
         value = where.get(name, default) if isinstance(where, Mapping) else None
-        good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-        if not good or (kind is int and value != int(value)):
-            what = "a whole number" if kind is int else "a number"
+        what = "a whole number" if kind is int else "a number"
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise CostError(f"{name} of {model!r} is {value!r}; allowed: {what} of 0 or more")
+        if kind(value) != value:
             raise CostError(f"{name} of {model!r} is {value!r}; allowed: {what} of 0 or more")
         return kind(value)
 
@@ -162,4 +163,5 @@ def from_json(values: Any, model: str) -> tuple[Problem, Cut | None]:
     for name, counts in zip(("published_forward", "published_backward"), published, strict=True):
         if not isinstance(counts, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in counts):
             raise CostError(f"{name} of {model!r} is {counts!r:.80}; allowed: a list of numbers of blocks")
-    return problem, cut_from(*published, problem.num_layers)
+    forward_blocks, backward_blocks = published
+    return problem, cut_from(forward_blocks, backward_blocks, problem.num_layers)

@@ -7,7 +7,7 @@ then, from the best few, single layers are moved over borders as long as that he
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from pipeline.schedule import Span
@@ -84,7 +84,7 @@ def even_cuts(problem: Problem) -> Iterator[Cut]:
     def parts(hi: int, stages: int, back: bool) -> tuple[Span, ...] | None:
         values = (again if back else problem.forward)[:hi]
         sizes = problem.sizes[:hi]
-        try:  # from the end, so that among equal cuts the later layers come in the larger spans: the pipeline fills soon
+        try:  # from the end, so that among equal cuts later layers come in larger spans: the pipeline fills soon
             found = partition(
                 values[::-1], [1.0] * stages, sizes[::-1] or None, [problem.room] * stages if sizes else None
             )
@@ -114,8 +114,3 @@ def _moved(problem: Problem, cut: Cut) -> Iterator[Cut]:
                 if left[0] < mark < right[1] and problem.fits(left) and problem.fits(right):
                     new = (*spans[:i], left, right, *spans[i + 2 :])
                     yield cut._replace(forward=new) if name == "forward" else cut._replace(backward=new[::-1])
-
-
-def for_workers(problem: Problem, workers: int) -> Problem:
-    """The same problem for another number of workers, with rounds as they are."""
-    return replace(problem, workers=workers, at_once=problem.round)
