@@ -99,7 +99,7 @@ def make_view(config: TrainConfig) -> tuple[View, Schedule]:
     An evaluation is planned but not run.
     """
     source = config.out / "model-config"
-    made = schedules(config, LayeredModel(read_config(source)), config.microbatch_size)
+    made, _ = schedules(config, LayeredModel(read_config(source)), config.microbatch_size)
     texts = {purpose: dumps(schedule) for purpose, schedule in made.items()}
     fields = json.loads(json.dumps(asdict(config), default=str))
     workers = tuple(range(config.workers))

@@ -13,7 +13,7 @@ from jobs.plan import Plan
 from launch.report import loss_svg
 from launch.run_folder import RunFolder, write_whole
 from pipeline.draw import compare_svg
-from pipeline.schedule import COMPUTE, Span, parse_op
+from pipeline.schedule import COMPUTE, F, R, Span, parse_op
 from pipeline.simulate import Costs, simulate
 from pipeline.timeline import Event, Timeline
 from pipeline.trace import perfetto
@@ -66,7 +66,8 @@ def measured_costs(timeline: Timeline) -> Costs:
     times: dict[tuple[str, Span], list[float]] = defaultdict(list)
     for event in timeline.events:
         if event.op.kind in COMPUTE:
-            times[event.op.kind, event.op.span].append(event.end - event.start)
+            kind = F if event.op.kind == R else event.op.kind  # a forward that is run again costs what it cost
+            times[kind, event.op.span].append(event.end - event.start)
     mean: dict[str, dict[Span, float]] = defaultdict(dict)
     for (kind, span), values in times.items():
         mean[kind][span] = sum(values) / len(values)

@@ -243,8 +243,9 @@ def make_worker(
         torch.cuda.set_device(device)
         store.pin()
     settings = Settings(
-        device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, deadline_s=config.deadline
-    )
+        device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None,
+        deadline_s=2 * config.deadline,  # the host, who knows whom all wait for, comes first
+    )  # fmt: skip
     named: dict[str, Job] = dict(jobs)
     worker = StatelessWorker(id, store, named, settings, channel, chunk=CHUNK)
 

@@ -415,9 +415,21 @@ class Pool:
             if member.pid in ended:
                 self._reasons.setdefault(member.id, ended[member.pid])
                 self._lost(member, ended=True)
-            elif (member.given or member.channel is None) and time.monotonic() > member.since + self._deadline_s:
+            elif not self._could_go_on(member):
+                member.since = time.monotonic()
+            elif time.monotonic() > member.since + self._deadline_s:
                 self._reasons.setdefault(member.id, f"has not answered for {self._deadline_s:g} s and was ended")
                 self._lost(member)
+
+    def _could_go_on(self, member: Member) -> bool:
+        """Whether a worker has something to do for which it need not wait: then it should be heard of."""
+        if member.channel is None:
+            return True
+        given = next(iter(member.given.values()), None)
+        if given is None:
+            return False
+        left = [m for m in given.slot.microbatches if m not in given.run.done[given.index]]
+        return not left or all(fact in given.run.facts for fact in given.run.needs(given.slot, left[0]))
 
     def _lost(self, member: Member, *, ended: bool = False) -> None:
         """A worker is gone: its slots go back, and what waits for them is taken back as well."""

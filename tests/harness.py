@@ -292,7 +292,7 @@ def run_pool(
                 "events": events,
                 "most_held": most,
                 "rounds": rounds,
-                "bytes": store.layout.num_bytes,
+                "speeds": pool.speeds,
             }
     finally:
         store.close()

@@ -1,0 +1,184 @@
+"""RoundPipe's pool on the work of engine_peers.py: the same Llama from the same weights, the same tokens, AdamW, clipping.
+
+    python benchmarks/roundpipe_ours.py --workers 2 --steps 4 --warmup 1 --json
+    python benchmarks/roundpipe_ours.py --workers 4 --slow 4 4 4 16 --rule round_robin     # a slow worker, by sleeping
+
+This process is the host: it owns the state, forks the workers from a warm parent, and prints one JSON line of the form
+that the peers print. Memory is told in two parts: the host store, which all share, and what each worker has for itself
+alone (USS, sampled), less what it had before its first slot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# The packages come before scripts beside this one: recovery is both.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+import torch
+from engine_ours import WorkJob, make_config
+from engine_peers import Work, llama, parse, show, stop_well
+
+from jobs.config import TrainConfig
+from jobs.plan import layer_costs
+from jobs.round_train import RoundTrainer
+from jobs.rounds import plan_rounds
+from launch.nursery import Nursery
+from launch.round_train import hosting, make_layout, pool_worker
+from pipeline.host_store import HostStore, store_path
+from pipeline.model import LayeredModel
+from pipeline.weights import read_config
+from recovery.pool import NoWorkerLeft
+
+SAMPLE_S = 1.0  # a look costs the process that is looked at some milliseconds
+
+
+@dataclass
+class PoolJob(WorkJob):
+    """With what a trainer asks beside."""
+
+    limit: int = 0
+
+    def next_sample(self, step: int) -> int:
+        """The first sample of a step."""
+        return step * self.work.microbatches * self.work.batch
+
+
+def jobs(config: TrainConfig, step: int, sample: int) -> dict[str, Any]:
+    """The work that lies in the run's folder."""
+    work = Work(**json.loads((config.out / "work.json").read_text()))
+    return {"train": PoolJob(work)}
+
+
+def entry(payload: dict[str, Any]) -> int:
+    """What a forked worker does."""
+    return pool_worker(payload, jobs)  # type: ignore[arg-type]
+
+
+class Memory(threading.Thread):
+    """Samples what processes have for themselves alone: `most[pid]` bytes, `first[pid]` when first seen."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.pids: list[int] = []
+        self.first: dict[int, int] = {}
+        self.most: dict[int, int] = {}
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            for pid in list(self.pids):
+                try:
+                    now = psutil.Process(pid).memory_full_info().uss
+                except psutil.Error:
+                    continue
+                self.first.setdefault(pid, now)
+                self.most[pid] = max(now, self.most.get(pid, 0))
+
+    def close(self) -> None:
+        """Stop sampling."""
+        self._over.set()
+        self.join()
+
+
+def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, Any]:
+    """Train with a pool and gather its figures."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name)
+        llama(work).save_pretrained(out / "model-config")
+        (out / "work.json").write_text(json.dumps(asdict(work)))
+        steps = options.steps + options.warmup
+        slow = ";".join(f"slow:worker={w},step=0,at=order,factor={f:g}" for w, f in enumerate(options.slow or ()))
+        config = replace(
+            make_config("gpipe", work, options.workers, steps, out, options.deadline), scheduler="roundpipe",
+            rule=options.rule, optimizer_async=options.behind, at_once=options.at_once, inject=slow,
+            span_mib=options.span_mib,
+        )  # fmt: skip
+        config.validate()
+        model = LayeredModel(read_config(out / "model-config"))
+        rounds = plan_rounds(config, model, layer_costs(model, work.sequence), work.batch)
+        store = HostStore.create(make_layout(config, model, rounds.cut, config.workers), store_path(out))
+        memory, job = Memory(), PoolJob(work)
+        losses: list[float] = []
+        seconds: list[float] = []
+        events: list[dict[str, Any]] = []
+
+        def report(record: dict[str, Any]) -> None:
+            if record["kind"] == "step":
+                losses.append(record["loss"])
+
+        def event(name: str, **fields: Any) -> None:
+            events.append({"event": name, **fields})
+
+        try:
+            with hosting(config, store, rounds, nursery, event, lambda _: options.device) as (optimizer, pool):
+                optimizer.initialise(0, out / "model-config")
+                trainer = RoundTrainer(
+                    config, optimizer, pool, rounds.cut, rounds.row, job, job, "", report, bool  # type: ignore[arg-type]
+                )
+                trainer.runs = {}
+                pool.open(config.workers)
+                memory.pids = [member.pid for member in pool.members.values()]
+                memory.start()
+                for _ in range(steps):
+                    began = time.perf_counter()
+                    trainer._one_step(record=False)
+                    seconds.append(time.perf_counter() - began)
+                optimizer.drain(options.deadline)
+                memory.close()
+                speeds = pool.speeds
+        finally:
+            store.close()
+    timed = seconds[options.warmup :]
+    cut = rounds.cut
+    return {
+        "peer": options.name, "workers": options.workers,
+        "tokens_per_s": statistics.median(work.tokens / s for s in timed),
+        "tokens_per_s_steps": [work.tokens / s for s in timed], "loss": losses,
+        "peak_rss_bytes": sorted(memory.most.values()),
+        "rss_before_bytes": [memory.first[pid] for pid in sorted(memory.most, key=lambda p: memory.most[p])],
+        "host_store_bytes": store.layout.num_bytes,
+        "cut": {"forward": cut.forward, "fused": cut.fused, "backward": cut.backward},
+        "order": "by_stage" if len(rounds.row) > 1 and rounds.row[0].span == rounds.row[1].span else "by_round",
+        "speeds": speeds, "torch": torch.__version__, "work": asdict(work), "events": events,
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="roundpipe")
+    parser.add_argument("--rule", choices=("ready", "round_robin"), default="ready")
+    parser.add_argument("--behind", action="store_true", help="the optimizer one step behind")
+    parser.add_argument("--at-once", type=int, default=0)
+    parser.add_argument("--span-mib", type=int, default=0)
+    parser.add_argument("--slow", type=float, nargs="*", help="per worker, how many times as long its ops take")
+    parser.add_argument("--device", default="cpu")
+    options, work = parse(parser)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    stop_well(options.parent)
+    nursery = Nursery(entry)
+    try:
+        found = run(work, options, nursery)
+    except (NoWorkerLeft, ValueError, RuntimeError) as error:
+        print(json.dumps({"peer": options.name, "error": f"{type(error).__name__}: {error}"}))
+        return 1
+    finally:
+        nursery.close()
+    show(found, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
