@@ -1,4 +1,4 @@
-"""RoundPipe's pool on the work of engine_peers.py: the same Llama from the same weights, the same tokens, AdamW, clipping.
+"""RoundPipe's pool on the work of engine_peers.py: the same Llama and tokens, the same AdamW and clipping.
 
     python benchmarks/roundpipe_ours.py --workers 2 --steps 4 --warmup 1 --json
     python benchmarks/roundpipe_ours.py --workers 4 --slow 4 4 4 16 --rule round_robin     # a slow worker, by sleeping
@@ -125,7 +125,16 @@ def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, 
             with hosting(config, store, rounds, nursery, event, lambda _: options.device) as (optimizer, pool):
                 optimizer.initialise(0, out / "model-config")
                 trainer = RoundTrainer(
-                    config, optimizer, pool, rounds.cut, rounds.row, job, job, "", report, bool  # type: ignore[arg-type]
+                    config,
+                    optimizer,
+                    pool,
+                    rounds.cut,
+                    rounds.row,
+                    job,
+                    job,
+                    "",
+                    report,
+                    bool,  # type: ignore[arg-type]
                 )
                 trainer.runs = {}
                 pool.open(config.workers)
@@ -137,7 +146,7 @@ def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, 
                     seconds.append(time.perf_counter() - began)
                 optimizer.drain(options.deadline)
                 memory.close()
-                speeds = pool.speeds
+                speeds = pool.dealing.speeds
         finally:
             store.close()
     timed = seconds[options.warmup :]

@@ -27,7 +27,8 @@ from pipeline.slots import Cut, Slot, forward_slots
 from pipeline.stateless import TRAIN
 from pipeline.weights import ModelError, finish_export, write_shard
 from recovery import checkpoint
-from recovery.pool import Pool, Run
+from recovery.pool import Pool
+from recovery.runs import Run
 
 
 @dataclass
@@ -72,7 +73,7 @@ class RoundTrainer:
         source, version, side = "param", step, 0
         if self.behind:
             source, version, side = f"read{(step + 1) % 2}", max(0, step - 1), step % 2
-        return self.pool.submit(
+        return self.pool.dealing.submit(
             self.row, self.optimizer.store.layout.boundaries, step=step, job=TRAIN, source=source, version=version,
             side=side,
         )  # fmt: skip
@@ -99,14 +100,14 @@ class RoundTrainer:
         lr = learning_rate(config.optimizer(), step)
         self.optimizer.update(step, 1.0 / max(1, tokens), norm, lr)
         for later in self.runs.values():
-            self.pool.count(later)
+            self.pool.dealing.count(later)
         self.step = step + 1
         self.report(
             {
                 "kind": "step", "step": self.step, "loss": loss, "tokens": tokens,
                 "tokens_per_s": tokens / max(time.monotonic() - began, 1e-9), "grad_norm": norm, "lr": lr, "view": 1,
                 "first_sample": self.job.next_sample(step), "samples": config.samples_per_step,
-                "version": run.version, "workers": len(self.pool.ready),
+                "version": run.version, "workers": len(self.pool.dealing.ready),
             }
         )  # fmt: skip
         if record:
@@ -151,7 +152,7 @@ class RoundTrainer:
         count = -(-(self.held_out.limit or 0) // self.config.microbatch_size)
         for part, lo in enumerate(range(0, count, size)):
             many = min(size, count - lo)
-            run = self.pool.submit(
+            run = self.pool.dealing.submit(
                 forward_slots(self.cut, many, self.config.round_size), self.optimizer.store.layout.boundaries,
                 step=part, job="evaluate", source="param", version=self.optimizer.updates,
             )  # fmt: skip

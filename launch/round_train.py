@@ -40,8 +40,9 @@ from pipeline.mover import CHUNK
 from pipeline.slots import Cut
 from pipeline.stateless import TRAIN, PoolClosed, StatelessWorker
 from pipeline.worker import Settings
+from recovery.dealing import ROOM
 from recovery.inject import Fault, Injector, parse
-from recovery.pool import ROOM, NoWorkerLeft, Pool
+from recovery.pool import NoWorkerLeft, Pool
 
 log = logging.getLogger(__name__)
 

@@ -292,7 +292,7 @@ def run_pool(
                 "events": events,
                 "most_held": most,
                 "rounds": rounds,
-                "speeds": pool.speeds,
+                "speeds": pool.dealing.speeds,
             }
     finally:
         store.close()

@@ -1,0 +1,188 @@
+"""Gives slots to workers, takes what they give back, and counts every gradient exactly once.
+
+It knows workers only by what they have and how fast they are. A slot that comes back is given out again; what others
+wait for in vain meanwhile is taken back as well, so that nobody waits behind his own cure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from pipeline.host_optimizer import HostOptimizer
+from pipeline.schedule import B, Span
+from pipeline.slots import Slot
+from recovery.runs import Fact, Given, Member, Run
+
+ROOM = 2
+"""Slots that a worker has at once: one under way, one whose weights are being loaded."""
+
+
+class Deal(Protocol):
+    """Gives a slot to a worker. `free`: seconds until each is through with what it has; `speeds`: as measured."""
+
+    def __call__(self, slot: Slot, free: Mapping[int, float], speeds: Mapping[int, float], /) -> int: ...
+
+
+class Dealing:
+    """The runs under way, the free gradient blocks, and the workers in `members`, which its owner keeps.
+
+    `tell(member, ...)` sends a message; `cost(slot)` is what a microbatch of a slot takes, in any unit.
+    """
+
+    def __init__(
+        self, members: Mapping[int, Member], tell: Callable[..., None], optimizer: HostOptimizer, blocks: int,
+        cost: Callable[[Slot], float], deal: Deal,
+    ) -> None:  # fmt: skip
+        self.members, self._tell, self._optimizer = members, tell, optimizer
+        self._cost, self._deal = cost, deal
+        self.active: list[Run] = []
+        self.blocks = list(range(blocks))
+        self._next_order = self._next_run = 0
+
+    @property
+    def ready(self) -> list[int]:
+        """The workers that can be used."""
+        return [member.id for member in self.members.values() if member.channel is not None]
+
+    @property
+    def speeds(self) -> dict[int, float]:
+        """Worker -> cost units per second; who was not measured yet is taken for an average one."""
+        known = [member.rate for member in self.members.values() if member.rate is not None]
+        mean = sum(known) / len(known) if known else 1.0
+        return {member.id: member.rate or mean for member in self.members.values()}
+
+    def submit(
+        self, row: Sequence[Slot], boundaries: Sequence[int], *, step: int, job: str, source: str, version: int,
+        side: int = 0,
+    ) -> Run:  # fmt: skip
+        """Begin with a row of slots as soon as those before it are all given out.
+
+        While another is under way, call `count` once the update of that one has been asked for: gradients of both
+        must not meet.
+        """
+        run = Run(self._next_run, step, job, row, boundaries, source, version, side, counted=not self.active)
+        self._next_run += 1
+        run.pending, run.left, run.began = deque(range(len(row))), len(row), time.monotonic()
+        run.done = {i: set() for i in range(len(row))}
+        run.members = frozenset(self.ready)
+        self.active.append(run)
+        self.dispatch()
+        return run
+
+    def count(self, run: Run) -> None:
+        """Add the gradients of a run from now on, and those that have waited."""
+        run.counted = True
+        for span in list(run.waiting):
+            self._add_in_order(run, span)
+
+    def op_done(self, member: Member, given: Given, message: Mapping[str, Any]) -> None:
+        run, slot, m = given.run, given.slot, message["m"]
+        member.work, member.busy = 0.9 * member.work + self._cost(slot), 0.9 * member.busy + message["busy"]
+        if m in run.done[given.index]:
+            return
+        run.done[given.index].add(m)
+        if message["loss"] is not None:
+            run.losses[m] = message["loss"]
+        made = run.makes(slot, m)
+        run.facts.update(made)
+        for other in self.members.values():
+            told: list[Fact] = []
+            for theirs in other.given.values():
+                if theirs.run is run:
+                    wanted = {fact for each in theirs.slot.microbatches for fact in run.needs(theirs.slot, each)}
+                    told += [fact for fact in made if fact in wanted]
+            if told:
+                self._tell(other, facts=[[run.number, *fact] for fact in told])
+
+    def slot_done(self, member: Member, given: Given, message: Mapping[str, Any]) -> None:
+        run, slot = given.run, given.slot
+        run.left -= 1
+        run.homes[given.index] = member.id
+        run.versions.setdefault(slot.span, set()).add(message["version"])
+        if message["version"] != run.version:
+            raise RuntimeError(f"span {slot.span} was read at version {message['version']}; expected {run.version}")
+        run.events.setdefault(member.id, []).extend(message["events"])
+        if given.block >= 0:
+            run.committed.update((slot.span, m) for m in slot.microbatches)
+            run.waiting.setdefault(slot.span, {})[slot.microbatches] = given.block
+            if run.counted:
+                self._add_in_order(run, slot.span)
+
+    def _add_in_order(self, run: Run, span: Span) -> None:
+        """Rounds are added in their own order, so that the sum is the same whoever was first."""
+        rounds = [slot.microbatches for slot in run.row if slot.span == span and B in slot.kinds]
+        waiting, at = run.waiting[span], run.added.get(span, 0)
+        while at < len(rounds) and rounds[at] in waiting:
+            self._optimizer.add(waiting.pop(rounds[at]), span)
+            at += 1
+        run.added[span] = at
+
+    def dispatch(self) -> None:
+        """Give out what can be given: the slots of the oldest run first, in their order."""
+        for run in self.active:
+            while run.pending and self._give(run):
+                pass
+            if run.pending:
+                return
+
+    def _give(self, run: Run) -> bool:
+        usable = [w for w in self.ready if w in run.members]
+        if not usable and (usable := self.ready):
+            run.members = frozenset(usable)  # all whom it began with are lost
+        index = run.pending[0]
+        slot = run.row[index]
+        if not usable or self._optimizer.version(slot.span, run.source) < run.version:
+            return False
+        # what a run keeps back must leave enough for the one before it to be done, and done again
+        kept = 0 if run.counted else ROOM * len(self.members)
+        if B in slot.kinds and len(self.blocks) <= kept:
+            return False
+        speeds = self.speeds
+        free = {w: self._left(self.members[w], speeds[w]) for w in usable}
+        member = self.members[self._deal(slot, free, {w: speeds[w] for w in usable})]
+        if len(member.given) >= ROOM:
+            return False
+        run.pending.popleft()
+        self._next_order += 1
+        given = Given(self._next_order, run, index, self.blocks.pop() if B in slot.kinds else -1)
+        member.given[given.id] = given
+        member.since = time.monotonic()
+        needed = [fact for m in slot.microbatches for fact in run.needs(slot, m)]
+        skip = [m for m in slot.microbatches if m in run.done[index]]
+        mine = [m for m in slot.microbatches if given.block >= 0 or m not in skip]
+        order = {
+            "id": given.id, "run": run.number, "step": run.step, "job": run.job, "kinds": slot.kinds,
+            "span": slot.span, "microbatches": mine, "source": run.source, "side": run.side, "block": given.block,
+            "skip": skip,
+        }  # fmt: skip
+        self._tell(member, do=order, facts=[[run.number, *fact] for fact in needed if fact in run.facts])
+        return True
+
+    def _left(self, member: Member, speed: float) -> float:
+        """Seconds until a worker is through with what it has."""
+        left = 0.0
+        for given in member.given.values():
+            done = given.run.done[given.index]
+            left += self._cost(given.slot) * sum(m not in done for m in given.slot.microbatches)
+        return left / speed
+
+    def take_back(self, given: Given) -> None:
+        """A slot is to be given out again, and before it whatever others wait for in vain meanwhile."""
+        run = given.run
+        if given.block >= 0:
+            self.blocks.append(given.block)
+        if given.block < 0 and run.done[given.index] >= set(given.slot.microbatches):
+            run.left -= 1  # all its results had been told, only its last word was not
+        else:
+            run.pending = deque(sorted([*run.pending, given.index]))
+        for member in self.members.values():
+            for other in member.given.values():
+                if other.recalled or (other.run.number, other.index) < (run.number, given.index):
+                    continue
+                if any(fact not in other.run.facts for m in other.slot.microbatches
+                       for fact in other.run.needs(other.slot, m)):  # fmt: skip
+                    other.recalled = True
+                    self._tell(member, recall=other.id)

@@ -1,0 +1,91 @@
+"""What a pool keeps in mind: runs over rows of slots, which slots each worker has, and what is there already."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.schedule import Span
+from pipeline.slots import BACKWARD, FORWARD, Slot
+
+Fact = tuple[str, int, int]
+"""(x or dx, microbatch, layer): a hidden state, or the gradient of one, that is there."""
+
+
+@dataclass
+class Run:
+    """One pass over a row of slots: an iteration of training, or a part of an evaluation."""
+
+    number: int
+    step: int
+    job: str
+    row: Sequence[Slot]
+    boundaries: Sequence[int]
+    source: str
+    version: int
+    side: int = 0
+    counted: bool = True
+    """Whether its gradients are added as they come, or wait until the update before it has been asked for."""
+    members: frozenset[int] = frozenset()
+    pending: deque[int] = field(default_factory=deque)
+    done: dict[int, set[int]] = field(default_factory=dict)
+    facts: set[Fact] = field(default_factory=set)
+    losses: dict[int, float] = field(default_factory=dict)
+    committed: Counter[tuple[Span, int]] = field(default_factory=Counter)
+    """(backward span, microbatch) -> how often its gradient was counted: once each in the end."""
+    waiting: dict[Span, dict[tuple[int, ...], int]] = field(default_factory=dict)
+    added: dict[Span, int] = field(default_factory=dict)
+    left: int = 0
+    homes: dict[int, int] = field(default_factory=dict)
+    versions: dict[Span, set[int]] = field(default_factory=dict)
+    events: dict[int, list[tuple[str, float, float]]] = field(default_factory=dict)
+    began: float = 0.0
+
+    def needs(self, slot: Slot, m: int) -> list[Fact]:
+        """What must be there before a microbatch of a slot can run to its end."""
+        lo, hi = slot.span
+        needed: list[Fact] = [("x", m, lo)] if lo else []
+        return [*needed, ("dx", m, hi)] if slot.kinds == BACKWARD else needed
+
+    def makes(self, slot: Slot, m: int) -> list[Fact]:
+        """What is there once a microbatch of a slot is through."""
+        lo, hi = slot.span
+        if slot.kinds == FORWARD:
+            return [("x", m, layer) for layer in self.boundaries if lo < layer <= hi]
+        return [("dx", m, lo)] if lo else []
+
+
+@dataclass
+class Given:
+    """A slot that a worker has."""
+
+    id: int
+    run: Run
+    index: int
+    block: int
+    recalled: bool = False
+
+    @property
+    def slot(self) -> Slot:
+        return self.run.row[self.index]
+
+
+@dataclass
+class Member:
+    """A worker, from its start to its end."""
+
+    id: int
+    pid: int
+    since: float
+    channel: socket.socket | None = None
+    given: dict[int, Given] = field(default_factory=dict)
+    work: float = 0.0
+    busy: float = 0.0
+    most_held: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        """Cost units per second, as measured lately; None as long as nothing was."""
+        return self.work / self.busy if self.busy > 0 else None
