@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +48,8 @@ class TrainConfig:
     speed, or the next one in turn, as published."""
     optimizer_async: bool = False
     """Under --scheduler roundpipe, apply an update while the next iteration computes with the weights before it."""
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """Under --scheduler roundpipe, whose AdamW updates the weights in host memory; torch's is the faster one."""
     span_mib: int = 0
     """Under --scheduler roundpipe, MiB that the weights of one span may take: a worker has room for two of them, and
     on a GPU for one's gradients. 0: a fifth of the GPU's memory, unlimited on the CPU."""
@@ -172,7 +175,7 @@ class TrainConfig:
         """The part that the optimizer reads."""
         return OptimizerConfig(
             self.lr, self.steps, self.warmup, self.min_lr_ratio, (self.beta1, self.beta2), self.eps,
-            self.weight_decay, self.clip,
+            self.weight_decay, self.clip, self.cpu_adam,
         )  # fmt: skip
 
     def validate(self) -> None:
@@ -195,8 +198,9 @@ class TrainConfig:
             self._check_rounds()
         else:
             require(
-                not (self.optimizer_async or self.at_once or self.span_mib), "optimizer_async", self.optimizer_async,
-                "False, without at_once and span_mib, unless scheduler is roundpipe",
+                not (self.optimizer_async or self.at_once or self.span_mib or self.cpu_adam != "torch"),
+                "optimizer_async", self.optimizer_async,
+                "False, without at_once, span_mib and cpu_adam, unless scheduler is roundpipe",
             )  # fmt: skip
         require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
         require(
@@ -252,6 +256,10 @@ class TrainConfig:
         require(
             self.recovery == "auto", "recovery", self.recovery,
             "auto under scheduler roundpipe: what a lost worker had is dealt to the others",
+        )  # fmt: skip
+        require(
+            self.cpu_adam == "torch" or find_spec("deepspeed") is not None, "cpu_adam", self.cpu_adam,
+            "torch, as deepspeed is not installed (pip install 'unbroken[deepspeed]')",
         )  # fmt: skip
         require(self.at_once <= self.microbatches, "at_once", self.at_once, f"0 to microbatches ({self.microbatches})")
 

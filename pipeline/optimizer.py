@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline.cpu_adam import make_adamw
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -27,6 +29,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    implementation: str = "torch"
+    """"torch" or, for weights in host memory, "deepspeed"."""
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -78,9 +82,9 @@ class SpanOptimizer:
         for parameter in self.parameters.values():
             parameter.grad = self.gradient[at : at + parameter.numel()].view_as(parameter)
             at += parameter.numel()
-        self._adamw = torch.optim.AdamW(
-            decay_groups(self.parameters, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps,
-            fused=True,
+        self._adamw = make_adamw(
+            decay_groups(self.parameters, config.weight_decay), config.implementation, lr=config.lr,
+            betas=config.betas, eps=config.eps,
         )  # fmt: skip
         for name, parameter in self.parameters.items():  # state exists from the start: one form before and after step 1
             given = {} if moments is None else moments[name]

@@ -233,3 +233,8 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     assert refused.code == 2
     assert said in refused.output
     assert not (tmp_path / "run").exists()
+
+
+def test_deepspeeds_adam_equals_plain_torch(nursery: Nursery, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    check(run_pool(nursery, config(workers=2, cpu_adam="deepspeed"), MODELS["llama"], tmp_path), reference("llama"))
