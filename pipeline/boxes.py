@@ -17,7 +17,7 @@ from pipeline.timeline import Event, Timeline
 
 TONE = {F: (0.885, 0.075), I: (0.75, 0.115), B: (0.67, 0.13), W: (0.52, 0.115), R: (0.93, 0.035)}
 PLAIN = {REDUCE: "#7d8590", STEP: "#444c56", SEND: "#8f6fb0", RECV: "#b79fd0", LOAD: "#3f8f86", OFFLOAD: "#8cc5bd"}
-SAID = {F: "forward", B: "backward", I: "input gradient", W: "weight gradient", R: "redundant forward"}
+SAID = {F: "forward", B: "backward", I: "input gradient", W: "weight gradient", R: "forward run again"}
 SAID |= {REDUCE: "reduce", STEP: "step", SEND: "send", RECV: "receive", LOAD: "load", OFFLOAD: "offload"}
 _STAFF = 10.0  # px; the lower part of a row, where a bar's height tells which span an op belongs to
 _THIN = 0.3  # px; a narrower op cannot be seen alone

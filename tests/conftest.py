@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,4 +50,15 @@ def _leaves_nothing_behind() -> Iterator[None]:
 
 
 def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    """The names there, without those that a process which is none of ours holds a lock on."""
+    if not Path("/dev/shm").is_dir():
+        return set()
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "FLOCK" in line]
+    holders = {int(words[5].split(":")[2]): int(words[4]) for words in locks if words[1] == "FLOCK"}
+    ours = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    found: set[str] = set()
+    for path in Path("/dev/shm").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if holders.get(path.stat().st_ino, os.getpid()) in ours:
+                found.add(path.name)
+    return found
