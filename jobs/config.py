@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from pipeline.lora import ALL_LINEAR, Lora
 from pipeline.optimizer import OptimizerConfig
 from recovery.inject import parse as parse_faults
 from recovery.policy import POLICIES
@@ -53,6 +54,14 @@ class TrainConfig:
     span_mib: int = 0
     """Under --scheduler roundpipe, MiB that the weights of one span may take: a worker has room for two of them, and
     on a GPU for one's gradients. 0: a fifth of the GPU's memory, unlimited on the CPU."""
+    lora_rank: int = 0
+    """Under --scheduler roundpipe, train low-rank adapters of this rank and nothing else (LoRA, through peft; needs the
+    lora extra); 0 trains all weights."""
+    lora_alpha: float = 16.0
+    """What an adapter adds is multiplied by this, divided by --lora-rank."""
+    lora_targets: str = ALL_LINEAR
+    """What gets adapters: all-linear (every linear layer of the decoder blocks), or names separated by commas, such as
+    q_proj,v_proj."""
     chunks: int = 2
     """Spans per worker under --scheduler interleaved."""
     microbatches: int = 8
@@ -178,13 +187,18 @@ class TrainConfig:
             self.weight_decay, self.clip, self.cpu_adam,
         )  # fmt: skip
 
+    def lora(self) -> Lora | None:
+        """The adapters that are trained, if it is adapters."""
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
+
     def validate(self) -> None:
         """Raise ConfigError for the first setting that cannot work, whatever the model and the data are."""
         for name in ("workers", "replicas", "chunks", "microbatches", "microbatch_size", "sequence_length", "steps",
                      "evaluate_samples", "keep"):  # fmt: skip
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("at_once", "span_mib", "checkpoint_every", "full_every", "search_moves", "evaluate_every",
-                     "warmup", "max_tokens", "threads", "sample_tokens", "clip", "weight_decay"):  # fmt: skip
+        for name in ("at_once", "span_mib", "lora_rank", "checkpoint_every", "full_every", "search_moves",
+                     "evaluate_every", "warmup", "max_tokens", "threads", "sample_tokens", "clip",
+                     "weight_decay"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         known = (*PLANNERS, "skippipe", "roundpipe")
         require(self.scheduler in known, "scheduler", self.scheduler, f"one of {', '.join(known)}")
@@ -194,7 +208,14 @@ class TrainConfig:
             skips or not (self.skip or self.swaps or self.full_every), "skip", self.skip,
             "0, without swaps and full_every, unless scheduler is skippipe",
         )  # fmt: skip
-        if self.scheduler == "roundpipe":
+        require(0 < self.lora_alpha < math.inf, "lora_alpha", self.lora_alpha, "above 0")
+        require(
+            all(name.strip() for name in self.lora_targets.split(",")), "lora_targets", self.lora_targets,
+            f"{ALL_LINEAR}, or names separated by commas",
+        )  # fmt: skip
+        rounds = self.scheduler == "roundpipe"
+        require(rounds or not self.lora_rank, "lora_rank", self.lora_rank, "0 unless scheduler is roundpipe")
+        if rounds:
             self._check_rounds()
         else:
             require(

@@ -166,7 +166,7 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         longest is None or config.sequence_length <= longest, "sequence_length", config.sequence_length,
         f"at most {longest} for model {config.model}",
     )  # fmt: skip
-    model = LayeredModel(model_config)
+    model = LayeredModel(model_config, lora=config.lora())
     extra: dict[str, Any] = {}
     if found.path is not None:
         assert found.manifest is not None
@@ -238,7 +238,8 @@ def find_tokenizer(config: TrainConfig, source: Path | None, progress: Progress)
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run cannot change when it is resumed, beside its model and its data."""
-    return {"seed": config.seed, "tokenizer": config.tokenizer}
+    lora = config.lora()
+    return {"seed": config.seed, "tokenizer": config.tokenizer, "lora": None if lora is None else asdict(lora)}
 
 
 def set_dropout(model_config: PreTrainedConfig, config: TrainConfig) -> None:

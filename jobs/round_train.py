@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from jobs.config import TrainConfig
@@ -21,6 +22,7 @@ from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
 from jobs.train import STOPPED, Report
 from pipeline.host_optimizer import HostOptimizer
+from pipeline.lora import merge, save_adapter
 from pipeline.optimizer import learning_rate
 from pipeline.settle import NonFiniteLoss
 from pipeline.slots import Cut, Slot, forward_slots
@@ -206,11 +208,15 @@ class RoundTrainer:
         self.optimizer.start(self.step, read)
 
     def export(self, path: Path) -> None:
-        """Write the model as a directory that transformers loads. Raises OSError or ModelError."""
+        """Write the model as a directory that transformers loads; adapters are merged into it, and kept in
+        `adapter` beside it. Raises OSError or ModelError."""
         unfinished, model = path.with_name(path.name + ".tmp"), self.optimizer.model
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             tensors = {n: t for layer in range(model.num_layers) for n, t in self.optimizer.parameters(layer).items()}
+            if model.lora is not None:
+                self._export_adapter(path.with_name("adapter"), tensors)
+                tensors = merge(model.lora, tensors, model.module)
             shards = write_shard(unfinished, 1, 1, tensors)
             tokenizer = AutoTokenizer.from_pretrained(self.config.out / "tokenizer")
             finish_export(unfinished, model.config, shards, keys=list(tensors), tokenizer=tokenizer, into=path)
@@ -218,3 +224,10 @@ class RoundTrainer:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         self._event("exported", step=self.config.steps, path=str(path))
+
+    def _export_adapter(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        model = self.optimizer.model
+        assert model.lora is not None
+        config = model.lora.config(model.module(model.paths(1)["block"]))
+        base = self.config.model if Path(self.config.model).is_dir() else None
+        save_adapter(path, config, tensors, base)

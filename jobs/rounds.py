@@ -22,6 +22,8 @@ from schedulers.rounds.deal import Dealer
 _TRIES = 4000
 _BACKWARD = 2.0
 """What a backward costs, in forwards."""
+_FROZEN_BACKWARD = 1.0
+"""The same where nearly all weights are frozen: their gradients are half of it."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[
             f"span_mib is {config.span_mib}; allowed: {math.ceil(sizes[layer] / 2**20)} or more, for the weights of "
             f"layer {layer}"
         )
+    backward = _BACKWARD if model.lora is None else _FROZEN_BACKWARD
     problem = Problem(
-        tuple(layer_costs), tuple(_BACKWARD * cost for cost in layer_costs), config.workers, config.microbatches,
+        tuple(layer_costs), tuple(backward * cost for cost in layer_costs), config.workers, config.microbatches,
         config.round_size, sizes=sizes, room=room,
     )  # fmt: skip
     best = search(problem, tries=_TRIES).best

@@ -235,7 +235,7 @@ def make_worker(
     forward, fused, backward = payload["cut"]
     cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
     layout = Layout(
-        blueprint(config.out / "model-config"), cut, config.microbatches, config.microbatch_size,
+        blueprint(config.out / "model-config", lora=config.lora()), cut, config.microbatches, config.microbatch_size,
         config.sequence_length, int(payload["blocks"]), config.optimizer_async,
     )  # fmt: skip
     device = torch.device(payload["device"])

@@ -182,6 +182,10 @@ def _await_agents(coordinator: Coordinator, store: dist.Store) -> None:
 def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
     model = plan.model
     count = sum(model.parameter_count(layer) for layer in range(model.num_layers))
+    adapters = ""
+    if model.lora is not None:
+        trained = sum(model.trained_count(layer) for layer in range(model.num_layers))
+        adapters = f" ({trained / 1e6:.2f}M of them trained, in adapters of rank {model.lora.rank})"
     view = plan.view
     spans = " ".join(f"{lo}:{hi}" for lo, hi in view.schedule("train").holders)
     parallel = f"{config.replicas} replica(s)" if config.scheduler != "skippipe" else f"skip {config.skip:g}"
@@ -191,8 +195,8 @@ def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
         spans = f"{said[0]}, with the loss {said[1]}, back {said[2]}"
         parallel = f"{config.round_size} microbatches at once, {config.rule}"
     display.say(
-        f"{model.config.model_type}, {count / 1e6:.1f}M parameters, {model.num_layers} layers in spans {spans}; "
-        f"{config.workers} workers, {parallel}, {config.scheduler}"
+        f"{model.config.model_type}, {count / 1e6:.1f}M parameters{adapters}, {model.num_layers} layers in spans "
+        f"{spans}; {config.workers} workers, {parallel}, {config.scheduler}"
     )
     if view.checkpoint:
         display.say(f"resuming at step {view.first_step} from {Path(view.checkpoint).name}")

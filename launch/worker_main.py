@@ -25,6 +25,7 @@ from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
 from pipeline.groups import GroupBuilder, address_towards
+from pipeline.lora import Lora
 from pipeline.model import LayeredModel
 from pipeline.store import ResidentStore
 from pipeline.transport import Shape, Transport, span_bytes
@@ -83,9 +84,9 @@ def _called(store: dist.Store, key: str) -> dict[str, Any]:
 
 
 @cache
-def blueprint(folder: Path, attention: str | None = None) -> LayeredModel:
+def blueprint(folder: Path, attention: str | None = None, lora: Lora | None = None) -> LayeredModel:
     """The model of a run folder, read once."""
-    return LayeredModel(read_config(folder), attention=attention)
+    return LayeredModel(read_config(folder), attention=attention, lora=lora)
 
 
 def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threading.Event) -> int:

@@ -43,10 +43,10 @@ class HostOptimizer:
 
     def _layer(self, layer: int) -> SpanOptimizer | None:
         model, store = self.model, self.store
-        keys = model.keys(layer)
+        keys = model.trainable(layer)
         if not keys:
             return None
-        owned = list(model.shapes(layer))[: len(keys)]
+        owned = list(model.differentiated(layer))[: len(keys)]
         assert owned == list(keys), "a tied weight stands last among those of the head"
         sizes = sum(math.prod(model.shapes(layer)[key]) for key in keys)
         return SpanOptimizer(
@@ -76,20 +76,21 @@ class HostOptimizer:
             for side in (0, 1):
                 behind = (updates + side) % 2 == 1  # the side that the iteration to come reads
                 for layer in range(self.model.num_layers):
-                    for key in self.model.keys(layer):
+                    for key in self.model.trainable(layer):
                         given = read.get(key) if behind and read else None
                         target = self.store[f"read{side}/{key}"]
                         target.copy_(self.store[f"param/{key}"] if given is None else given)
                 self.store[f"version/read{side}"].fill_(max(0, updates - 1) if behind else updates)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """As `ResidentStore.layer_state`; under an optimizer that is behind also `read/NAME`, what is read next."""
+        """As `ResidentStore.layer_state`; under an optimizer that is behind also `read/NAME`, what is read next. What
+        is not trained has its `param/NAME` alone."""
+        state = {f"param/{name}": weight for name, weight in self.parameters(layer).items()}
         shard = self.layers[layer]
         if shard is None:
-            return {}
-        state: dict[str, Tensor] = {"lr_scale/" + next(iter(shard.parameters)): shard.lr_scale}
-        for name, parameter in shard.parameters.items():
-            state[f"param/{name}"] = parameter.detach()
+            return state
+        state["lr_scale/" + next(iter(shard.parameters))] = shard.lr_scale
+        for name in shard.parameters:
             state.update({f"{kind}/{name}": tensor for kind, tensor in shard.moments(name).items()})
             if self.behind:
                 state[f"read/{name}"] = self.store[f"read{(self.updates + 1) % 2}/{name}"]
@@ -165,7 +166,7 @@ class HostOptimizer:
     @torch.no_grad()
     def _measure(self, step: int, tokens: int) -> None:
         head = self.layers[-1]
-        if self.model.tied:  # the head's share of the weight that the embedding owns
+        if self.model.tied and self.model.lora is None:  # the head's share of the weight that the embedding owns
             owned = 0 if head is None else head.gradient.numel()
             shared = self.store[f"grad/{self.model.num_layers - 1}"][owned:]
             (name,) = self.model.tied_keys
@@ -187,7 +188,7 @@ class HostOptimizer:
             if shard is not None:
                 shard.apply(scale, lr)
             if self.behind:
-                for key in self.model.keys(layer):
+                for key in self.model.trainable(layer):
                     self.store[f"{source}/{key}"].copy_(self.store[f"param/{key}"])
                 self.store[f"version/{source}"][layer] = self.updates + 1
             self.store["version/param"][layer] = self.updates + 1

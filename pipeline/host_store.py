@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ class Layout:
 
     `batch` x `sequence` is the shape of a microbatch; `blocks` how many gradient blocks there are. With `behind`, two
     iterations may be under way: there are two sets of hidden states, and beside the weights that the optimizer writes
-    two copies that workers read, in turn.
+    two copies that workers read, in turn. What is not trained has one place, and neither gradient nor moments.
     """
 
     model: LayeredModel
@@ -60,12 +60,20 @@ class Layout:
 
     @cached_property
     def block_size(self) -> int:
-        """Elements of the largest span's gradient."""
+        """Elements of the largest gradient of a span."""
         return max(self.gradient_size(span) for span in (self.cut.fused, *self.cut.backward))
 
-    def gradient_size(self, span: Span) -> int:
-        """Elements of the gradient of all that the layers of a span compute with, a tied head's weight included."""
+    def weight_size(self, span: Span) -> int:
+        """Elements of all that the layers of a span compute with, a tied head's weight included."""
         return sum(math.prod(shape) for layer in range(*span) for shape in self.model.shapes(layer).values())
+
+    def gradient_size(self, span: Span) -> int:
+        """Elements of the gradient of what is trained among that."""
+        return sum(math.prod(shape) for layer in range(*span) for shape in self._differentiated(layer).values())
+
+    def _differentiated(self, layer: int) -> dict[str, tuple[int, ...]]:
+        shapes = self.model.shapes(layer)
+        return {name: shapes[name] for name in self.model.differentiated(layer)}
 
     @cached_property
     def places(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -85,7 +93,7 @@ class Layout:
         for kind in kinds:
             for layer in layers:
                 shapes = model.shapes(layer)
-                for key in model.keys(layer):
+                for key in model.keys(layer) if kind == "param" else model.trainable(layer):
                     place(f"{kind}/{key}", shapes[key])
         for layer in layers:
             place(f"grad/{layer}", (self.gradient_size((layer, layer + 1)),))
@@ -105,16 +113,24 @@ class Layout:
         """Of the whole store."""
         return self.places[""][0]
 
+    def weight_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
+        """Layer -> name -> its part of the flat weights that begin with those of the first of `layers`."""
+        return _views({layer: self.model.shapes(layer) for layer in layers}, flat)
+
     def gradient_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
-        """Layer -> name -> its part of a flat gradient that begins with the first of `layers`."""
-        views: dict[int, dict[str, Tensor]] = {}
-        at = 0
-        for layer in layers:
-            views[layer] = {}
-            for name, shape in self.model.shapes(layer).items():
-                views[layer][name] = flat[at : at + math.prod(shape)].view(shape)
-                at += math.prod(shape)
-        return views
+        """Layer -> name of what is trained -> its part of a flat gradient that begins with the first of `layers`."""
+        return _views({layer: self._differentiated(layer) for layer in layers}, flat)
+
+
+def _views(shapes: Mapping[int, Mapping[str, tuple[int, ...]]], flat: Tensor) -> dict[int, dict[str, Tensor]]:
+    views: dict[int, dict[str, Tensor]] = {}
+    at = 0
+    for layer, named in shapes.items():
+        views[layer] = {}
+        for name, shape in named.items():
+            views[layer][name] = flat[at : at + math.prod(shape)].view(shape)
+            at += math.prod(shape)
+    return views
 
 
 def store_path(out: Path) -> Path:
@@ -171,9 +187,9 @@ class HostStore:
         return self._whole[offset : offset + kind.itemsize * math.prod(shape)].view(kind).view(shape)
 
     def weights(self, layer: int, kind: str = "param") -> dict[str, Tensor]:
-        """Full name -> weight of all that a layer computes with; `kind` is "param", "read0" or "read1"."""
-        model = self.layout.model
-        return {name: self[f"{kind}/{name}"] for name in model.shapes(layer)}
+        """Full name -> weight of all that a layer computes with; `kind`, of what is trained: param, read0 or read1."""
+        trained = self.layout.model.differentiated(layer)
+        return {n: self[f"{kind if n in trained else 'param'}/{n}"] for n in self.layout.model.shapes(layer)}
 
     def pin(self) -> None:
         """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from pipeline.lora import Lora, first_value, is_adapter, plain_name
 from pipeline.rng import RngKey, derive, keyed_dropout
 from pipeline.schedule import Span
 from pipeline.weights import ModelError as ModelError
@@ -96,10 +97,11 @@ class LayeredModel:
     """The blueprint of a model: it knows every layer's parameters and can build any span, and holds no weights.
 
     `attention` is "sdpa" or "eager"; None takes sdpa where the family has it and attention drops nothing, because
-    dropout inside sdpa cannot be keyed by sample. Raises ModelError for a config that is not supported.
+    dropout inside sdpa cannot be keyed by sample. With `lora`, decoder blocks have adapters, and these alone are
+    trained. Raises ModelError for a config that is not supported.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, attention: str | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, *, attention: str | None = None, lora: Lora | None = None) -> None:
         family = FAMILIES.get(config.model_type)
         if family is None:
             supported = ", ".join(sorted(FAMILIES))
@@ -130,6 +132,13 @@ class LayeredModel:
         """Parameters that the head holds too: layer 0 owns them, and both gradients must be summed."""
         if other := {self.attention_type(layer) for layer in range(1, self.num_layers - 1)} - {_FULL, _SLIDING}:
             raise ModelError(f"layer_types has {', '.join(sorted(other))}; supported: {_FULL}, {_SLIDING}")
+        self.lora = lora
+        self._adapted: dict[str, nn.Module] = {}
+        if lora is not None:
+            for number in range(self.config.num_hidden_layers):
+                path = f"{family.blocks}.{number}"
+                self._adapted[path] = copy.deepcopy(self.module(path), {id(self.config): self.config})
+                lora.adapt(self._adapted[path])
 
     # ---- what a layer is made of ----
 
@@ -150,17 +159,30 @@ class LayeredModel:
         return {
             self.full_name(path, name): tuple(parameter.shape)
             for path in self.paths(layer).values()
-            for name, parameter in self._skeleton.get_submodule(path).named_parameters()
+            for name, parameter in self._adapted.get(path, self.module(path)).named_parameters()
         }
 
     def keys(self, layer: int) -> tuple[str, ...]:
         """Full state-dict names of the parameters the layer owns; every parameter is owned by exactly one layer."""
         return tuple(name for name in self.shapes(layer) if layer == 0 or name not in self.tied_keys)
 
+    def trainable(self, layer: int) -> tuple[str, ...]:
+        """Those of `keys` that are trained: all of them, or with LoRA the adapters alone."""
+        return tuple(name for name in self.keys(layer) if self.lora is None or is_adapter(name))
+
+    def differentiated(self, layer: int) -> tuple[str, ...]:
+        """The trained parameters that the layer computes with, a tied head's weight included unless it is frozen."""
+        return tuple(self.shapes(layer)) if self.lora is None else self.trainable(layer)
+
     def parameter_count(self, layer: int) -> int:
         """Number of parameters the layer owns; the sum over layers is that of the model."""
         shapes = self.shapes(layer)
         return sum(math.prod(shapes[name]) for name in self.keys(layer))
+
+    def trained_count(self, layer: int) -> int:
+        """Number of those among them that are trained."""
+        shapes = self.shapes(layer)
+        return sum(math.prod(shapes[name]) for name in self.trainable(layer))
 
     def parameter_bytes(self, layer: int) -> int:
         """Bytes of fp32 weights that a worker with this layer alone holds, a tied head's copy included."""
@@ -168,7 +190,12 @@ class LayeredModel:
 
     def full_name(self, path: str, local: str) -> str:
         """The state-dict name of parameter `local` of the module at `path`; a tied head's is the embedding's."""
-        return self.aliases.get(f"{path}.{local}", f"{path}.{local}")
+        name = f"{path}.{local}" if self.lora is None else plain_name(f"{path}.{local}")
+        return self.aliases.get(name, name)
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path of the transformers model, on the meta device. Raises AttributeError."""
+        return self._skeleton.get_submodule(path)
 
     def attention_type(self, layer: int) -> str:
         """What a decoder block sees: "full_attention" or "sliding_attention"."""
@@ -186,7 +213,7 @@ class LayeredModel:
 
         Weights are drawn from (seed, layer), the same on every device, or read from the safetensors in the directory
         `source`. Parameters in `share`, by full name, are used instead of new ones; an embedding and its tied head
-        inside one span share without being asked. Raises ModelError.
+        inside one span share without being asked. Adapters change nothing about the other weights. Raises ModelError.
         """
         lo, hi = span
         if not 0 <= lo < hi <= self.num_layers:
@@ -197,7 +224,10 @@ class LayeredModel:
         for layer in range(lo, hi):
             parts: dict[str, Any] = {}
             for part, path in self.paths(layer).items():
-                parts[part] = self._part(path, layer, seed, torch.device(device), weights, held)
+                module = self._part(path, layer, seed, torch.device(device), weights, held)
+                if self.lora is not None:
+                    self._adapt(module, path, seed, torch.device(device), held)
+                parts[part] = module
             if layer == 0:
                 layers["0"] = Embedding(**parts)
             elif layer == self.num_layers - 1:
@@ -211,7 +241,7 @@ class LayeredModel:
         held: dict[str, nn.Parameter],
     ) -> nn.Module:  # fmt: skip
         """The module at `path`, with weights; `held` gives shared parameters and receives the new ones."""
-        module = copy.deepcopy(self._skeleton.get_submodule(path), {id(self.config): self.config})
+        module = copy.deepcopy(self.module(path), {id(self.config): self.config})
         names = {local: self.full_name(path, local) for local, _ in module.named_parameters()}
         if layer > 0 and set(names.values()) & set(self.tied_keys) - set(held):
             self._part(self.family.tokens, 0, seed, device, weights, held)  # a lone tied head gets what layer 0 gets
@@ -231,6 +261,19 @@ class LayeredModel:
             owner, _, attribute = local.rpartition(".")
             setattr(module.get_submodule(owner), attribute, held.setdefault(name, module.get_parameter(local)))
         return module
+
+    def _adapt(
+        self, module: nn.Module, path: str, seed: int, device: torch.device, held: dict[str, nn.Parameter]
+    ) -> None:
+        """Freeze the module at `path`; a block gets adapters, those that are held or new ones."""
+        if self.lora is not None and path in self._adapted:
+            self.lora.adapt(module)
+        for local, parameter in list(module.named_parameters()):
+            name = self.full_name(path, local)
+            if is_adapter(name) and name not in held:
+                held[name] = nn.Parameter(first_value(name, tuple(parameter.shape), seed).to(device))
+            owner, _, attribute = local.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, held[name].requires_grad_(is_adapter(name)))
 
     @torch.no_grad()
     def _initialise(self, modules: Sequence[nn.Module], seed: int) -> None:
@@ -280,14 +323,14 @@ class SpanModule(nn.Module):
 
     def adopt(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         """Make `tensors` (full name -> weight, not copied) the layer's parameters; returns those. Raises KeyError."""
-        module = self.layers[str(layer)]
+        module, trained = self.layers[str(layer)], set(self.model.differentiated(layer))
         found: dict[str, nn.Parameter] = {}
         for part, path in self.model.paths(layer).items():
             root = module if part == "block" else module.get_submodule(part)
             for local in [local for local, _ in root.named_parameters()]:
                 owner, _, attribute = local.rpartition(".")
                 name = self.model.full_name(path, local)
-                found[name] = nn.Parameter(tensors[name])
+                found[name] = nn.Parameter(tensors[name], requires_grad=name in trained)
                 setattr(root.get_submodule(owner), attribute, found[name])
         return found
 

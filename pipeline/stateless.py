@@ -98,7 +98,7 @@ class StatelessWorker:
         self.up = Mover(self.device, f"up-{id}", chunk)
         self.down = Mover(self.device, f"down-{id}", chunk)
         cut = self.layout.cut
-        largest = max(self.layout.gradient_size(span) for span in (*cut.forward, cut.fused, *cut.backward))
+        largest = max(self.layout.weight_size(span) for span in (*cut.forward, cut.fused, *cut.backward))
         self.buffers = [torch.empty(largest, device=self.device) for _ in range(_HELD)]
         self.gradient = torch.empty(self.layout.block_size, device=self.device) if self.cuda else None
         self.free = list(range(_HELD))
@@ -212,7 +212,7 @@ class StatelessWorker:
     def load(self, order: Order) -> Loaded:
         buffer = self.free.pop()
         flat, layers = self.buffers[buffer], list(range(*order.span))
-        views = self.layout.gradient_views(layers, flat)
+        views = self.layout.weight_views(layers, flat)
         versions = self.store[f"version/{order.source}"][layers[0] : layers[-1] + 1]
         if int(versions.max()) != (version := int(versions.min())):
             raise RuntimeError(f"span {order.span} has weights of versions {versions.tolist()}; expected one")
@@ -282,16 +282,16 @@ class StatelessWorker:
         flat = block if self.gradient is None else self.gradient[: block.numel()]
         flat.zero_()
         views = self.layout.gradient_views(list(range(*order.span)), flat)
-        for layer, named in order.loaded.parameters.items():
-            for name, parameter in named.items():
-                parameter.grad = views[layer][name]
+        for layer, named in views.items():
+            for name, view in named.items():
+                order.loaded.parameters[layer][name].grad = view
         return flat, block
 
     def poison(self) -> None:
         """Make the gradient at hand not a number, as a fault would."""
         if self.running is not None and self.running.loaded is not None:
-            named = next(iter(self.running.loaded.parameters.values()))
-            gradient = next(iter(named.values())).grad
+            held = [parameter for named in self.running.loaded.parameters.values() for parameter in named.values()]
+            gradient = next((parameter.grad for parameter in held if parameter.grad is not None), None)
             if gradient is not None:
                 gradient.view(-1)[0] = float("nan")
 
@@ -360,7 +360,8 @@ class StatelessWorker:
         if hi < self.model.num_layers:
             gradient = self.fetch(order, "dx", m, hi, len(batch.sample_ids)).to(y.dtype)
         with self.timed(order, B, m) as second:
-            torch.autograd.backward(y, gradient)
+            if y.requires_grad:  # else all up to here is frozen
+                torch.autograd.backward(y, gradient)
             loss = float(y.detach()) if hi == self.model.num_layers else None
         if lo and m not in order.skip:
             assert x.grad is not None

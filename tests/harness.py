@@ -242,7 +242,7 @@ def run_pool(
     """Train `model_config` for config.steps with a pool of stateless workers, hosted by this process."""
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
-    model = LayeredModel(model_config)
+    model = LayeredModel(model_config, lora=config.lora())
     config = replace(config, scheduler="roundpipe", out=out, data="random-tokens")
     config.validate()
     rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), config.evaluate_samples)
@@ -307,19 +307,27 @@ def plain_training(
 
     With `routes`, by microbatch, only the blocks that a route visits are run, in its order, and the gradient of a
     block is divided by the tokens that have visited it. With `behind`, gradients are those of the weights before the
-    last update.
+    last update. Adapters are those of peft.
     """
-    blueprint = LayeredModel(model_config)
+    blueprint = LayeredModel(model_config, lora=config.lora())
     whole = blueprint.build((0, blueprint.num_layers), seed=config.seed)
     state = {n: p for layer in range(blueprint.num_layers) for n, p in whole.named_layer_parameters(layer).items()}
     attention = "eager" if blueprint.has_dropout else "sdpa"
     model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention, dtype=torch.float32)
-    missing = model.load_state_dict({n: t.detach().clone() for n, t in state.items()}, strict=False)
+    if blueprint.lora is not None:
+        import peft  # only where it is asked for: an import of seconds
+
+        block = model.get_submodule(blueprint.paths(1)["block"])
+        peft.get_peft_model(model, blueprint.lora.config(block), autocast_adapter_dtype=False)  # changed in place
+    standard = {n: n.replace(".base_layer", "").replace(".default", "") for n in model.state_dict()}
+    values = {n: state[name].detach().clone() for n, name in standard.items() if name in state}
+    assert set(state) == {standard[n] for n in values}
+    missing = model.load_state_dict(values, strict=False)
     assert not missing.unexpected_keys
     assert set(missing.missing_keys) <= {"lm_head.weight"}
     model.to(device).train()
     job, settings = make_job(config, model_config.vocab_size), config.optimizer()
-    named = dict(model.named_parameters())
+    named = {standard[n]: p for n, p in model.named_parameters() if p.requires_grad}
     adamw = torch.optim.AdamW(decay_groups(named, settings.weight_decay), betas=settings.betas, eps=settings.eps)  # type: ignore[arg-type]
     tokens = config.samples_per_step * config.sequence_length
     outcome = Outcome([], [], {}, {})
