@@ -6,6 +6,7 @@ Both keep the same state (`step`, `exp_avg`, `exp_avg_sq`) in the same tensors. 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,13 +27,13 @@ def make_adamw(
 
 def _deepspeed(groups: Any, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     try:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # an extra; it is compiled when first used
+        base: Any = import_module("deepspeed.ops.adam").DeepSpeedCPUAdam  # an extra, compiled when first used
     except ImportError as error:
         raise OptimizerError(
             f"cpu_adam is 'deepspeed', which cannot be imported ({error}); pip install 'unbroken[deepspeed]'"
         ) from error
 
-    class Adam(DeepSpeedCPUAdam):
+    class Adam(base):
         """Counts steps in a tensor, as torch does, so that checkpoints have one form."""
 
         @torch.no_grad()

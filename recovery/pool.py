@@ -27,7 +27,7 @@ from recovery.dealing import Deal, Dealing
 from recovery.runs import Member, Run
 
 _TICK_S = 0.25
-_GONE_S = 2.0
+_GONE_S = 5.0
 
 
 class NoWorkerLeft(RuntimeError):
@@ -66,7 +66,8 @@ class Pool:
         self.members: dict[int, Member] = {}
         self.dealing = Dealing(self.members, self._tell, optimizer, blocks, cost, deal)
         self._next_worker = 0
-        self._reasons: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}  # what a worker said before it went
+        self._ended: dict[int, str] = {}  # pid -> how it ended
         self._opened = False
         self.failures = 0
         self.last_reason = "nobody was started"
@@ -193,16 +194,22 @@ class Pool:
 
     def _look_after(self) -> None:
         """Notice who has ended, or has not said anything for too long."""
-        ended = {each.pid: str(each) for each in self._exits(0.0)}
+        self._poll(0.0)
         for member in list(self.members.values()):
-            if member.pid in ended:
-                self._reasons.setdefault(member.id, ended[member.pid])
+            if member.pid in self._ended:
+                self._hear_out(member)
                 self._lost(member, ended=True)
             elif not self._could_go_on(member):
                 member.since = time.monotonic()
             elif time.monotonic() > member.since + self._deadline_s:
                 self._reasons.setdefault(member.id, f"has not answered for {self._deadline_s:g} s and was ended")
                 self._lost(member)
+
+    def _hear_out(self, member: Member) -> None:
+        """Handle what a worker has said before it ended."""
+        with contextlib.suppress(OSError):
+            while member.channel and (data := member.channel.recv(MESSAGE, socket.MSG_DONTWAIT)):
+                self._handle(member, member.channel, json.loads(data))
 
     def _could_go_on(self, member: Member) -> bool:
         """Whether a worker has something to do for which it need not wait: then it should be heard of."""
@@ -225,7 +232,8 @@ class Pool:
                 self._selector.unregister(member.channel)
             member.channel.close()
         self.failures += 1
-        self.last_reason = self._reasons.pop(member.id, "closed its connection")
+        ended_by = self._ended.pop(member.pid, "closed its connection")
+        self.last_reason = self._reasons.pop(member.id, ended_by)
         self._event("detected", worker=member.id, reason=self.last_reason)
         replaced = self.failures <= self._max_failures
         self._event(
@@ -247,15 +255,12 @@ class Pool:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member.pid, signal.SIGKILL)
         deadline = time.monotonic() + _GONE_S
-        while time.monotonic() < deadline:
-            for each in self._exits(0.05):
-                if each.pid == member.pid:
-                    self._reasons.setdefault(member.id, str(each))
-                    return
-                other = next((m for m in self.members.values() if m.pid == each.pid), None)
-                if other is not None:
-                    self._reasons.setdefault(other.id, str(each))
-                    other.since = -self._deadline_s  # seen by the next look
+        while member.pid not in self._ended and time.monotonic() < deadline:
+            self._poll(0.05)
+
+    def _poll(self, timeout_s: float) -> None:
+        """Keep how processes have ended, until it is asked for."""
+        self._ended.update((each.pid, str(each)) for each in self._exits(timeout_s))
 
     def close(self) -> None:
         """End all workers and the sockets."""
@@ -266,8 +271,9 @@ class Pool:
                     os.kill(member.pid, signal.SIGKILL)
         deadline = time.monotonic() + _GONE_S
         left = {member.pid for member in self.members.values()}
-        while left and time.monotonic() < deadline:
-            left -= {each.pid for each in self._exits(0.05)}
+        while left - set(self._ended) and time.monotonic() < deadline:
+            self._poll(0.05)
+        left -= set(self._ended)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
