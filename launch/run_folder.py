@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
-LEDGER = ("step", "view", "first_sample", "samples")
-"""Which samples a committed step was made of: `samples` global ids from `first_sample` on."""
+LEDGER = ("step", "view", "first_sample", "samples", "version")
+"""Which samples a committed step was made of: `samples` global ids from `first_sample` on. `version`, under roundpipe,
+is how many updates the weights had seen that every slot of the step has read."""
 
 
 _LOSSES = ("remedy", "taken_over", "redealt")
@@ -50,7 +51,10 @@ class RunFolder:
             return  # told again, in case that it had not been
         self.metrics.append(metrics)
         self._append("metrics", metrics)
-        self._append("ledger", {**{name: record[name] for name in LEDGER}, "time": record.get("time", time.time())})
+        self._append(
+            "ledger",
+            {**{name: record[name] for name in LEDGER if name in record}, "time": record.get("time", time.time())},
+        )
         if self._board is not None:
             for name in ("loss", "tokens_per_s", "grad_norm", "lr"):
                 self._board.add_scalar(name, metrics[name], metrics["step"])

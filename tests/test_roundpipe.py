@@ -163,6 +163,8 @@ def test_spans_keep_to_the_room_of_a_device() -> None:
     problem = Problem((0.0, *[1.0] * 8, 1.0), (0.0, *[2.0] * 8, 2.0), 2, 4, 2, sizes=(5.0, *[2.0] * 8, 6.0), room=7.0)
     cut = search(problem).best.cut
     assert all(problem.fits(span) for span in (*cut.forward, cut.fused, *cut.backward))
+    alone = Problem((0.0, *[1.0] * 20, 1.0), (0.0, *[2.0] * 20, 2.0), 1, 2, 1, sizes=(1.0,) * 22, room=1.0)
+    assert len(search(alone).best.cut.backward) == 21
     with pytest.raises(CostError, match=r"layer 9 takes 6 bytes; allowed: 5"):
         Problem(problem.forward, problem.backward, 2, 4, 2, sizes=problem.sizes, room=5.0)
 

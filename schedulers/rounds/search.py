@@ -96,12 +96,26 @@ def even_cuts(problem: Problem) -> Iterator[Cut]:
         lo = last - beside
         if not problem.fits((lo, last + 1)):
             break
-        most = min(lo, 4 * problem.workers + 4)
-        for back in range(1, most + 1):
-            for forth in range(1, min(most, 2 * problem.workers + 4) + 1):
+        fewest = _fewest(problem, lo)
+        for back in _counts(fewest, 4 * problem.workers + 4, lo):
+            for forth in _counts(fewest, 2 * problem.workers + 4, lo):
                 forward, backward = parts(lo, forth, False), parts(lo, back, True)
                 if forward and backward:
                     yield Cut(forward, (lo, last + 1), backward[::-1])
+
+
+def _fewest(problem: Problem, layers: int) -> int:
+    """The least number of spans of the first layers that all fit."""
+    count, lo = 1, 0
+    for layer in range(layers):
+        if not problem.fits((lo, layer + 1)):
+            count, lo = count + 1, layer
+    return count
+
+
+def _counts(fewest: int, usual: int, layers: int) -> range:
+    """Numbers of stages that are tried: as many as help, and where memory asks for more, a few more than that."""
+    return range(fewest, min(layers, max(usual, fewest + 4)) + 1)
 
 
 def _moved(problem: Problem, cut: Cut) -> Iterator[Cut]:
