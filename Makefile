@@ -50,6 +50,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/skippipe.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe_run.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe_training.py --out benchmarks/results
+	$(BIN)/python benchmarks/roundpipe.py --out benchmarks/results
+	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m long
