@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.cli import main
@@ -46,6 +46,7 @@ def problems(draw: st.DrawFn) -> tuple[Problem, Cut]:
     return problem, Cut(spans(), (last, layers), spans()[::-1])
 
 
+@settings(max_examples=200)
 @given(problems(), st.booleans(), st.sampled_from(RULES), st.data())
 def test_the_clock_is_the_simulator_and_every_deal_is_a_sound_schedule(
     case: tuple[Problem, Cut], by_stage: bool, rule: str, data: st.DataObject

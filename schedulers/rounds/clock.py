@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.schedule import Schedule
+from pipeline.schedule import Schedule, Span
 from pipeline.slots import BACKWARD, FUSED, Cut, Slot, schedule_of
 from schedulers.rounds.problem import Problem, sums
 
@@ -27,8 +27,8 @@ class Clock:
     speeds: Sequence[float] = ()
     """How many times as fast each worker is; 1 each if empty."""
     early_head: bool = False
-    """Whether a loss' forward may run before the forward that it needs has ended. RoundPipe's own simulator allows
-    that; nothing can be run so. For comparing with its figures alone."""
+    """Whether a forward right before a backward, a loss' one or one that is run again, may begin before what it needs
+    is there. RoundPipe's own simulator allows that; nothing can be run so. For comparing with its figures alone."""
     free: list[float] = field(init=False)
     last: int = field(default=-1, init=False)
 
@@ -47,6 +47,7 @@ class Clock:
         ended = [begin] * problem.microbatches
         at = [-1] * problem.microbatches
         homes: list[int] = []
+        forwards: dict[Span, dict[int, tuple[float, int]]] = {}  # span -> microbatch -> its forward's end and worker
         ready = self.rule == "ready"
         for slot in row:
             kinds, (lo, hi), chosen = slot
@@ -57,6 +58,9 @@ class Clock:
                 head, tail = before, after
             else:
                 head, tail = 0.0, before + (after if kinds == FUSED else 0.0)
+            made: dict[int, tuple[float, int]] = {}
+            if kinds == BACKWARD and lo and not self.early_head:
+                made = next((ends for span, ends in forwards.items() if span[0] < lo <= span[1]), made)
             if ready:
                 candidates: Sequence[int] = range(problem.workers)
             elif lo == 0 and kinds != BACKWARD:
@@ -68,6 +72,9 @@ class Clock:
                 now, own, speed = free[worker], list[float](), speeds[worker]
                 first, rest = head / speed, tail / speed
                 for m in chosen:
+                    if made:
+                        end, home = made[m]
+                        now = max(now, end if home == worker else end + hop)
                     there = ended[m] + hop if at[m] != worker and at[m] >= 0 else ended[m]
                     now += first
                     now = (there if there > now else now) + rest
@@ -77,6 +84,8 @@ class Clock:
                     best, times = worker, own
             for m, end in zip(chosen, times, strict=True):
                 ended[m], at[m] = end, best
+            if kinds != BACKWARD:
+                forwards.setdefault(slot.span, {}).update((m, (ended[m], best)) for m in chosen)
             free[best] = times[-1]
             self.last = best
             homes.append(best)
