@@ -73,7 +73,7 @@ def check(found: Outcome, expected: Outcome, model: str) -> None:
     assert all(torch.equal(found.weights[name], tensor) for name, tensor in first.items()), "a frozen weight moved"
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.long)])
 def test_equals_peft_with_every_number_of_workers(nursery: Nursery, tmp_path: Path, model: str) -> None:
     one, three = (run_pool(nursery, config(workers=n), MODELS[model], tmp_path / str(n), True) for n in (1, 3))
     check(one, reference(model), model)
@@ -184,6 +184,7 @@ def test_what_is_exported_is_what_peft_computes(whole: Path) -> None:
     assert json.loads((whole / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.long
 def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(nursery: Nursery, tmp_path: Path, whole: Path) -> None:
     kills = ";".join(f"kill:worker={w},step=6,at=order" for w in range(2))
     lost = lora_arguments(tmp_path / "lost", "--rule", "round_robin", "--max-failures", "0")

@@ -293,7 +293,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize("torchrun", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_lost_machine_is_replaced_by_the_others(nursery: Nursery, tmp_path: Path, torchrun: bool) -> None:
     """Two agents, or two torchruns, with a store of their own; one is killed with all that it has started."""
     flags = ["--workers", "4", "--replicas", "2", "--recovery", "replica", "--steps", "60"]
