@@ -136,7 +136,6 @@ def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, 
                     report,
                     bool,  # type: ignore[arg-type]
                 )
-                trainer.runs = {}
                 pool.open(config.workers)
                 memory.pids = [member.pid for member in pool.members.values()]
                 memory.start()

@@ -52,8 +52,8 @@ class TrainConfig:
     cpu_adam: Literal["torch", "deepspeed"] = "torch"
     """Under --scheduler roundpipe, whose AdamW updates the weights in host memory; torch's is the faster one."""
     span_mib: int = 0
-    """Under --scheduler roundpipe, MiB that the weights of one span may take: a worker has room for two of them, and
-    on a GPU for one's gradients. 0: a fifth of the GPU's memory, unlimited on the CPU."""
+    """Under --scheduler roundpipe, MiB that the weights of one span may take: a worker holds two of them, and on a GPU
+    one's gradients; 0 for no limit."""
     lora_rank: int = 0
     """Under --scheduler roundpipe, train low-rank adapters of this rank and nothing else (LoRA, through peft; needs the
     lora extra); 0 trains all weights."""

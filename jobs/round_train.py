@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class RoundTrainer:
     report: Report
     stop_asked: Callable[[], bool]
     step: int = 0
-    runs: dict[int, Run] | None = None
+    runs: dict[int, Run] = field(default_factory=dict)
     """The iterations under way, by step: with an optimizer that is one step behind, two."""
 
     @property
@@ -59,10 +59,10 @@ class RoundTrainer:
     def train(self) -> int:
         """From `step` to the last step; returns the exit code 0, or STOPPED after a save."""
         config, first = self.config, self.step
-        self.runs = {}
         drawn = min(first + 2, config.steps - 1)
         while self.step < config.steps:
-            if self._one_step(record=self.step == drawn) and self._after():
+            self._one_step(record=self.step == drawn)
+            if self._after():
                 self._say("stopped", step=self.step)
                 return STOPPED
         self.optimizer.drain(config.deadline)
@@ -80,9 +80,8 @@ class RoundTrainer:
             side=side,
         )  # fmt: skip
 
-    def _one_step(self, record: bool, again: bool = False) -> bool:
+    def _one_step(self, record: bool, again: bool = False) -> None:
         """Run a step to its commit. A loss that is not finite is given a second chance: it may have been a fault."""
-        assert self.runs is not None
         config, step, began = self.config, self.step, time.monotonic()
         run = self.runs.pop(step, None) or self._submit(step)
         if self.behind and not self._pauses_after(step + 1) and step + 1 not in self.runs:
@@ -98,7 +97,8 @@ class RoundTrainer:
             if again or self.runs:
                 raise NonFiniteLoss(error)
             self._event("not_finite", step=step, error=error)
-            return self._one_step(record, again=True)
+            self._one_step(record, again=True)
+            return
         lr = learning_rate(config.optimizer(), step)
         self.optimizer.update(step, 1.0 / max(1, tokens), norm, lr)
         for later in self.runs.values():
@@ -118,7 +118,6 @@ class RoundTrainer:
                 for worker, events in sorted(run.events.items())
             }
             self._say("timeline", lanes=lanes)
-        return True
 
     def _loss(self, run: Run, job: TextJob, step: int) -> tuple[float, int]:
         """The mean loss over the tokens, summed in the order of the microbatches; and the tokens."""

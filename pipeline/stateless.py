@@ -259,20 +259,18 @@ class StatelessWorker:
         training = order.kinds != FORWARD or order.job == TRAIN
         order.loaded.module.train(training)
         target = self.prepare_gradient(order) if B in order.kinds else None
-        busy = 0.0
         for place, m in enumerate(order.microbatches):
             self.catch_up()
             if place == len(order.microbatches) // 2:
                 self.probe("backward" if B in order.kinds else "forward", order.step)
             took, loss = self.backward(order, m) if B in order.kinds else self.forward(order, m)
-            busy += took
             if m not in order.skip:
                 self.tell(op=order.id, m=m, loss=loss, busy=took)
         if target is not None:
             self.commit(order, *target)
         self.probe("commit", order.step)
         self.running = None  # what has been told cannot be recalled
-        self.tell(slot=order.id, busy=busy, version=order.loaded.version, events=order.events, held=self.most_held)
+        self.tell(slot=order.id, version=order.loaded.version, events=order.events, held=self.most_held)
         self.probe("committed", order.step)
 
     def prepare_gradient(self, order: Order) -> tuple[Tensor, Tensor]:

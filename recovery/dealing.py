@@ -100,8 +100,6 @@ class Dealing:
     def slot_done(self, member: Member, given: Given, message: Mapping[str, Any]) -> None:
         run, slot = given.run, given.slot
         run.left -= 1
-        run.homes[given.index] = member.id
-        run.versions.setdefault(slot.span, set()).add(message["version"])
         if message["version"] != run.version:
             raise RuntimeError(f"span {slot.span} was read at version {message['version']}; expected {run.version}")
         run.events.setdefault(member.id, []).extend(message["events"])

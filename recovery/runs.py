@@ -38,8 +38,6 @@ class Run:
     waiting: dict[Span, dict[tuple[int, ...], int]] = field(default_factory=dict)
     added: dict[Span, int] = field(default_factory=dict)
     left: int = 0
-    homes: dict[int, int] = field(default_factory=dict)
-    versions: dict[Span, set[int]] = field(default_factory=dict)
     events: dict[int, list[tuple[str, float, float]]] = field(default_factory=dict)
     began: float = 0.0
 

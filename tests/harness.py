@@ -277,7 +277,6 @@ def run_pool(
             trainer = RoundTrainer(
                 config, optimizer, pool, rounds.cut, rounds.row, jobs["train"], jobs["evaluate"], "", report, bool
             )
-            trainer.runs = {}
             pool.open(config.workers)
             while trainer.step < config.steps:
                 trainer._one_step(record=True)
