@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -51,6 +51,8 @@ from schedulers import PLANNERS
 
 JOIN_S = 60.0
 PREFIX = "ours_"
+Entry = Callable[[dict[str, Any]], int]
+"""What a forked worker runs."""
 
 
 @dataclass
@@ -249,24 +251,33 @@ def figures(name: str, work: Work, schedule: Schedule, found: Sequence[dict[str,
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", required=True, choices=PLANNERS)
-    options, work = parse(parser)
+def alone(options: argparse.Namespace, name: str, entry: Entry, train: Callable[[Nursery], dict[str, Any]]) -> int:
+    """Train with forked workers that run `entry`, and print the figures, or the error, as the peers do."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     stop_well(options.parent)
-    nursery = Nursery(entry)  # before the store starts threads
+    nursery = Nursery(entry)  # before anything starts threads
     try:
-        found = run(options.scheduler, work, options.workers, options.steps, options.warmup, options.deadline, nursery)
-    except (OursError, ValueError, RuntimeError) as error:
-        name = f"{PREFIX}{options.scheduler}"
+        found = train(nursery)
+    except (ValueError, RuntimeError) as error:
         print(json.dumps({"peer": name, "workers": options.workers, "error": f"{type(error).__name__}: {error}"}))
         return 1
     finally:
         nursery.close()
     show(found, options.json)
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheduler", required=True, choices=PLANNERS)
+    options, work = parse(parser)
+
+    def train(nursery: Nursery) -> dict[str, Any]:
+        sizes = options.workers, options.steps, options.warmup, options.deadline
+        return run(options.scheduler, work, *sizes, nursery)
+
+    return alone(options, f"{PREFIX}{options.scheduler}", entry, train)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -27,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 import torch
-from engine_ours import WorkJob, make_config
-from engine_peers import Work, llama, parse, show, stop_well
+from engine_ours import WorkJob, alone, make_config
+from engine_peers import Work, llama, parse
 
 from jobs.config import TrainConfig
 from jobs.plan import layer_costs
@@ -39,7 +38,6 @@ from launch.round_train import hosting, make_layout, pool_worker
 from pipeline.host_store import HostStore, store_path
 from pipeline.model import LayeredModel
 from pipeline.weights import read_config
-from recovery.pool import NoWorkerLeft
 
 SAMPLE_S = 1.0  # a look costs the process that is looked at some milliseconds
 
@@ -173,19 +171,7 @@ def main() -> int:
     parser.add_argument("--slow", type=float, nargs="*", help="per worker, how many times as long its ops take")
     parser.add_argument("--device", default="cpu")
     options, work = parse(parser)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    stop_well(options.parent)
-    nursery = Nursery(entry)
-    try:
-        found = run(work, options, nursery)
-    except (NoWorkerLeft, ValueError, RuntimeError) as error:
-        print(json.dumps({"peer": options.name, "error": f"{type(error).__name__}: {error}"}))
-        return 1
-    finally:
-        nursery.close()
-    show(found, options.json)
-    return 0
+    return alone(options, options.name, entry, lambda nursery: run(work, options, nursery))
 
 
 if __name__ == "__main__":
