@@ -46,7 +46,7 @@ from pipeline.model import LayeredModel
 from pipeline.schedule import Schedule, dumps
 from pipeline.weights import read_config
 from pipeline.worker import Worker
-from recovery.membership import View, await_view, publish
+from recovery.membership import View, await_view, publish, within
 from schedulers import PLANNERS
 
 JOIN_S = 60.0
@@ -112,7 +112,7 @@ def make_view(config: TrainConfig) -> tuple[View, Schedule]:
 def join(payload: dict[str, Any]) -> tuple[Worker, Schedule]:
     """In a worker process: its spans, links and schedule."""
     store, me = connect(payload["store"], JOIN_S), int(payload["worker"])
-    view = await_view(store, 1, JOIN_S)
+    view = await_view(store, 1, within(JOIN_S))
     member = build_member(me, config_from_dict(TrainConfig, view.details["config"]), view, me, store, payload)
     member.enter(1, None)
     return member.worker, member.train

@@ -212,6 +212,7 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "source": None if source is None else str(source),
+            "attempt": checkpoint.last_attempt(out / "checkpoints") + 1,
         },
     )
     return Plan(view, model, tuple(notes), around, rounds)

@@ -47,6 +47,11 @@ class RoundTrainer:
     data_fingerprint: str
     report: Report
     stop_asked: Callable[[], bool]
+    save_ledger: Callable[[int], str]
+    """Has every step up to one on the disk, in the ledger; why that cannot be, or ""."""
+    attempt: int = 1
+    evaluate_first: bool = False
+    """Whether the held-out loss before the first step is told: of weights that were trained before."""
     step: int = 0
     runs: dict[int, Run] = field(default_factory=dict)
     """The iterations under way, by step: with an optimizer that is one step behind, two."""
@@ -60,6 +65,8 @@ class RoundTrainer:
         """From `step` to the last step; returns the exit code 0, or STOPPED after a save."""
         config, first = self.config, self.step
         drawn = min(first + 2, config.steps - 1)
+        if self.evaluate_first:
+            self._evaluate(first)
         while self.step < config.steps:
             self._one_step(record=self.step == drawn)
             if self._after():
@@ -177,12 +184,15 @@ class RoundTrainer:
         """Write a checkpoint; whether it is whole. A disk that fails costs it, not the run."""
         self.optimizer.drain(self.config.deadline)
         root, layers = self.config.out / "checkpoints", range(self.optimizer.model.num_layers)
+        fence = self.attempt, 1
         try:
-            folder = checkpoint.begin(root, done)
+            folder = checkpoint.begin(root, done, fence)
             records = [checkpoint.write_layer(folder, n, self.optimizer.layer_state(n)) for n in layers]
-            checkpoint.commit(root, done, records, self._manifest(done), keep=self.config.keep)
+            if missing := self.save_ledger(done):  # what a checkpoint contains is in the ledger, always
+                raise checkpoint.CheckpointError(missing)
+            checkpoint.commit(root, done, records, self._manifest(done), keep=self.config.keep, fence=fence)
         except (OSError, checkpoint.CheckpointError) as error:
-            checkpoint.abort(root, done)
+            checkpoint.abort(root, done, fence)
             self._event("checkpoint_failed", step=done, error=str(error))
             return False
         self._event("checkpoint", step=done)

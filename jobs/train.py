@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import AutoTokenizer
 
@@ -22,17 +22,52 @@ from jobs.text import TextJob
 from pipeline.schedule import Schedule
 from pipeline.settle import NonFiniteLoss
 from pipeline.weights import ModelError, finish_export, write_shard
+from pipeline.wire import WireError, checked
 from pipeline.worker import StepResult, Worker
 from recovery import checkpoint
 from recovery.member import INTERRUPTIONS, Joined, Member
-from recovery.membership import View
+from recovery.membership import MembershipError, View
 
 _WAIT_S = 0.05
+_FILE_BYTES = 2 << 30
+"""Of an exported file: a worker that writes many gigabytes is seen to come on."""
 STOPPED = 75
 """The exit code of a run that was asked to stop and has saved itself (EX_TEMPFAIL: try again)."""
 
 Report = Callable[[dict[str, Any]], None]
 """Takes a record {"kind": "step" | "evaluation" | "event" | "timeline" | ..., ...} to the coordinator."""
+
+
+class Reports(Protocol):
+    """The way of a worker's records to the coordinator."""
+
+    def put(self, record: dict[str, Any], /) -> None:
+        """See Report."""
+        ...
+
+    def save_ledger(self, step: int, /) -> str:
+        """Have every step up to `step` on the disk, in the ledger; why that cannot be, or ""."""
+        ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: equal on all workers of a view. `step` counts the committed steps, `due` says that what
+    follows a step is still to do, `stopping` that the run is to save itself and stop, `again` that the step under way
+    is run again, because its loss was not finite."""
+
+    step: int = 0
+    due: bool = False
+    stopping: bool = False
+    again: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Position:
+        """What another worker has told. Raises MembershipError for what is no position."""
+        try:
+            return cls(**checked(values, "a position", step=int, due=bool, stopping=bool, again=bool))
+        except WireError as error:
+            raise MembershipError(str(error)) from error
 
 
 @dataclass
@@ -44,18 +79,19 @@ class Trainer:
     job: TextJob
     held_out: TextJob
     data_fingerprint: str
-    report: Report
+    reports: Reports
     stop_asked: Callable[[], bool]
     first_step: int = 0
-    save_first: bool = False
-    """Whether there is to be a checkpoint before the first step: something to roll back to."""
-    step: int = 0
-    due: bool = False
-    stopping: bool = False
+    evaluate_first: bool = False
+    """Whether the held-out loss before the first step is told: of weights that were trained before."""
+    at: Position = Position()
     last: dict[str, Any] | None = None
     """The record of the last committed step, for the case that who was to report it is lost."""
-    again: bool = False
-    """Whether the step under way is run again, because its loss was not finite."""
+
+    @property
+    def step(self) -> int:
+        """How many steps are committed."""
+        return self.at.step
 
     @property
     def worker(self) -> Worker:
@@ -76,25 +112,21 @@ class Trainer:
 
         `joins`: this worker takes the place of another in a run under way.
         """
-        self.step = self.first_step
-        self.due = self.save_first
-        position = None if joins else self._position()
+        self.at = Position(self.first_step, due=self.evaluate_first)
+        position = None if joins else asdict(self.at)
         while True:
             try:
                 self._entered(self.member.enter(number, position))
                 return self._train()
             except INTERRUPTIONS as error:
                 self.member.complain(error)
-                number, position = self.view.number + 1, self._position()
-
-    def _position(self) -> dict[str, Any]:
-        return {"step": self.step, "due": self.due, "stopping": self.stopping, "again": self.again}
+                number, position = self.view.number + 1, asdict(self.at)
 
     def _entered(self, joined: Joined) -> None:
         """Take over the common position; who leads tells how long it took."""
         before = self.step
-        for name, value in joined.position.items():
-            setattr(self, name, value)
+        if joined.position:
+            self.at = Position.from_json(joined.position)
         if self.last is not None and self.last["step"] == self.step:
             self._say(self.last)
         if joined.view.number > 1:
@@ -112,11 +144,11 @@ class Trainer:
     def _train(self) -> int:
         config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)
         while True:
-            if (self.stopping or self.step >= config.steps) and self._missing():
+            if (self.at.stopping or self.step >= config.steps) and self._missing():
                 self._await_missing()  # what is saved at the end is whole
-            if self.due:
+            if self.at.due:
                 self._after()
-            if self.stopping and self.step < config.steps:
+            if self.at.stopping and self.step < config.steps:
                 self._say({"kind": "stopped", "step": self.step})
                 return STOPPED
             if self.step >= config.steps:
@@ -153,37 +185,37 @@ class Trainer:
         try:
             result = self.worker.run(self._schedule(), self.job, self.step, wish=wish, record=record)
         except NonFiniteLoss as error:
-            if self.again:
+            if self.at.again:
                 raise
-            self.again = True
+            self.at = replace(self.at, again=True)
             self._event("not_finite", step=self.step, error=str(error))
             return
-        self.step, self.due, self.again = self.step + 1, True, False
-        self.stopping = any(wish["stop"] for wish in result.wishes.values())
+        stopping = any(wish.get("stop") is True for wish in result.wishes.values())
+        self.at = Position(self.step + 1, due=True, stopping=stopping)
         self._report_step(result, time.monotonic() - began)
         if record:
             self._report_timeline(result)
 
     def _after(self) -> None:
         """What follows a committed step. Interrupted anywhere, it is done again from its start."""
-        config, done = self.config, self.step
+        config, done, stopping = self.config, self.step, self.at.stopping
         first, last = done == self.first_step, done == config.steps
-        if not first and not self.stopping and (last or (config.evaluate_every and done % config.evaluate_every == 0)):
+        if not stopping and (first or last or (config.evaluate_every and done % config.evaluate_every == 0)):
             self._evaluate(done)
-        if first or last or self.stopping or (config.checkpoint_every and done % config.checkpoint_every == 0):
+        if last or stopping or (not first and config.checkpoint_every and done % config.checkpoint_every == 0):
             missing = self._missing()
             if missing:
                 self._event("checkpoint_failed", step=done, error=f"layers {missing} are being rebuilt")
             saved = not missing and self._save(done)
-            if self.stopping and not last and not saved:
+            if stopping and not last and not saved:
                 raise checkpoint.CheckpointError(f"asked to stop at step {done}, but could not save")
-        self.due = False
+        self.at = replace(self.at, due=False)
 
     # ---- what is seen ----
 
     def _say(self, record: dict[str, Any]) -> None:
         if self.leads:
-            self.report(record)
+            self.reports.put(record)
 
     def _event(self, event: str, **fields: Any) -> None:
         self._say({"kind": "event", "event": event, **fields})
@@ -202,7 +234,8 @@ class Trainer:
     def _report_timeline(self, result: StepResult) -> None:
         mine = [(str(event.op), event.start, event.end) for event in result.events]
         lanes = self.worker.gather({"events": mine})
-        self._say({"kind": "timeline", "lanes": {str(w): payload["events"] for w, payload in lanes.items()}})
+        rows = {str(self.view.places[worker]): payload["events"] for worker, payload in lanes.items()}
+        self._say({"kind": "timeline", "lanes": rows})
 
     def _evaluate(self, done: int) -> None:
         try:
@@ -221,34 +254,43 @@ class Trainer:
 
     def _save(self, done: int) -> bool:
         """Write a checkpoint together; returns whether it is whole. A disk that fails costs it, not the run."""
-        root = self.config.out / "checkpoints"
+        root, fence = self.config.out / "checkpoints", (int(self.view.details["attempt"]), self.view.number)
         error, records = None, []
         try:
             if self.leads:
-                checkpoint.begin(root, done)
+                checkpoint.begin(root, done, fence)
         except (OSError, checkpoint.CheckpointError) as problem:
             error = str(problem)
         error = self._first_error(error)
         if error is None:
             try:
-                tmp, store = checkpoint.temporary(root, done), self.worker.store
-                records = [checkpoint.write_layer(tmp, n, store.layer_state(n)) for n in self._owned_layers()]
+                records = self._write_layers(checkpoint.temporary(root, done, fence))
             except (OSError, checkpoint.CheckpointError) as problem:
                 error = str(problem)
         votes = self.worker.gather({"error": error, "records": [record.as_json() for record in records]})
         error = next((vote["error"] for vote in votes.values() if vote["error"]), None)
         if error is None and self.leads:
-            written = [checkpoint.FileRecord.from_json(r) for vote in votes.values() for r in vote["records"]]
             try:
-                checkpoint.commit(root, done, written, self._manifest(done), keep=self.config.keep)
+                written = [checkpoint.FileRecord.from_json(r) for vote in votes.values() for r in vote["records"]]
+                if missing := self.reports.save_ledger(done):  # what a checkpoint contains is in the ledger, always
+                    raise checkpoint.CheckpointError(missing)
+                manifest = self._manifest(done)
+                checkpoint.commit(root, done, written, manifest, keep=self.config.keep, fence=fence)
             except (OSError, checkpoint.CheckpointError) as problem:
                 error = str(problem)
         error = self._first_error(error)
         if error is not None and self.leads:
-            checkpoint.abort(root, done)
+            checkpoint.abort(root, done, fence)
         event = "checkpoint" if error is None else "checkpoint_failed"
         self._event(event, step=done, **({"error": error} if error else {}))
         return error is None
+
+    def _write_layers(self, folder: Path) -> list[checkpoint.FileRecord]:
+        records: list[checkpoint.FileRecord] = []
+        for layer in self._owned_layers():
+            records.append(checkpoint.write_layer(folder, layer, self.worker.store.layer_state(layer)))
+            self.worker.pulse()
+        return records
 
     def _first_error(self, error: str | None) -> str | None:
         """Everyone's first error, so that all workers go the same way."""
@@ -282,15 +324,38 @@ class Trainer:
         self.worker.gather({})
 
     def _export(self, path: Path, unfinished: Path) -> None:
-        store = self.worker.store
-        tensors = {name: t for layer in self._owned_layers() for name, t in store.parameters(layer).items()}
-        writers = sorted({holders[0] for holders in self.member.train.holders.values()})
+        store, files = self.worker.store, self._files()
         shards: dict[str, str] = {}
-        if tensors and self.worker.id in writers:
-            shards = write_shard(unfinished, writers.index(self.worker.id) + 1, len(writers), tensors)
+        for number, (writer, layers) in enumerate(files, 1):
+            tensors = (
+                {n: t for layer in layers for n, t in store.parameters(layer).items()}
+                if writer == self.worker.id
+                else {}
+            )
+            if tensors:
+                shards |= write_shard(unfinished, number, len(files), tensors)
+                self.worker.pulse()
         votes = self.worker.gather({"shards": shards})
         if self.leads:
             weight_map = {tensor: name for vote in votes.values() for tensor, name in vote["shards"].items()}
             every = [key for layer in range(store.model.num_layers) for key in store.model.keys(layer)]
             tokenizer = AutoTokenizer.from_pretrained(self.config.out / "tokenizer")
             finish_export(unfinished, store.model.config, weight_map, keys=every, tokenizer=tokenizer, into=path)
+
+    def _files(self) -> list[tuple[int, list[int]]]:
+        """(writer, its layers) of every file of an export, the same on all workers; the layers of one writer are in
+        one file, unless that would be too large."""
+        holders, model = self.member.train.holders, self.worker.store.model
+        owned: dict[int, list[int]] = {}
+        for span in sorted(holders):
+            owned.setdefault(holders[span][0], []).extend(range(*span))
+        files: list[tuple[int, list[int]]] = []
+        for writer, layers in sorted(owned.items()):
+            size = math.inf
+            for layer in layers:
+                if size + model.parameter_bytes(layer) > _FILE_BYTES:
+                    files.append((writer, []))
+                    size = 0
+                files[-1][1].append(layer)
+                size += model.parameter_bytes(layer)
+        return files

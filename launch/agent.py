@@ -1,7 +1,7 @@
 """Supervises the workers of one machine, or the one worker of a torchrun slot. Holds no model.
 
-It starts them from the warm parent, sees a death as the operating system reports it, passes SIGTERM on so that the
-run saves itself, and ends every worker it started, whatever happens.
+It starts them from the warm parent, sees a death as the operating system reports it, makes a signal that asks it to
+stop a state of the whole run, and ends every worker it started, whatever happens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,22 +20,31 @@ from typing import Any
 import torch.distributed as dist
 
 from jobs.train import STOPPED
-from launch.nursery import Exit, Nursery
-from recovery.coordinator import beat, report_loss
-from recovery.membership import read_view
+from launch.nursery import Exit, Nursery, NurseryGone, StartError
+from launch.signals import stop_signals
+from recovery import keys
+from recovery.membership import EVICTED, read_view
 
-FATAL = ("NonFiniteLoss", "CheckpointError", "ModelError", "CorpusError", "ConfigError", "MembershipError")
-"""Errors that another worker in the same place would meet too: the run ends with them."""
-OVER = "over"
-"""The key under which the coordinator leaves the exit code of the run."""
 _POLL_S = 0.02
 _BEAT_S = 0.5
 _GRACE_S = 3.0
 _LAST_S = 15.0
+_TRIES = 5
+_TRY_AGAIN_S = 0.2  # doubled every time
 
 
 class RunFailed(RuntimeError):
     """The run ended before its last step. The message names the worker and its error."""
+
+
+@dataclass
+class _Unstarted:
+    """A worker for which there was no room, and when it is tried again."""
+
+    worker: int
+    payload: dict[str, Any]
+    tries: int
+    due: float
 
 
 @dataclass
@@ -53,11 +62,13 @@ class Agent:
     num_spares: int = 0
     """Workers that are kept waiting with everything loaded, to take the next places without being started first."""
     pids: dict[int, int] = field(default_factory=dict)
+    _unstarted: list[_Unstarted] = field(default_factory=list)
     _spares: dict[int, str] = field(default_factory=dict)  # pid -> the key by which it is called
     _spares_made: int = 0
     _view: int = 1
     _awaited: set[int] = field(default_factory=set)
     _stopping: int = 0
+    _told_to_stop: bool = False
     _beats: int = 0
     _beaten: float = -math.inf
 
@@ -73,16 +84,38 @@ class Agent:
         if joins and self._spares:
             pid = next(iter(self._spares))
             self.store.set(self._spares.pop(pid), json.dumps(payload))
+            self.pids[pid] = worker
         else:
-            pid = self.nursery.start(payload)
-        self.pids[pid] = worker
+            self._fork(_Unstarted(worker, payload, 0, 0.0))
+
+    def _fork(self, one: _Unstarted) -> None:
+        """Start a worker, or put it off: the machine may have room again in a moment."""
+        try:
+            self.pids[self.nursery.start(one.payload)] = one.worker
+        except StartError as error:
+            one.tries += 1
+            if one.tries == _TRIES:
+                keys.report_loss(self.store, one.worker, str(error))
+            else:
+                one.due = time.monotonic() + _TRY_AGAIN_S * 2 ** (one.tries - 1)
+                self._unstarted.append(one)
+
+    def _try_again(self) -> None:
+        now = time.monotonic()
+        due = [one for one in self._unstarted if one.due <= now]
+        self._unstarted = [one for one in self._unstarted if one.due > now]
+        for one in due:
+            self._fork(one)
 
     def _keep_spares(self) -> None:
         while len(self._spares) < self.num_spares:
-            key = f"spare/{self.rank}/{self._spares_made}"
+            key = keys.spare_key(self.rank, self._spares_made)
             self._spares_made += 1
             payload = self.payload(-1, self.places[0], 1, True)
-            self._spares[self.nursery.start({**payload, "spare": key})] = key
+            try:
+                self._spares[self.nursery.start({**payload, "spare": key})] = key
+            except StartError:
+                return  # there is no room for one: the next view change tries again
 
     def supervise(self, tick: Callable[[], None]) -> int:
         """Wait for the workers to end; returns 0 or STOPPED. Raises RunFailed when the run cannot go on.
@@ -91,42 +124,47 @@ class Agent:
         names in their place are started.
         """
         code, ended = None, math.inf
-        with self._forward_signals():
+        with self._stoppable():
             # Once one has ended well, all is committed and saved: nobody is worth a long wait any more.
             while (self.pids or code is None) and time.monotonic() < ended + _LAST_S:
                 for exit_ in self.nursery.poll(_POLL_S):
                     self._spares.pop(exit_.pid, None)
                     worker = self.pids.pop(exit_.pid, None)
-                    if worker is None:
+                    if worker is None or exit_.code == EVICTED:
                         continue
                     if exit_.code in (0, STOPPED):
                         code, ended = max(code or 0, exit_.code), time.monotonic()
                     elif code is None:  # once one has ended well, all have committed all there is
                         self._lost(worker, exit_)
                 self._beat()
+                self._pass_on()
+                self._try_again()
                 tick()
                 self._follow(code is not None)
-                if not self.pids and code is None and self.store.check([OVER]):
-                    return int(self.store.get(OVER))  # its places have gone to others
-                if self.store.check(["failed"]):
-                    raise RunFailed(self.store.get("failed").decode())
+                if not self.pids and code is None and (over := keys.ended(self.store)) is not None:
+                    return over  # its places have gone to others
+                if (reason := keys.failure(self.store)) is not None:
+                    raise RunFailed(reason)
         assert code is not None
         return code
+
+    def _pass_on(self) -> None:
+        """Make a signal that has come a state of the run: who joins later knows of it too."""
+        if self._stopping and not self._told_to_stop:
+            self._told_to_stop = True
+            keys.ask_to_stop(self.store)
 
     def _beat(self) -> None:
         if time.monotonic() - self._beaten >= _BEAT_S:
             self._beats, self._beaten = self._beats + 1, time.monotonic()
-            beat(self.store, self.rank, self._beats)
+            keys.beat_agent(self.store, self.rank, self._beats)
 
     def _lost(self, worker: int, exit_: Exit) -> None:
-        reason = str(exit_)
-        if self.store.check([f"error/{worker}"]):
-            error = json.loads(self.store.get(f"error/{worker}"))
-            reason = error["error"]
-            if error["type"] in FATAL:
-                self.store.set("failed", f"worker {worker}: {reason}")
-                return
-        report_loss(self.store, worker, reason)
+        error = keys.read_error(self.store, worker)
+        if error is not None and error.fatal:
+            keys.fail(self.store, f"worker {worker}: {error.text}")
+        else:
+            keys.report_loss(self.store, worker, str(exit_) if error is None else error.text, told=error is not None)
 
     def _follow(self, over: bool) -> None:
         """Start who joins in the views that came since, and end who is in none, or when it is `over` is awaited."""
@@ -134,8 +172,9 @@ class Agent:
             view = read_view(self.store, self._view + 1)
             self._view = view.number
             _send([pid for pid, worker in self.pids.items() if worker not in view.places], signal.SIGKILL)
+            self._unstarted = [one for one in self._unstarted if one.worker in view.places]
             self._awaited = set(view.awaited)
-            running = set(self.pids.values())
+            running = {*self.pids.values(), *(one.worker for one in self._unstarted)}
             for worker in (*view.joined, *view.awaited):
                 if view.agents[place := view.places[worker]] == self.rank and worker not in running:
                     self._start(worker, place, view.number + (worker in view.awaited), joins=True)
@@ -145,38 +184,31 @@ class Agent:
 
     def end(self) -> None:
         """End the workers that still run, gently first, and the spare ones."""
-        self._end_spares()
-        for signum, grace in ((signal.SIGTERM, _GRACE_S if self._stopping else 0.0), (signal.SIGKILL, 2.0)):
-            _send(self.pids, signum)
-            deadline = time.monotonic() + grace
-            while self.pids and time.monotonic() < deadline:
-                for exit_ in self.nursery.poll(0.05):
-                    self.pids.pop(exit_.pid, None)
+        with contextlib.suppress(NurseryGone):  # then all of them have ended with it
+            self._end(self._spares, signal.SIGKILL, 2.0)
+            self._end(self.pids, signal.SIGTERM, _GRACE_S if self._stopping else 0.0)
+            self._end(self.pids, signal.SIGKILL, 2.0)
 
-    def _end_spares(self) -> None:
-        _send(self._spares, signal.SIGKILL)
-        deadline = time.monotonic() + 2.0
-        while self._spares and time.monotonic() < deadline:
+    def _end(self, pids: Mapping[int, Any], signum: int, grace_s: float) -> None:
+        _send(pids, signum)
+        deadline = time.monotonic() + grace_s
+        while pids and time.monotonic() < deadline:
             for exit_ in self.nursery.poll(0.05):
                 self._spares.pop(exit_.pid, None)
                 self.pids.pop(exit_.pid, None)
 
     @contextmanager
-    def _forward_signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C ask the workers to save and stop; a second Ctrl-C does not wait."""
+    def _stoppable(self) -> Iterator[None]:
+        """SIGTERM, SIGHUP and the first Ctrl-C ask the run to save and stop; a second Ctrl-C does not wait."""
 
-        def handle(signum: int, _: object) -> None:
+        def handle(signum: int) -> None:
             self._stopping += 1
             if signum == signal.SIGINT and self._stopping > 1:
                 raise KeyboardInterrupt
-            _send(self.pids, signal.SIGTERM)
+            _send(self.pids, signal.SIGTERM)  # at once; the store is no place for a signal handler to wait in
 
-        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with stop_signals(handle):
             yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
 
 def _send(pids: Iterable[int], signum: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from pathlib import Path
 
 from jobs.config import ConfigError
+from pipeline.locks import lock, unlock
 
 _LOCK = ".lock"
 
@@ -25,23 +25,20 @@ class Claim:
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._was_empty = not any(out.iterdir())
-            self._lock = (out / _LOCK).open("w")
+            self._lock = lock(out / _LOCK)
+        except BlockingIOError as error:
+            raise ConfigError(f"out is {str(out)!r}, where another run is at work; allowed: another folder") from error
         except OSError as error:
             self._unmake()
             raise ConfigError(f"out is {str(out)!r}, which cannot be made: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ConfigError(f"out is {str(out)!r}, where another run is at work; allowed: another folder") from error
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
+        with contextlib.suppress(OSError):  # for a person who looks
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, f"{os.getpid()}\n".encode())
 
     def release(self) -> None:
         """Let others have the folder."""
         with contextlib.suppress(OSError):
-            (self.out / _LOCK).unlink()
-        self._lock.close()
+            unlock(self.out / _LOCK, self._lock)
 
     def undo(self) -> None:
         """Nothing has come of it: remove what was made, but nothing that was there before."""

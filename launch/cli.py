@@ -13,7 +13,9 @@ from typing import Any
 
 import tyro
 
-ERROR, USAGE = 1, 2
+from launch.signals import NotStarted
+
+ERROR, USAGE, STOPPED = 1, 2, 75
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"unbroken {arguments[0]}: {error}", file=sys.stderr)
         return USAGE if isinstance(error, ValueError) else ERROR
+    except NotStarted:
+        said = "asked to stop before the first step: nothing was saved, and nothing is left"
+        print(f"unbroken {arguments[0]}: {said}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
-        print(f"unbroken {arguments[0]}: interrupted", file=sys.stderr)
-        return 130
+        print(f"unbroken {arguments[0]}: interrupted; what was not saved is lost", file=sys.stderr)
+        return ERROR
     if not command.reports:
         return int(result)
     values, text = result

@@ -9,19 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.channel import Channel, ChannelClosed
+from pipeline.wire import checked
+
 _PR_SET_PDEATHSIG = 1
+_ANSWER_S = 10.0
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that a terminal or a scheduler sends to all processes of a run: the agent alone decides what they mean."""
+
+
+class StartError(OSError):
+    """A worker could not be forked; the warm parent and all other workers live on. Says why."""
+
+
+class NurseryGone(RuntimeError):
+    """The warm parent has ended, and every worker with it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,16 @@ class Exit:
 
     def __str__(self) -> str:
         if self.code < 0:
-            return f"was killed by {signal.Signals(-self.code).name}"
+            return f"was killed by {signal_name(-self.code)}"
         return f"ended with exit code {self.code}"
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL and the like; real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def die_with_parent(parent: int) -> None:
@@ -52,19 +74,20 @@ class Nursery:
     """The agent's handle on its warm parent. Forks it at construction, so construct it before starting threads."""
 
     def __init__(self, entry: Callable[[dict[str, Any]], int]) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._channel = Channel(mine)
         agent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
             for other in [*_OPEN, self]:
-                other._socket.close()
+                other._channel.close()
             die_with_parent(agent)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for signum in IGNORED:
+                signal.signal(signum, signal.SIG_IGN)
             with contextlib.suppress(BaseException):
-                _serve(theirs, entry)
+                _Server(Channel(theirs), entry).run()
             os._exit(0)
         theirs.close()
         _OPEN.add(self)
@@ -72,73 +95,123 @@ class Nursery:
 
     def fileno(self) -> int:
         """For selectors: readable when an exit is to be polled."""
-        return self._socket.fileno()
+        return self._channel.fileno()
 
     def start(self, payload: dict[str, Any]) -> int:
-        """Fork a worker that runs entry(payload) and ends with its result as exit code. Returns its pid."""
-        self._socket.send(json.dumps(payload).encode())
-        while True:
-            message = self._read(10.0)
-            if message is None:
-                raise RuntimeError("the warm parent did not answer within 10 s")
+        """Fork a worker that runs entry(payload) and ends with its result as exit code. Returns its pid.
+
+        Raises StartError where the machine has no room for another process, NurseryGone where the warm parent has
+        ended, and TimeoutError where it does not answer.
+        """
+        deadline = time.monotonic() + _ANSWER_S
+        try:
+            self._channel.send(payload, _ANSWER_S)
+        except ChannelClosed as error:
+            raise NurseryGone("the warm parent has ended unexpectedly") from error
+        while (message := self._read(deadline - time.monotonic())) is not None:
+            if "failed" in message:
+                raise StartError(f"could not be started: {message['failed']}")
             if "started" in message:
                 return int(message["started"])
-            self._exits.append(Exit(**message))
+            self._exits.append(_exit(message))
+        raise TimeoutError(f"the warm parent did not answer within {_ANSWER_S:g} s")
 
     def poll(self, timeout_s: float) -> list[Exit]:
-        """The workers that have ended since the last call, waiting up to `timeout_s` for the first."""
-        while (message := self._read(0.0 if self._exits else timeout_s)) is not None:
-            self._exits.append(Exit(**message))
+        """The workers that have ended since the last call, waiting up to `timeout_s` for the first.
+
+        Raises NurseryGone once the warm parent has ended and all that it has told was returned.
+        """
+        try:
+            while (message := self._read(0.0 if self._exits else timeout_s)) is not None:
+                self._exits.append(_exit(message))
+        except NurseryGone:
+            if not self._exits:
+                raise
         exits, self._exits = self._exits, []
         return exits
 
     def close(self) -> None:
         """End the warm parent and with it every worker that still runs."""
-        self._socket.close()
+        self._channel.close()
+        deadline = time.monotonic() + _ANSWER_S
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+            while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                if time.monotonic() > deadline:  # stopped, say: its workers end with it
+                    os.kill(self.pid, signal.SIGKILL)
+                    deadline = float("inf")
+                time.sleep(0.002)
 
     def _read(self, timeout_s: float) -> dict[str, Any] | None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                return None
-        data = self._socket.recv(65536)
-        if not data:
-            raise RuntimeError("the warm parent has ended unexpectedly")
-        return json.loads(data)
+        try:
+            return self._channel.receive(max(0.0, timeout_s))
+        except ChannelClosed as error:
+            raise NurseryGone("the warm parent has ended unexpectedly") from error
 
 
-def _serve(channel: socket.socket, entry: Callable[[dict[str, Any]], int]) -> None:
-    me, children = os.getpid(), dict[int, int]()  # pidfd -> pid
-    with selectors.DefaultSelector() as selector:
-        selector.register(channel, selectors.EVENT_READ)
-        while True:
-            for key, _ in selector.select():
-                if key.fileobj is channel:
-                    request = channel.recv(65536)
-                    if not request:
-                        return _end(children)
-                    pid = os.fork()
-                    if pid == 0:
-                        selector.close()
-                        _become_worker(channel, entry, json.loads(request), me)
-                    pidfd = os.pidfd_open(pid)
-                    children[pidfd] = pid
-                    selector.register(pidfd, selectors.EVENT_READ)
-                    channel.send(json.dumps({"started": pid}).encode())
-                else:
-                    pid = children.pop(key.fd)
-                    selector.unregister(key.fd)
-                    os.close(key.fd)
-                    _, status = os.waitpid(pid, 0)
-                    channel.send(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}).encode())
+def _exit(message: dict[str, Any]) -> Exit:
+    return Exit(**checked(message, "the end of a worker", pid=int, code=int))
 
 
-def _become_worker(
-    channel: socket.socket, entry: Callable[[dict[str, Any]], int], payload: dict[str, Any], parent: int
-) -> None:
-    channel.close()
+class _Server:
+    """The warm parent's loop: forks on request, tells of exits, waits in neither."""
+
+    def __init__(self, channel: Channel, entry: Callable[[dict[str, Any]], int]) -> None:
+        self._channel, self._entry = channel, entry
+        self._children: dict[int, int] = {}  # pidfd -> pid
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(channel, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        """Until the agent closes its end."""
+        try:
+            while True:
+                for key, _ in self._selector.select():
+                    if key.fileobj is self._channel:
+                        while (payload := self._channel.receive(0.0)) is not None:
+                            self._channel.post(self._fork(payload))
+                    else:
+                        self._channel.post(self._ended(key.fd))
+                events = selectors.EVENT_READ | (0 if self._channel.flush() else selectors.EVENT_WRITE)
+                self._selector.modify(self._channel, events)
+        except ChannelClosed:
+            self._end()
+
+    def _fork(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request. What fails here costs this worker alone."""
+        parent, pid = os.getpid(), 0
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._selector.close()
+                self._channel.close()
+                _become_worker(self._entry, payload, parent)
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            if pid:  # nobody could see it end
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            return {"failed": f"{error.strerror or error}"}
+        self._children[pidfd] = pid
+        self._selector.register(pidfd, selectors.EVENT_READ)
+        return {"started": pid}
+
+    def _ended(self, pidfd: int) -> dict[str, Any]:
+        pid = self._children.pop(pidfd)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        return {"pid": pid, "code": os.waitstatus_to_exitcode(status)}
+
+    def _end(self) -> None:
+        for pid in self._children.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in self._children.values():
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _become_worker(entry: Callable[[dict[str, Any]], int], payload: dict[str, Any], parent: int) -> None:
     code = 1
     try:
         die_with_parent(parent)
@@ -150,12 +223,3 @@ def _become_worker(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-
-
-def _end(children: dict[int, int]) -> None:
-    for pid in children.values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    for pid in children.values():
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)

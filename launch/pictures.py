@@ -19,7 +19,7 @@ from pipeline.timeline import Event, Timeline
 from pipeline.trace import perfetto
 
 Lanes = dict[str, list[tuple[str, float, float]]]
-"""Worker -> (op as text, start, end), as a worker reports them."""
+"""Place -> (op as text, start, end): whoever has a place now, its row is that of the plan."""
 
 
 class Pictures:
@@ -49,8 +49,9 @@ class Pictures:
 
     def _write(self, name: str, text: str) -> None:
         try:
-            write_whole(self._folder.path / name, text)
-            self.paths.append(self._folder.path / name)
+            write_whole(path := self._folder.path / name, text)
+            if path not in self.paths:  # after a rollback it is drawn again
+                self.paths.append(path)
         except OSError as error:
             self._folder.event("picture_failed", path=name, error=str(error))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -35,7 +36,12 @@ class Display:
     def say(self, text: str, style: str | None = None) -> None:
         """One line above the bar."""
         if not self._quiet:
-            self._bar.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+            with suppress(SystemExit, OSError):  # nobody reads any more: rich says nothing from now on
+                self._bar.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line about something that is not as it should be."""
+        self.say(text, "yellow")
 
     def preparing(self, what: str, share: float) -> None:
         """Progress of the work before the first step."""

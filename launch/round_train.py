@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,19 @@ from jobs.plan import Plan, evaluation_samples, make_plan, open_dataset
 from jobs.round_train import RoundTrainer
 from jobs.rounds import Rounds
 from jobs.text import TextJob
-from launch.agent import FATAL, RunFailed
+from launch.agent import RunFailed
 from launch.claim import Claim
 from launch.config import config_from_dict, to_toml
 from launch.devices import Devices, find_devices
 from launch.nursery import Nursery
 from launch.progress import Display
 from launch.run_folder import RunFolder
-from launch.train import Story, interruptible, introduce
-from launch.worker_main import blueprint, default_threads, worker_main
+from launch.signals import stop_signals
+from launch.story import Story
+from launch.train import introduce
+from launch.worker_main import blueprint, default_threads, last_words, worker_main
 from pipeline.batch import Job
+from pipeline.channel import Channel
 from pipeline.host_optimizer import HostOptimizer
 from pipeline.host_store import HostStore, Layout, store_path
 from pipeline.model import LayeredModel
@@ -42,9 +45,10 @@ from pipeline.stateless import TRAIN, PoolClosed, StatelessWorker
 from pipeline.worker import Settings
 from recovery.dealing import ROOM
 from recovery.inject import Fault, Injector, parse
-from recovery.pool import NoWorkerLeft, Pool
+from recovery.pool import LEFT, NoWorkerLeft, Pool
 
 log = logging.getLogger(__name__)
+_LAST_WORDS_S = 5.0
 
 
 def train_rounds(config: TrainConfig, as_json: bool) -> int:
@@ -56,22 +60,21 @@ def train_rounds(config: TrainConfig, as_json: bool) -> int:
     transformers.utils.logging.disable_progress_bar()
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
     try:
-        with interruptible():
-            claim = Claim(config.out)
-            with Display(config.steps, quiet=as_json) as display:
-                try:
-                    plan = make_plan(config, display.preparing)
-                    assert plan.rounds is not None
-                    layout = make_layout(config, plan.model, plan.rounds.cut, config.workers)
-                    store = HostStore.create(layout, store_path(config.out))
-                except BaseException:
-                    claim.undo()
-                    raise
-                try:
-                    code, story = _host(config, plan, display, nursery, store, devices)
-                finally:
-                    store.close()
-                    claim.release()
+        claim = Claim(config.out)
+        with Display(config.steps, quiet=as_json) as display:
+            try:
+                plan = make_plan(config, display.preparing)
+                assert plan.rounds is not None
+                layout = make_layout(config, plan.model, plan.rounds.cut, config.workers)
+                store = HostStore.create(layout, store_path(config.out))
+            except BaseException:
+                claim.undo()
+                raise
+            try:
+                code, story = _host(config, plan, display, nursery, store, devices)
+            finally:
+                store.close()
+                claim.release()
         story.close(code, as_json)
         return code
     finally:
@@ -90,7 +93,7 @@ def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int
 @contextmanager
 def hosting(
     config: TrainConfig, store: HostStore, rounds: Rounds, nursery: Nursery, event: Callable[..., None],
-    device: Callable[[int], str], *, step: int = 0, sample: int = 0,
+    device: Callable[[int], str], *, step: int = 0, sample: int = 0, stopping: Callable[[], bool] = bool,
 ) -> Iterator[tuple[HostOptimizer, Pool]]:  # fmt: skip
     """The optimizer of a store and a pool without workers yet; both end with the context."""
     pool: Pool | None = None
@@ -111,16 +114,14 @@ def hosting(
             }
         )  # fmt: skip
 
-    try:
+    with ExitStack() as stack:
+        stack.callback(optimizer.close)
         pool = Pool(
             address, start, nursery.poll, optimizer, store.layout.blocks, rounds.cost, rounds.dealer, event,
-            deadline_s=config.deadline, max_failures=config.max_failures, fatal=FATAL,
+            deadline_s=config.deadline, max_failures=config.max_failures, stopping=stopping,
         )  # fmt: skip
+        stack.callback(pool.close)
         yield optimizer, pool
-    finally:
-        if pool is not None:
-            pool.close()
-        optimizer.close()
 
 
 def _host(
@@ -133,7 +134,7 @@ def _host(
     introduce(config, plan, display)
     display.say(f"host memory: {store.layout.num_bytes / 2**30:.2f} GiB in {store.path}")
     view = plan.view
-    folder = RunFolder(config.out, to_toml(config), view.first_step, config.tensorboard)
+    folder = RunFolder(config.out, to_toml(config), view.first_step, config.tensorboard, display.warn)
     folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes)
     story, rounds = Story(config, plan, folder, display), plan.rounds
     torch.set_num_threads(config.threads or default_threads(1))
@@ -142,11 +143,12 @@ def _host(
         with (
             _stoppable() as stop,
             hosting(config, store, rounds, nursery, story.event, devices.of, step=view.first_step,
-                    sample=view.first_sample) as (optimizer, pool),
+                    sample=view.first_sample, stopping=stop.is_set) as (optimizer, pool),
         ):  # fmt: skip
             trainer = RoundTrainer(
                 config, optimizer, pool, rounds.cut, rounds.row, jobs[TRAIN], jobs["evaluate"],
-                open_dataset(config.out).fingerprint, story.handle, stop.is_set,
+                open_dataset(config.out).fingerprint, story.handle, stop.is_set, folder.save_ledger,
+                int(view.details["attempt"]), evaluate_first=view.details["source"] is not None and not view.checkpoint,
             )  # fmt: skip
             if view.checkpoint is not None:
                 trainer.resume(Path(view.checkpoint))
@@ -166,20 +168,16 @@ def _host(
 
 @contextmanager
 def _stoppable() -> Iterator[threading.Event]:
-    """SIGTERM and the first Ctrl-C ask the run to save and stop; a second Ctrl-C does not wait."""
+    """SIGTERM, SIGHUP and the first Ctrl-C ask the run to save and stop; a second Ctrl-C does not wait."""
     stop = threading.Event()
 
-    def handle(signum: int, _: object) -> None:
+    def handle(signum: int) -> None:
         if signum == signal.SIGINT and stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with stop_signals(handle):
         yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def make_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
@@ -207,28 +205,27 @@ Jobs = Callable[[TrainConfig, int, int], dict[str, TextJob]]
 
 def pool_worker(payload: dict[str, Any], jobs: Jobs = make_jobs) -> int:
     """What a forked worker of a pool does. Returns its exit code; an error is told to the host before it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(int(payload["threads"]))
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel.connect(payload["pool"])
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    end.connect(payload["pool"])
+    channel = Channel(end)
     try:
         config = config_from_dict(TrainConfig, payload["config"])
         made = jobs(config, int(payload["step"]), int(payload["sample"]))
         make_worker(payload, config, made, channel).serve()
     except PoolClosed:
-        return 1
+        return LEFT
     except Exception as error:
         log.debug("worker %d failed", payload["worker"], exc_info=True)
-        text = f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
-            channel.send(json.dumps({"error": text[:4000], "type": type(error).__name__}).encode())
+        said = last_words(error)
+        with contextlib.suppress(RuntimeError, OSError):
+            channel.send({"error": said.text, "fatal": said.fatal}, _LAST_WORDS_S)
         return 1
     return 0
 
 
 def make_worker(
-    payload: dict[str, Any], config: TrainConfig, jobs: dict[str, TextJob], channel: socket.socket
+    payload: dict[str, Any], config: TrainConfig, jobs: dict[str, TextJob], channel: Channel
 ) -> StatelessWorker:
     """A worker that is attached to the host store."""
     id = int(payload["worker"])
@@ -261,6 +258,6 @@ def make_worker(
         worker.tell(event={"step": fault.step, "fault": fault.kind, "at": fault.at})
 
     worker.probe = Injector(
-        parse(config.inject), id, id, claim, told, worker.poison, lambda: channel.shutdown(socket.SHUT_RDWR)
+        parse(config.inject), id, id, claim, told, worker.poison, lambda: channel.socket.shutdown(socket.SHUT_RDWR)
     )
     return worker

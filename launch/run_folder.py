@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from launch.journal import Journal
+
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
+"""Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it."""
 LEDGER = ("step", "view", "first_sample", "samples", "version")
 """Which samples a committed step was made of: `samples` global ids from `first_sample` on. `version`, under roundpipe,
 is how many updates the weights had seen that every slot of the step has read."""
@@ -23,21 +28,30 @@ def _marked(event: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The files of one run. A resumed run drops the metrics of steps that it will run again."""
+    """The files of one run. A resumed run drops the metrics of steps that it will run again.
 
-    def __init__(self, path: Path, config_toml: str, first_step: int, tensorboard: bool = False) -> None:
-        self.path = path
+    `ledger` holds every committed step: of a step that a rollback undid, a line for each time. What cannot be written
+    waits (see Journal), and `say` is told so once, and once it is there.
+    """
+
+    def __init__(
+        self, path: Path, config_toml: str, first_step: int, tensorboard: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.path, self._say = path, say
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "config.toml", config_toml)
         self.metrics = [m for m in read_jsonl(path / "metrics.jsonl") if m["step"] <= first_step]
         write_whole(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
         ledger = [line for line in read_jsonl(path / "ledger.jsonl") if line["step"] <= first_step]
         write_whole(path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in ledger))
+        self._in_ledger = {line["step"] for line in ledger}
+        self._taken = Counter(m["step"] for m in self.metrics)
         past = [e for e in read_jsonl(path / "events.jsonl") if e["event"] in ("evaluation", *_LOSSES)]
         past = [e for e in past if e["step"] <= first_step]
         self.evaluations = [e for e in past if e["event"] == "evaluation"]
         self.marks = [_marked(e) for e in past if e["event"] in _LOSSES]
-        self._files = {name: (path / f"{name}.jsonl").open("a") for name in ("metrics", "events", "ledger")}
+        self._files = {name: Journal(path / f"{name}.jsonl") for name in ("metrics", "events", "ledger")}
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an extra: imported only when asked for
@@ -49,35 +63,60 @@ class RunFolder:
         metrics = {name: record[name] for name in METRICS}
         if any(m["step"] == metrics["step"] and m["view"] == metrics["view"] for m in self.metrics[-1:]):
             return  # told again, in case that it had not been
+        metrics["again"] = self._taken[metrics["step"]]
+        self._taken[metrics["step"]] += 1
         self.metrics.append(metrics)
         self._append("metrics", metrics)
         self._append(
             "ledger",
             {**{name: record[name] for name in LEDGER if name in record}, "time": record.get("time", time.time())},
         )
-        if self._board is not None:
-            for name in ("loss", "tokens_per_s", "grad_norm", "lr"):
-                self._board.add_scalar(name, metrics[name], metrics["step"])
+        self._in_ledger.add(metrics["step"])
+        self._plot({name: metrics[name] for name in ("loss", "tokens_per_s", "grad_norm", "lr")}, metrics["step"])
+
+    def save_ledger(self, step: int) -> str:
+        """Have the ledger on the disk, with every step up to `step` in it; why it is not, or ""."""
+        missing = sorted(set(range(1, step + 1)) - self._in_ledger)
+        if missing:
+            return f"the ledger lacks {len(missing)} steps up to step {step}, the first: {missing[0]}"
+        return self._files["ledger"].sync()
 
     def event(self, event: str, **fields: Any) -> None:
         """Keep an event: {"time": unix seconds, "event": ..., ...}."""
         line = {"time": fields.pop("time", time.time()), "event": event, **fields}
         if event == "evaluation":
             self.evaluations.append(line)
-            if self._board is not None:
-                self._board.add_scalar("held_out_loss", fields["loss"], fields["step"])
+            self._plot({"held_out_loss": fields["loss"]}, fields["step"])
         if event in _LOSSES:
             self.marks.append(_marked(line))
         self._append("events", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(line) + "\n")
-        self._files[name].flush()
+        file = self._files[name]
+        before = file.waiting
+        file.append(line)
+        if file.waiting and not before:
+            self._say(f"{file.waiting}; training goes on, and it is tried again")
+        elif before and not file.waiting:
+            self._say(f"{file.path.name} is written again, and whole")
+
+    def _plot(self, values: dict[str, float], step: int) -> None:
+        """TensorBoard's points; where they cannot be written there are none any more."""
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except (OSError, RuntimeError) as error:
+            self._say(f"the TensorBoard files cannot be written: {error}; training goes on without them")
+            self._board = None
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
             file.close()
+            if file.waiting:
+                self._say(f"{file.waiting}: its last lines are lost")
         if self._board is not None:
             self._board.close()
 
@@ -91,6 +130,12 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def standing(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the lines of metrics.jsonl or ledger.jsonl those that stand, by step: what a rollback undid came before."""
+    found = {line["step"]: line for line in lines}
+    return [found[step] for step in sorted(found)]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from jobs.config import TrainConfig
+from jobs.config import ConfigError, TrainConfig
+from jobs.corpus import CorpusError
 from jobs.network import read_network
 from jobs.plan import evaluation_samples, open_dataset, stage_at
 from jobs.text import TextJob
@@ -27,20 +28,27 @@ from launch.config import config_from_dict
 from pipeline.groups import GroupBuilder, address_towards
 from pipeline.lora import Lora
 from pipeline.model import LayeredModel
+from pipeline.settle import NonFiniteLoss
 from pipeline.store import ResidentStore
 from pipeline.transport import Shape, Transport, span_bytes
-from pipeline.weights import read_config
+from pipeline.weights import ModelError, read_config
 from pipeline.worker import Settings, Worker
+from recovery import keys
+from recovery.checkpoint import CheckpointError
 from recovery.commit import Ballot
 from recovery.communicator import Communicator
 from recovery.inject import Fault, Injector, parse
+from recovery.lifeline import Lifeline
 from recovery.member import Member, Watcher
-from recovery.membership import View, await_view, read_view
-from recovery.policy import CHECKPOINT, POLICIES, remedies
+from recovery.membership import EVICTED, Evicted, MembershipError, View, await_view, read_view
+from recovery.policy import remedies
 from recovery.restore import load_checkpoint
 
 log = logging.getLogger(__name__)
+_POLL_S = 0.005
 _FOREVER = timedelta(days=365)  # an agent that ends takes its spare workers along
+FATAL = (NonFiniteLoss, CheckpointError, ModelError, CorpusError, ConfigError, MembershipError)
+"""Errors that another worker in the same place would meet too: the run ends with them."""
 
 
 def connect(store: dict[str, Any], timeout_s: float) -> dist.Store:
@@ -58,7 +66,6 @@ def worker_main(payload: dict[str, Any]) -> int:
 
         return pool_worker(payload)
     stop = threading.Event()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     torch.set_num_threads(int(payload["threads"]))
     store = connect(payload["store"], 60.0)
@@ -67,11 +74,17 @@ def worker_main(payload: dict[str, Any]) -> int:
     worker_id = int(payload["worker"])
     try:
         return _run(worker_id, payload, store, stop)
+    except Evicted:
+        return EVICTED
     except Exception as error:
         log.debug("worker %d failed", worker_id, exc_info=True)
-        text = f"{type(error).__name__}: {error}"
-        store.set(f"error/{worker_id}", json.dumps({"time": time.time(), "type": type(error).__name__, "error": text}))
+        keys.report_error(store, worker_id, last_words(error))
         return 1
+
+
+def last_words(error: Exception) -> keys.ErrorReport:
+    """What a worker says of the error that ends it."""
+    return keys.ErrorReport(f"{type(error).__name__}: {error}"[:4000], isinstance(error, FATAL))
 
 
 def _called(store: dist.Store, key: str) -> dict[str, Any]:
@@ -91,37 +104,39 @@ def blueprint(folder: Path, attention: str | None = None, lora: Lora | None = No
 
 def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threading.Event) -> int:
     number, joins = int(payload["view"]), bool(payload["joins"])
-    await_view(store, 1, timeout_s=3600.0)
+    await_view(store, 1)  # as long as it takes to plan: who plans has the store in it
     view = read_view(store, 1)  # the newest view is this one with other workers in some places
     config = config_from_dict(TrainConfig, view.details["config"])
     place = int(payload["place"])
-    member = build_member(worker_id, config, view, place, store, payload)
-    if view.checkpoint is not None:
-        load_checkpoint(member.worker, Path(view.checkpoint))
-    dataset = open_dataset(config.out)
-    reports = Reports(connect(payload["store"], 60.0), worker_id)
-    member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
-    evaluated = evaluation_samples(config, dataset)
-    trainer = Trainer(
-        config, member,
-        TextJob(
-            dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size,
-            view.first_step, view.first_sample,
-        ),
-        TextJob(
-            dataset.held_out_spread(evaluated), config.sequence_length, view.schedule("evaluate").num_microbatches,
-            config.microbatch_size, limit=evaluated,
-        ),
-        dataset.fingerprint, reports.put, stop.is_set, view.first_step,
-        save_first=CHECKPOINT in POLICIES[config.recovery] and view.checkpoint is None,
-    )  # fmt: skip
-    watcher = Watcher(connect(payload["store"], 60.0), member.worker, member.communicator)
-    watcher.start(number)
+    watcher = Watcher(connect(payload["store"], 60.0), worker_id, number, stop)
     try:
+        member = build_member(worker_id, config, view, place, store, payload)
+        member.worker.pulse = watcher.pulse
+        if view.checkpoint is not None:
+            load_checkpoint(member.worker, Path(view.checkpoint))
+        dataset = open_dataset(config.out)
+        reports = Reports(connect(payload["store"], 60.0), worker_id)
+        member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
+        evaluated = evaluation_samples(config, dataset)
+        trainer = Trainer(
+            config, member,
+            TextJob(
+                dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size,
+                view.first_step, view.first_sample,
+            ),
+            TextJob(
+                dataset.held_out_spread(evaluated), config.sequence_length, view.schedule("evaluate").num_microbatches,
+                config.microbatch_size, limit=evaluated,
+            ),
+            dataset.fingerprint, reports, stop.is_set, view.first_step,
+            evaluate_first=view.details["source"] is not None and view.checkpoint is None,
+        )  # fmt: skip
+        watcher.attach(member)
         return trainer.run(number, joins)
     finally:
         watcher.stop()
-        member.worker.transport.close()
+        if watcher.member is not None:
+            watcher.member.worker.transport.close()
 
 
 def build_member(
@@ -156,7 +171,7 @@ def build_member(
         at = {place: worker for worker, place in now.places.items()}
         return None if network is None else {(at[a], at[b]): shape for (a, b), shape in network.items()}
 
-    return Member(worker, communicator, store, remedies(config.checkfree_weights), shapes)
+    return Member(worker, communicator, store, remedies(config.checkfree_weights), shapes, Lifeline(store))
 
 
 def make_injector(
@@ -193,19 +208,29 @@ def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Sha
 
 
 class Reports:
-    """A worker's numbered records in the store. Each has numbers of its own: a writer that dies leaves no gap."""
+    """What one worker tells the coordinator, by numbered records in the store."""
 
     def __init__(self, store: dist.Store, worker: int) -> None:
-        self._store, self.worker, self._next = store, worker, 0
+        self._store, self.worker, self._next, self._guided = store, worker, 0, Lifeline(store)
 
     def put(self, record: dict[str, Any]) -> None:
         """Add a record."""
-        self._store.set(f"record/{self.worker}/{self._next}", json.dumps({"time": time.time(), **record}))
+        keys.put_record(self._store, self.worker, self._next, record)
         self._next += 1
+
+    def save_ledger(self, step: int) -> str:
+        """Have the coordinator write every step up to `step` to the disk; why that cannot be, or ""."""
+        number = self._next
+        self.put({"kind": "ledger", "step": step})
+        while (answer := keys.take_ledger_answer(self._store, self.worker, number)) is None:
+            if not self._guided():
+                return "the ledger is not safe: the coordinator gives no sign of life"
+            time.sleep(_POLL_S)
+        return answer
 
     def claim(self, name: str) -> bool:
         """Whether nobody has asked for `name` before."""
-        return self._store.add(f"claim/{name}", 1) == 1
+        return keys.claim(self._store, name)
 
 
 def default_threads(workers_here: int) -> int:

@@ -7,6 +7,7 @@ update; who wants to read version v of a span waits until all its layers have it
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import threading
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from pipeline.host_store import HostStore
 from pipeline.optimizer import OptimizerConfig, SpanOptimizer, clip_factor
 from pipeline.schedule import Span
+
+log = logging.getLogger(__name__)
 
 Told = Callable[[str, Any], None]
 """(what, about): "added" a block number, "norm" (step, norm), "updated" (step, layer), "failed" an exception."""
@@ -139,10 +142,12 @@ class HostOptimizer:
         if not done.wait(timeout_s):
             raise TimeoutError(f"the optimizer has not come to an end after {timeout_s:g} s")
 
-    def close(self) -> None:
-        """End the thread once it has done what was asked."""
+    def close(self, timeout_s: float = 60.0) -> None:
+        """End the thread once it has done what was asked; one that does not end is left behind, and that is said."""
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.warning("the optimizer has not come to its end within %g s", timeout_s)
 
     # ---- the thread ----
 

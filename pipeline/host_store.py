@@ -8,7 +8,6 @@ with the process that made it; what a killed one has left is found by its name a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import os
@@ -23,6 +22,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from pipeline.locks import lock, unlock
 from pipeline.model import LayeredModel
 from pipeline.schedule import Span
 from pipeline.slots import Cut
@@ -37,9 +37,10 @@ class HostMemoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Name -> place of every tensor of a store. All are fp32 but `version/*`, which are int64.
+    """Name -> place of every tensor of a store. All are fp32 but `version/*` and `tally/*`, which are int64.
 
-    `batch` x `sequence` is the shape of a microbatch; `blocks` how many gradient blocks there are. With `behind`, two
+    `batch` x `sequence` is the shape of a microbatch; `blocks` how many gradient blocks there are. `tally/B` says what
+    block B holds: the order that it was written for, and how often each microbatch was added to it. With `behind`, two
     iterations may be under way: there are two sets of hidden states, and beside the weights that the optimizer writes
     two copies that workers read, in turn. What is not trained has one place, and neither gradient nor moments.
     """
@@ -99,6 +100,7 @@ class Layout:
             place(f"grad/{layer}", (self.gradient_size((layer, layer + 1)),))
         for block in range(self.blocks):
             place(f"block/{block}", (self.block_size,))
+            place(f"tally/{block}", (1 + self.microbatches,), 8)
         hidden = (self.batch, self.sequence, model.hidden_size)
         for side in range(2 if self.behind else 1):
             for m in range(self.microbatches):
@@ -157,17 +159,15 @@ class HostStore:
     @classmethod
     def create(cls, layout: Layout, path: Path) -> HostStore:
         """Reserve the memory, all zeros, and hold it until `close`. Raises HostMemoryError, naming needed and found."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise HostMemoryError(f"host store {path} is in use: another run trains in the same folder") from error
+            descriptor = lock(path, 0o600)
+        except BlockingIOError as error:
+            raise HostMemoryError(f"host store {path} is in use: another run trains in the same folder") from error
+        try:
             os.ftruncate(descriptor, 0)  # of a run that was killed
             needed = layout.num_bytes
             free = min(shutil.disk_usage(path.parent).free, psutil.virtual_memory().available)
             if needed > free:
-                path.unlink()
                 raise HostMemoryError(
                     f"host memory: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are available in "
                     f"{path.parent}; fewer or smaller microbatches need less, as do fewer workers"
@@ -175,7 +175,7 @@ class HostStore:
             os.posix_fallocate(descriptor, 0, needed)  # else a full host would end a worker with SIGBUS much later
             store = cls(layout, path)
         except BaseException:
-            os.close(descriptor)
+            unlock(path, descriptor)
             raise
         store._lock = descriptor
         return store
@@ -183,13 +183,22 @@ class HostStore:
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name, where it lies. Raises KeyError."""
         offset, shape = self.layout.places[name]
-        kind = torch.int64 if name.startswith("version/") else torch.float32
+        kind = torch.int64 if name.startswith(("version/", "tally/")) else torch.float32
         return self._whole[offset : offset + kind.itemsize * math.prod(shape)].view(kind).view(shape)
 
     def weights(self, layer: int, kind: str = "param") -> dict[str, Tensor]:
         """Full name -> weight of all that a layer computes with; `kind`, of what is trained: param, read0 or read1."""
         trained = self.layout.model.differentiated(layer)
         return {n: self[f"{kind if n in trained else 'param'}/{n}"] for n in self.layout.model.shapes(layer)}
+
+    def lacks(self, block: int, order: int, microbatches: Sequence[int]) -> str:
+        """What is wrong with a gradient block that was written for an order, or "": every one of its microbatches must
+        have been added to it once, and no other."""
+        written, *counts = self[f"tally/{block}"].tolist()
+        if written != order:
+            return f"block {block} was not written for order {order}, but for {written}"
+        wrong = [m for m, count in enumerate(counts) if count != (m in microbatches)]
+        return f"block {block} of order {order} has microbatches {wrong} not once each" if wrong else ""
 
     def pin(self) -> None:
         """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""
@@ -201,6 +210,5 @@ class HostStore:
     def close(self) -> None:
         """Give the memory back, if this process made it; views must not be used any more."""
         if self._lock >= 0:
-            self.path.unlink(missing_ok=True)
-            os.close(self._lock)
+            unlock(self.path, self._lock)
             self._lock = -1

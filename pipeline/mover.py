@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 CHUNK = 64 << 20
 """Bytes of one chunk."""
@@ -79,12 +82,14 @@ class Mover:
             self._ready.notify()
         return ticket
 
-    def close(self) -> None:
-        """Finish what is queued, and end the thread."""
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Finish what is queued, and end the thread; one that does not end is left behind, and said."""
         with self._ready:
             heapq.heappush(self._queue, (LATER + 1, next(self._count), None, None, None, None, True))
             self._ready.notify()
-        self._thread.join()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.warning("copies %s have not come to their end within %g s", self._thread.name, timeout_s)
 
     @torch.no_grad()
     def _run(self) -> None:

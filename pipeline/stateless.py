@@ -2,14 +2,12 @@
 
 It knows no other worker and no schedule. Orders and facts ("the input of layer 5 of microbatch 3 is there") come over
 one socket as JSON, and so do its answers; numbers move through the store alone. Whatever it has not answered for may be
-done again by another: hidden states are the same bits again, and a gradient counts when its block is accepted.
+done again by another: hidden states are the same bits again, and a gradient counts when its block is accepted, which
+carries a tally of what was added to it.
 """
 
 from __future__ import annotations
 
-import json
-import select
-import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batch import Batch, Job
+from pipeline.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.host_store import HostStore
 from pipeline.model import SpanModule
 from pipeline.mover import LATER, URGENT, Mover, Ticket
@@ -33,8 +32,6 @@ _EVENTS = 1024  # that are told of one slot
 _HELD = 2  # spans whose weights are here at once: one that is computed, one that is being loaded
 TRAIN = "train"
 """The name of the job that is trained; others are only evaluated."""
-MESSAGE = 1 << 18
-"""Bytes of the longest message."""
 
 
 class Recalled(Exception):
@@ -84,11 +81,29 @@ class Loaded:
     users: int = 1
 
 
+@dataclass
+class Gradient:
+    """Where the gradients of the order at hand are summed: `views` [(parameter, its part of `flat`)] are the
+    parameters' .grad as long as the order runs, and `block` [as `flat`] is what the host will read."""
+
+    flat: Tensor
+    block: Tensor
+    tally: Tensor
+    views: list[tuple[nn.Parameter, Tensor]]
+
+    def add(self, m: int) -> None:
+        """Note that a microbatch was added. Raises RuntimeError where autograd has added it elsewhere."""
+        for parameter, view in self.views:
+            if parameter.grad is None or parameter.grad.data_ptr() != view.data_ptr():
+                raise RuntimeError(f"the gradient of microbatch {m} was not summed where it counts")
+        self.tally[1 + m] += 1
+
+
 class StatelessWorker:
     """Serves slots until it is told to end. `jobs` gives the microbatches of each kind of run, by name."""
 
     def __init__(
-        self, id: int, store: HostStore, jobs: Mapping[str, Job], settings: Settings, channel: socket.socket,
+        self, id: int, store: HostStore, jobs: Mapping[str, Job], settings: Settings, channel: Channel,
         probe: Probe | None = None, chunk: int = 64 << 20,
     ) -> None:  # fmt: skip
         self.id, self.store, self.jobs, self.settings, self.channel = id, store, jobs, settings, channel
@@ -135,21 +150,18 @@ class StatelessWorker:
     def tell(self, **message: Any) -> None:
         """Send one message. Raises PoolClosed."""
         try:
-            self.channel.send(json.dumps(message).encode())
-        except OSError as error:
-            raise PoolClosed("the host of the run is gone") from error
+            self.channel.send(message, self.settings.deadline_s)
+        except (ChannelClosed, ChannelFull, TimeoutError) as error:
+            raise PoolClosed("the host of the run is gone, or does not listen") from error
 
     def listen(self, timeout_s: float | None) -> bool:
         """Take one message, if one comes in time; whether it is the last. Raises PoolClosed."""
-        if timeout_s is not None and not select.select([self.channel], [], [], timeout_s)[0]:
-            return False
         try:
-            data = self.channel.recv(MESSAGE)
-        except OSError as error:
+            message = self.channel.receive(timeout_s)
+        except ChannelClosed as error:
             raise PoolClosed("the host of the run is gone") from error
-        if not data:
-            raise PoolClosed("the host of the run is gone")
-        message = json.loads(data)
+        if message is None:
+            return False
         if "recall" in message:
             self.recall(message["recall"])
         for run, kind, m, layer in message.get("facts", ()):
@@ -176,8 +188,8 @@ class StatelessWorker:
 
     def catch_up(self) -> None:
         """Take what has come meanwhile, so that the next span is loaded beside the work on this one."""
-        while select.select([self.channel], [], [], 0)[0]:
-            if self.listen(0):
+        while self.channel.ready:
+            if self.listen(0.0):
                 raise PoolClosed("the host has ended the run in the middle of a slot")
 
     def wait_for(self, order: Order, kind: str, m: int, layer: int) -> None:
@@ -237,11 +249,8 @@ class StatelessWorker:
         return self.shells[buffer, layer]
 
     def let_go(self, order: Order) -> None:
-        """Give the buffer back, unless the next order goes on with it."""
+        """Give the buffer back, unless another order goes on with it."""
         assert order.loaded is not None
-        for named in order.loaded.parameters.values():
-            for parameter in named.values():
-                parameter.grad = None
         order.loaded.users -= 1
         if not order.loaded.users:
             self.free.append(order.loaded.buffer)
@@ -258,32 +267,38 @@ class StatelessWorker:
         self.probe("uploaded", order.step)
         training = order.kinds != FORWARD or order.job == TRAIN
         order.loaded.module.train(training)
-        target = self.prepare_gradient(order) if B in order.kinds else None
-        for place, m in enumerate(order.microbatches):
-            self.catch_up()
-            if place == len(order.microbatches) // 2:
-                self.probe("backward" if B in order.kinds else "forward", order.step)
-            took, loss = self.backward(order, m) if B in order.kinds else self.forward(order, m)
-            if m not in order.skip:
-                self.tell(op=order.id, m=m, loss=loss, busy=took)
-        if target is not None:
-            self.commit(order, *target)
+        with self.summing(order) if B in order.kinds else nullcontext() as gradient:
+            for place, m in enumerate(order.microbatches):
+                self.catch_up()
+                if place == len(order.microbatches) // 2:
+                    self.probe("forward" if gradient is None else "backward", order.step)
+                took, loss = self.forward(order, m) if gradient is None else self.backward(order, m, gradient)
+                if m not in order.skip:
+                    self.tell(op=order.id, m=m, loss=loss, busy=took)
+            if gradient is not None:
+                self.commit(order, gradient)
         self.probe("commit", order.step)
         self.running = None  # what has been told cannot be recalled
         self.tell(slot=order.id, version=order.loaded.version, events=order.events, held=self.most_held)
         self.probe("committed", order.step)
 
-    def prepare_gradient(self, order: Order) -> tuple[Tensor, Tensor]:
-        """(where gradients are summed, the block that they go to): on the CPU one and the same."""
+    @contextmanager
+    def summing(self, order: Order) -> Iterator[Gradient]:
+        """Inside, gradients are summed for an order: for no other, whoever shares its weights."""
         assert order.loaded is not None
         block = self.store[f"block/{order.block}"][: self.layout.gradient_size(order.span)]
         flat = block if self.gradient is None else self.gradient[: block.numel()]
-        flat.zero_()
-        views = self.layout.gradient_views(list(range(*order.span)), flat)
-        for layer, named in views.items():
-            for name, view in named.items():
-                order.loaded.parameters[layer][name].grad = view
-        return flat, block
+        gradient = Gradient(flat.zero_(), block, self.store[f"tally/{order.block}"].zero_(), [])
+        try:
+            for layer, named in self.layout.gradient_views(list(range(*order.span)), flat).items():
+                for name, view in named.items():
+                    parameter = order.loaded.parameters[layer][name]
+                    parameter.grad = view
+                    gradient.views.append((parameter, view))
+            yield gradient
+        finally:
+            for parameter, _ in gradient.views:
+                parameter.grad = None
 
     def poison(self) -> None:
         """Make the gradient at hand not a number, as a fault would."""
@@ -293,9 +308,12 @@ class StatelessWorker:
             if gradient is not None:
                 gradient.view(-1)[0] = float("nan")
 
-    def commit(self, order: Order, flat: Tensor, block: Tensor) -> None:
-        if flat is not block:
-            self.down.move([(block, flat)], LATER, self.mark()).wait(self.settings.deadline_s)
+    def commit(self, order: Order, gradient: Gradient) -> None:
+        """Have the gradient in its block, and say there for which order: on the CPU it was summed there."""
+        if gradient.flat is not gradient.block:
+            pairs = [(gradient.block, gradient.flat)]
+            self.down.move(pairs, LATER, self.mark()).wait(self.settings.deadline_s)
+        gradient.tally[0] = order.id
 
     def mark(self) -> Any:
         """What copies must wait for: all that has been queued for the device so far."""
@@ -346,7 +364,7 @@ class StatelessWorker:
             self.give(order, "x", m, {**taps, **({hi: y} if loss is None else {})})
         return taken[0], loss
 
-    def backward(self, order: Order, m: int) -> tuple[float, float | None]:
+    def backward(self, order: Order, m: int, into: Gradient) -> tuple[float, float | None]:
         """A backward, with the forward that it needs right before it."""
         batch, (lo, hi) = self.batch(order, m), order.span
         x = self.input(order, batch, m)
@@ -360,6 +378,7 @@ class StatelessWorker:
         with self.timed(order, B, m) as second:
             if y.requires_grad:  # else all up to here is frozen
                 torch.autograd.backward(y, gradient)
+            into.add(m)
             loss = float(y.detach()) if hi == self.model.num_layers else None
         if lo and m not in order.skip:
             assert x.grad is not None

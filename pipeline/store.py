@@ -7,7 +7,7 @@ its own, held on both sides: its two gradients are summed, so both copies stay e
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -100,6 +100,21 @@ class ResidentStore:
         """Copy a state given by `layer_state` in. Raises KeyError for a missing tensor, RuntimeError for a shape."""
         for key, tensor in self.layer_state(layer).items():
             tensor.copy_(state[key])
+
+    @torch.no_grad()
+    def start_again(self, seed: int, source: Path | None, came_on: Callable[[], None]) -> None:
+        """Fill in the weights that a run begins with, and no moments. Raises ModelError for a source that is gone."""
+        fresh: dict[str, nn.Parameter] = {}
+        for layer in self.layers():
+            fresh |= self.model.build((layer, layer + 1), seed=seed, source=source).named_layer_parameters(layer)
+            came_on()
+        for shard in self.shards.values():
+            shard.drop()
+            shard.lr_scale.fill_(1.0)
+            for name, parameter in shard.parameters.items():
+                parameter.copy_(fresh[name])
+                for tensor in shard.moments(name).values():
+                    tensor.zero_()
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Full name -> weight of the parameters that `layer` owns."""

@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +69,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     ),
 }  # fmt: skip
 """Built-in shapes by name, as the contents of a config.json; weights are random."""
+
+
+def watch(source: Path | None) -> Callable[[], str]:
+    """Says, when it is called later, how the weights in the directory `source` have changed since, or "" where they
+    are as they were. Random weights (None) never change."""
+    before = _stamps(source)
+
+    def changed() -> str:
+        now = _stamps(source)
+        gone = [name for name in before if now.get(name) != before[name]]
+        return f"{source} has changed: {_some(set(gone))}" if gone else ""
+
+    return changed
+
+
+def _stamps(source: Path | None) -> dict[str, tuple[int, int]]:
+    if source is None or not source.is_dir():
+        return {}
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in source.glob("*.safetensors")}
 
 
 # ---- configs ----

@@ -6,6 +6,7 @@ and the sums over its replicas, so that they can be brought in step after an int
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,7 +33,10 @@ class Exchange(Protocol):
     def __call__(
         self, iteration: int, payload: dict[str, Any], deadline: float, voted: Voted = None, /
     ) -> Mapping[int, dict[str, Any]]:
-        """Every worker's payload, by worker. `voted` is called when the own one is given but the outcome is open."""
+        """Every worker's payload, by worker. `voted` is called when the own one is given but the outcome is open.
+
+        `deadline` is in time.monotonic seconds, or infinite: then the wait is as long as the run is guided.
+        """
         ...
 
 
@@ -52,6 +56,16 @@ class Unprobed:
 
     def __call__(self, point: str, step: int, /) -> None:
         return None
+
+
+@dataclass
+class Pulse:
+    """Counts what comes on in long work (a layer written, read or received), for who watches that it does come on."""
+
+    count: int = 0
+
+    def __call__(self) -> None:
+        self.count += 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ class Worker:
     settings: Settings
     iteration: int = 0
     probe: Probe = field(default_factory=Unprobed)
+    pulse: Pulse = field(default_factory=Pulse)
     norms: Mapping[Span, float] = field(default_factory=dict)
     reduced: dict[Span, Work] = field(default_factory=dict)
     """The sums over replicas that were started since the last committed step."""
@@ -125,9 +140,12 @@ class Worker:
         )  # fmt: skip
 
     def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
-        """Everyone's payload, by worker, outside any step: a barrier that carries JSON."""
+        """Everyone's payload, by worker, outside any step: a barrier that carries JSON.
+
+        Before it others may read, write or receive much, so it waits as long as somebody sees to it that they come on.
+        """
         self.iteration += 1
-        return self.exchange(self.iteration, payload, time.monotonic() + self.settings.deadline_s)
+        return self.exchange(self.iteration, payload, math.inf)
 
     def reduce(self, shard: Span) -> None:
         """Start summing a shard's gradient over its holders, if there are several."""

@@ -4,8 +4,9 @@
     checkpoints/step-00000100/manifest.json
 
 A file per layer lets any number of workers resume, each reading only its layers. Everything is written into
-`step-N.tmp` and becomes true by one rename; a reader takes the newest directory whose every byte is what the manifest
-says, and reports why it skipped others.
+a folder that ends in `.tmp` and becomes true by one rename; a reader takes the newest directory whose every byte is
+what the manifest says, and reports why it skipped others. A *fence* (attempt, view) says who writes: what a later view
+has saved or is saving is never touched by one that is over, however late its last writer comes back.
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pipeline.wire import WireError, checked, parse
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
+_FILE = re.compile(r"layer-\d{5}\.safetensors")
+_UNFINISHED = re.compile(r"step-\d{8}\.(\d+)-(\d+)\.tmp")
 _CHUNK = 1 << 22
+
+Fence = tuple[int, int]
+"""(attempt, view): attempts are the starts of a run, one after another; views begin anew in each."""
 
 
 class CheckpointError(RuntimeError):
@@ -45,8 +55,17 @@ class FileRecord:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> FileRecord:
-        return cls(**values)
+    def from_json(cls, values: Any) -> FileRecord:
+        """Raises CheckpointError for what is no record of a layer's file."""
+        try:
+            found = checked(
+                values if isinstance(values, dict) else {}, "a file", name=str, layer=int, size=int, crc32=int
+            )
+        except WireError as error:
+            raise CheckpointError(str(error)) from error
+        if not _FILE.fullmatch(found["name"]):
+            raise CheckpointError(f"a file is called {found['name']!r}; expected layer-NNNNN.safetensors")
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -63,19 +82,38 @@ def directory(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def temporary(root: Path, step: int) -> Path:
+def temporary(root: Path, step: int, fence: Fence = (0, 0)) -> Path:
     """Where it is written before it is committed."""
-    return root / f"step-{step:08d}.tmp"
+    return root / f"step-{step:08d}.{fence[0]}-{fence[1]}.tmp"
 
 
-def begin(root: Path, step: int) -> Path:
-    """An empty temporary directory; what an earlier crash left there or beside it is removed."""
+def begin(root: Path, step: int, fence: Fence = (0, 0)) -> Path:
+    """An empty temporary directory; what an earlier view left there or beside it is removed.
+
+    Raises CheckpointError where a later view is at work.
+    """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob("step-*.tmp"):
+        if (match := _UNFINISHED.fullmatch(stale.name)) and (int(match[1]), int(match[2])) > fence:
+            raise CheckpointError(f"{stale.name} is being written by a later view than {fence[1]}, which is over")
         shutil.rmtree(stale, ignore_errors=True)
-    path = temporary(root, step)
+    path = temporary(root, step, fence)
     path.mkdir()
     return path
+
+
+def last_attempt(root: Path) -> int:
+    """The highest attempt that has saved a checkpoint here that can be read; 0 for none."""
+    return max((_fence_of(path)[0] for path in _committed(root)), default=0)
+
+
+def _fence_of(path: Path) -> Fence:
+    """Who has saved a checkpoint; (0, 0) where that cannot be read."""
+    try:
+        attempt, view = read_manifest(path)["extra"]["fence"]
+        return int(attempt), int(view)
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return 0, 0
 
 
 def write_layer(folder: Path, layer: int, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -86,63 +124,115 @@ def write_layer(folder: Path, layer: int, tensors: Mapping[str, Tensor]) -> File
     return FileRecord(name, layer, len(data), zlib.crc32(data))
 
 
-def commit(root: Path, step: int, records: Sequence[FileRecord], extra: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Make the checkpoint true: manifest, flush, rename, flush; then drop all but the `keep` newest."""
-    folder, final = temporary(root, step), directory(root, step)
-    body = {"extra": dict(extra), "files": [record.as_json() for record in sorted(records, key=lambda r: r.layer)]}
+def commit(
+    root: Path, step: int, records: Sequence[FileRecord], extra: Mapping[str, Any], *, keep: int = 2,
+    fence: Fence = (0, 0),
+) -> Path:  # fmt: skip
+    """Make the checkpoint true: manifest, flush, rename, flush; then drop all but the `keep` newest.
+
+    Raises CheckpointError where a later view has saved one: the view of this one is over.
+    """
+    folder, final = temporary(root, step, fence), directory(root, step)
+    body = {
+        "extra": {**extra, "fence": list(fence)},
+        "files": [record.as_json() for record in sorted(records, key=lambda r: r.layer)],
+    }
     text = json.dumps(body, sort_keys=True)
     _write(folder / MANIFEST, json.dumps({"crc32": zlib.crc32(text.encode()), "body": body}, sort_keys=True).encode())
     _flush_directory(folder)
+    if later := [path.name for path in _committed(root) if _fence_of(path) > fence]:
+        raise CheckpointError(f"{max(later)} was saved by a later view than {fence[1]}, which is over")
+    replaced = folder.with_name(f"{final.name}.old.tmp")
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, replaced)
     os.rename(folder, final)
     _flush_directory(root)
     others = sorted(_committed(root), reverse=True)
     # Newer ones are damaged, or of a future that a rollback gave up: this one was written after them.
     for old in [p for p in others if p > final] + [p for p in others if p <= final][max(1, keep) :]:
-        shutil.rmtree(old, ignore_errors=True)
+        if _fence_of(old) <= fence:
+            shutil.rmtree(old, ignore_errors=True)
+    if replaced.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def abort(root: Path, step: int) -> None:
+def abort(root: Path, step: int, fence: Fence = (0, 0)) -> None:
     """Remove what `begin` made."""
-    shutil.rmtree(temporary(root, step), ignore_errors=True)
+    shutil.rmtree(temporary(root, step, fence), ignore_errors=True)
+
+
+@dataclass
+class Verifier:
+    """Finds the newest checkpoint that is whole. What it has read to the last byte, and is still as it was, it does
+    not read again. `came_on_at` (time.monotonic seconds) ascends while it works, from whichever thread that is."""
+
+    came_on_at: float = 0.0
+    _known: dict[Path, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def find(self, root: Path) -> Found:
+        """The newest checkpoint under `root` that is whole, every file's length and checksum verified."""
+        with self._turn:
+            return self._find(root)
+
+    def _find(self, root: Path) -> Found:
+        skipped: list[tuple[Path, str]] = []
+        for path in sorted(_committed(root), reverse=True):
+            try:
+                manifest = read_manifest(path)
+                records = [FileRecord.from_json(values) for values in manifest["files"]]
+                known = _identity(path, records)
+                if self._known.get(path) != known:
+                    for record in records:
+                        _verify(path / record.name, record, self._come_on)
+                    self._known[path] = known
+                return Found(path, manifest, tuple(skipped))
+            except CheckpointError as error:
+                skipped.append((path, str(error)))
+        return Found(None, None, tuple(skipped))
+
+    def _come_on(self) -> None:
+        self.came_on_at = time.monotonic()
 
 
 def find(root: Path) -> Found:
     """The newest checkpoint that is whole, every file's length and checksum verified."""
-    skipped: list[tuple[Path, str]] = []
-    for path in sorted(_committed(root), reverse=True):
+    return Verifier().find(root)
+
+
+def _identity(path: Path, records: Sequence[FileRecord]) -> tuple[tuple[int, ...], ...]:
+    """What changes when a file of a checkpoint does: inode, length and time."""
+    found: list[tuple[int, ...]] = []
+    for name in (MANIFEST, *(record.name for record in records)):
         try:
-            manifest = read_manifest(path)
-            for record in map(FileRecord.from_json, manifest["files"]):
-                _verify(path / record.name, record)
-            return Found(path, manifest, tuple(skipped))
-        except CheckpointError as error:
-            skipped.append((path, str(error)))
-    return Found(None, None, tuple(skipped))
+            stat = (path / name).stat()
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+        found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(found)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """{"extra": ..., "files": [...]}. Raises CheckpointError when it is missing or damaged."""
+    """{"extra": {"step": ..., ...}, "files": [...]}. Raises CheckpointError when it is missing or damaged."""
     try:
-        whole = json.loads((path / MANIFEST).read_bytes())
-        body = whole["body"]
-        valid = zlib.crc32(json.dumps(body, sort_keys=True).encode()) == whole["crc32"]
+        whole = checked(parse((path / MANIFEST).read_bytes(), MANIFEST), MANIFEST, body=dict, crc32=int)
+        body = checked(whole["body"], MANIFEST, extra=dict, files=list)
+        checked(body["extra"], MANIFEST, step=int)
     except FileNotFoundError as error:
         raise CheckpointError(f"{MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{MANIFEST} is damaged ({type(error).__name__})") from error
-    if not valid:
+    except (WireError, OSError) as error:
+        raise CheckpointError(f"{MANIFEST} is damaged ({error})") from error
+    if zlib.crc32(json.dumps(whole["body"], sort_keys=True).encode()) != whole["crc32"]:
         raise CheckpointError(f"{MANIFEST} is damaged (checksum)")
     return body
 
 
 def read_layer(path: Path, manifest: Mapping[str, Any], layer: int) -> dict[str, Tensor]:
     """One layer's tensors, verified as they are read. Raises CheckpointError."""
-    record = next((FileRecord.from_json(r) for r in manifest["files"] if r["layer"] == layer), None)
-    if record is None:
-        raise CheckpointError(f"{path} has no layer {layer}; it has {sorted(r['layer'] for r in manifest['files'])}")
+    records = {record.layer: record for record in map(FileRecord.from_json, manifest["files"])}
+    if (record := records.get(layer)) is None:
+        raise CheckpointError(f"{path} has no layer {layer}; it has {sorted(records)}")
     try:
         data = (path / record.name).read_bytes()
     except OSError as error:
@@ -173,12 +263,13 @@ def _committed(root: Path) -> list[Path]:
     return [p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if root.is_dir() else []
 
 
-def _verify(path: Path, record: FileRecord) -> None:
+def _verify(path: Path, record: FileRecord, came_on: Callable[[], None]) -> None:
     try:
         crc, size = 0, 0
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+                came_on()
     except OSError as error:
         raise CheckpointError(f"{record.name} cannot be read: {error.strerror}") from error
     _compare(record, size, crc)

@@ -1,13 +1,15 @@
 """How the workers of a view settle a step: each votes once, and the outcome is written once, in one place.
 
-The last to vote writes "commit"; the coordinator, when it changes the view, writes "abort". Whoever is first wins, by
-compare-and-set, so a step is committed on all workers or on none, whoever dies and whenever. All wait on that one key
-of a store that outlives any worker; nobody waits inside a collective whose other members may be dead.
+The last to vote writes "commit"; the coordinator, when it changes the view, writes "abort", and so does a worker that
+gives up waiting. Whoever is first wins, by compare-and-set, and all obey what stands there, so a step is committed on
+all workers or on none, whoever dies and whenever. All wait on that one key of a store that outlives any worker; nobody
+waits inside a collective whose other members may be dead.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.wire import WireError, parse
+
 COMMIT, ABORT = "commit", "abort"
+_SLICE_S = 0.5  # how often who waits without end asks whether there is a coordinator
 READY = 2
 """The iteration of a view by which all its members are ready; 1 is that they are there."""
 
@@ -35,7 +40,11 @@ def _key(view: int, what: str, iteration: int) -> str:
 
 def decide(store: dist.Store, view: int, iteration: int, outcome: str) -> str:
     """Write the outcome of an iteration, unless it has one; returns the outcome that stands."""
-    return store.compare_set(_key(view, "outcome", iteration), "", outcome).decode()
+    return _outcome(store.compare_set(_key(view, "outcome", iteration), "", outcome))
+
+
+def _outcome(stands: bytes) -> str:
+    return COMMIT if stands == COMMIT.encode() else ABORT
 
 
 @dataclass
@@ -46,6 +55,8 @@ class Ballot:
     view: int
     worker: int
     members: Sequence[int]
+    guided: Callable[[], bool] = lambda: True
+    """Whether there still is a coordinator."""
 
     def _vote(self, iteration: int, worker: int) -> str:
         return _key(self.view, f"vote{worker}", iteration)
@@ -53,10 +64,11 @@ class Ballot:
     def __call__(
         self, iteration: int, payload: dict[str, Any], deadline: float, voted: Callable[[], None] | None = None
     ) -> Mapping[int, dict[str, Any]]:
-        """Vote `payload` (JSON) and return everyone's, by worker. `deadline` is in time.monotonic seconds.
+        """Vote `payload` (JSON) and return everyone's, by worker. `deadline` is in time.monotonic seconds; without end,
+        the wait is as long as the coordinator lives, which ends workers that do not come on.
 
         `voted` is called between the vote and its outcome. Raises Aborted when the view changes, CommitError when
-        votes are missing at the deadline or the store is gone.
+        votes are missing at the deadline, which then are missing for all, or the store is gone.
         """
         try:
             self.store.set(self._vote(iteration, self.worker), json.dumps(payload))
@@ -65,13 +77,7 @@ class Ballot:
                 voted()
             if last:
                 decide(self.store, self.view, iteration, COMMIT)
-            outcome = _key(self.view, "outcome", iteration)
-            try:
-                self.store.wait([outcome], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-            except RuntimeError as error:
-                missing = [m for m in self.members if not self.store.check([self._vote(iteration, m)])]
-                raise CommitError(f"no vote of workers {missing} on iteration {iteration}, view {self.view}") from error
-            if self.store.get(outcome).decode() != COMMIT:
+            if self._await(iteration, deadline) != COMMIT:
                 raise Aborted(f"iteration {iteration} of view {self.view} was ended, because the view changes")
             votes = self.store.multi_get([self._vote(iteration, member) for member in self.members])
             # Everyone who voted now has read the votes of two iterations ago: they can go.
@@ -80,12 +86,36 @@ class Ballot:
                 self.store.delete_key(_key(self.view, "votes", iteration - 2))
         except dist.DistNetworkError as error:
             raise CommitError(f"the store is gone: {str(error).splitlines()[0]}") from error
-        return {member: json.loads(vote) for member, vote in zip(self.members, votes, strict=True)}
+        try:
+            return {m: parse(vote, f"the vote of worker {m}") for m, vote in zip(self.members, votes, strict=True)}
+        except WireError as error:
+            raise CommitError(str(error)) from error
+
+    def _await(self, iteration: int, deadline: float) -> str:
+        """The outcome of an iteration. Raises CommitError where it is this worker that has ended it."""
+        key = _key(self.view, "outcome", iteration)
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                self.store.wait([key], timedelta(seconds=max(0.001, min(_SLICE_S, left))))
+                return _outcome(self.store.get(key))
+            except dist.DistNetworkError:
+                raise
+            except RuntimeError as error:
+                if time.monotonic() < deadline and (deadline < math.inf or self.guided()):
+                    continue
+                missing = [m for m in self.members if not self.store.check([self._vote(iteration, m)])]
+                if decide(self.store, self.view, iteration, ABORT) == COMMIT:
+                    return COMMIT
+                raise CommitError(f"no vote of workers {missing} on iteration {iteration}, view {self.view}") from error
 
 
 @dataclass
 class Follower:
-    """The coordinator's eye on the iterations of a view: how far they have come, and the right to end them."""
+    """The coordinator's eye on the iterations of a view: how far they have come, and the right to end them.
+
+    `iteration` only ascends, and all before it are committed.
+    """
 
     store: dist.Store
     view: int
@@ -93,6 +123,8 @@ class Follower:
     """The first iteration without a known outcome; workers count from 1."""
     moved: float = 0.0
     """When the last outcome was seen, in time.monotonic seconds."""
+    given_up: bool = False
+    """Whether a worker has ended the view: it waited for votes in vain."""
 
     def __post_init__(self) -> None:
         self.moved = time.monotonic()
@@ -100,7 +132,10 @@ class Follower:
     def follow(self) -> bool:
         """Take note of new outcomes, and delete what nobody reads any more; returns whether there were any."""
         before = self.iteration
-        while self.store.check([_key(self.view, "outcome", self.iteration)]):
+        while not self.given_up and self.store.check([key := _key(self.view, "outcome", self.iteration)]):
+            if _outcome(self.store.get(key)) != COMMIT:
+                self.given_up = True
+                break
             self.store.delete_key(_key(self.view, "outcome", self.iteration - 3))
             self.iteration += 1
             self.moved = time.monotonic()

@@ -37,19 +37,31 @@ class Communicator:
     backend: str = "gloo"
     members: dict[Span, tuple[int, ...]] = field(default_factory=dict)
     unconfirmed: tuple[set[int], set[Span]] = field(default_factory=lambda: (set(), set()))
+    carrying: dict[str, tuple[tuple[int, ...], Group]] = field(default_factory=dict)
+    """The groups over which state is being restored, by name: they are ended like the others."""
+
+    @property
+    def peers(self) -> set[int]:
+        """The workers with which this one is in a group."""
+        groups = [*list(self.members.values()), *(members for members, _ in list(self.carrying.values()))]
+        return {worker for members in groups for worker in members}
 
     def poison(self, lost: set[int]) -> None:
-        """End, from any thread, every sum over a group that has lost a member: its sockets close, its waiters raise."""
+        """End, from any thread, what waits in a group that has lost a member: its sockets close, its waiters raise."""
         for shard, members in list(self.members.items()):
             if lost & set(members):
-                self._poison(shard, members, lost)
+                self._poison(self.worker.groups.get(shard), members, lost)
+        for members, group in list(self.carrying.values()):
+            if lost & set(members):
+                self._poison(group, members, lost)
 
-    def _poison(self, shard: Span, members: tuple[int, ...], lost: set[int]) -> None:
-        group = self.worker.groups.get(shard)
-        alive = next((w for w in members if w not in lost and w != self.worker.id), None)
-        if group is not None and alive is not None and self.backend == "gloo":
-            try:  # the peer must be a living one: a receive from a dead one fails without closing the others
-                work = group.recv([torch.empty(1)], members.index(alive), 1)
+    def _poison(self, group: Group | None, members: tuple[int, ...], lost: set[int]) -> None:
+        # A living peer before a lost one: a receive from a dead one fails without closing the others. Where there is
+        # none, the lost one may be stopped or out of reach, and then a receive from it ends the wait.
+        peer = next((w for w in sorted(members, key=lambda w: w in lost) if w != self.worker.id), None)
+        if group is not None and peer is not None and self.backend == "gloo":
+            try:
+                work = group.recv([torch.empty(1)], members.index(peer), 1)
                 work.wait(timedelta(milliseconds=1))
             except RuntimeError:
                 return
@@ -65,7 +77,7 @@ class Communicator:
                 self.worker.transport.drop(peer)
         for shard, members in list(self.members.items()):
             if not set(members) <= workers or shard in fresh_groups:
-                self._poison(shard, members, set(members) - workers)
+                self._poison(self.worker.groups.get(shard), members, set(members) - workers)
                 self._end(shard, min(deadline, time.monotonic() + _ENDING_S))
                 self._forget(shard)
         self.unconfirmed = (set(), set())
@@ -100,7 +112,7 @@ class Communicator:
                 self.worker.transport.drop(peer)
         for shard, members in list(self.members.items()):
             if any(shard not in sums[member] for member in members):
-                self._poison(shard, members, set())
+                self._poison(self.worker.groups.get(shard), members, set())
                 self._end(shard, min(deadline, time.monotonic() + _ENDING_S))
                 self._forget(shard)
                 continue

@@ -1,22 +1,28 @@
 """The one writer of views. It learns of losses, ends the step under way, names the remedy, and publishes the next view.
 
 Losses reach it through the store, from whoever sees them: an agent whose worker ended, or this coordinator itself,
-when a worker has stopped to say that it lives, or has neither voted nor waited for long. An agent that is silent takes
-its workers along, and others start their replacements. A link that breaks between two who live is a complaint.
+when a worker has stopped to say that it lives, or does not come on. An agent that is silent takes its workers along,
+and others start their replacements. A link that breaks between two who live is a complaint. What the next view is may
+take long to find out (a checkpoint is verified, routes are searched), so a thread does it, and the coordinator goes on
+to look after the run.
 """
 
 from __future__ import annotations
 
-import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.wire import WireError
 from recovery.commit import READY, Follower
+from recovery.keys import LossReport, read_agent, read_beat, read_complaint, read_loss, stop_asked
+from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
 from recovery.membership import View, publish, replace_workers
 from recovery.policy import CHECKPOINT, REROUTE, Recovery
 from recovery.remedy import CannotRestore
@@ -27,22 +33,28 @@ Event = Callable[..., None]
 
 _GRACE_S = 1.0  # a broken link is most often a lost worker, of which a report is on its way
 _COMPLAINTS = 3
+_AT_ONCE_S = 0.05  # what is found out within it needs no further tick
+_FRESH = "the weights of the start, as nothing was trained yet"
 
 
-def complain(store: dist.Store, view: int, worker: int, reason: str) -> None:
-    """Tell the coordinator that this worker has met a broken link in `view`."""
-    store.set(f"complaint/{view}", json.dumps({"worker": worker, "reason": reason}))
+@dataclass
+class _Sign:
+    """The last sign of life of somebody, when it was first seen, and when its work was last seen to come on."""
+
+    number: object
+    at: float
+    progress: int = 0
+    progress_at: float = 0.0
 
 
-def beat(store: dist.Store, agent: int, number: int) -> None:
-    """Say that an agent lives: twice a second, with ascending numbers."""
-    store.set(f"agent/{agent}", str(number))
+@dataclass(frozen=True)
+class _Search:
+    """What the next view is, being found out. `lost` are the workers without which it will be, and why."""
 
-
-def report_loss(store: dist.Store, worker: int, reason: str, pid: int = 0) -> None:
-    """Tell the coordinator that a worker is gone."""
-    number = store.add("losses", 1) - 1
-    store.set(f"loss/{number}", json.dumps({"worker": worker, "reason": reason, "pid": pid, "time": time.time()}))
+    base: View
+    lost: Mapping[int, LossReport]
+    found: Future[View]
+    began: float
 
 
 @dataclass
@@ -50,8 +62,9 @@ class Coordinator:
     """Publishes `view` at once; `recovery` says what comes after it.
 
     A worker whose heart has not beaten for `heartbeat_s` is lost, and so is one that neither votes nor waits while
-    nothing is settled for `deadline_s`. After a complaint about a link a view of the same workers gives them new ones;
-    after three without a step between them who complained is replaced. More than `max_failures` losses end the run.
+    nothing is settled and its own work does not come on for `deadline_s`. After a complaint about a link a view of the
+    same workers gives them new ones; after three without a step between them who complained is replaced. More than
+    `max_failures` losses end the run, and so do three of one place without a step between.
     """
 
     store: dist.Store
@@ -62,97 +75,190 @@ class Coordinator:
     deadline_s: float
     max_failures: int
     _follower: Follower = field(init=False)
+    _losses: Losses = field(init=False)
+    _search: _Search | None = None
+    _joining: Future[View] | None = None
+    """The view in which awaited workers that are ready join, until something else happens."""
     _reported: int = 0
-    _failures: int = 0
-    _beats: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    _signs: dict[str, _Sign] = field(default_factory=dict)
     _looked: float = 0.0
     _trained: bool = False
     _complained: float | None = None
     _complaints: int = 0
 
     def __post_init__(self) -> None:
+        self._losses = Losses(self.max_failures)
         publish(self.store, self.view)
         self._follower = Follower(self.store, self.view.number)
 
     def tick(self) -> None:
         """Take note of what has happened since the last call. Raises CannotRestore, or TooManyFailures."""
-        committed = self._follower.follow()
-        if committed and self._settled:
+        committed = self._follower.follow() and self._settled
+        if committed:
             self._complaints = 0
-        lost = self._reports() | self._silent() or self._broken()
-        if lost is None or lost:
-            self._change(lost or {})  # where everybody lives: the same workers, with new links
-        elif committed and self._settled and (ready := self._ready()):
-            self._follower.abort()  # at the end of a step: it costs least when the next one has only begun
-            self._publish(self.recovery.with_ready(self.view, ready), event="rejoined")
+            self._losses.progress()
+        lost = self._reports() | self._silent()
+        if lost or (self._search is None and self._mends(lost)):
+            self._look_for_next(lost)
+        elif self._search is not None:
+            self._publish_found(self._search, 0.0)
+        elif self.view.awaited:
+            self._let_in(committed)
 
-    def _ready(self) -> tuple[int, ...]:
-        """The awaited workers that have been started and have built what they need."""
-        return tuple(worker for worker in self.view.awaited if self.store.check([f"beat/{worker}"]))
+    # ---- what has happened ----
 
-    def _reports(self) -> dict[int, str]:
-        lost: dict[int, str] = {}
-        while self.store.check([f"loss/{self._reported}"]):
-            report = json.loads(self.store.get(f"loss/{self._reported}"))
+    def _reports(self) -> dict[int, LossReport]:
+        lost: dict[int, LossReport] = {}
+        while True:
+            try:
+                if (report := read_loss(self.store, self._reported)) is None:
+                    return lost
+                if self._concerns(report.worker):
+                    lost[report.worker] = report
+                    self.event("detected", worker=report.worker, reason=report.reason, time=report.time)
+            except WireError as error:
+                self.event("unreadable", error=str(error))
             self._reported += 1
-            if report["worker"] in self.view.places:
-                lost[report["worker"]] = report["reason"]
-                self.event("detected", worker=report["worker"], reason=report["reason"], time=report["time"])
-        return lost
 
-    def _broken(self) -> dict[int, str] | None:
-        """After a complaint: None where a new view may mend the link; who complains, where several did not."""
-        if not self.store.check([f"complaint/{self.view.number}"]):
-            return {}
-        now = time.monotonic()
-        self._complained = self._complained or now
-        if now - self._complained < _GRACE_S:
-            return {}
+    def _concerns(self, worker: int) -> bool:
+        """Whether a worker has a place that it has not lost yet."""
+        return worker in self.view.places and (self._search is None or worker not in self._search.lost)
+
+    def _mends(self, lost: dict[int, LossReport]) -> bool:
+        """Whether the same workers need a new view, because a link broke or they have waited in vain for a vote. Who
+        is behind that again and again is added to `lost`."""
+        worker, reason = -1, "has not voted in time"
+        if self._follower.given_up:
+            worker = next((w for w in self.view.workers if not self._follower.voted(w)), -1)
+        elif (complaint := self._complaint()) is not None:
+            worker, reason = complaint[0], f"cannot reach another one: {complaint[1]}"
+        else:
+            return False
         self._complaints += 1
-        complaint = json.loads(self.store.get(f"complaint/{self.view.number}"))
-        worker, reason = int(complaint["worker"]), f"cannot reach another one: {complaint['reason']}"
-        again = self._complaints > _COMPLAINTS
+        again = self._complaints > _COMPLAINTS and worker in self.view.places
         self.event("detected" if again else "link", worker=worker, reason=reason)
-        return {worker: reason} if again else None
+        if again:
+            lost[worker] = LossReport(worker, reason, False, time.time())
+        return True
 
-    def _silent(self) -> dict[int, str]:
+    def _complaint(self) -> tuple[int, str] | None:
+        """A complaint about a link that no report of a loss has explained for a while."""
+        try:
+            complaint = read_complaint(self.store, self.view.number)
+        except WireError as error:
+            self.store.delete_key(f"complaint/{self.view.number}")
+            self.event("unreadable", error=str(error))
+            return None
+        if complaint is None:
+            return None
+        self._complained = self._complained or time.monotonic()
+        return complaint if time.monotonic() - self._complained >= _GRACE_S else None
+
+    def _silent(self) -> dict[int, LossReport]:
         """Workers that hang: looked for once a second."""
         now = time.monotonic()
         if now - self._looked < min(1.0, self.heartbeat_s / 4):
             return {}
         self._looked = now
         alive = self.alive  # looked at as often as workers are
-        lost: dict[int, str] = {}
-        stalled = now - self._follower.moved > self.deadline_s
+        lost: dict[int, LossReport] = {}
         for worker in self.view.workers:
-            if not self.store.check([f"beat/{worker}"]):
-                if self.view.agents[self.view.places[worker]] in alive:
-                    continue  # it is still being started; its agent sees it end
-                lost[worker] = "was being started by an agent that has given no sign of life since"
-                continue
-            if self._silence_s(f"beat/{worker}") > self.heartbeat_s:
-                lost[worker] = f"has given no sign of life for {self.heartbeat_s:g} s"
-            elif stalled and not json.loads(self._beats[f"beat/{worker}"][0])[1] and not self._follower.voted(worker):
-                lost[worker] = f"has been busy with one step for {self.deadline_s:g} s"
-        for worker, reason in lost.items():
-            self.event("detected", worker=worker, reason=reason)
+            if self._concerns(worker) and (reason := self._hangs(worker, alive, now)) is not None:
+                lost[worker] = LossReport(worker, reason, False, time.time())
+                self.event("detected", worker=worker, reason=reason)
         return lost
 
-    def _silence_s(self, key: str) -> float:
-        """Seconds since what stands under a key has changed, as far as was seen."""
-        now, found = time.monotonic(), self.store.get(key)
-        known, since = self._beats.get(key, (b"", now))
-        self._beats[key] = (found, now if found != known else since)
-        return now - self._beats[key][1]
+    def _hangs(self, worker: int, alive: set[int], now: float) -> str | None:
+        """Why a worker is given up, if it is."""
+        beat = read_beat(self.store, worker)
+        if beat is None:
+            if self.view.agents[self.view.places[worker]] not in alive:
+                return "was being started by an agent that has given no sign of life since"
+            if self._search is None and now - self._follower.moved > self.deadline_s:
+                return f"has not come up within {self.deadline_s:g} s"
+            return None  # it is still being started; its agent sees it end
+        sign = self._sign(f"beat/{worker}", beat.number, beat.progress)
+        if now - sign.at > self.heartbeat_s:
+            return f"has given no sign of life for {self.heartbeat_s:g} s"
+        came_on = max(self._follower.moved, sign.progress_at)
+        busy = self._search is None and not beat.waiting and now - came_on > self.deadline_s
+        if busy and not self._follower.voted(worker):
+            return f"has been busy with one step for {self.deadline_s:g} s"
+        return None
+
+    def _sign(self, key: str, number: object, progress: int = 0) -> _Sign:
+        """Take note of a sign of life."""
+        now = time.monotonic()
+        sign = self._signs.setdefault(key, _Sign(number, now, progress, now))
+        if number != sign.number:
+            sign.number, sign.at = number, now
+        if progress != sign.progress:
+            sign.progress, sign.progress_at = progress, now
+        return sign
 
     @property
     def alive(self) -> set[int]:
         """The agents that have given a sign of life of late, or have not begun yet; 0 is the coordinator's own."""
-        return {0} | {
-            agent
-            for agent in self.view.agents.values()
-            if not self.store.check([f"agent/{agent}"]) or self._silence_s(f"agent/{agent}") < self.heartbeat_s / 2
-        }
+        alive, now = {0}, time.monotonic()
+        for agent in set(self.view.agents.values()):
+            found = read_agent(self.store, agent)
+            if found is None or now - self._sign(f"agent/{agent}", found).at < self.heartbeat_s / 2:
+                alive.add(agent)
+        return alive
+
+    # ---- the next view ----
+
+    def _look_for_next(self, lost: Mapping[int, LossReport]) -> None:
+        """End the step under way, and find out what comes after it; losses that come meanwhile are added."""
+        limit = STOPPING_LIMIT if stop_asked(self.store) else LIMIT
+        for worker, report in lost.items():
+            place, told = self.view.places[worker], report.told
+            self._losses.note(worker, place, report.reason, told=told, when=self.view.number, limit=limit)
+        self._follower.abort()
+        # Before a view is settled, who joined it has no state yet, and who was to go back may have done so or not.
+        base = replace(self.view, joined={}, restores=(), rollback=None) if self._settled else self.view
+        self._trained |= self._settled
+        every = {**(self._search.lost if self._search is not None else {}), **lost}
+        gone = tuple(sorted(every))
+        # until something was trained, what a worker builds by itself is what all have
+        find = self.recovery.after_loss if self._trained else replace_workers
+        self._joining = None
+        self._search = _Search(base, every, _aside(find, base, gone), time.monotonic())
+        self._publish_found(self._search, _AT_ONCE_S)
+
+    def _publish_found(self, search: _Search, timeout_s: float) -> None:
+        """Publish the next view, if it is known by now. Raises CannotRestore."""
+        wait([search.found], timeout_s)
+        if not search.found.done():
+            since = max(search.began, self.recovery.verifier.came_on_at)
+            if time.monotonic() - since <= self.deadline_s:
+                return
+            raise CannotRestore(
+                f"{_told(search.lost)}; what brings it back has not been found out for {self.deadline_s:g} s"
+            )
+        try:
+            view = search.found.result()
+        except CannotRestore as error:
+            raise CannotRestore("; ".join(filter(None, [_told(search.lost), str(error)]))) from error
+        self._search = None
+        self._publish(view, tuple(search.lost))
+
+    def _let_in(self, committed: bool) -> None:
+        """Let awaited workers that are ready join at the end of a step: it costs least when the next has only begun."""
+        if self._joining is None:
+            ready = tuple(w for w in self.view.awaited if (b := read_beat(self.store, w)) is not None and b.built)
+            if not (ready and committed):
+                return
+            self._joining = _aside(self.recovery.with_ready, self.view, ready)
+            wait([self._joining], _AT_ONCE_S)
+        if committed and self._joining.done():
+            found, self._joining = self._joining.result(), None
+            self._follower.abort()
+            self._publish(found, event="rejoined")
+
+    @property
+    def _settled(self) -> bool:
+        return self._follower.iteration > READY
 
     def _with_agents(self, view: View) -> View:
         """Places that are to be filled, where the agent is gone with its machine, go to those with the fewest."""
@@ -163,29 +269,6 @@ class Coordinator:
                 agents[view.places[worker]] = min(alive, key=lambda agent: (count[agent], agent))
         return replace(view, agents=agents)
 
-    def _change(self, lost: Mapping[int, str]) -> None:
-        self._failures += len(lost)
-        if self._failures > self.max_failures:
-            raise TooManyFailures(
-                f"{self._failures} workers were lost, the last: worker {max(lost)} {lost[max(lost)]}; "
-                f"allowed by max_failures: {self.max_failures}"
-            )
-        self._follower.abort()
-        # Before a view is settled, who joined it has no state yet, and who was to go back may have done so or not.
-        view = replace(self.view, joined={}, restores=(), rollback=None) if self._settled else self.view
-        self._trained |= self._settled
-        gone = tuple(sorted(lost))
-        try:  # until something was trained, what a worker builds by itself is what all have
-            view = self.recovery.after_loss(view, gone) if self._trained else replace_workers(view, gone)
-        except CannotRestore as error:
-            told = ", ".join(f"worker {worker} {reason}" for worker, reason in lost.items())
-            raise CannotRestore(f"{told}; {error}") from error
-        self._publish(view, gone)
-
-    @property
-    def _settled(self) -> bool:
-        return self._follower.iteration > READY
-
     def _publish(self, view: View, lost: Sequence[int] = (), event: str = "remedy") -> None:
         view = self._with_agents(view)
         publish(self.store, view)
@@ -193,16 +276,31 @@ class Coordinator:
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
         remedies = sorted({restore.remedy for restore in view.restores}) if view.rollback is None else [CHECKPOINT]
         for joiner, old in view.joined.items():
-            self.event(event, worker=old, replacement=joiner, remedy="+".join(remedies), view=view.number)
+            remedy = "+".join(remedies) or _FRESH
+            self.event(event, worker=old, replacement=joiner, remedy=remedy, view=view.number)
         for replacement, old in view.awaited.items():
             if old in lost:
                 name = "rerouted" if self.recovery.meanwhile == REROUTE else "taken_over"
                 self.event(name, worker=old, replacement=replacement, remedy=self.recovery.meanwhile, view=view.number)
 
 
+def _aside(function: Callable[..., View], *arguments: Any) -> Future[View]:
+    """What a function returns or raises, in a thread that does not keep the process from ending."""
+    future: Future[View] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="next-view", daemon=True).start()
+    return future
+
+
 def _as_text(joined: Mapping[int, int]) -> dict[str, Any]:
     return {str(new): old for new, old in joined.items()}
 
 
-class TooManyFailures(RuntimeError):
-    """Workers are lost faster than it makes sense to replace them. Names the last loss."""
+def _told(lost: Mapping[int, LossReport]) -> str:
+    return ", ".join(f"worker {worker} {report.reason}" for worker, report in sorted(lost.items()))

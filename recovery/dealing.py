@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from pipeline.host_optimizer import HostOptimizer
 from pipeline.schedule import B, Span
 from pipeline.slots import Slot
+from pipeline.wire import WireError
 from recovery.runs import Fact, Given, Member, Run
 
 ROOM = 2
@@ -78,14 +79,17 @@ class Dealing:
         for span in list(run.waiting):
             self._add_in_order(run, span)
 
-    def op_done(self, member: Member, given: Given, message: Mapping[str, Any]) -> None:
-        run, slot, m = given.run, given.slot, message["m"]
-        member.work, member.busy = 0.9 * member.work + self._cost(slot), 0.9 * member.busy + message["busy"]
+    def op_done(self, member: Member, given: Given, m: int, loss: float | None, busy_s: float) -> None:
+        """A worker is through with a microbatch of a slot. Raises WireError for one that is not in it."""
+        run, slot = given.run, given.slot
+        if m not in slot.microbatches:
+            raise WireError(f"microbatch {m} is told of; expected one of {slot.microbatches}")
+        member.work, member.busy = 0.9 * member.work + self._cost(slot), 0.9 * member.busy + busy_s
         if m in run.done[given.index]:
             return
         run.done[given.index].add(m)
-        if message["loss"] is not None:
-            run.losses[m] = message["loss"]
+        if loss is not None:
+            run.losses[m] = loss
         made = run.makes(slot, m)
         run.facts.update(made)
         for other in self.members.values():
@@ -97,12 +101,19 @@ class Dealing:
             if told:
                 self._tell(other, facts=[[run.number, *fact] for fact in told])
 
-    def slot_done(self, member: Member, given: Given, message: Mapping[str, Any]) -> None:
+    def lacks(self, given: Given) -> str:
+        """What is wrong with the gradient of a slot that is said to be done, or ""."""
+        if given.block < 0:
+            return ""
+        return self._optimizer.store.lacks(given.block, given.id, given.slot.microbatches)
+
+    def slot_done(self, member: Member, given: Given, version: int, events: Sequence[Any]) -> None:
+        """A worker is through with a slot, whose gradient counts from now on."""
         run, slot = given.run, given.slot
         run.left -= 1
-        if message["version"] != run.version:
-            raise RuntimeError(f"span {slot.span} was read at version {message['version']}; expected {run.version}")
-        run.events.setdefault(member.id, []).extend(message["events"])
+        if version != run.version:
+            raise RuntimeError(f"span {slot.span} was read at version {version}; expected {run.version}")
+        run.events.setdefault(member.place, []).extend(events)
         if given.block >= 0:
             run.committed.update((slot.span, m) for m in slot.microbatches)
             run.waiting.setdefault(slot.span, {})[slot.microbatches] = given.block
@@ -168,10 +179,14 @@ class Dealing:
         return left / speed
 
     def take_back(self, given: Given) -> None:
-        """A slot is to be given out again, and before it whatever others wait for in vain meanwhile."""
-        run = given.run
+        """A worker has given a slot back, and its block with it."""
         if given.block >= 0:
             self.blocks.append(given.block)
+        self.put_back(given)
+
+    def put_back(self, given: Given) -> None:
+        """A slot is to be given out again, and before it whatever others wait for in vain meanwhile."""
+        run = given.run
         if given.block < 0 and run.done[given.index] >= set(given.slot.microbatches):
             run.left -= 1  # all its results had been told, only its last word was not
         else:

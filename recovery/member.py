@@ -1,38 +1,38 @@
 """One worker's part in the membership: it joins a view, is woken when the view changes, and moves to the next one.
 
-A watcher thread with a store client of its own waits for the next view, wakes whatever the worker waits in, and says
-twice a second that the process is alive. Everything else happens in the worker's own thread, between steps.
+A watcher thread with a store client of its own waits for the next view, wakes whatever the worker waits in, says twice
+a second that the process is alive, and passes on that the run is to stop. Everything else happens in the worker's own
+thread, between steps.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from pipeline.schedule import Schedule, Span, parse_span, span_text
 from pipeline.transport import LinkError, link_pairs
-from pipeline.worker import Worker, connections
+from pipeline.worker import Pulse, Worker, connections
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes
-from recovery.coordinator import complain
-from recovery.membership import MembershipError, View, await_view, shards_of
+from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked
+from recovery.lifeline import Lifeline
+from recovery.membership import Evicted, MembershipError, View, await_view, read_view, shards_of
 from recovery.remedy import Remedy
-from recovery.restore import load_checkpoint, restore
+from recovery.restore import restore, roll_back
 
 INTERRUPTIONS = (Aborted, CommitError, LinkError)
 """What a worker raises when a view ends under it. Its state is that of the last committed step; it can go on."""
 
 BEAT_S = 0.5
-_FOREVER_S = 365 * 86_400.0  # the store goes with the coordinator, and ends the wait
+_SETTLE_S = 60.0  # for sums among workers that live: they are under way, or ended already
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,15 @@ class Joined:
 
 @dataclass
 class Member:
-    """Moves `worker` from view to view. `lost(view)` must come within `patience_s`, or the run has no coordinator."""
+    """Moves `worker` from view to view. It waits for views, and for other workers on the way into one, as long as
+    `guided()` says that there is a coordinator."""
 
     worker: Worker
     communicator: Communicator
     store: dist.Store
     remedies: Mapping[str, Remedy]
     shapes: Callable[[View], Shapes | None]
-    patience_s: float = 60.0
+    guided: Lifeline
     view: View | None = None
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
     """Those of the view, by purpose."""
@@ -74,17 +75,16 @@ class Member:
         """Take part in view `number` or the newest after it, again and again until all its members are ready.
 
         `position` is where the training of this worker stands (JSON; equal on all who were there before), None for a
-        worker that joins. Raises MembershipError when no view comes, or when this worker has no part in it.
+        worker that joins. Raises MembershipError when no view comes, Evicted when this worker has no part in it.
         """
         began = time.monotonic()
         while True:
-            # The coordinator takes who joins in when it is ready, at the end of a step that may be long.
-            view = await_view(self.store, number, self.patience_s if position is not None else _FOREVER_S)
+            view = await_view(self.store, number, self.guided)
             number = view.number + 1
             if self.worker.id in view.awaited:
                 continue
             if self.worker.id not in view.workers:
-                raise MembershipError(f"worker {self.worker.id} is not in view {view.number}")
+                raise Evicted(f"worker {self.worker.id} is not in view {view.number}")
             try:
                 return self._enter(view, position, began)
             except INTERRUPTIONS as error:
@@ -92,13 +92,13 @@ class Member:
 
     def _enter(self, view: View, position: Mapping[str, Any] | None, began: float) -> Joined:
         worker, probe = self.worker, self.worker.probe
-        deadline = time.monotonic() + self.patience_s
+        deadline = time.monotonic() + _SETTLE_S
         times = {"view": time.monotonic()}
         worker.transport.view = view.number
         worker.transport.mailbox.advance(view.number, 0)
         self.communicator.settle(set(view.workers), deadline)
         worker.iteration = 0
-        worker.exchange = Ballot(self.store, view.number, worker.id, view.workers)
+        worker.exchange = Ballot(self.store, view.number, worker.id, view.workers, self.guided)
         schedules = {purpose: view.schedule(purpose) for purpose in view.schedules}
         norms = {span_text(span): value for span, value in worker.norms.items()}
         votes = worker.gather({"position": position, "norms": norms, **self.communicator.kept()})
@@ -123,10 +123,10 @@ class Member:
         if view.restores or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
         if view.rollback is not None:
-            where["step"] = load_checkpoint(worker, Path(view.rollback))
+            where["step"] = roll_back(worker, view)
             known = {}
         else:
-            restore(worker, view, self.communicator.builder, self.remedies, known, deadline)
+            restore(worker, view, self.communicator, self.remedies, known)
         copies = {span: ws for span, ws in shards.items() if len(ws) > 1 and worker.id in ws}
         votes = worker.gather({"copies": {span_text(span): worker.store.fingerprint(span) for span in copies}})
         _check_copies(view, shards, votes)
@@ -147,30 +147,38 @@ def _check_copies(view: View, shards: Mapping[Span, tuple[int, ...]], votes: Map
 
 
 class Watcher:
-    """The thread beside a worker: wakes it for a new view and tells the coordinator that it lives."""
+    """The thread beside a worker: says that it lives, wakes it for a new view, and passes on that the run is to stop.
 
-    def __init__(self, store: dist.Store, worker: Worker, communicator: Communicator) -> None:
-        self._store, self._worker, self._communicator = store, worker, communicator
-        self._number = 1
+    `stop` is set when the run was asked to stop; where it is set first, as by a signal, the run is asked by it.
+    """
+
+    def __init__(self, store: dist.Store, worker: int, number: int, stop: threading.Event) -> None:
+        """Watch for the views after `number`."""
+        self._store, self._id, self._number, self._stop = store, worker, number, stop
+        self.member: Member | None = None
+        """Who is watched, once it is there."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
-
-    def start(self, number: int) -> None:
-        """Watch for the views after `number`."""
-        self._number = number
+        self.pulse = Pulse()
         self._thread.start()
+
+    def attach(self, member: Member) -> None:
+        """The worker has been built: from now on it is woken, and can take a place."""
+        self.member = member
 
     def stop(self) -> None:
         """End the thread."""
         self._ended.set()
-        self._thread.join(2 * BEAT_S)
+        self._thread.join(4 * BEAT_S)
 
     def _watch(self) -> None:
         beats = 0
         try:
             while not self._ended.is_set():
                 beats += 1
-                self._store.set(f"beat/{self._worker.id}", json.dumps([beats, self._worker.transport.mailbox.waiting]))
+                waiting = "" if self.member is None else self.member.worker.transport.mailbox.waiting
+                beat(self._store, self._id, Beat(beats, waiting, self.pulse.count, self.member is not None))
+                self._pass_on()
                 try:
                     self._store.wait([f"view/{self._number + 1}"], timedelta(seconds=BEAT_S))
                 except dist.DistNetworkError:
@@ -178,8 +186,21 @@ class Watcher:
                 except RuntimeError:
                     continue
                 self._number += 1
-                members = set(json.loads(self._store.get(f"view/{self._number}"))["workers"])
-                self._worker.transport.mailbox.wake(self._number, f"view {self._number} has begun")
-                self._communicator.poison({w for ms in list(self._communicator.members.values()) for w in ms} - members)
+                self._wake()
         except dist.DistNetworkError:
-            self._worker.transport.mailbox.wake(self._number + 1_000_000, "the store is gone")
+            if self.member is not None:
+                self.member.worker.transport.mailbox.wake(self._number + 1_000_000, "the store is gone")
+
+    def _pass_on(self) -> None:
+        if stop_asked(self._store):
+            self._stop.set()
+        elif self._stop.is_set():
+            ask_to_stop(self._store)
+
+    def _wake(self) -> None:
+        if self.member is None:
+            return
+        self.member.worker.transport.mailbox.wake(self._number, f"view {self._number} has begun")
+        communicator = self.member.communicator
+        with suppress(MembershipError):  # what cannot be read is told by who enters it
+            communicator.poison(communicator.peers - set(read_view(self._store, self._number).workers))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -12,10 +13,21 @@ import torch.distributed as dist
 
 from pipeline.schedule import Op, Schedule, Span, dumps, loads
 from pipeline.store import shard_holders
+from pipeline.wire import WireError, checked, listed, numbered, parse, whole
+
+START = "start"
+"""What a view rolls back to where there is no checkpoint yet: the weights that the run began with."""
+EVICTED = 3
+"""The exit code of a worker that is in no view any more: it is nobody's loss."""
+_SLICE_S = 0.5  # how often who waits for a view asks whether there is a coordinator
 
 
 class MembershipError(RuntimeError):
-    """A view that did not come in time, or that this worker has no part in."""
+    """A view that did not come, cannot be read, or whose workers do not agree."""
+
+
+class Evicted(RuntimeError):
+    """This worker is in no view any more: another has its place, and nothing that it says counts."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +40,34 @@ class Restore:
     sources: tuple[tuple[int, Span], ...] = ()
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Restore:
-        sources = tuple((int(w), (int(s[0]), int(s[1]))) for w, s in values["sources"])
-        return cls(int(values["worker"]), (values["span"][0], values["span"][1]), values["remedy"], sources)
+    def from_json(cls, values: Any) -> Restore:
+        """Raises WireError."""
+        if not isinstance(values, dict):
+            raise WireError(f"a restore is {values!r}; expected an object")
+        found = checked(values, "a restore", worker=int, span=list, remedy=str, sources=list)
+        sources = listed(found["sources"], "the sources of a restore", _source)
+        return cls(found["worker"], _span(found["span"]), found["remedy"], sources)
+
+
+def _span(value: Any) -> Span:
+    lo, hi = _pair(value, "a span")
+    return whole(lo, "a span", -1), whole(hi, "a span")
+
+
+def _source(value: Any) -> tuple[int, Span]:
+    worker, span = _pair(value, "a source")
+    return whole(worker, "a source"), _span(span)
+
+
+def _shadow(value: Any) -> tuple[Span, int]:
+    span, worker = _pair(value, "a shadow")
+    return _span(span), whole(worker, "a shadow")
+
+
+def _pair(value: Any, what: str) -> Sequence[Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise WireError(f"{what} is {value!r}; expected a pair")
+    return value
 
 
 @dataclass(frozen=True)
@@ -38,8 +75,8 @@ class View:
     """Who does what from now on. `schedules` are texts by purpose: "train" and "evaluate".
 
     `joined` says whose place each worker takes that was not in the view before; `restores` how it gets its state, and
-    `rollback` the checkpoint that all go back to, if that is the remedy. `places` is the place of each worker: the id
-    of who was there at first, by which devices, links and agents are dealt.
+    `rollback` the checkpoint (or START) that all go back to, if that is the remedy. `places` is the place of each
+    worker: the id of who was there at first, by which devices, links and agents are dealt.
     """
 
     number: int
@@ -144,25 +181,56 @@ def publish(store: dist.Store, view: View) -> None:
 
 
 def read_view(store: dist.Store, number: int) -> View:
-    """A view that is there."""
-    fields = json.loads(store.get(f"view/{number}"))
-    fields["workers"] = tuple(fields["workers"])
-    fields["places"] = {int(worker): place for worker, place in fields["places"].items()}
-    for name in ("agents", "joined", "awaited"):
-        fields[name] = {int(new): old for new, old in fields[name].items()}
-    fields["shadows"] = tuple(((lo, hi), worker) for (lo, hi), worker in fields["shadows"])
-    fields["restores"] = tuple(map(Restore.from_json, fields["restores"]))
-    return View(**fields)
-
-
-def await_view(store: dist.Store, number: int, timeout_s: float) -> View:
-    """The view with this number, or the newest after it. Raises MembershipError when it does not come in time."""
+    """A view that is there. Raises MembershipError for what is none."""
     try:
-        store.wait([f"view/{number}"], timedelta(seconds=timeout_s))
+        return _view(parse(store.get(f"view/{number}"), f"view {number}"), number)
+    except WireError as error:
+        raise MembershipError(f"view {number} cannot be read: {error}") from error
+
+
+def _view(values: Mapping[str, Any], number: int) -> View:
+    what = f"view {number}"
+    found = checked(
+        values, what, number=int, workers=list, schedules=dict, first_step=int, first_sample=int,
+        checkpoint=str | None, details=dict, places=dict, agents=dict, joined=dict, restores=list,
+        rollback=str | None, shadows=list, awaited=dict, next_worker=int,
+    )  # fmt: skip
+    checked(found["schedules"], f"the schedules of {what}", **dict.fromkeys(found["schedules"], str))
+    found["workers"] = listed(found["workers"], f"the workers of {what}", lambda each: whole(each, "a worker"))
+    for name in ("places", "agents", "joined", "awaited"):
+        found[name] = numbered(found[name], f"{name} of {what}")
+    found["shadows"] = listed(found["shadows"], f"the shadows of {what}", _shadow)
+    found["restores"] = listed(found["restores"], f"the restores of {what}", Restore.from_json)
+    if found["number"] != number or not set(found["workers"]) <= set(found["places"]):
+        raise WireError(f"{what} has number {found['number']}, or workers without a place")
+    return View(**found)
+
+
+def within(seconds: float) -> Callable[[], bool]:
+    """Says whether it is still so early: for who waits for a view and has no coordinator to watch."""
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() < deadline
+
+
+def await_view(store: dist.Store, number: int, guided: Callable[[], bool] = lambda: True) -> View:
+    """The view with this number, or the newest after it, as soon as there is one.
+
+    Raises MembershipError when there is no coordinator any more (`guided`) that could write it, or no store.
+    """
+    try:
+        while True:
+            try:
+                store.wait([f"view/{number}"], timedelta(seconds=_SLICE_S))
+                break
+            except dist.DistNetworkError:
+                raise
+            except RuntimeError as error:
+                if not guided():
+                    raise MembershipError(
+                        f"view {number} does not come: the coordinator gives no sign of life"
+                    ) from error
+        while store.check([f"view/{number + 1}"]):
+            number += 1
+        return read_view(store, number)
     except dist.DistNetworkError as error:
         raise MembershipError(f"the store is gone: {str(error).splitlines()[0]}") from error
-    except RuntimeError as error:
-        raise MembershipError(f"view {number} did not come within {timeout_s:.0f} s") from error
-    while store.check([f"view/{number + 1}"]):
-        number += 1
-    return read_view(store, number)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from recovery import checkpoint, redundant, reroute
-from recovery.membership import Restore, View, come, leave, replace_workers
+from recovery import redundant, reroute
+from recovery.checkpoint import Found, Verifier
+from recovery.membership import START, Restore, View, come, leave, replace_workers
 from recovery.neighbours import Average, Copy, Random, Twin
 from recovery.remedy import CannotRestore, Loss, Remedy, losses
 from recovery.replica import Replica
@@ -43,6 +44,9 @@ class Recovery:
     checkpoints: Path
     planner: reroute.Planner | None = None
     """Gives other routes where microbatches may take them; without it lost workers are waited for."""
+    source_changed: Callable[[], str] = str
+    """Why the weights that the run began with cannot be had again, "" where they can."""
+    verifier: Verifier = field(default_factory=Verifier)
 
     def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
         """The view after `view`, in which the work of `lost` is taken over, or replacements join. Raises CannotRestore.
@@ -78,24 +82,61 @@ class Recovery:
         return redundant.arrange(self.home, view) if self.planner is None else reroute.arrange(self.planner, view)
 
     def _cured(self, view: View, reasons: Sequence[str] = ()) -> View:
-        return cure(view, self.policy, self.num_layers, self.tied, self.checkpoints, reasons)
+        return cure(view, self.policy, self.num_layers, self.tied, self.rollback_target, reasons)
+
+    def rollback_target(self) -> str:
+        """What all can go back to: the newest valid checkpoint, or the start of the run. Raises CannotRestore."""
+        if (found := self.verifier.find(self.checkpoints)).path is not None:
+            return str(found.path)
+        reason = f"{str(self.checkpoints)!r} holds no valid one"
+        if self.home.checkpoint is not None:
+            raise CannotRestore(f"{reason}, and the one that the run began with is gone")
+        if changed := self.source_changed():
+            raise CannotRestore(f"{reason}, and the run cannot start again: {changed}")
+        return START
+
+    def forecast(self, worker: int) -> str:
+        """What would be done if a worker of the first view were lost in the middle of training."""
+        try:
+            after = self._tried(worker)
+        except CannotRestore as error:
+            return f"the run ends ({error})"
+        if after.awaited:
+            return f"{self.meanwhile}, without waiting for anybody"
+        if after.rollback is not None:
+            return CHECKPOINT
+        return "+".join(sorted({restore.remedy for restore in after.restores}))
+
+    def _tried(self, worker: int) -> View:
+        """`after_loss`, as if there were a checkpoint."""
+        anyway = replace(self, verifier=_Always())
+        return anyway.after_loss(self.home, (worker,))
 
 
-def cure(view: View, policy: str, num_layers: int, tied: bool, checkpoints: Path, tried: Sequence[str] = ()) -> View:
+class _Always(Verifier):
+    """There is a checkpoint."""
+
+    def find(self, root: Path) -> Found:
+        return Found(root, None)
+
+
+def cure(
+    view: View, policy: str, num_layers: int, tied: bool, rollback: Callable[[], str], tried: Sequence[str] = ()
+) -> View:
     """`view`, in which workers have joined, with how each of their spans comes back. Raises CannotRestore.
 
-    Rolling back to a checkpoint concerns everybody, so it is taken for all spans or for none. `tried` says what has
-    been found impossible before.
+    Rolling back concerns everybody, so it is taken for all spans or for none; `rollback()` says to what. `tried` says
+    what has been found impossible before.
     """
     wanted, reasons = losses(view, num_layers, tied), list(tried)
     restores = [found for loss in wanted if (found := _plan(loss, POLICIES[policy], reasons))]
     if len(restores) == len(wanted):
         return replace(view, restores=tuple(restores))
     if CHECKPOINT in POLICIES[policy]:
-        found = checkpoint.find(checkpoints)
-        if found.path is not None:
-            return replace(view, rollback=str(found.path))
-        reasons.append(f"checkpoint: {str(checkpoints)!r} holds no valid one")
+        try:
+            return replace(view, rollback=rollback())
+        except CannotRestore as error:
+            reasons.append(f"{CHECKPOINT}: {error}")
     raise CannotRestore(f"recovery {policy!r} cannot bring back what was lost: {'; '.join(reasons) or 'it is off'}")
 
 

@@ -2,13 +2,14 @@
 
 The host of a run owns the pool: it starts the workers, tells each which slots are its own and which hidden states are
 there, and counts what they give back exactly once. A worker that dies takes nothing along: its slots go to the others.
-A worker that joins is used from the next iteration on.
+A worker that joins is used from the next iteration on. The loop waits for no worker: what one does not take is kept,
+up to a bound, and then that worker is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import selectors
 import signal
@@ -16,18 +17,26 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pipeline.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.host_optimizer import HostOptimizer
 from pipeline.schedule import B
 from pipeline.slots import Slot
-from pipeline.stateless import MESSAGE
+from pipeline.wire import WireError, checked
 from recovery.dealing import Deal, Dealing
-from recovery.runs import Member, Run
+from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
+from recovery.runs import Given, Member, Run
 
 _TICK_S = 0.25
 _GONE_S = 5.0
+_BY_ITSELF_S = 0.5  # a worker whose connection ends most often has ended, of which a report is on its way
+_TRIES = 5
+_TRY_AGAIN_S = 0.2  # doubled every time
+LEFT = 4
+"""The exit code of a worker that found its connection closed."""
 
 
 class NoWorkerLeft(RuntimeError):
@@ -40,72 +49,123 @@ class Exit(Protocol):
     @property
     def pid(self) -> int: ...
 
+    @property
+    def code(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Vacancy:
+    """A place for which there was no room on the machine, and when it is tried again."""
+
+    place: int
+    tries: int
+    due: float
+
 
 class Pool:
-    """The workers of one run. `start(id)` forks a worker and returns its pid; `exits` tells which have ended.
+    """The workers of one run. `start(id)` forks a worker and returns its pid, or raises OSError; `exits` tells which
+    have ended.
 
-    `cost(slot)` is what a microbatch of a slot takes, in any unit; `event(name, ...)` is told what happens.
+    `cost(slot)` is what a microbatch of a slot takes, in any unit; `event(name, ...)` is told what happens. No gradient
+    block of a worker is given out again before that worker was seen to end, or has given it back itself.
     """
 
     def __init__(
         self, address: str, start: Callable[[int], int], exits: Callable[[float], Sequence[Exit]],
         optimizer: HostOptimizer, blocks: int, cost: Callable[[Slot], float], deal: Deal,
-        event: Callable[..., None], *, deadline_s: float, max_failures: int, fatal: Sequence[str] = (),
+        event: Callable[..., None], *, deadline_s: float, max_failures: int,
+        stopping: Callable[[], bool] = bool,
     ) -> None:  # fmt: skip
-        self._start, self._exits, self._event = start, exits, event
-        self._deadline_s, self._max_failures, self._fatal = deadline_s, max_failures, fatal
+        self._start, self._exits, self._event, self._stopping = start, exits, event, stopping
+        self._deadline_s, self._max_failures = deadline_s, max_failures
         self._selector = selectors.DefaultSelector()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(address)
         self._listener.listen(64)
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._wake.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         self._inbox: deque[tuple[str, Any]] = deque()
         self.members: dict[int, Member] = {}
         self.dealing = Dealing(self.members, self._tell, optimizer, blocks, cost, deal)
+        self._losses = Losses(math.inf)
         self._next_worker = 0
-        self._reasons: dict[int, str] = {}  # what a worker said before it went
-        self._ended: dict[int, str] = {}  # pid -> how it ended
+        self._reasons: dict[int, tuple[str, bool]] = {}  # why a worker goes, and whether it has said so itself
+        self._ended: dict[int, Exit] = {}  # by pid
+        self._unseen: dict[int, list[int]] = {}  # pid of a worker that was not seen to end -> its gradient blocks
+        self._vacancies: list[Vacancy] = []
         self._opened = False
+        self._heard = time.monotonic()
         self.failures = 0
-        self.last_reason = "nobody was started"
+        self.last_reason, self._last = "nobody was started", -1
         self.heard: dict[str, Any] = {}
 
     def told(self, what: str, about: Any) -> None:
         """The optimizer's reports, from its thread."""
         self._inbox.append((what, about))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # where it is full, the loop is about to wake
             self._wake.send(b".")
 
     # ---- workers ----
 
     def open(self, workers: int) -> None:
         """Start so many workers and wait for them. Raises NoWorkerLeft where none comes up."""
-        for _ in range(workers):
-            self._add_member()
+        for place in range(workers):
+            self._add_member(place)
         deadline = time.monotonic() + self._deadline_s
-        while any(m.channel is None for m in self.members.values()) and time.monotonic() < deadline:
+        while self._starting and time.monotonic() < deadline:
             self.turn()
         if not self.dealing.ready:
             raise NoWorkerLeft(f"no worker came up: {self.last_reason}")
         self._opened = True
 
-    def _add_member(self) -> None:
+    @property
+    def _starting(self) -> bool:
+        return bool(self._vacancies) or any(member.channel is None for member in self.members.values())
+
+    def _add_member(self, place: int, tries: int = 0) -> None:
+        """Start a worker, or put it off where there is no room: the others go on without."""
         member, self._next_worker = self._next_worker, self._next_worker + 1
-        self.members[member] = Member(member, self._start(member), time.monotonic())
+        try:
+            self.members[member] = Member(member, place, self._start(member), time.monotonic())
+        except OSError as error:
+            self.last_reason, self._last = str(error), member
+            self._event("not_started", worker=member, reason=self.last_reason)
+            if tries + 1 < _TRIES:
+                due = time.monotonic() + _TRY_AGAIN_S * 2**tries
+                self._vacancies.append(Vacancy(place, tries + 1, due))
+
+    def _fill_vacancies(self) -> None:
+        due = [each for each in self._vacancies if each.due <= time.monotonic()]
+        self._vacancies = [each for each in self._vacancies if each not in due]
+        for each in due:
+            self._add_member(each.place, each.tries)
 
     # ---- iterations ----
 
     def finish(self, run: Run) -> None:
-        """Return once a run is whole: every slot done and every gradient added exactly once. Raises NoWorkerLeft."""
-        while run.left:
+        """Return once a run is whole: every slot done and every gradient added exactly once, and nobody left who might
+        still write. Raises NoWorkerLeft, TooManyFailures, and TimeoutError where nothing comes on any more."""
+        self._heard = time.monotonic()
+        while run.left or self._unseen:
             self.turn()
+            if time.monotonic() > self._heard + 2 * self._deadline_s:
+                raise TimeoutError(f"nothing was heard for {2 * self._deadline_s:g} s; {self._what_is_left(run)}")
         self.dealing.active.remove(run)
+        self._losses.progress()
         wanted = {(slot.span, m) for slot in run.row if B in slot.kinds for m in slot.microbatches}
         if set(run.committed) != wanted or set(run.committed.values()) - {1}:
             raise RuntimeError(f"gradients were counted {dict(run.committed)}; expected once each")
+
+    def _what_is_left(self, run: Run) -> str:
+        if self._unseen:
+            return f"processes {sorted(self._unseen)} were ended, and have not been seen to end"
+        given = {member.id: len(member.given) for member in self.members.values()}
+        left = f"{run.left} slots of step {run.step} are left, {len(run.pending)} of them with nobody"
+        return f"{left}; slots by worker: {given}"
 
     def wait_for(self, what: str) -> Any:
         """The optimizer's next report of a kind. Raises TimeoutError."""
@@ -125,11 +185,12 @@ class Pool:
                 with contextlib.suppress(BlockingIOError):
                     self._woken.recv(4096)
             else:
-                self._read(key)
+                self._serve(key)
         while self._inbox:
             what, about = self._inbox.popleft()
             if what == "failed":
                 raise about
+            self._heard = time.monotonic()
             if what == "added":
                 self.dealing.blocks.append(about)
             else:
@@ -140,55 +201,94 @@ class Pool:
     # ---- messages ----
 
     def _accept(self) -> None:
-        channel, _ = self._listener.accept()
-        pid, uid, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid != os.getuid() or pid not in {member.pid for member in self.members.values()}:
-            channel.close()  # no worker of ours
-            return
-        self._selector.register(channel, selectors.EVENT_READ, pid)
+        with contextlib.suppress(OSError):  # whoever it was is gone again
+            end, _ = self._listener.accept()
+            pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if uid != os.getuid() or pid not in {member.pid for member in self.members.values()}:
+                end.close()  # no worker of ours
+                return
+            self._selector.register(channel := Channel(end), selectors.EVENT_READ, (pid, channel))
 
-    def _read(self, key: selectors.SelectorKey) -> None:
-        channel = key.fileobj
-        assert isinstance(channel, socket.socket)
-        try:
-            data = channel.recv(MESSAGE)
-        except OSError:
-            data = b""
-        member = next((m for m in self.members.values() if m.pid == key.data), None)
-        if not data or member is None:
+    def _serve(self, key: selectors.SelectorKey) -> None:
+        """Take what a worker has said, and give it what waits for it."""
+        pid, channel = key.data
+        member = next((m for m in self.members.values() if m.pid == pid), None)
+        if member is None:
             self._selector.unregister(channel)
             channel.close()
-            if member is not None:
-                self._lost(member)
-            return
-        member.since = time.monotonic()
-        self._handle(member, channel, json.loads(data))
+        elif self._take(member, channel):
+            self._selector.unregister(channel)
+            self._lost(member)
+        elif member.id in self.members:
+            self._await_room(member)
 
-    def _handle(self, member: Member, channel: socket.socket, message: Mapping[str, Any]) -> None:
+    def _take(self, member: Member, channel: Channel) -> bool:
+        """Handle all that a worker has said; whether it is lost: gone, or saying what is nothing."""
+        try:
+            while member.id in self.members and (message := channel.receive(0.0)) is not None:
+                member.since = self._heard = time.monotonic()
+                self._handle(member, channel, message)
+            return False
+        except ChannelClosed:
+            return True
+        except WireError as error:
+            self._reasons.setdefault(member.id, (f"has said what is no message: {error}", True))
+            return True
+
+    def _handle(self, member: Member, channel: Channel, message: dict[str, Any]) -> None:
         if "hello" in message:
             member.channel = channel
             if self._opened:
                 self._event("joined", worker=member.id)
         elif "error" in message:
-            self._reasons[member.id] = message["error"]
-            if message["type"] in self._fatal:
-                raise RuntimeError(f"worker {member.id}: {message['error']}")
+            told = checked(message, "an error", error=str, fatal=bool)
+            self._reasons[member.id] = told["error"], True
+            if told["fatal"]:
+                raise RuntimeError(f"worker {member.id}: {told['error']}")
         elif "event" in message:
-            self._event("fault", worker=member.id, **message["event"])
+            event = checked(message, "an event", event=dict)["event"]
+            fault = checked(event, "an event", step=int, fault=str, at=str)
+            self._event("fault", worker=member.id, **fault)
         elif "op" in message:
-            if given := member.given.get(message["op"]):
-                self.dealing.op_done(member, given, message)
+            told = checked(message, "a result", op=int, m=int, loss=float | None, busy=float)
+            if given := member.given.get(told["op"]):
+                self._losses.progress(member.place)
+                self.dealing.op_done(member, given, told["m"], told["loss"], told["busy"])
         elif "recalled" in message:
-            if given := member.given.pop(message["recalled"], None):
+            if given := member.given.pop(checked(message, "an answer", recalled=int)["recalled"], None):
                 self.dealing.take_back(given)
-        elif given := member.given.pop(message["slot"], None):
-            member.most_held = max(member.most_held, message["held"])
-            self.dealing.slot_done(member, given, message)
+        else:
+            told = checked(message, "a result", slot=int, version=int, events=list, held=int)
+            if given := member.given.get(told["slot"]):
+                self._slot_done(member, given, told)
+
+    def _slot_done(self, member: Member, given: Given, told: dict[str, Any]) -> None:
+        """A slot's gradient counts if its block holds what it should; else its writer is not to be trusted."""
+        if lacks := self.dealing.lacks(given):
+            self._reasons[member.id] = f"gave back a gradient that does not count: {lacks}", True
+            self._lost(member)
+            return
+        del member.given[given.id]
+        member.most_held = max(member.most_held, told["held"])
+        self.dealing.slot_done(member, given, told["version"], told["events"])
 
     def _tell(self, member: Member, **message: Any) -> None:
-        if member.channel is not None:
-            with contextlib.suppress(OSError):  # its end is read from the socket
-                member.channel.send(json.dumps(message).encode())
+        if member.channel is None:
+            return
+        try:
+            member.channel.post(message)
+        except ChannelFull as error:
+            self._reasons.setdefault(member.id, (f"does not take its messages: {error}", False))
+            member.stuck = True
+        self._await_room(member)
+
+    def _await_room(self, member: Member) -> None:
+        """Have the loop wake when a worker takes more of what waits for it."""
+        channel = member.channel
+        if channel is not None and channel.socket.fileno() in self._selector.get_map():
+            events = selectors.EVENT_READ | (0 if channel.flush() else selectors.EVENT_WRITE)
+            if self._selector.get_key(channel).events != events:
+                self._selector.modify(channel, events, (member.pid, channel))
 
     # ---- losses ----
 
@@ -197,19 +297,26 @@ class Pool:
         self._poll(0.0)
         for member in list(self.members.values()):
             if member.pid in self._ended:
-                self._hear_out(member)
-                self._lost(member, ended=True)
+                if member.channel is not None:
+                    self._take(member, member.channel)  # what it has said before it ended
+                self._lost(member)
+            elif member.stuck:
+                self._lost(member)
             elif not self._could_go_on(member):
                 member.since = time.monotonic()
             elif time.monotonic() > member.since + self._deadline_s:
-                self._reasons.setdefault(member.id, f"has not answered for {self._deadline_s:g} s and was ended")
+                reason = f"has not answered for {self._deadline_s:g} s and was ended"
+                self._reasons.setdefault(member.id, (reason, False))
                 self._lost(member)
-
-    def _hear_out(self, member: Member) -> None:
-        """Handle what a worker has said before it ended."""
-        with contextlib.suppress(OSError):
-            while member.channel and (data := member.channel.recv(MESSAGE, socket.MSG_DONTWAIT)):
-                self._handle(member, member.channel, json.loads(data))
+        for pid in [pid for pid in self._unseen if pid in self._ended]:
+            self.dealing.blocks.extend(self._unseen.pop(pid))
+            self._heard = time.monotonic()
+        self._fill_vacancies()
+        if not self.members and not self._vacancies:
+            raise NoWorkerLeft(
+                f"no worker is left: the last one, {self._last}, {self.last_reason}; --resume goes on from the newest "
+                "valid checkpoint"
+            )
 
     def _could_go_on(self, member: Member) -> bool:
         """Whether a worker has something to do for which it need not wait: then it should be heard of."""
@@ -221,65 +328,77 @@ class Pool:
         left = [m for m in given.slot.microbatches if m not in given.run.done[given.index]]
         return not left or all(fact in given.run.facts for fact in given.run.needs(given.slot, left[0]))
 
-    def _lost(self, member: Member, *, ended: bool = False) -> None:
+    def _lost(self, member: Member) -> None:
         """A worker is gone: its slots go back, and what waits for them is taken back as well."""
         if self.members.pop(member.id, None) is None:
             return
-        if not ended:
-            self._await_end(member)
+        by_itself = self._await_end(member)
         if member.channel is not None:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(member.channel)
             member.channel.close()
         self.failures += 1
-        ended_by = self._ended.pop(member.pid, "closed its connection")
-        self.last_reason = self._reasons.pop(member.id, ended_by)
-        self._event("detected", worker=member.id, reason=self.last_reason)
+        seen = self._ended.pop(member.pid, None)
+        ended = str(seen) if by_itself and seen is not None and seen.code != LEFT else "closed its connection"
+        reason, told = self._reasons.pop(member.id, (ended, False))
+        self.last_reason, self._last = reason, member.id
+        self._event("detected", worker=member.id, reason=reason)
+        limit = STOPPING_LIMIT if self._stopping() else LIMIT
+        self._losses.note(member.id, member.place, reason, told=told, when=self._next_worker, limit=limit)
         replaced = self.failures <= self._max_failures
         self._event(
             "redealt", worker=member.id, slots=len(member.given), remedy="its slots are dealt to the others",
             replacement=self._next_worker if replaced else None,
         )  # fmt: skip
+        blocks = [given.block for given in member.given.values() if given.block >= 0]
+        if seen is None:
+            self._unseen[member.pid] = blocks
+        else:
+            self.dealing.blocks.extend(blocks)
         for given in member.given.values():
-            self.dealing.take_back(given)
+            self.dealing.put_back(given)
         if replaced:
-            self._add_member()
-        if not self.members:
-            raise NoWorkerLeft(
-                f"no worker is left: the last one, {member.id}, {self.last_reason}; --resume goes on from the newest "
-                "valid checkpoint"
-            )
+            self._add_member(member.place)
 
-    def _await_end(self, member: Member) -> None:
-        """Nothing of it may write any more when its blocks are given to others."""
+    def _await_end(self, member: Member) -> bool:
+        """Nothing of it may write any more when its blocks are given to others: wait for its end, which it may find
+        by itself, else bring it about. Whether it has ended by itself."""
+        deadline = time.monotonic() + (_BY_ITSELF_S if member.id not in self._reasons else 0.0)
+        while member.pid not in self._ended and time.monotonic() < deadline:
+            self._poll(0.01)
+        if member.pid in self._ended:
+            return True
         with contextlib.suppress(ProcessLookupError):
             os.kill(member.pid, signal.SIGKILL)
         deadline = time.monotonic() + _GONE_S
         while member.pid not in self._ended and time.monotonic() < deadline:
             self._poll(0.05)
+        return False
 
     def _poll(self, timeout_s: float) -> None:
         """Keep how processes have ended, until it is asked for."""
-        self._ended.update((each.pid, str(each)) for each in self._exits(timeout_s))
+        self._ended.update((each.pid, each) for each in self._exits(timeout_s))
 
     def close(self) -> None:
         """End all workers and the sockets."""
         for member in self.members.values():
             self._tell(member, end=True)
             if member.channel is None:  # still starting, and not to be talked to
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member.pid, signal.SIGKILL)
+                self._kill(member.pid)
         deadline = time.monotonic() + _GONE_S
         left = {member.pid for member in self.members.values()}
-        while left - set(self._ended) and time.monotonic() < deadline:
-            self._poll(0.05)
-        left -= set(self._ended)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(RuntimeError):  # who tells of exits may be what has failed
+            while left - set(self._ended) and time.monotonic() < deadline:
+                self._poll(0.05)
+        for pid in left - set(self._ended):
+            self._kill(pid)
         for key in list(self._selector.get_map().values()):
-            assert isinstance(key.fileobj, socket.socket)
+            assert isinstance(key.fileobj, socket.socket | Channel)
             key.fileobj.close()
         self._wake.close()
         self._selector.close()
         self.members.clear()
+
+    def _kill(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

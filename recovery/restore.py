@@ -6,7 +6,6 @@ layout both know from the model; nothing but numbers crosses the wire.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.groups import GroupBuilder
+from pipeline.groups import Group
 from pipeline.schedule import Span
 from pipeline.store import TIED
 from pipeline.transport import LinkError
 from pipeline.worker import Worker
 from recovery import checkpoint
-from recovery.membership import Restore, View
+from recovery.communicator import Communicator
+from recovery.membership import START, Restore, View
 from recovery.remedy import Remedy
 
 
@@ -30,18 +30,32 @@ def matching(layers: Sequence[int], source: Sequence[int]) -> list[int]:
 
 
 def restore(
-    worker: Worker, view: View, builder: GroupBuilder, remedies: Mapping[str, Remedy], norms: Mapping[Span, float],
-    deadline: float,
-) -> None:  # fmt: skip
+    worker: Worker, view: View, communicator: Communicator, remedies: Mapping[str, Remedy], norms: Mapping[Span, float]
+) -> None:
     """This worker's part in the restores of `view`: to send, to receive, or nothing. Raises LinkError.
 
-    `norms` are the gradient norms of the last committed step, by span, the same on every worker.
+    `norms` are the gradient norms of the last committed step, by span, the same on every worker. Each layer has the
+    deadline of a step for itself: a stage of any size may be on its way as long as it comes on.
     """
     for number, each in enumerate(view.restores):
-        if each.worker == worker.id:
-            _take(worker, view, number, each, builder, remedies[each.remedy], norms, deadline)
-        elif worker.id in (source for source, _ in each.sources):
-            _give(worker, view, number, each, builder, remedies[each.remedy], deadline)
+        if each.remedy not in remedies:
+            raise LinkError(f"view {view.number} names the remedy {each.remedy!r}; known: {', '.join(remedies)}")
+        places = [place for place, (source, _) in enumerate(each.sources) if worker.id in (source, each.worker)]
+        names = [f"view{view.number}/restore{number}/{place}" for place in places]
+        try:
+            with _named(each):
+                groups: list[Group] = []
+                for name, place in zip(names, places, strict=True):
+                    pair = (each.sources[place][0], each.worker)
+                    groups.append(communicator.builder.build(name, pair))
+                    communicator.carrying[name] = pair, groups[-1]
+                if each.worker == worker.id:
+                    _take(worker, each, groups, remedies[each.remedy], norms)
+                else:
+                    _give(worker, each, [each.sources[place][1] for place in places], groups, remedies[each.remedy])
+        finally:
+            for name in names:
+                communicator.carrying.pop(name, None)
 
 
 def _sent(worker: Worker, each: Restore, span: Span, carries: str) -> list[dict[str, Tensor]]:
@@ -61,43 +75,41 @@ def _carried(state: Mapping[str, Tensor], carries: str) -> dict[str, Tensor]:
     return {key: state[key] for key in sorted(state) if carries == "state" or key.startswith("param/")}
 
 
-def _give(
-    worker: Worker, view: View, number: int, each: Restore, builder: GroupBuilder, remedy: Remedy, deadline: float
-) -> None:
-    for place, (source, span) in enumerate(each.sources):
-        if source != worker.id:
-            continue
-        with _named(each):
-            group = builder.build(f"view{view.number}/restore{number}/{place}", (source, each.worker))
-            for state in _sent(worker, each, span, remedy.carries):
-                flat = torch.cat([tensor.detach().float().cpu().reshape(-1) for tensor in state.values()])
-                group.send([flat], 1, 0).wait(_left(deadline))
+def _give(worker: Worker, each: Restore, spans: Sequence[Span], groups: Sequence[Group], remedy: Remedy) -> None:
+    """Layer by layer, and within a layer in the order in which they are taken."""
+    for states in zip(*(_sent(worker, each, span, remedy.carries) for span in spans), strict=True):
+        for state, group in zip(states, groups, strict=True):
+            flat = torch.cat([tensor.detach().float().cpu().reshape(-1) for tensor in state.values()])
+            group.send([flat], 1, 0).wait(_patience(worker))
+            worker.pulse()
 
 
 @torch.no_grad()
-def _take(
-    worker: Worker, view: View, number: int, each: Restore, builder: GroupBuilder, remedy: Remedy,
-    norms: Mapping[Span, float], deadline: float,
-) -> None:  # fmt: skip
-    with _named(each):
-        groups = [
-            builder.build(f"view{view.number}/restore{number}/{place}", (source, worker.id))
-            for place, (source, _) in enumerate(each.sources)
-        ]
-        for whole in worker.store.span_states(each.span):
-            mine = _carried(whole, remedy.carries)
-            states: list[dict[str, Tensor]] = []
-            for group in groups:
-                flat = torch.empty(sum(tensor.numel() for tensor in mine.values()))
-                group.recv([flat], 0, 0).wait(_left(deadline))
-                parts = flat.split([tensor.numel() for tensor in mine.values()])
-                states.append({k: part.view(t.shape) for (k, t), part in zip(mine.items(), parts, strict=True)})
-            weights = [norms.get(span, 0.0) for _, span in each.sources]
-            for key, tensor in (remedy.combine(states, weights) or {}).items():
-                mine[key].copy_(tensor)
+def _take(worker: Worker, each: Restore, groups: Sequence[Group], remedy: Remedy, norms: Mapping[Span, float]) -> None:
+    for whole in worker.store.span_states(each.span):
+        mine = _carried(whole, remedy.carries)
+        states: list[dict[str, Tensor]] = []
+        for group in groups:
+            flat = torch.empty(sum(tensor.numel() for tensor in mine.values()))
+            group.recv([flat], 0, 0).wait(_patience(worker))
+            worker.pulse()
+            parts = flat.split([tensor.numel() for tensor in mine.values()])
+            states.append({k: part.view(t.shape) for (k, t), part in zip(mine.items(), parts, strict=True)})
+        weights = [norms.get(span, 0.0) for _, span in each.sources]
+        for key, tensor in (remedy.combine(states, weights) or {}).items():
+            mine[key].copy_(tensor)
     if remedy.carries == "weights":
         for shard in worker.store.shards_of(each.span):
             shard.lr_scale.fill_(remedy.lr_scale)
+
+
+def roll_back(worker: Worker, view: View) -> int:
+    """Go back to where `view` says; returns the step. Raises CheckpointError, ModelError."""
+    if view.rollback != START:
+        return load_checkpoint(worker, Path(view.rollback or ""))
+    source = view.details["source"]
+    worker.store.start_again(worker.settings.seed, None if source is None else Path(source), worker.pulse)
+    return view.first_step
 
 
 def load_checkpoint(worker: Worker, path: Path) -> int:
@@ -106,6 +118,7 @@ def load_checkpoint(worker: Worker, path: Path) -> int:
     for layer in worker.store.layers():
         if worker.store.layer_state(layer):
             worker.store.load_layer_state(layer, checkpoint.read_layer(path, manifest, layer))
+            worker.pulse()
     if TIED in worker.store.shards:  # a head that sits elsewhere: its weight is in the embedding's file
         saved = checkpoint.read_layer(path, manifest, 0)
         with torch.no_grad():
@@ -131,5 +144,5 @@ class _named:
             ) from error
 
 
-def _left(deadline: float) -> timedelta:
-    return timedelta(seconds=max(0.001, deadline - time.monotonic()))
+def _patience(worker: Worker) -> timedelta:
+    return timedelta(seconds=worker.settings.deadline_s)

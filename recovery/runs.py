@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.channel import Channel
 from pipeline.schedule import Span
 from pipeline.slots import BACKWARD, FORWARD, Slot
 
@@ -39,6 +39,7 @@ class Run:
     added: dict[Span, int] = field(default_factory=dict)
     left: int = 0
     events: dict[int, list[tuple[str, float, float]]] = field(default_factory=dict)
+    """Place -> what was done there: (op, start, end)."""
     began: float = 0.0
 
     def needs(self, slot: Slot, m: int) -> list[Fact]:
@@ -72,12 +73,15 @@ class Given:
 
 @dataclass
 class Member:
-    """A worker, from its start to its end."""
+    """A worker, from its start to its end. `place` is that of the worker which it has followed; `stuck` says that it
+    does not take what it is told."""
 
     id: int
+    place: int
     pid: int
     since: float
-    channel: socket.socket | None = None
+    channel: Channel | None = None
+    stuck: bool = False
     given: dict[int, Given] = field(default_factory=dict)
     work: float = 0.0
     busy: float = 0.0

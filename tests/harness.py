@@ -42,7 +42,7 @@ from pipeline.rng import RngKey, keyed_dropout
 from pipeline.schedule import Route, dumps
 from pipeline.weights import read_config
 from recovery.commit import READY
-from recovery.membership import View, await_view, publish
+from recovery.membership import View, await_view, publish, within
 
 TIMEOUT_S = 90.0
 
@@ -84,7 +84,7 @@ def entry(payload: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     store = connect(payload["store"], TIMEOUT_S)
-    view = await_view(store, 1, TIMEOUT_S)
+    view = await_view(store, 1, within(TIMEOUT_S))
     config = config_from_dict(TrainConfig, view.details["config"])
     me = int(payload["worker"])
     member = build_member(me, config, view, me, store, payload)
@@ -275,8 +275,9 @@ def run_pool(
 
             optimizer.update = watching
             trainer = RoundTrainer(
-                config, optimizer, pool, rounds.cut, rounds.row, jobs["train"], jobs["evaluate"], "", report, bool
-            )
+                config, optimizer, pool, rounds.cut, rounds.row, jobs["train"], jobs["evaluate"], "", report, bool,
+                lambda _: "",
+            )  # fmt: skip
             pool.open(config.workers)
             while trainer.step < config.steps:
                 trainer._one_step(record=True)

@@ -76,7 +76,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     found = checkpoint.find(tmp_path / "not" / "yet")
     check_whole(found, 7)
     assert found.manifest is not None
-    assert found.manifest["extra"] == {"step": 7, "seed": 3, "model": {"a": [1, None]}}
+    assert found.manifest["extra"] == {"step": 7, "seed": 3, "model": {"a": [1, None]}, "fence": [0, 0]}
     assert [record["layer"] for record in found.manifest["files"]] == list(range(LAYERS))
     assert found.skipped == ()
     assert sorted(p.name for p in path.iterdir()) == [f"layer-0000{n}.safetensors" for n in range(3)] + [
@@ -168,7 +168,7 @@ def test_what_a_crash_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
     checkpoint.write_layer(checkpoint.begin(tmp_path, 2), 0, tensors(2, 0))
     check_whole(checkpoint.find(tmp_path), 1)
     folder = checkpoint.begin(tmp_path, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003.0-0.tmp"]
     assert list(folder.iterdir()) == []
     checkpoint.abort(tmp_path, 3)
     checkpoint.abort(tmp_path, 3)
@@ -311,7 +311,7 @@ def test_a_full_disk_is_named_and_leaves_no_partial_layer(tmp_path: Path) -> Non
     with largest_file(10_000):
         with pytest.raises(
             CheckpointError,
-            match=r"step-00000002.tmp/layer-00001.safetensors cannot be written \(File too large\): 40\d{3} bytes are "
+            match=r"step-00000002.0-0.tmp/layer-00001.safetensors cannot be written \(File too large\): 40\d{3} bytes are "
             r"needed, \d+ are free",
         ):
             checkpoint.write_layer(folder, 1, {"param/w": torch.zeros(10_000)})

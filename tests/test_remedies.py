@@ -32,6 +32,12 @@ def lose(before: View, *lost: int) -> View:
     return replace_workers(before, lost)
 
 
+def cured(after: View, policy: str, layers: int, tied: bool, checkpoints: Path) -> View:
+    """What the policy makes of a view, where the run cannot start again."""
+    recovery = Recovery(policy, after, layers, tied, checkpoints, source_changed=lambda: "its source is gone")
+    return cure(after, policy, layers, tied, recovery.rollback_target)
+
+
 def in_line(stages: int = 4, replicas: int = 1) -> View:
     return view(plan("one_f_one_b", [1.0] * LAYERS, stages, 4, replicas))
 
@@ -58,9 +64,9 @@ def test_a_new_worker_takes_each_place_and_ids_are_never_used_again() -> None:
 
 
 def test_a_surviving_replica_comes_before_everything_else(tmp_path: Path) -> None:
-    found = cure(lose(in_line(2, replicas=2), 0), "auto", LAYERS, False, tmp_path)
+    found = cured(lose(in_line(2, replicas=2), 0), "auto", LAYERS, False, tmp_path)
     assert found.restores == (Restore(4, (0, 5), "replica", ((2, (0, 5)),)),)
-    both = cure(lose(in_line(3, replicas=2), 1, 4), "auto", LAYERS, False, tmp_path)
+    both = cured(lose(in_line(3, replicas=2), 1, 4), "auto", LAYERS, False, tmp_path)
     assert [r.remedy for r in both.restores] == ["checkfree", "checkfree"]
     assert len({r.sources for r in both.restores}) == 1, "replicas that are rebuilt must come out equal"
 
@@ -71,7 +77,7 @@ def test_a_tied_weight_comes_back_from_its_other_holder() -> None:
 
 
 def test_checkfree_asks_both_neighbours_and_weighs_them_by_their_norms(tmp_path: Path) -> None:
-    found = cure(lose(apart(4), 2), "checkfree", 8, False, tmp_path)
+    found = cured(lose(apart(4), 2), "checkfree", 8, False, tmp_path)
     assert found.restores == (Restore(4, (3, 5), "checkfree", ((1, (1, 3)), (3, (5, 7)))),)
     before, after = torch.randn(3, 4), torch.randn(3, 4)
     states = [{"param/w": before}, {"param/w": after}]
@@ -104,7 +110,7 @@ def test_what_cannot_be_restored_is_refused_with_every_reason(
 ) -> None:
     layers = max(hi for _, hi in before.schedule("train").holders)
     with pytest.raises(CannotRestore, match=said):
-        cure(lose(before, *lost), policy, layers, False, tmp_path)
+        cured(lose(before, *lost), policy, layers, False, tmp_path)
 
 
 @pytest.mark.parametrize("stages", [4, 6, 8])
@@ -113,7 +119,7 @@ def test_checkfree_plus_restores_every_single_loss(tmp_path: Path, stages: int) 
     layers = 2 * stages + 2
     first, last = 1, stages
     for worker in range(stages + 1):
-        found = {r.span: r for r in cure(lose(before, worker), "checkfree+", layers, False, tmp_path).restores}
+        found = {r.span: r for r in cured(lose(before, worker), "checkfree+", layers, False, tmp_path).restores}
         spans = [span for span, holders in before.schedule("train").holders.items() if worker in holders]
         assert set(spans) <= set(found)
         if worker == 0:
@@ -210,7 +216,8 @@ def test_two_that_are_no_neighbours_are_taken_over_at_once_and_join_one_by_one(t
 
 
 def test_a_stage_and_who_keeps_its_copy_cannot_be_taken_over(tmp_path: Path) -> None:
-    recovery = Recovery("redundant", home := redundantly(4), LAYERS, False, tmp_path)
+    home = redundantly(4)
+    recovery = Recovery("redundant", home, LAYERS, False, tmp_path, source_changed=lambda: "its source is gone")
     with pytest.raises(CannotRestore, match=r"redundant: stage 2: the stage that keeps the copy, 1, is lost too; "):
         recovery.after_loss(home, (1, 2))
     joining = replace(recovery.with_ready(recovery.after_loss(home, (1,)), (4,)), checkpoint=None)
@@ -221,5 +228,5 @@ def test_a_stage_and_who_keeps_its_copy_cannot_be_taken_over(tmp_path: Path) -> 
 def test_rolling_back_is_for_all_or_for_none(tmp_path: Path) -> None:
     lost_both = lose(in_line(), 0, 2)
     with pytest.raises(CannotRestore, match=r"replica: .*checkfree: .*checkpoint: "):
-        cure(lost_both, "auto", LAYERS, False, tmp_path)
+        cured(lost_both, "auto", LAYERS, False, tmp_path)
     assert replace(lost_both, rollback="x").restores == ()

@@ -1,0 +1,146 @@
+"""Reads what the workers report and turns it into files and lines: the story of a run, as a person reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from jobs.config import TrainConfig
+from jobs.plan import Plan
+from jobs.train import STOPPED
+from launch.generate import Continuation, continue_text
+from launch.pictures import Pictures
+from launch.progress import Display
+from launch.records import check_record
+from launch.report import loss_terminal
+from launch.run_folder import RunFolder
+from pipeline.wire import WireError, checked
+from recovery import keys
+
+_SAID = {
+    "detected": "worker {worker} {reason}",
+    "remedy": "worker {replacement} takes its place: {remedy}",
+    "rejoined": "worker {replacement} is ready and takes the place of worker {worker}: {remedy}",
+    "taken_over": "the one before it does its work as well: {remedy}; worker {replacement} is being started",
+    "redealt": "its {slots} slots go to the others",
+    "not_started": "worker {worker} {reason}",
+    "joined": "worker {worker} has joined: it is used from the next iteration on",
+    "rerouted": "its microbatches take other routes; worker {replacement} is being started",
+    "resumed": "going on from step {step} after {seconds[total]:.2f} s",
+    "link": "worker {worker} {reason}; nobody is lost: links are built anew",
+    "rolled_back": "back to {to}: {steps_lost} steps are run again",
+    "not_finite": "{error}; it is run again",
+    "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
+    "unreadable": "something in the store is not of this run, and is left aside: {error}",
+}
+
+
+def _printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class Story:
+    """Reads the workers' records and turns them into files and lines."""
+
+    def __init__(
+        self, config: TrainConfig, plan: Plan, folder: RunFolder, display: Display, store: dist.Store | None = None
+    ) -> None:
+        self._config, self._plan, self._folder, self._display, self._store = config, plan, folder, display, store
+        self._pictures = Pictures(config, plan, folder)
+        self._read: dict[int, int] = {}  # worker -> how many of its records
+        self.step = plan.view.first_step
+        self._began = time.monotonic()
+
+    def tick(self, workers: Iterable[int]) -> None:
+        """Handle every record that has come from `workers`, and the last ones of those who were lost since."""
+        assert self._store is not None
+        now = set(workers)
+        for worker in sorted(now | set(self._read)):
+            number = self._read.get(worker, 0)
+            for record in keys.take_records(self._store, worker, number):
+                self._take(record, worker, number)
+                number += 1
+            if worker in now:
+                self._read[worker] = number
+            else:
+                self._read.pop(worker, None)
+
+    def _take(self, record: dict[str, Any] | WireError, worker: int, number: int) -> None:
+        """Handle what stood where a worker reports: it may be none of its records."""
+        try:
+            if isinstance(record, WireError):
+                raise record
+            if record.get("kind") == "ledger":
+                assert self._store is not None
+                step = checked(record, "a record", step=int)["step"]
+                keys.answer_ledger(self._store, worker, number, self._folder.save_ledger(step))
+            else:
+                self.handle(check_record(record))
+        except WireError as error:
+            self.event("unreadable", error=f"record {number} of worker {worker}: {error}")
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Something happened to the membership: keep it, and say it."""
+        fields.setdefault("step", self.step)
+        self._folder.event(event, **fields)
+        if (line := _SAID.get(event)) is not None:
+            self._display.say(line.format(**fields), "yellow")
+
+    def handle(self, record: dict[str, Any]) -> None:
+        """Take one record that a worker, or the host of a pool, has made."""
+        kind = record.pop("kind")
+        if kind == "step":
+            self.step = record["step"]
+            self._folder.step(record)
+            self._display.step(record)
+        elif kind == "timeline":
+            self._pictures.timeline(record["lanes"])
+        elif kind == "evaluation":
+            self._folder.event("evaluation", **record)
+            self._display.say(
+                f"step {record['step']}: held-out loss {record['loss']:.3f}, perplexity {record['perplexity']:.1f}"
+            )
+        elif kind == "stopped":
+            self._folder.event("stopped", **record)
+            self._display.say(f"asked to stop: saved at step {record['step']}; --resume goes on from there", "yellow")
+        else:
+            if record["event"] == "resumed":
+                record["seconds"]["total"] = max(record["seconds"].values())
+            self.event(**record)
+
+    def close(self, code: int, as_json: bool) -> None:
+        """The end: pictures, the loss curve, a sample, and where everything is."""
+        self._pictures.loss()
+        out, evaluations = self._config.out, self._folder.evaluations
+        summary: dict[str, Any] = {
+            "exit_code": code, "step": self.step, "seconds": round(time.monotonic() - self._began, 3), "out": str(out),
+            "loss": self._folder.metrics[-1]["loss"] if self._folder.metrics else None,
+            "held_out_perplexity": evaluations[-1]["perplexity"] if evaluations else None,
+        }  # fmt: skip
+        sample: Continuation | None = None
+        if code != STOPPED:
+            summary["model"] = str(out / "model")
+            if self._config.sample_tokens:
+                with suppress(KeyboardInterrupt):  # the run is done: who does not want to wait goes without
+                    sample = continue_text(out / "model", None, self._config.sample_tokens, self._config.seed)
+                    summary["sample"] = sample.text
+        if as_json:
+            self._display.console.file = os.sys.stdout  # type: ignore[attr-defined]
+            self._display.console.print_json(json.dumps(summary))
+            return
+        say = self._display.say
+        say(loss_terminal(self._folder.metrics, width=72, height=12))
+        if summary["held_out_perplexity"] is not None:
+            say(f"held-out perplexity {summary['held_out_perplexity']:.2f} after {self.step} steps")
+        if sample is not None:
+            say(f"sample, after {sample.prompt!r}:\n{_printable(sample.text)}")
+        if code != STOPPED:
+            say(f"model     {out / 'model'}")
+        say("pictures  " + "  ".join(str(path) for path in self._pictures.paths))

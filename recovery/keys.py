@@ -1,0 +1,224 @@
+"""Every key of a run's store: written here, and read here. What is read is checked, since anybody may have written it.
+
+    view/N              a view, by the coordinator                 failed      why the run ends, for every agent
+    loss/N, losses      a worker that is gone, by whoever saw it   over        the exit code of a run that has ended
+    complaint/V         a link of view V is broken                 done/A      agent A has seen the end
+    beat/W, agent/A     signs of life                              stop        somebody has asked the run to stop
+    error/W             the error that ended a worker              ledger/W/N  whether the ledger is on the disk, to N
+    record/W/N          what worker W reports                      claim/X     whether fault X has happened
+    spare/A/N           the place that a spare worker takes
+
+Votes and outcomes are in `commit.py`, the meeting of a group's members in `pipeline/groups.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.wire import WireError, checked, parse
+
+_FAILED, _OVER, _STOP = "failed", "over", "stop"
+
+
+def _put(store: dist.Store, key: str, values: dict[str, Any]) -> None:
+    store.set(key, json.dumps(values))
+
+
+def _take(store: dist.Store, key: str) -> dict[str, Any] | None:
+    """What stands under a key, if anything does. Raises WireError for what is no JSON object."""
+    return parse(store.get(key), key) if store.check([key]) else None
+
+
+# ---- signs of life ----
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A worker's sign of life: `number` ascends, `waiting` is what it waits for, `progress` ascends with long work, and
+    `built` says that it could take a place."""
+
+    number: int
+    waiting: str
+    progress: int
+    built: bool
+
+
+def beat(store: dist.Store, worker: int, mine: Beat) -> None:
+    """Say that a worker lives."""
+    _put(store, f"beat/{worker}", vars(mine))
+
+
+def read_beat(store: dist.Store, worker: int) -> Beat | None:
+    """A worker's newest sign of life; None before the first, and for what is none."""
+    with suppress(WireError):
+        if (values := _take(store, f"beat/{worker}")) is not None:
+            return Beat(**checked(values, "a beat", number=int, waiting=str, progress=int, built=bool))
+    return None
+
+
+def beat_agent(store: dist.Store, agent: int, number: int) -> None:
+    """Say that an agent lives: twice a second, with ascending numbers. Agent 0 has the coordinator in it."""
+    store.set(f"agent/{agent}", str(number))
+
+
+def read_agent(store: dist.Store, agent: int) -> bytes | None:
+    """An agent's newest sign of life, to be compared with the one before; None before the first."""
+    return store.get(key) if store.check([key := f"agent/{agent}"]) else None
+
+
+# ---- losses and complaints ----
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """A worker that is gone. `told`: the reason is an error that it met, and not how the process ended."""
+
+    worker: int
+    reason: str
+    told: bool
+    time: float
+
+
+def report_loss(store: dist.Store, worker: int, reason: str, told: bool = False) -> None:
+    """Tell the coordinator that a worker is gone."""
+    number = store.add("losses", 1) - 1
+    _put(store, f"loss/{number}", vars(LossReport(worker, reason, told, time.time())))
+
+
+def read_loss(store: dist.Store, number: int) -> LossReport | None:
+    """The report with this number, if it is there. Raises WireError."""
+    values = _take(store, f"loss/{number}")
+    fields = {"worker": int, "reason": str, "told": bool, "time": float}
+    return None if values is None else LossReport(**checked(values, f"loss/{number}", **fields))
+
+
+def complain(store: dist.Store, view: int, worker: int, reason: str) -> None:
+    """Tell the coordinator that this worker has met a broken link in `view`."""
+    _put(store, f"complaint/{view}", {"worker": worker, "reason": reason})
+
+
+def read_complaint(store: dist.Store, view: int) -> tuple[int, str] | None:
+    """(worker, reason) of a complaint in `view`, if there is one. Raises WireError."""
+    if (values := _take(store, f"complaint/{view}")) is None:
+        return None
+    found = checked(values, f"complaint/{view}", worker=int, reason=str)
+    return found["worker"], found["reason"]
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """The error that ended a worker. `fatal`: another worker in its place would meet it too."""
+
+    text: str
+    fatal: bool
+
+
+def report_error(store: dist.Store, worker: int, error: ErrorReport) -> None:
+    """Leave a worker's last words for its agent."""
+    _put(store, f"error/{worker}", vars(error))
+
+
+def read_error(store: dist.Store, worker: int) -> ErrorReport | None:
+    """A worker's last words, if it has left any that can be read."""
+    with suppress(WireError):
+        if (values := _take(store, f"error/{worker}")) is not None:
+            return ErrorReport(**checked(values, "an error", text=str, fatal=bool))
+    return None
+
+
+# ---- the run as a whole ----
+
+
+def fail(store: dist.Store, reason: str) -> None:
+    """End the run on every agent, unless somebody has ended it for another reason before."""
+    store.compare_set(_FAILED, "", reason)
+
+
+def failure(store: dist.Store) -> str | None:
+    """Why the run has been ended, if it has."""
+    return store.get(_FAILED).decode(errors="replace") if store.check([_FAILED]) else None
+
+
+def end(store: dist.Store, code: int) -> None:
+    """Leave the exit code of a run that has come to its end."""
+    store.set(_OVER, str(code))
+
+
+def ended(store: dist.Store) -> int | None:
+    """The exit code that the coordinator has left, if it has left one."""
+    text = store.get(_OVER) if store.check([_OVER]) else b""
+    return int(text) if text.isdigit() else None
+
+
+def confirm_end(store: dist.Store, agent: int) -> None:
+    """Say that an agent has seen the end."""
+    store.set(f"done/{agent}", "")
+
+
+def has_confirmed(store: dist.Store, agent: int) -> bool:
+    """Whether an agent has seen the end."""
+    return store.check([f"done/{agent}"])
+
+
+def ask_to_stop(store: dist.Store) -> None:
+    """Have the run save itself and stop: a state of the run, whoever was told of it and dies."""
+    store.set(_STOP, "")
+
+
+def stop_asked(store: dist.Store) -> bool:
+    """Whether the run was asked to stop."""
+    return store.check([_STOP])
+
+
+def answer_ledger(store: dist.Store, worker: int, number: int, error: str) -> None:
+    """To a worker's record that asks for it: the ledger is on the disk up to its step, or (`error`) why it is not."""
+    _put(store, f"ledger/{worker}/{number}", {"error": error})
+
+
+def take_ledger_answer(store: dist.Store, worker: int, number: int) -> str | None:
+    """That answer, which is gone then: an error, "" for none, None as long as it has not come."""
+    key = f"ledger/{worker}/{number}"
+    try:
+        values = _take(store, key)
+        error = None if values is None else checked(values, "the ledger's answer", error=str)["error"]
+    except WireError as problem:
+        error = str(problem)
+    if error is not None:
+        store.delete_key(key)
+    return error
+
+
+# ---- records, claims, spare workers ----
+
+
+def put_record(store: dist.Store, worker: int, number: int, record: dict[str, Any]) -> None:
+    """Report something. Each worker has numbers of its own: a writer that dies leaves no gap."""
+    _put(store, f"record/{worker}/{number}", {"time": time.time(), **record})
+
+
+def take_records(store: dist.Store, worker: int, first: int) -> Iterator[dict[str, Any] | WireError]:
+    """A worker's records from number `first` on, which are gone then; an error for one that cannot be read."""
+    while store.check([key := f"record/{worker}/{first}"]):
+        try:
+            yield parse(store.get(key), key)
+        except WireError as error:
+            yield error
+        store.delete_key(key)
+        first += 1
+
+
+def claim(store: dist.Store, name: str) -> bool:
+    """Whether nobody has asked for `name` before."""
+    return store.add(f"claim/{name}", 1) == 1
+
+
+def spare_key(agent: int, number: int) -> str:
+    """Where a spare worker waits to be called."""
+    return f"spare/{agent}/{number}"

@@ -1,0 +1,49 @@
+"""When it makes no sense to go on: what is lost again and again, without a step between, will be lost once more.
+
+An allocation that no machine has room for, or a file that cannot be read, fails the same way in every replacement.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+LIMIT = 3
+STOPPING_LIMIT = 2
+"""Of a run that was asked to stop: it has less time."""
+
+
+class TooManyFailures(RuntimeError):
+    """Workers are lost faster than it makes sense to replace them. Names the last loss."""
+
+
+class Losses:
+    """Counts what was lost since the last step. `most` losses in all end a run, and `limit` of one place, or with one
+    error that a worker has told, without a step between."""
+
+    def __init__(self, most: float) -> None:
+        self.count, self._most = 0, most
+        self._seen: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+
+    def progress(self, place: int | None = None) -> None:
+        """A step was made; or, with `place`, what is there has done some of it."""
+        if place is None:
+            self._seen.clear()
+        else:
+            self._seen.pop(("place", str(place)), None)
+
+    def note(self, worker: int, place: int, reason: str, *, told: bool, when: int, limit: int = LIMIT) -> None:
+        """A worker is lost. `told`: it has said why itself; what was lost for one reason at one time (`when`, such as
+        a view) counts once. Raises TooManyFailures."""
+        self.count += 1
+        if self.count > self._most:
+            raise TooManyFailures(
+                f"{self.count} workers were lost, the last: worker {worker} {reason}; "
+                f"allowed by max_failures: {self._most}"
+            )
+        for key in (("place", str(place)), *([("error", reason)] if told else [])):
+            self._seen[key].add(when)
+            if len(self._seen[key]) >= limit:
+                raise TooManyFailures(
+                    f"worker {worker} {reason}; {len(self._seen[key])} times in a row without a step between, so that "
+                    "another try would end the same way"
+                )
