@@ -66,7 +66,8 @@ class Agent:
     _spares: dict[int, str] = field(default_factory=dict)  # pid -> the key by which it is called
     _spares_made: int = 0
     _view: int = 1
-    _awaited: set[int] = field(default_factory=set)
+    _late: set[int] = field(default_factory=set)
+    """Workers that may find nobody any more when the run is over: those that are awaited, and those who joined last."""
     _stopping: int = 0
     _told_to_stop: bool = False
     _beats: int = 0
@@ -140,8 +141,9 @@ class Agent:
                 self._pass_on()
                 self._try_again()
                 tick()
-                self._follow(code is not None)
-                if not self.pids and code is None and (over := keys.ended(self.store)) is not None:
+                over = keys.ended(self.store)
+                self._follow(code is not None or over is not None)
+                if not self.pids and code is None and over is not None:
                     return over  # its places have gone to others
                 if (reason := keys.failure(self.store)) is not None:
                     raise RunFailed(reason)
@@ -167,20 +169,20 @@ class Agent:
             keys.report_loss(self.store, worker, str(exit_) if error is None else error.text, told=error is not None)
 
     def _follow(self, over: bool) -> None:
-        """Start who joins in the views that came since, and end who is in none, or when it is `over` is awaited."""
+        """Start who joins in the views that came since, and end who is in none, or when it is `over` comes too late."""
         while self.store.check([f"view/{self._view + 1}"]):
             view = read_view(self.store, self._view + 1)
             self._view = view.number
             _send([pid for pid, worker in self.pids.items() if worker not in view.places], signal.SIGKILL)
             self._unstarted = [one for one in self._unstarted if one.worker in view.places]
-            self._awaited = set(view.awaited)
+            self._late = {*view.awaited, *view.joined}
             running = {*self.pids.values(), *(one.worker for one in self._unstarted)}
             for worker in (*view.joined, *view.awaited):
                 if view.agents[place := view.places[worker]] == self.rank and worker not in running:
                     self._start(worker, place, view.number + (worker in view.awaited), joins=True)
             self._keep_spares()
         if over:
-            _send([pid for pid, worker in self.pids.items() if worker in self._awaited], signal.SIGKILL)
+            _send([pid for pid, worker in self.pids.items() if worker in self._late], signal.SIGKILL)
 
     def end(self) -> None:
         """End the workers that still run, gently first, and the spare ones."""

@@ -1,18 +1,21 @@
 """Links between workers: every message goes into a mailbox, and a worker waits on the mailbox, never inside gloo.
 
 A link owns one thread that always receives the next message, header and payload in one buffer, and files it by
-(view, step, op). So receives are posted before anyone asks, sends overlap compute, arrival order does not matter, a
-message of an older view or step is dropped and never used, and a waiting worker can be woken at any time. A *shaped*
-link stamps each message with the moment at which a slow network would have delivered it; the mailbox shows it then.
+(view, step, op), and one that waits for what was sent, so that its buffer goes as soon as it has left. So receives are
+posted before anyone asks, sends overlap compute, arrival order does not matter, a message of an older view or step is
+dropped and never used, and a waiting worker can be woken at any time. Whatever ends the receiving thread, a message
+that is none or a buffer for which there is no memory, is told as the loss of the link. A *shaped* link stamps each
+message with the moment at which a slow network would have delivered it; the mailbox shows it then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import queue
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.groups import Group, GroupBuilder, Work
+from pipeline.mailbox import LinkError, Mailbox
 from pipeline.schedule import COMPUTE, Op, Span
 
 HEADER_BYTES = 128
@@ -28,10 +32,6 @@ _HEADER = struct.Struct("<8qd4q")  # view, step, kind, lo, hi, microbatch, dtype
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 _BYE = -2
 _FOREVER = timedelta(days=10)
-
-
-class LinkError(RuntimeError):
-    """A message that will not come: the peer is gone, or the deadline has passed. Names the peer and the message."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Shape:
 
 
 def pack(view: int, step: int, op: Op, payload: Tensor, deliver_at: float = 0.0, pinned: bool = False) -> Tensor:
-    """Header and payload (at most 4 dimensions) as one host buffer of bytes."""
+    """Header and payload (at most 4 dimensions) as one host buffer of bytes. Raises LinkError for what has no form."""
+    if payload.dim() > 4 or payload.dtype not in _DTYPES:
+        raise LinkError(f"{op} has a payload of {payload.dim()} dimensions of {payload.dtype}; links carry up to 4")
     size = payload.numel() * payload.element_size()
     buffer = torch.empty(HEADER_BYTES + size, dtype=torch.uint8, pin_memory=pinned)
     shape = (*payload.shape, 0, 0, 0, 0)[:4]
@@ -61,94 +63,23 @@ def pack(view: int, step: int, op: Op, payload: Tensor, deliver_at: float = 0.0,
 
 
 def unpack(buffer: Tensor) -> tuple[tuple[int, int, Op], float, Tensor]:
-    """((view, step, op), deliver_at, payload) of a buffer made by `pack`; the payload shares its memory."""
+    """((view, step, op), deliver_at, payload) of a buffer made by `pack`; the payload shares its memory.
+
+    Raises LinkError for a buffer that is none.
+    """
     fields = _HEADER.unpack(buffer[: _HEADER.size].numpy().tobytes())
     view, step, kind, lo, hi, microbatch, dtype, ndim, deliver_at = fields[:9]
+    known = 0 <= kind < len(COMPUTE) and 0 <= dtype < len(_DTYPES) and 0 <= ndim <= 4
+    if not known or min(fields[9:]) < 0 or not math.isfinite(deliver_at):
+        raise LinkError(f"a message is none: its header says {fields}")
     shape, torch_dtype = fields[9 : 9 + ndim], _DTYPES[dtype]
-    size = torch_dtype.itemsize
-    for extent in shape:
-        size *= extent
+    size = torch_dtype.itemsize * math.prod(shape)
+    if HEADER_BYTES + size > buffer.numel():
+        raise LinkError(
+            f"a message is none: {size} bytes of payload; there is room for {buffer.numel() - HEADER_BYTES}"
+        )
     payload = buffer[HEADER_BYTES : HEADER_BYTES + size].view(torch_dtype).view(shape)
     return (view, step, Op(COMPUTE[kind], (lo, hi), microbatch)), deliver_at, payload
-
-
-class Mailbox:
-    """Messages that have arrived at one worker, by (view, step, op, peer). Thread safe."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._messages: dict[tuple[int, int, Op, int], tuple[float, Tensor]] = {}
-        self._lost: dict[int, str] = {}
-        self._woken: str | None = None
-        self._oldest = (0, 0)
-        self.waiting = ""
-        """What a worker waits for at the moment, for others to read; empty while it works."""
-
-    def put(self, view: int, step: int, op: Op, peer: int, deliver_at: float, payload: Tensor) -> None:
-        """File a message; one that is older than the current (view, step) is dropped."""
-        with self._changed:
-            if (view, step) >= self._oldest:
-                self._messages[view, step, op, peer] = (deliver_at, payload)
-                self._changed.notify_all()
-
-    def lose(self, peer: int, reason: str) -> None:
-        """Say that nothing more comes from `peer`."""
-        with self._changed:
-            self._lost.setdefault(peer, reason)
-            self._changed.notify_all()
-
-    def forget(self, peer: int) -> None:
-        """A new link to `peer` takes the place of one that was lost."""
-        with self._changed:
-            self._lost.pop(peer, None)
-
-    def woken(self) -> str | None:
-        """Why the present view has ended, or None while it has not."""
-        return self._woken
-
-    def broken(self) -> set[int]:
-        """The peers that were lost."""
-        with self._changed:
-            return set(self._lost)
-
-    def wake(self, view: int, reason: str) -> None:
-        """View `view` has begun: make every wait of an older one fail at once, with `reason`."""
-        with self._changed:
-            if view > self._oldest[0]:
-                self._woken = reason
-                self._changed.notify_all()
-
-    def advance(self, view: int, step: int) -> None:
-        """Drop all that is older than (view, step) and refuse it from now on."""
-        with self._changed:
-            if view > self._oldest[0]:
-                self._woken = None
-            self._oldest = (view, step)
-            self._messages = {key: value for key, value in self._messages.items() if key[:2] >= self._oldest}
-
-    def get(self, view: int, step: int, op: Op, peer: int, deadline: float) -> Tensor:
-        """The payload of `op` from `peer`, waited for until `deadline` (time.monotonic seconds).
-
-        Raises LinkError when the peer is lost, the wait is woken, or the deadline passes.
-        """
-        key = (view, step, op, peer)
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                held = self._messages.get(key)
-                if held is not None and held[0] <= now:
-                    del self._messages[key]
-                    return held[1]
-                what = f"the output of {op} from worker {peer} (view {view}, step {step})"
-                if self._woken is not None:
-                    raise LinkError(f"waiting for {what} was ended: {self._woken}")
-                if held is None and peer in self._lost:
-                    raise LinkError(f"{what} will not come: {self._lost[peer]}")
-                if now >= deadline:
-                    raise LinkError(f"{what} did not come within the step deadline")
-                self.waiting = what
-                self._changed.wait(min(deadline, held[0] if held else deadline) - now)
-                self.waiting = ""
 
 
 class Link:
@@ -164,9 +95,14 @@ class Link:
         self._fixed = fixed_size
         self._shape = shape
         self._free_at = 0.0
-        self._in_flight: deque[tuple[Work, Tensor]] = deque()
+        self._sent: queue.SimpleQueue[tuple[Work, Tensor] | None] = queue.SimpleQueue()
+        self._left = threading.Condition()
+        self._in_flight = 0
+        self._failed: str | None = None
         self._thread = threading.Thread(target=self._receive, name=f"link-{peer}", daemon=True)
+        self._reaper = threading.Thread(target=self._reap, name=f"sent-{peer}", daemon=True)
         self._thread.start()
+        self._reaper.start()
 
     def send(self, view: int, step: int, op: Op, payload: Tensor) -> None:
         """Start sending `payload`, the output of `op`. Returns at once. Raises LinkError for a payload too large."""
@@ -182,26 +118,28 @@ class Link:
 
     def flush(self, deadline: float) -> None:
         """Wait until all that was sent has left. Raises LinkError at `deadline` or when the peer is gone."""
-        while self._in_flight:
-            work, _ = self._in_flight[0]
-            try:
-                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-            except RuntimeError as error:
-                raise LinkError(f"sending to worker {self.peer} failed: {_first_line(error)}") from error
-            self._in_flight.popleft()
+        with self._left:
+            self._left.wait_for(lambda: not self._in_flight or self._failed, max(0.0, deadline - time.monotonic()))
+            if self._failed:
+                raise LinkError(f"sending to worker {self.peer} failed: {self._failed}")
+            if self._in_flight:
+                raise LinkError(f"{self._in_flight} messages to worker {self.peer} did not leave in time")
 
     def close(self) -> None:
         """Say goodbye, so that the peer's receiving thread ends."""
         with contextlib.suppress(RuntimeError):
             self._post(pack(_BYE, 0, Op("F", (0, 0)), torch.empty(0)))
             self.flush(time.monotonic() + 1.0)
+        self._sent.put(None)
 
     def abandon(self) -> None:
         """End the link without a word: a receive that gives up at once closes its sockets on both sides."""
         if not self._fixed:
             with contextlib.suppress(RuntimeError):
                 self._in.recv([torch.empty(1, dtype=torch.uint8)], self._peer_rank, 1).wait(timedelta(milliseconds=1))
+        self._sent.put(None)
         self._thread.join(1.0)
+        self._reaper.join(1.0)
 
     def join(self, timeout_s: float) -> None:
         """Wait for the receiving thread, which ends at the peer's goodbye or loss."""
@@ -212,31 +150,47 @@ class Link:
             padded = torch.empty(self._max_bytes, dtype=torch.uint8, device=self._device)
             padded[: buffer.numel()].copy_(buffer)
             buffer = padded
-        while self._in_flight and self._in_flight[0][0].is_completed():
-            self._in_flight.popleft()
         try:
-            # A Work that is dropped cancels its transfer: both are kept until it is done.
-            self._in_flight.append((self._out.send([buffer], self._peer_rank, 0), buffer))
+            work = self._out.send([buffer], self._peer_rank, 0)
         except RuntimeError as error:
             raise LinkError(f"sending to worker {self.peer} failed: {_first_line(error)}") from error
+        with self._left:
+            self._in_flight += 1
+        self._sent.put((work, buffer))  # a Work that is dropped cancels its transfer: both are kept until it is done
+
+    def _reap(self) -> None:
+        """Wait for each transfer in turn; gloo tells of its end only to who waits."""
+        while (sent := self._sent.get()) is not None:
+            try:
+                sent[0].wait(_FOREVER)
+            except RuntimeError as error:
+                with self._left:
+                    self._failed = self._failed or _first_line(error)
+            del sent
+            with self._left:
+                self._in_flight -= 1
+                self._left.notify_all()
 
     def _receive(self) -> None:
-        on_device = self._fixed
-        while True:
-            pinned = self._device.type == "cuda" and not on_device
-            place = self._device if on_device else torch.device("cpu")
-            buffer = torch.empty(self._max_bytes, dtype=torch.uint8, device=place, pin_memory=pinned)
-            try:
-                self._in.recv([buffer], self._peer_rank, 0).wait(_FOREVER)
-            except RuntimeError as error:
-                closed = "closed by peer" in str(error) or "reset by peer" in str(error)
-                self._mailbox.lose(self.peer, "the connection was closed" if closed else _first_line(error))
-                return
-            (view, step, op), deliver_at, payload = unpack(buffer.cpu() if on_device else buffer)
-            if view == _BYE:
-                self._mailbox.lose(self.peer, "it has left")
-                return
-            self._mailbox.put(view, step, op, self.peer, deliver_at, payload)
+        try:
+            while self._receive_one():
+                pass
+            self._mailbox.lose(self.peer, "it has left")
+        except Exception as error:  # whatever it was: nothing more comes, and who waits must know
+            closed = "closed by peer" in str(error) or "reset by peer" in str(error)
+            self._mailbox.lose(self.peer, "the connection was closed" if closed else _first_line(error))
+
+    def _receive_one(self) -> bool:
+        """Whether there was a message, and not a goodbye."""
+        pinned = self._device.type == "cuda" and not self._fixed
+        place = self._device if self._fixed else torch.device("cpu")
+        buffer = torch.empty(self._max_bytes, dtype=torch.uint8, device=place, pin_memory=pinned)
+        self._in.recv([buffer], self._peer_rank, 0).wait(_FOREVER)
+        (view, step, op), deliver_at, payload = unpack(buffer.cpu() if self._fixed else buffer)
+        if view == _BYE:
+            return False
+        self._mailbox.put(view, step, op, self.peer, deliver_at, payload)
+        return True
 
 
 @dataclass
