@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from jobs.config import TrainConfig
 from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
-from jobs.train import STOPPED, Report
+from jobs.train import STOPPED, Report, evaluated_when
 from pipeline.host_optimizer import HostOptimizer
 from pipeline.lora import merge, save_adapter
 from pipeline.optimizer import learning_rate
@@ -169,7 +169,7 @@ class RoundTrainer:
             total, tokens = total + loss * counted, tokens + counted
         loss = total / max(1, tokens)
         if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the held-out loss is {loss}, in the evaluation after step {done}")
+            raise NonFiniteLoss(f"the held-out loss is {loss}, {evaluated_when(done)}")
         self._say("evaluation", step=done, loss=loss, perplexity=math.exp(min(loss, 700.0)))
 
     def _say(self, kind: str, **fields: Any) -> None:

@@ -34,6 +34,11 @@ _FILE_BYTES = 2 << 30
 STOPPED = 75
 """The exit code of a run that was asked to stop and has saved itself (EX_TEMPFAIL: try again)."""
 
+def evaluated_when(done: int) -> str:
+    """When an evaluation took place, for a person."""
+    return f"in the evaluation after step {done}" if done else "before the first step"
+
+
 Report = Callable[[dict[str, Any]], None]
 """Takes a record {"kind": "step" | "evaluation" | "event" | "timeline" | ..., ...} to the coordinator."""
 
@@ -241,7 +246,7 @@ class Trainer:
         try:
             result = self.worker.run(self.member.schedules["evaluate"], self.held_out, 0)
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"{error}, in the evaluation after step {done}") from error
+            raise NonFiniteLoss(f"{error}, {evaluated_when(done)}") from error
         perplexity = math.exp(min(result.loss, 700.0))
         self._say({"kind": "evaluation", "step": done, "loss": result.loss, "perplexity": perplexity})
 

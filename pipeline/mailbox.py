@@ -1,4 +1,4 @@
-"""What has arrived at a worker, filed by what it is: where a worker waits, and from where it can be woken at any time."""
+"""What has arrived at a worker, filed by what it is: a worker waits here, and can be woken at any time."""
 
 from __future__ import annotations
 

@@ -365,7 +365,7 @@ def test_a_run_folder_holds_all_that_a_run_leaves(reference: Run) -> None:
 
 def test_metrics_tell_of_every_step(reference: Run) -> None:
     config = read_toml(reference.out / "config.toml", TrainConfig)
-    assert [set(m) for m in reference.metrics] == [set(METRICS)] * STEPS
+    assert [set(m) for m in reference.metrics] == [{*METRICS, "again"}] * STEPS
     assert [m["step"] for m in reference.metrics] == list(range(1, STEPS + 1))
     assert {m["tokens"] for m in reference.metrics} == {4 * 2 * 32}
     assert {m["view"] for m in reference.metrics} == {1}
@@ -808,8 +808,8 @@ def test_a_held_out_loss_that_is_no_number_is_called_that(
     )
     run = launcher.run(model=poisoned(token), evaluate_samples=1000, evaluate_every=2, tokenizer="auto")
     assert run.code == 1
-    assert len(run.metrics) == 2
-    with pytest.raises(RuntimeError, match=r"(held-out|evaluation).* is nan .*step 2\b|is nan .*(held-out|evaluation)"):
+    assert run.metrics == [], "weights that come from elsewhere are evaluated before they are trained"
+    with pytest.raises(RuntimeError, match=r"the held-out loss is nan at microbatch \d+, before the first step"):
         raise RuntimeError(run.stderr)
 
 
