@@ -315,10 +315,9 @@ def test_less_than_a_batch_is_refused_and_leaves_nothing(tmp_path: Path):
 
 
 def test_a_bad_document_leaves_nothing(tmp_path: Path):
-    path = Path(corpus(tmp_path))
-    path.write_bytes(path.read_bytes() + b'{"text": "\xff"}\n')
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(CorpusError, match="not UTF-8: byte 0xff"):
-        make(tmp_path, str(path))
+        make(tmp_path, f"{corpus(tmp_path)},{tmp_path}/bad.txt")
     assert list((tmp_path / "data").iterdir()) == []
 
 
