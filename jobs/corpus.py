@@ -33,7 +33,7 @@ class Texts(Protocol):
     def __getitem__(self, index: int, /) -> str: ...
 
 
-class Source(Texts, Protocol):
+class TextSource(Texts, Protocol):
     """The documents of one file or dataset."""
 
     has_fields: bool
@@ -50,9 +50,13 @@ def permutation(size: int, key: int) -> np.ndarray:
 
 
 class Corpus:
-    """The documents of one or more sources, end to end. `corpus[i]` reads document i, and may raise CorpusError."""
+    """The documents of one or more sources, end to end. `corpus[i]` reads document i, and may raise CorpusError.
 
-    def __init__(self, sources: Sequence[Texts]) -> None:
+    `spec` and `text_field` are what was asked for.
+    """
+
+    def __init__(self, sources: Sequence[Texts], spec: str, text_field: str) -> None:
+        self.spec, self.text_field = spec, text_field
         self._sources = [source for source in sources if len(source)]
         self._ends = list(accumulate(map(len, self._sources)))
 
@@ -85,13 +89,13 @@ def documents(spec: str, *, text_field: str = TEXT_FIELD) -> Corpus:
             f"text_field is {text_field!r}, which has no effect: nothing in data {spec!r} has fields, it is all plain "
             "text; allowed: files of JSON objects (lines or an array) or hf:NAME as data, or no text_field"
         )
-    corpus = Corpus(sources)
+    corpus = Corpus(sources, spec, text_field)
     if not len(corpus):
         raise CorpusError(f"data is {spec!r}, which holds no text: every file is empty; allowed: {ALLOWED}")
     return corpus
 
 
-def _sources(part: str, text_field: str) -> list[Source]:
+def _sources(part: str, text_field: str) -> list[TextSource]:
     if part == "stdlib":
         return [TextFile(path) for path in standard_library()]
     if part.startswith("hf:"):

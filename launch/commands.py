@@ -12,7 +12,7 @@ import torch
 
 from jobs.config import ConfigError, require
 from jobs.corpus import documents
-from jobs.data import blocks
+from jobs.prepare import blocks
 from jobs.text import token_loss
 from launch.generate import context_length, continue_text, load
 from launch.run_folder import write_whole

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from jobs.data import blocks
+from jobs.prepare import blocks
 from jobs.tokenizer import build_tokenizer
 from launch.cli import COMMANDS, main
 from pipeline.model import FAMILIES, LayeredModel
