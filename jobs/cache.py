@@ -101,9 +101,10 @@ class Cache:
             os.replace(temporary, self.folder / f"{kind}-{key}")
             self._evict()
         except OSError as error:
+            self.tell(f"{kind} not kept in the cache {str(self.folder)!r}: {error.strerror}")
+        finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
-            self.tell(f"{kind} not kept in the cache {str(self.folder)!r}: {error.strerror}")
 
     def _files(self) -> list[Path]:
         """Entries, and what is being written: a folder that somebody names may hold other things as well."""
