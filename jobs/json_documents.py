@@ -112,7 +112,9 @@ class JsonDocuments:
         except RecursionError as error:
             raise _too_deep(self.where(number)) from error
         except ValueError as error:
-            raise CorpusError(f"{self.where(number)} is not JSON: {_told(error)}; allowed: {_PROMISED}") from error
+            raise CorpusError(
+                f"{self.where(number)} is not JSON by itself: {_told(error)}; allowed: {_PROMISED}"
+            ) from error
 
     def text(self, value: Any, number: int, lacking: str = "") -> str:
         """The text of a document. Raises CorpusError where it has none that UTF-8 can hold."""

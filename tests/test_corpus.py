@@ -215,8 +215,8 @@ def test_other_text_stays_text_however_it_begins(tmp_path: Path, content: str):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{\n "text": "over lines"\n}\n', r"line 1 is not JSON: Expecting property name.*, column 2; allowed"),
-        ("prose", r"line 1 is not JSON: Expecting value, column 1; allowed: .*; other text under an ending of its own"),
+        ('{\n "text": "over lines"\n}\n', r"line 1 is not JSON by itself: Expecting property name.*, column 2; all"),
+        ("prose", r"line 1 is not JSON by itself: Expecting value, column 1; allowed: .*; other text under an ending"),
         ('"text"', r"line 1 is a JSON str; allowed: an object with the field 'text'"),
         ("[1, 2]", r"item 1: '1' where an object or a string should begin, at byte 1; allowed: an object on each line"),
         ('["é", ["a"]]', r"item 2: '\[' where an object or a string should begin, at byte 7"),
@@ -228,7 +228,7 @@ def test_other_text_stays_text_however_it_begins(tmp_path: Path, content: str):
         ('["a', r"item 1 is not JSON: Unterminated string"),
         ('[{"text": tru}]', r"item 1 is not JSON: Expecting value"),
         ('["a"]\n["b"]\n', r"a.json' goes on after its array, with '\[', at byte 6"),
-        (f'{{"text": {"9" * 5000}}}', r"line 1 is not JSON: Exceeds the limit"),
+        (f'{{"text": {"9" * 5000}}}', r"line 1 is not JSON by itself: Exceeds the limit"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("ending", ["json", "jsonl", "ndjson"])
@@ -270,7 +270,10 @@ def faulty(tmp_path: Path, *lines: str) -> str:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", r"line 4 is not JSON: Expecting property name.*column 2; allowed: an object on each line"),
+        (
+            "{broken",
+            r"line 4 is not JSON by itself: Expecting property name.*column 2; allowed: an object on each line",
+        ),
         (
             '{"body": "x", "n": 1, "title": "y"}',
             r"line 4 has no field 'text', .*; allowed for text_field: body, title$",
