@@ -89,9 +89,9 @@ class TrainConfig:
     dropout: float | None = None
     """Dropout probability where the model has dropout (GPT-2); unset keeps the model's own."""
     data: str = "stdlib"
-    """`stdlib` (the sources of Python's standard library), text or JSONL files, globs, or hf:NAME for a dataset."""
+    """`stdlib` (the sources of Python's standard library), files of text or JSON, globs, or hf:NAME for a dataset."""
     text_field: str = "text"
-    """The field of a JSONL line or of a dataset's row that holds the text."""
+    """The field of a JSON object or of a dataset's row that holds the text."""
     tokenizer: Literal["auto", "bytes", "bpe", "model"] = "auto"
     """bpe is trained on the corpus; auto takes the model's own where it has one, else bpe."""
     vocabulary: int = 2048

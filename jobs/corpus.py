@@ -7,26 +7,22 @@ corpus that is larger than memory. The standard library (12 MB of code and prose
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sysconfig
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-ALLOWED = "stdlib, UTF-8 text files, .jsonl files, globs of them, or hf:NAME[@CONFIG][:SPLIT]"
-_JSON_LINES = (".jsonl", ".ndjson")
+from jobs.files import ALLOWED, CorpusError, TextFile
+from jobs.json_documents import field_text, open_json
+
+TEXT_FIELD = "text"
+"""The field that holds the text unless another is asked for."""
 _NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-
-
-class CorpusError(ValueError):
-    """Text that cannot be had: names the file or the spec, what was found and what is allowed."""
 
 
 class Texts(Protocol):
@@ -35,6 +31,13 @@ class Texts(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> str: ...
+
+
+class TextSource(Texts, Protocol):
+    """The documents of one file or dataset."""
+
+    has_fields: bool
+    """Whether a document is one field of several, so that `text_field` says something."""
 
 
 def permutation(size: int, key: int) -> np.ndarray:
@@ -47,9 +50,13 @@ def permutation(size: int, key: int) -> np.ndarray:
 
 
 class Corpus:
-    """The documents of one or more sources, end to end. `corpus[i]` reads document i, and may raise CorpusError."""
+    """The documents of one or more sources, end to end. `corpus[i]` reads document i, and may raise CorpusError.
 
-    def __init__(self, sources: Sequence[Texts]) -> None:
+    `spec` and `text_field` are what was asked for.
+    """
+
+    def __init__(self, sources: Sequence[Texts], spec: str, text_field: str) -> None:
+        self.spec, self.text_field = spec, text_field
         self._sources = [source for source in sources if len(source)]
         self._ends = list(accumulate(map(len, self._sources)))
 
@@ -66,27 +73,34 @@ class Corpus:
         return (self[index] for index in range(len(self)))
 
 
-def documents(spec: str, *, text_field: str = "text") -> Corpus:
+def documents(spec: str, *, text_field: str = TEXT_FIELD) -> Corpus:
     """The documents that `spec` names, in an order that does not depend on the machine. None may be blank, not all.
 
     `spec` is a list separated by commas of: `stdlib`; `hf:NAME`, `hf:NAME@CONFIG:SPLIT` for a dataset that `datasets`
-    loads (a hub name or a folder; split train unless given); paths and globs. A .jsonl or .ndjson file has one object
-    per line with the text in `text_field`, every other file is one document. Raises CorpusError for what is not there
-    or empty; what is wrong inside a document is raised when that document is read.
+    loads (a hub name or a folder; split train unless given); paths and globs. A file of JSON lines, or of one array,
+    is known by its content (see jobs.json_documents) and has its texts in `text_field`; every other file is one
+    document. Raises CorpusError for what is not there or empty, for a fault of a file of JSON, and for a `text_field`
+    where nothing has fields; what is wrong inside another document is raised when that document is read.
     """
     parts = [spec] if Path(spec).expanduser().is_file() else [part.strip() for part in spec.split(",")]
-    corpus = Corpus([source for part in parts for source in _sources(part, text_field)])
+    sources = [source for part in parts for source in _sources(part, text_field)]
+    if text_field != TEXT_FIELD and not any(source.has_fields for source in sources):
+        raise CorpusError(
+            f"text_field is {text_field!r}, which has no effect: nothing in data {spec!r} has fields, it is all plain "
+            "text; allowed: files of JSON objects (lines or an array) or hf:NAME as data, or no text_field"
+        )
+    corpus = Corpus(sources, spec, text_field)
     if not len(corpus):
         raise CorpusError(f"data is {spec!r}, which holds no text: every file is empty; allowed: {ALLOWED}")
     return corpus
 
 
-def _sources(part: str, text_field: str) -> list[Texts]:
+def _sources(part: str, text_field: str) -> list[TextSource]:
     if part == "stdlib":
-        return [_File(path) for path in standard_library()]
+        return [TextFile(path) for path in standard_library()]
     if part.startswith("hf:"):
         return [_Rows(part, text_field)]
-    return [_Lines(path, text_field) if path.suffix in _JSON_LINES else _File(path) for path in _match(part)]
+    return [TextFile(path) if (found := open_json(path, text_field)) is None else found for path in _match(part)]
 
 
 def standard_library() -> list[Path]:
@@ -117,76 +131,10 @@ def _match(part: str) -> list[Path]:
     return found
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CorpusError(f"{str(path)!r} cannot be read: {error.strerror}; allowed: {ALLOWED}") from error
-
-
-def _read(path: Path, start: int = 0, length: int = -1) -> bytes:
-    with _readable(path), path.open("rb") as file:
-        file.seek(start)
-        return file.read(length)
-
-
-def _decode(path: Path, data: bytes, start: int = 0) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{str(path)!r} is not UTF-8: byte {data[error.start]:#04x} at offset {start + error.start}; "
-            "allowed: text in UTF-8"
-        ) from error
-
-
-class _File:
-    """A file that is one document, or none if it is empty."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with _readable(path):
-            self._count = int(path.stat().st_size > 0)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int, /) -> str:
-        return _decode(self._path, _read(self._path)).removeprefix("\ufeff")
-
-
-class _Lines:
-    """A file of JSON lines. Only where its lines start is held in memory."""
-
-    def __init__(self, path: Path, field: str) -> None:
-        self._path, self._field = path, field
-        self._starts, self._numbers = array("q"), array("q")
-        at = 0
-        with _readable(path), path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self._starts.append(at)
-                    self._numbers.append(number)
-                at += len(line)
-        self._starts.append(at)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int, /) -> str:
-        start, end = self._starts[index], self._starts[index + 1]
-        where = f"{str(self._path)!r}, line {self._numbers[index]}"
-        line = _decode(self._path, _read(self._path, start, end - start), start).removeprefix("\ufeff")
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{where} is not JSON: {error.msg}, column {error.colno}; allowed: one object") from error
-        return _field(row, self._field, where)
-
-
 class _Rows:
     """A split of a dataset that the `datasets` library loads."""
+
+    has_fields = True
 
     def __init__(self, spec: str, field: str) -> None:
         import datasets  # slow to import, and most runs read files
@@ -210,14 +158,4 @@ class _Rows:
         return len(self._rows)
 
     def __getitem__(self, index: int, /) -> str:
-        return _field(self._rows[index], self._field, f"{self._spec}, row {index}")
-
-
-def _field(row: object, field: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise CorpusError(f"{where} is a JSON {type(row).__name__}; allowed: an object with the field {field!r}")
-    if field not in row:
-        raise CorpusError(f"{where} has no field {field!r}; allowed for text_field: {', '.join(map(str, row))}")
-    if not isinstance(row[field], str):
-        raise CorpusError(f"{where}: field {field!r} is {type(row[field]).__name__}; allowed: text")
-    return row[field]
+        return field_text(self._rows[index], self._field, f"{self._spec}, row {index}")

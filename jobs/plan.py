@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from jobs.cache import Cache, user_folder
 from jobs.config import ConfigError, TrainConfig, require
-from jobs.corpus import documents
+from jobs.corpus import Corpus, documents
 from jobs.data import Dataset
-from jobs.data import prepare as prepare_data
 from jobs.network import read_network
+from jobs.prepare import prepare
 from jobs.rounds import Rounds, plan_rounds
 from jobs.routes import Routes
 from jobs.tokenizer import build_tokenizer
@@ -149,7 +150,9 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
     if config.network is not None:
         read_network(config.network, config.workers)
     model_config, source = find_model(config)
-    tokenizer = find_tokenizer(config, source, progress)
+    corpus = documents(config.data, text_field=config.text_field)
+    cache = Cache(user_folder(), lambda line: progress(line, 1.0))
+    tokenizer = find_tokenizer(config, source, corpus, cache, progress)
     if config.model in PRESETS:
         model_config.vocab_size = len(tokenizer)
         model_config.bos_token_id = model_config.eos_token_id = tokenizer.eos_token_id
@@ -181,10 +184,10 @@ def make_plan(config: TrainConfig, progress: Progress) -> Plan:
         if found.manifest is not None:
             checkpoint.check_compatible(found.manifest, data=fingerprint)
 
-    dataset = prepare_data(
-        config.data, tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
-        max_tokens=config.max_tokens or None, text_field=config.text_field,
-        samples_per_step=config.samples_per_step, progress=progress, accept=same_data,
+    dataset = prepare(
+        corpus, tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
+        max_tokens=config.max_tokens or None, samples_per_step=config.samples_per_step, progress=progress,
+        accept=same_data, cache=cache,
     )  # fmt: skip
     if found.path is None:
         tokenizer.save_pretrained(out / "tokenizer")
@@ -224,7 +227,9 @@ def find_model(config: TrainConfig) -> tuple[PreTrainedConfig, Path | None]:
     return (read_config(found), found) if isinstance(found, Path) else (found, None)
 
 
-def find_tokenizer(config: TrainConfig, source: Path | None, progress: Progress) -> PreTrainedTokenizerBase:
+def find_tokenizer(
+    config: TrainConfig, source: Path | None, corpus: Corpus, cache: Cache, progress: Progress
+) -> PreTrainedTokenizerBase:
     """The tokenizer that the settings name: the model's own, bytes, or a BPE trained on the corpus."""
     kind = config.tokenizer
     saved = config.out / "tokenizer"
@@ -233,8 +238,7 @@ def find_tokenizer(config: TrainConfig, source: Path | None, progress: Progress)
     if kind == "auto":
         own = source is not None and any((source / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json"))
         kind = "model" if own else "bpe"
-    texts = documents(config.data, text_field=config.text_field) if kind == "bpe" else ()
-    return build_tokenizer(kind, config.vocabulary, texts, source, progress=progress)
+    return build_tokenizer(kind, config.vocabulary, corpus, source, progress, cache)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -7,13 +7,18 @@ Qwen2's pattern, since transformers uses that one (and NFC) beside a Qwen2 confi
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, __version__, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from jobs.corpus import CorpusError, Texts, permutation
+from jobs.cache import Cache
+from jobs.corpus import Texts, permutation
+from jobs.files import CorpusError
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 KINDS = ("bytes", "bpe", "model")
@@ -32,12 +37,14 @@ class TokenizerError(ValueError):
 
 
 def build_tokenizer(
-    kind: str, vocabulary: int, texts: Texts, model_dir: Path | None = None, progress: Progress | None = None
-) -> PreTrainedTokenizerBase:
+    kind: str, vocabulary: int, texts: Texts, model_dir: Path | None = None, progress: Progress | None = None,
+    cache: Cache | None = None,
+) -> PreTrainedTokenizerBase:  # fmt: skip
     """`bytes` (one token per byte), `bpe` (at most `vocabulary` tokens, trained on `texts`), `model` (of `model_dir`).
 
     Training reads a fixed random sample of `texts` of at most 4 million characters, and gives the same tokenizer each
-    time; a small corpus may give fewer tokens than asked for. Raises TokenizerError, or CorpusError from `texts`.
+    time, so that `cache` may have it from another run; a small corpus may give fewer tokens than asked for. Raises
+    TokenizerError, or CorpusError from `texts`.
     """
     if kind == "model":
         return _of_model(model_dir)
@@ -53,7 +60,7 @@ def build_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
     if kind == "bpe":
-        _train(tokenizer, vocabulary, texts, progress or (lambda what, share: None))
+        tokenizer = _trained(tokenizer, vocabulary, texts, progress or (lambda what, share: None), cache or Cache())
     tokenizer.add_special_tokens([END, PAD])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
@@ -68,32 +75,56 @@ def _alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _train(tokenizer: Tokenizer, vocabulary: int, texts: Texts, progress: Progress) -> None:
+def _trained(tokenizer: Tokenizer, vocabulary: int, texts: Texts, progress: Progress, cache: Cache) -> Tokenizer:
+    """A tokenizer like this one, trained on a sample of the texts, now or by another run."""
     specials = len((END, PAD))
     if vocabulary < 256 + specials:
         raise TokenizerError(
             f"vocabulary is {vocabulary}; allowed for a bpe: {256 + specials} or more, 1 per byte and 2"
         )
+    sample = _sample(texts)
+    key = _key(tokenizer, vocabulary, sample)
+    with BytesIO() as kept:
+        if cache.take("tokenizer", key, kept) is not None:
+            return Tokenizer.from_str(kept.getvalue().decode())
     trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
         vocab_size=vocabulary - specials, initial_alphabet=_alphabet(), show_progress=False
     )
     progress("training the tokenizer", 0.0)
-    tokenizer.train_from_iterator(_sample(texts, progress), trainer)
+    tokenizer.train_from_iterator(_told(sample, progress), trainer)
     progress("training the tokenizer", 1.0)
+    cache.put("tokenizer", key, {}, BytesIO(tokenizer.to_str().encode()))
+    return tokenizer
 
 
-def _sample(texts: Texts, progress: Progress) -> Iterator[str]:
+def _sample(texts: Texts) -> list[str]:
     """Whole documents of the corpus in an order that is always the same, up to the sample's size."""
-    left = _SAMPLE_CHARACTERS
+    left, sample = _SAMPLE_CHARACTERS, list[str]()
     for index in permutation(len(texts), key=0):
-        text = texts[int(index)][:left]
-        left -= len(text)
-        yield text
-        progress("training the tokenizer", 0.9 * (1 - left / _SAMPLE_CHARACTERS))
+        sample.append(texts[int(index)][:left])
+        left -= len(sample[-1])
         if not left:
-            return
+            break
     if left == _SAMPLE_CHARACTERS:
         raise CorpusError("the corpus holds no text to train a tokenizer on; allowed: text, or tokenizer bytes")
+    return sample
+
+
+def _told(sample: list[str], progress: Progress) -> Iterator[str]:
+    done = 0
+    for text in sample:
+        yield text
+        done += len(text)
+        progress("training the tokenizer", 0.9 * done / _SAMPLE_CHARACTERS)
+
+
+def _key(tokenizer: Tokenizer, vocabulary: int, sample: list[str]) -> str:
+    """A hash of everything that decides what training gives."""
+    about = [__version__, vocabulary, len(sample), tokenizer.to_str()]
+    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+    for text in sample:
+        digest.update(hashlib.blake2b(text.encode()).digest())
+    return digest.hexdigest()
 
 
 def _of_model(model_dir: Path | None) -> PreTrainedTokenizerBase:

@@ -48,7 +48,7 @@ def _train() -> tuple[type, Callable[[Any], Any]]:
 
 
 def _evaluate() -> tuple[type, Callable[[Any], Any]]:
-    from launch.commands import EvalConfig, evaluate
+    from launch.evaluate import EvalConfig, evaluate
 
     return EvalConfig, evaluate
 

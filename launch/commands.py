@@ -1,20 +1,14 @@
-"""`unbroken eval | generate | simulate | draw`: one dataclass of settings and one function each."""
+"""`unbroken generate | simulate | draw`: one dataclass of settings and one function each."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from jobs.config import ConfigError, require
-from jobs.corpus import documents
-from jobs.data import blocks
-from jobs.text import token_loss
-from launch.generate import context_length, continue_text, load
+from launch.generate import continue_text
 from launch.run_folder import write_whole
 from pipeline.draw import svg
 from pipeline.schedule import B, F, Schedule, dumps, loads
@@ -27,46 +21,6 @@ from schedulers import PLANNERS, num_spans, plan
 
 Result = tuple[dict[str, Any], str]
 """What --json prints, and what a person reads."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Perplexity of an exported model on text."""
-
-    model: Path = Path("runs/default/model")
-    """A directory that a run exported, or any transformers model directory."""
-    data: str = "stdlib"
-    """`stdlib`, text or JSONL files, globs, or hf:NAME."""
-    text_field: str = "text"
-    """The field of a JSONL line that holds the text."""
-    sequence_length: int = 128
-    """Tokens per sample."""
-    samples: int = 64
-    """Samples that are evaluated at most."""
-    json: bool = False
-    """Print one JSON object."""
-
-
-def evaluate(config: EvalConfig) -> Result:
-    """Mean loss per token and its exponential. Raises ConfigError or CorpusError."""
-    require(config.samples >= 1, "samples", config.samples, "1 or more")
-    require(config.sequence_length >= 1, "sequence_length", config.sequence_length, "1 or more")
-    model, tokenizer = load(config.model)
-    longest = context_length(model)
-    require(config.sequence_length <= longest, "sequence_length", config.sequence_length, f"at most {longest}")
-    loss = tokens = 0.0
-    with torch.no_grad():
-        for number, block in enumerate(blocks(documents(config.data, text_field=config.text_field), tokenizer,
-                                              config.sequence_length)):  # fmt: skip
-            if number == config.samples:
-                break
-            ids = torch.from_numpy(block)[None]
-            loss += float(token_loss(model(ids[:, :-1]).logits, ids[:, 1:]))
-            tokens += config.sequence_length
-    require(tokens > 0, "data", config.data, f"at least {config.sequence_length + 1} tokens of text")
-    mean = loss / tokens
-    values = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": int(tokens), "model": str(config.model)}
-    return values, f"loss {mean:.4f}  perplexity {values['perplexity']:.2f}  over {int(tokens):,} tokens"
 
 
 @dataclass(frozen=True)

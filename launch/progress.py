@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _PLAIN_EVERY_S = 5.0
+_TOLD = object()
 
 
 class Display:
@@ -44,14 +45,19 @@ class Display:
         self.say(text, "yellow")
 
     def preparing(self, what: str, share: float) -> None:
-        """Progress of the work before the first step."""
-        if self._live:
-            task = self._tasks.get(what)
-            if task is None:
-                task = self._tasks[what] = self._bar.add_task(what, total=100, note="")
-            self._bar.update(task, completed=round(100 * share))
-        elif share >= 1.0 and what not in self._tasks:
-            self._tasks[what] = True
+        """Progress of the work before the first step; what is done when it is first heard of is told in one line."""
+        if what not in self._tasks and share >= 1.0:
+            self._tasks[what] = _TOLD
+            self.say(what)
+        elif self._live:
+            if what not in self._tasks:
+                self._tasks[what] = self._bar.add_task(what, total=100, note="")
+            if (task := self._tasks[what]) is not _TOLD:
+                self._bar.update(task, completed=round(100 * share))
+        elif share < 1.0:
+            self._tasks.setdefault(what, None)
+        elif self._tasks[what] is not _TOLD:
+            self._tasks[what] = _TOLD
             self.say(f"{what}: done")
 
     def step(self, record: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["UNBROKEN_CACHE"] = tempfile.mkdtemp(prefix="unbroken-cache-")  # of the session: nothing is left at home
 
 import psutil
 import pytest
@@ -36,6 +39,7 @@ def nursery() -> Nursery:
 
 def pytest_unconfigure() -> None:
     _NURSERY.close()
+    shutil.rmtree(os.environ["UNBROKEN_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

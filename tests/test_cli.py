@@ -14,12 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from jobs.data import blocks
+from jobs.corpus import documents
+from jobs.data import Dataset
+from jobs.prepare import blocks, prepare
 from jobs.tokenizer import build_tokenizer
 from launch.cli import COMMANDS, main
 from pipeline.model import FAMILIES, LayeredModel
@@ -301,6 +305,16 @@ def _binary(folder: Path) -> Path:
     return folder / "binary.txt"
 
 
+def _rows(line: str) -> Callable[[Path], Path]:
+    """A file of JSON lines, by its content, with this as the third."""
+
+    def write(folder: Path) -> Path:
+        (folder / "rows.json").write_text('{"text": "a"}\n' * 2 + line + '\n{"text": "b"}\n' * 20)
+        return folder / "rows.json"
+
+    return write
+
+
 def _empty(folder: Path) -> Path:
     (folder / "empty.txt").touch()
     return folder / "empty.txt"
@@ -342,6 +356,14 @@ def _no_index(folder: Path) -> Path:
         ("data", _empty, "empty.txt', which holds no text"),
         ("data", _short, "has 281 tokens, 33 of them held out, so 248 to train on; needed: 257, one global batch of 8"),
         ("data", _binary, "binary.txt' is not UTF-8: byte 0xff at offset 5000; allowed: text in UTF-8"),
+        (
+            "data",
+            _rows('{"body": "a"}'),
+            "rows.json', line 3 has no field 'text', which 1 of 23 lines lack; allowed for",
+        ),
+        ("data", _rows('{"text": "\\ud800"}'), "rows.json', line 3 holds a lone surrogate, \\ud800, at character 0"),
+        ("data", _rows('{"text": ' + "[" * 100_000), "rows.json', line 3 is nested too deeply to be read; allowed: an"),
+        ("text_field", "body", "text_field is 'body', which has no effect: nothing in data '"),
         ("model", "nowhere", "model 'nowhere': found nothing at that path; expected a directory with config.json"),
         ("model", _no_weights, "looked for model.safetensors or model.safetensors.index.json; found config.json"),
         ("model", _truncated, "truncated or not a safetensors file"),
@@ -453,7 +475,96 @@ def test_eval_is_the_mean_loss_per_token(capsys: pytest.CaptureFixture[str], mod
             loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
         assert found["loss"] == pytest.approx(float(loss), abs=1e-5)
         assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
-        assert (found["tokens"], found["model"]) == (80, str(models / name))
+        assert (found["tokens"], found["samples"], found["model"]) == (80, 5, str(models / name))
+        assert (found["data"], found["scored"]) == (str(corpus), f"5 samples of 16 tokens, the first of '{corpus}'")
+
+
+def test_eval_says_which_text_it_scored(capsys: pytest.CaptureFixture[str], models: Path, corpus: Path) -> None:
+    for data, name in ((["--data", str(corpus)], corpus), ([], "stdlib")):
+        code, out, _ = told(capsys, "eval", "--model", models / "llama-tiny", "--samples", "2", *data)
+        assert code == 0
+        assert out.endswith(f"over 256 tokens: 2 samples of 128 tokens, the first of '{name}'\n")
+
+
+# ---- eval beside the data of a run ----
+
+
+@pytest.fixture
+def run(models: Path, corpus: Path, tmp_path: Path) -> Path:
+    """The folder of a run that held out some of the corpus, as eval finds it."""
+    shutil.copytree(models / "gpt2-tiny", tmp_path / "run" / "model")
+    prepare(documents(str(corpus)), build_tokenizer("bytes", 0, ()), 16, 0.5, tmp_path / "run" / "data", 0)
+    (tmp_path / "run" / "config.toml").write_text("evaluate_samples = 3\n")
+    return tmp_path / "run"
+
+
+def test_eval_takes_the_held_out_samples_of_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run: Path
+) -> None:
+    data = Dataset.open(run / "data")
+    model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    for count, arguments in (3, []), (5, ["--samples", "5"]), (data.num_held_out, ["--samples", "1000000"]):
+        found = report(capsys, "eval", "--model", run / "model", *arguments)
+        samples = torch.stack([torch.from_numpy(data.held_out_spread(count)(i)) for i in range(count)])
+        with torch.no_grad():
+            loss = model(samples[:, :-1]).logits.flatten(0, 1)
+        assert found["loss"] == pytest.approx(float(cross_entropy(loss, samples[:, 1:].flatten())), abs=1e-5)
+        assert (found["samples"], found["sequence_length"], found["data"]) == (count, 16, "held-out")
+    monkeypatch.chdir(run / "model")
+    assert report(capsys, "eval", "--model", ".", "--samples", "5") | {"model": ""} == (
+        report(capsys, "eval", "--model", run / "model", "--samples", "5", "--data", "held-out") | {"model": ""}
+    )
+    code, out, _ = told(capsys, "eval", "--model", ".")
+    assert code == 0
+    assert f"3 samples of 16 tokens, spread over the {data.num_held_out} that the run in '{run}' has held out" in out
+
+
+def test_other_text_can_be_scored_beside_a_run(capsys: pytest.CaptureFixture[str], run: Path, corpus: Path) -> None:
+    assert report(capsys, "eval", "--model", run / "model", "--data", corpus, "--samples", "1")["data"] == str(corpus)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spoil", "message"),
+    [
+        (
+            ["--sequence-length", "32"],
+            None,
+            "sequence_length is 32; allowed: 16, as the held-out samples of the run in",
+        ),
+        (
+            ["--text-field", "body"],
+            None,
+            "text_field is 'body'; allowed: nothing with data 'held-out', which is tokens",
+        ),
+        ([], "config.toml", "samples is unset, and '{run}/config.toml' does not tell how many the run evaluates"),
+        ([], "data/tokens.bin", "'{run}/data' holds no prepared tokens"),
+        (
+            ["--data", "held-out"],
+            "data/meta.json",
+            "does not lie in a run folder: '{run}/data' holds no prepared tokens",
+        ),
+    ],
+    ids=["length", "field", "settings", "tokens", "no data"],
+)
+def test_what_the_data_of_a_run_does_not_allow_is_refused(
+    capsys: pytest.CaptureFixture[str], run: Path, arguments: list[str], spoil: str | None, message: str
+) -> None:
+    if spoil is not None:
+        (run / spoil).unlink()
+    code, out, err = told(capsys, "eval", "--model", run / "model", *arguments)
+    assert (code, out) == (2, "")
+    assert message.format(run=run) in err
+
+
+def test_a_model_that_does_not_know_the_tokens_of_the_run_is_refused(
+    capsys: pytest.CaptureFixture[str], run: Path
+) -> None:
+    tokens = np.fromfile(run / "data" / "tokens.bin", np.uint16)
+    tokens[3] = 300
+    tokens.tofile(run / "data" / "tokens.bin")
+    code, _, err = told(capsys, "eval", "--model", run / "model")
+    assert code == 2
+    assert "has exported; this one knows 258 tokens, not number 300" in err
 
 
 def test_eval_stops_at_the_end_of_the_text(capsys: pytest.CaptureFixture[str], models: Path, corpus: Path) -> None:
@@ -479,9 +590,11 @@ def test_generation_is_repeatable_and_begins_with_the_prompt(capsys: pytest.Capt
         ("eval", ["--sequence-length", "100000"], "sequence_length is 100000; allowed: at most 512"),
         ("eval", ["--data", "CORPUS", "--sequence-length", "512", "--samples", "1"], None),
         ("eval", ["--data", "SHORT"], "at least 129 tokens of text"),
+        ("eval", ["--data", "SHORT", "--text-field", "body"], "text_field is 'body', which has no effect: nothing in"),
+        ("eval", ["--data", "held-out"], "' does not lie in a run folder: '"),
         ("generate", ["--prompt", "x" * 600], "at most 512"),
     ],
-    ids=["no data", "too long", "as long as can be", "too short", "long prompt"],
+    ids=["no data", "too long", "as long as can be", "too short", "no fields", "no run", "long prompt"],
 )
 def test_what_a_model_cannot_take_is_refused_by_name(
     capsys: pytest.CaptureFixture[str], models: Path, corpus: Path, command: str, flags: list[str], message: str | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -138,31 +139,220 @@ def test_a_dataset_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch
         documents("hf:a/b")
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path: Path):
+def test_bytes_that_are_not_utf8_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "bad.txt").write_bytes(b"good \xff bad")
     with pytest.raises(CorpusError, match=r"bad.txt' is not UTF-8: byte 0xff at offset 5; allowed"):
         documents(str(tmp_path / "bad.txt"))[0]
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     with pytest.raises(CorpusError, match=r"bad.jsonl' is not UTF-8: byte 0xe9 at offset 24"):
-        list(documents(str(tmp_path / "bad.jsonl")))
+        documents(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.json").write_bytes(b'["\xc3\xa9", "\xe9"]')
+    for pieces in (1, 6, 100):
+        monkeypatch.setattr("jobs.json_array._PIECE", pieces)
+        with pytest.raises(CorpusError, match=r"bad.json' is not UTF-8: byte 0xe9 at offset 8"):
+            documents(str(tmp_path / "bad.json"))
+
+
+# ---- JSON, known by its content ----
+
+ROWS = [{"text": "first, é 漢", "body": "1"}, {"text": "second\n", "body": "2"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+NAMES = ["a.json", "a.jsonl", "a.ndjson", "a.JSON", "a.txt", "a.py", "plain"]
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES, LINES.rstrip("\n"), LINES.replace("\n", "\r\n"), f"\ufeff{LINES}",
+        f"\n \t\n{LINES}\n\n", f"\ufeff\n{LINES}",
+        json.dumps(ROWS), json.dumps(ROWS, indent=4, ensure_ascii=False), f"\ufeff\n {json.dumps(ROWS)} \n",
+        f" [\n{json.dumps(ROWS[0])}\n,\n{json.dumps(ROWS[1])}]",
+    ],
+    ids=[
+        "lines", "no last line break", "two characters a break", "mark", "blank lines", "mark and blank line",
+        "array on one line", "array over many", "array after mark", "array of lines",
+    ],
+)  # fmt: skip
+def test_json_is_known_by_what_a_file_holds(tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert list(documents(str(tmp_path / name))) == ["first, é 漢", "second\n"]
+    corpus = documents(str(tmp_path / name), text_field="body")
+    assert [corpus[i] for i in (1, 0)] == ["2", "1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_array_of_strings_holds_documents(tmp_path: Path, name: str):
+    (tmp_path / name).write_text('["one", "t\\u0077o\\n", "\\ud83c\\udf89"]')
+    assert list(documents(str(tmp_path / name))) == ["one", "two\n", "🎉"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_empty_has_no_documents(tmp_path: Path, name: str):
+    jsonl(tmp_path / "full.txt", {"text": "full"})
+    (tmp_path / name).write_text("[ ]")
+    assert list(documents(f"{tmp_path / name},{tmp_path}/full.txt")) == ["full"]
+    with pytest.raises(CorpusError, match="holds no text"):
+        documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"a JSON string"\nand prose\n', '"a JSON string"', "12\n", "{braces} are prose\n",
+        '{\n "text": "over lines"\n}\n',
+        "[1, 2, 3]\n", "[]\nprint(1)\n", '["a", "b"]\nx = 1\n', '["a", 1]', '[{"text": "a"}, "b"]',
+        '["quoted", he said',
+        '[{"a": None}]\n', '[{"text": 7}, None]\n', '["open', "[", '[{"text": "a"},]', DEEP, " \n", '[{"text": "\\x"}]',
+    ],
+)  # fmt: skip
+def test_other_text_stays_text_however_it_begins(tmp_path: Path, content: str):
+    (tmp_path / "a.py").write_text(content)
+    assert list(documents(str(tmp_path / "a.py"))) == [content]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{\n "text": "over lines"\n}\n', r"line 1 is not JSON by itself: Expecting property name.*, column 2; all"),
+        ("prose", r"line 1 is not JSON by itself: Expecting value, column 1; allowed: .*; other text under an ending"),
+        ('"text"', r"line 1 is a JSON str; allowed: an object with the field 'text'"),
+        ("[1, 2]", r"item 1: '1' where an object or a string should begin, at byte 1; allowed: an object on each line"),
+        ('["é", ["a"]]', r"item 2: '\[' where an object or a string should begin, at byte 7"),
+        ('["a", {"text": "b"}]', r"item 2 is an object among strings"),
+        ('[{"text": "b"}, "a"]', r"item 2 is a string among objects"),
+        ('["a" "b"]', r"item 1: '\"' where a comma or the end of the array should follow, at byte 5"),
+        ('["a", ]', r"item 2: '\]' where an object or a string should begin"),
+        ('["a"', r"item 1: the end of the file where a comma or the end of the array should follow"),
+        ('["a', r"item 1 is not JSON: Unterminated string"),
+        ('[{"text": tru}]', r"item 1 is not JSON: Expecting value"),
+        ('["a"]\n["b"]\n', r"a.json' goes on after its array, with '\[', at byte 6"),
+        (f'{{"text": {"9" * 5000}}}', r"line 1 is not JSON by itself: Exceeds the limit"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ending", ["json", "jsonl", "ndjson"])
+def test_a_name_that_promises_json_is_held_to_it(tmp_path: Path, ending: str, content: str, message: str):
+    (tmp_path / f"a.{ending}").write_text(content)
+    with pytest.raises(CorpusError, match=message.replace("a.json", f"a.{ending}")):
+        documents(str(tmp_path / f"a.{ending}"))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 64])
+def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int):
+    monkeypatch.setattr("jobs.json_array._PIECE", pieces)
+    rows = [{"text": f'é漢🎉\\"{i}' * i, "n": -float("inf"), "deep": [[{}], True, 1.5e-7]} for i in range(40)]
+    for text in (json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False)):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        assert list(documents(str(tmp_path / "a.txt"))) == [row["text"] for row in rows]
+
+
+def test_a_large_array_is_not_held_in_memory(tmp_path: Path):
+    with (tmp_path / "a.json").open("w") as file:
+        file.write("[" + ",".join([json.dumps({"text": "x" * 100_000})] * 400) + "]")  # 40 MB
+    tracemalloc.start()
+    try:
+        assert documents(str(tmp_path / "a.json"))[399] == "x" * 100_000
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
+
+
+# ---- faults of a file of JSON ----
+
+
+def faulty(tmp_path: Path, *lines: str) -> str:
+    """A file of good lines, then these."""
+    (tmp_path / "rows.txt").write_text("\n".join(['{"text": "a"}', "", '{"text": "b"}', *lines]) + "\n")
+    return str(tmp_path / "rows.txt")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", r"line 4 is not JSON: Expecting property name.*column 2"),
-        ('{"body": "x", "title": "y"}', r"line 4 has no field 'text'; allowed for text_field: body, title"),
+        (
+            "{broken",
+            r"line 4 is not JSON by itself: Expecting property name.*column 2; allowed: an object on each line",
+        ),
+        (
+            '{"body": "x", "n": 1, "title": "y"}',
+            r"line 4 has no field 'text', .*; allowed for text_field: body, title$",
+        ),
+        ('{"n": 1}', r"line 4 has no field 'text', .*; allowed for text_field: none, as no field holds text"),
         ('{"text": 7}', r"line 4: field 'text' is int; allowed: text"),
+        ('{"text": null}', r"line 4: field 'text' is NoneType; allowed: text"),
         ('["text"]', r"line 4 is a JSON list; allowed: an object with the field 'text'"),
+        (
+            '{"text": "a \\ud800"}',
+            r"line 4 holds a lone surrogate, \\ud800, at character 2 of its text; allowed: text that",
+        ),
+        ('{"text": "\\udf89\\ud83c"}', r"line 4 holds a lone surrogate, \\udf89, at character 0"),
+        ('{"\\ud800": "a"}', r"line 4 has no field 'text', .*; allowed for text_field: \\ud800"),
+        (f'{{"text": "a", "more": {DEEP}}}', r"line 4 is nested too deeply to be read; allowed"),
+        (DEEP, r"line 4 is nested too deeply to be read; allowed"),
     ],
+    ids=lambda value: value[:40],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(f'{{"text": "a"}}\n\n{{"text": "b"}}\n{line}\n')
+def test_the_first_bad_line_is_named_before_anything_is_read(tmp_path: Path, line: str, message: str):
+    for lines in ([line], [line, '{"text": "c"}', "{worse"], [line, '{"text": 0}', '{"text": "\\udfff"}']):
+        with pytest.raises(CorpusError, match=rf"rows.txt', {message}"):
+            documents(faulty(tmp_path, *lines))
+
+
+def test_how_many_lines_lack_the_field_is_said(tmp_path: Path):
+    rows = [{"body": str(n)} if n % 100 == 37 else {"text": str(n)} for n in range(1500)]
+    for content in ("".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows)):
+        (tmp_path / "rows").write_text(content)
+        unit = "item" if content.startswith("[") else "line"
+        message = rf"rows', {unit} 38 has no field 'text', which 15 of 1,500 {unit}s lack; allowed for text_field: body"
+        with pytest.raises(CorpusError, match=message):
+            documents(str(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ('{"body": "x"}', r"item 3 has no field 'text', which 1 of 3 items lack; allowed for text_field: body"),
+        ('{"text": "\\ud800"}', r"item 3 holds a lone surrogate, \\ud800, at character 0"),
+        (f'{{"text": {DEEP}', r"item 3 is nested too deeply to be read"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_bad_item_is_named(tmp_path: Path, item: str, message: str):
+    (tmp_path / "rows.txt").write_text(f'[{{"text": "a"}}, {{"text": "b"}},\n{item}]')
+    with pytest.raises(CorpusError, match=rf"rows.txt', {message}"):
+        documents(str(tmp_path / "rows.txt"))
+    (tmp_path / "strings.json").write_text('["a", "\\udc00"]')
+    with pytest.raises(CorpusError, match=r"strings.json', item 2 holds a lone surrogate"):
+        documents(str(tmp_path / "strings.json"))
+
+
+def test_a_first_line_that_is_nested_too_deeply_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_text('{"a":' * 100_000)
+    with pytest.raises(CorpusError, match=r"a.txt', line 1 is nested too deeply to be read"):
+        documents(str(tmp_path / "a.txt"))
+
+
+def test_a_field_that_has_no_effect_is_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.json").write_text('["plain", "too"]')
+    rows = jsonl(tmp_path / "c.jsonl", {"body": "x"})
+    for spec in ("stdlib", f"{tmp_path}/a.txt", f"{tmp_path}/b.json", f"stdlib,{tmp_path}/*.txt"):
+        with pytest.raises(
+            CorpusError, match=r"text_field is 'body', which has no effect: nothing in data '.*' has fields"
+        ):
+            documents(spec, text_field="body")
+        assert len(documents(spec, text_field="text")) >= 1
+    assert list(documents(f"{tmp_path}/a.txt,{rows}", text_field="body")) == ["plain", "x"]
+
+
+def test_a_file_that_changes_later_is_named(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
     corpus = documents(str(path))
-    assert [corpus[0], corpus[1]] == ["a", "b"]
-    with pytest.raises(CorpusError, match=message):
-        corpus[2]
+    path.write_text(path.read_text().replace('"two"', "'two'"))
+    assert corpus[0] == "one"
+    with pytest.raises(CorpusError, match="line 2 is not JSON"):
+        corpus[1]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):

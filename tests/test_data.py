@@ -17,7 +17,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from jobs.corpus import CorpusError, documents
-from jobs.data import Dataset, blocks, prepare
+from jobs.data import Dataset
+from jobs.prepare import blocks, prepare
 from jobs.tokenizer import build_tokenizer
 
 BYTES = build_tokenizer("bytes", 0, ())
@@ -34,7 +35,7 @@ def corpus(folder: Path, count: int = 60, size: int = 40) -> str:
 
 def make(folder: Path, spec: str | None = None, **changes: Any) -> Dataset:
     settings: dict[str, Any] = {
-        "spec": spec or corpus(folder), "tokenizer": BYTES, "sequence_length": LENGTH, "held_out": 0.1,
+        "corpus": documents(spec or corpus(folder)), "tokenizer": BYTES, "sequence_length": LENGTH, "held_out": 0.1,
         "folder": folder / "data", "seed": 0, "samples_per_step": 4,
     }  # fmt: skip
     return prepare(**(settings | changes))
@@ -193,7 +194,7 @@ def test_text_that_spells_a_special_token_is_text(tmp_path: Path):
 
 
 def test_long_documents_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jobs.data._PIECE", 50)
+    monkeypatch.setattr("jobs.prepare._PIECE", 50)
     text = "".join(f"line {i} {'é' * (i % 70)}\n" for i in range(200)) + "x" * 170
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     pieces: list[int] = []
@@ -315,10 +316,9 @@ def test_less_than_a_batch_is_refused_and_leaves_nothing(tmp_path: Path):
 
 
 def test_a_bad_document_leaves_nothing(tmp_path: Path):
-    path = Path(corpus(tmp_path))
-    path.write_bytes(path.read_bytes() + b'{"text": "\xff"}\n')
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(CorpusError, match="not UTF-8: byte 0xff"):
-        make(tmp_path, str(path))
+        make(tmp_path, f"{corpus(tmp_path)},{tmp_path}/bad.txt")
     assert list((tmp_path / "data").iterdir()) == []
 
 

@@ -444,6 +444,34 @@ def test_the_exported_model_has_the_loss_that_the_run_reported(reference: Run) -
     assert AutoTokenizer.from_pretrained(reference.out / "model")("é")["input_ids"] == [*"é".encode()]
 
 
+@pytest.mark.parametrize("arguments", [[], ["--data", "held-out", "--sequence-length", "32", "--samples", "8"]])
+def test_eval_scores_what_the_run_evaluated(
+    capsys: pytest.CaptureFixture[str], reference: Run, arguments: list[str]
+) -> None:
+    reported = reference.named("evaluation")[-1]
+    assert main(["eval", "--model", str(reference.out / "model"), "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] == pytest.approx(reported["loss"], abs=1e-6, rel=0)
+    assert found["perplexity"] == pytest.approx(reported["perplexity"], rel=1e-6)
+    held_out = Dataset.open(reference.out / "data").num_held_out
+    assert (found["data"], found["samples"], found["sequence_length"], found["tokens"]) == ("held-out", 8, 32, 256)
+    assert found["scored"] == (
+        f"8 samples of 32 tokens, spread over the {held_out} that the run in '{reference.out}' has held out"
+    )
+
+
+def test_a_run_takes_tokens_from_the_cache(launcher: Launcher) -> None:
+    runs = [launcher.run(steps=1, checkpoint_every=0, tokenizer="bpe", vocabulary=300).ok() for _ in range(2)]
+    assert "tokenising: done" in runs[0].stdout
+    assert "training the tokenizer: done" in runs[0].stdout
+    lines = runs[1].stdout.splitlines()
+    assert lines[:2] == ["tokenizer taken from the cache", "tokens taken from the cache"]
+    assert "tokenising" not in runs[1].stdout
+    assert runs[1].weights == runs[0].weights
+    (runs[0].out / "data" / "tokens.bin").write_bytes(b"")
+    assert len(Dataset.open(runs[1].out / "data").tokens) > 1000
+
+
 def test_the_first_step_is_the_initial_model_on_the_first_samples(reference: Run) -> None:
     blueprint = LayeredModel(read_config(reference.out / "model-config"))
     span = blueprint.build((0, blueprint.num_layers), seed=0)

@@ -1,0 +1,292 @@
+"""From text to a dataset on disk: documents are tokenised in the order of the seed and packed, once for each text.
+
+Documents are taken in an order keyed by the seed, joined by the end token, and cut in two: the first share is held
+out, the rest is trained on, so that the two never share a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from jobs.cache import Cache
+from jobs.corpus import Corpus, Texts, permutation
+from jobs.data import FORMAT, META, TOKENS, Dataset
+from jobs.files import CorpusError
+from pipeline.rng import derive
+
+_PIECE = 1 << 20
+
+Progress = Callable[[str, float], None]
+"""(what is being done, share done from 0 to 1)."""
+
+
+# ---- text to tokens ----
+
+
+def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[np.ndarray]:
+    """Successive samples [sequence + 1] int64 of the texts, in order, joined by the end token, cut as in a Dataset."""
+    left = np.zeros(0, dtype=np.int64)
+    for text in texts:
+        for ids, _ in _encode(text, tokenizer):
+            left = np.concatenate([left, ids])
+            while len(left) > sequence_length:
+                yield left[: sequence_length + 1]
+                left = left[sequence_length:]
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, float]]:
+    """The tokens of a document, the end token last, in pieces of about a megabyte, and the share of it that is done.
+
+    Text that spells a special token is text. Blank documents have no tokens. One call per piece: a batched call would
+    start a thread pool in a process that may fork.
+    """
+    start = 0 if text.strip() else len(text)
+    while start < len(text):
+        end = start + _PIECE
+        end = len(text) if end >= len(text) else (text.rfind("\n", start, end) + 1 or end)
+        encoded = tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+        start = end
+        yield np.array([*ids, tokenizer.eos_token_id] if end == len(text) else ids, dtype=np.int64), end / len(text)
+
+
+# ---- tokens to disk ----
+
+
+def prepare(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, sequence_length: int, held_out: float, folder: Path, seed: int,
+    *, max_tokens: int | None = None, samples_per_step: int = 1, progress: Progress | None = None,
+    accept: Callable[[str], None] | None = None, cache: Cache | None = None,
+) -> Dataset:  # fmt: skip
+    """Tokenise `corpus` into `folder`, or re-use what is there if neither text nor settings changed; returns it opened.
+
+    `held_out` is a share of the tokens, one sample at least. With `max_tokens`, documents are taken until there are
+    that many. A held-out document that the training part has too, word for word, is dropped from the held-out part.
+    Tokens that another run has made of the same text are copied from `cache`, and what is made is kept there.
+    `accept` is given the fingerprint before anything in `folder` changes, and may raise.
+    Raises CorpusError for text that cannot be read, for less than one global batch of `samples_per_step` samples, and
+    for tokens that cannot be written; then nothing half-written is left.
+    """
+    report = progress or (lambda what, share: None)
+    order = permutation(len(corpus), derive(seed, "data", "documents"))
+    settings = {
+        "documents": len(corpus), "tokenizer": _identity(tokenizer), "sequence_length": sequence_length,
+        "held_out": held_out, "seed": seed, "max_tokens": max_tokens,
+    }  # fmt: skip
+    request = {"data": corpus.spec, "text_field": corpus.text_field, **settings}
+
+    def require_batch(tokens: int, held: int) -> None:
+        _require_batch(corpus.spec, tokens, held, sequence_length, samples_per_step)
+
+    if not _is_current(folder, request, corpus, order):
+        cache = _usable(cache, tokenizer)
+        key, unfinished = _cache_key(settings), folder / f"{TOKENS}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            cached = _from_cache(cache, key, corpus, order, unfinished)
+            meta = cached or _make(unfinished, corpus, order, tokenizer, settings, require_batch, report)
+            require_batch(meta["num_tokens"], meta["train_start"])
+            if accept is not None:
+                accept(meta["fingerprint"])
+            _publish(unfinished, folder, {**meta, "request": request})
+            if cached is None:
+                report("tokenising", 1.0)
+                with (folder / TOKENS).open("rb") as file:
+                    cache.put("tokens", f"{key}-{meta['read']}-{meta['text']}", meta, file)
+        except OSError as error:
+            raise CorpusError(
+                f"tokens cannot be written to {str(folder)!r}: {error.strerror}; {_free(folder)} bytes are free there"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+    dataset = Dataset.open(folder)
+    if accept is not None:
+        accept(dataset.fingerprint)
+    require_batch(len(dataset.tokens), dataset.train_start)
+    return dataset
+
+
+def _make(
+    path: Path, corpus: Corpus, order: np.ndarray, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any],
+    require_batch: Callable[[int, int], None], report: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the tokens to `path`; returns what meta.json is to say about them, but for the request."""
+    sequence_length, seed = settings["sequence_length"], settings["seed"]
+    taken = _write(path, corpus, order, tokenizer, settings["max_tokens"], report)
+    held = max(sequence_length + 1, round(settings["held_out"] * taken.num_tokens))
+    require_batch(taken.num_tokens, held)
+    kept = _drop_duplicates(path, taken, held)
+    if kept <= sequence_length:
+        raise CorpusError(
+            f"data {corpus.spec!r} leaves {kept} tokens to hold out once documents that training has too are dropped; "
+            f"needed: {sequence_length + 1}. Raise held_out, or remove the duplicates"
+        )
+    return {
+        "format": FORMAT, "read": len(taken.digests), "text": _chain(taken.digests), "dtype": taken.dtype.name,
+        "num_tokens": taken.num_tokens, "held_out_tokens": kept, "train_start": held,
+        "sequence_length": sequence_length, "seed": seed,
+        "fingerprint": _fingerprint(path, kept, held, sequence_length, seed),
+    }  # fmt: skip
+
+
+def _require_batch(spec: str, tokens: int, held: int, sequence_length: int, samples_per_step: int) -> None:
+    needed = samples_per_step * sequence_length + 1
+    if tokens - held < needed:
+        raise CorpusError(
+            f"data {spec!r} has {tokens} tokens, {held} of them held out, so {max(0, tokens - held)} to train on; "
+            f"needed: {needed}, one global batch of {samples_per_step} samples of sequence_length {sequence_length}. "
+            "Lower microbatches, microbatch_size, sequence_length or held_out, raise max_tokens, or give more text"
+        )
+
+
+@dataclass
+class _Taken:
+    """What was tokenised, in order: where each document starts, and a digest of its text."""
+
+    dtype: np.dtype[Any]
+    num_tokens: int = 0
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    digests: array[int] = field(default_factory=lambda: array("Q"))
+
+
+def _write(
+    path: Path, corpus: Texts, order: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None,
+    report: Progress,
+) -> _Taken:  # fmt: skip
+    taken = _Taken(np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32))
+    limit = max_tokens or sys.maxsize
+    with path.open("wb") as file:
+        for number, index in enumerate(order):
+            text = corpus[int(index)]
+            taken.starts.append(taken.num_tokens)
+            taken.digests.append(_digest(text))
+            for ids, share in _encode(text, tokenizer):
+                ids = ids[: limit - taken.num_tokens]
+                file.write(ids.astype(taken.dtype).tobytes())  # tofile would hide the reason of a failure
+                taken.num_tokens += len(ids)
+                report("tokenising", 0.99 * max((number + share) / len(order), taken.num_tokens / limit))
+                if taken.num_tokens == limit:
+                    break
+            if taken.num_tokens == limit:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    return taken
+
+
+def _drop_duplicates(path: Path, taken: _Taken, held: int) -> int:
+    """Drop what training has too from the first `held` tokens; moves the rest to the start, returns their number."""
+    starts, digests = np.array(taken.starts), np.array(taken.digests)
+    ends = np.append(starts[1:], taken.num_tokens)
+    trained = digests[ends > held]
+    drop = np.isin(digests, trained) & (starts < held)
+    cut = (starts < held) & (ends > held)  # its two parts are of one document, which is no reason to drop the first
+    drop[cut] = np.isin(digests[cut], digests[starts >= held])
+    tokens = np.memmap(path, dtype=taken.dtype, mode="r+")
+    kept = 0
+    for start, end in zip(starts[(starts < held) & ~drop], ends[(starts < held) & ~drop], strict=True):
+        size = min(end, held) - start
+        if kept != start:
+            tokens[kept : kept + size] = tokens[start : start + size].copy()
+        kept += int(size)
+    tokens.flush()
+    return kept
+
+
+def _publish(unfinished: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """A folder without meta.json does not count: it goes first and comes last."""
+    (folder / META).unlink(missing_ok=True)
+    os.replace(unfinished, folder / TOKENS)
+    temporary = folder / f"{META}.tmp"
+    try:
+        temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / META)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_current(folder: Path, request: dict[str, Any], corpus: Texts, order: np.ndarray) -> bool:
+    """Whether `folder` holds the tokens of this request and of the text as it is now, which is read for that."""
+    try:
+        Dataset.open(folder)
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except CorpusError:
+        return False
+    return meta["request"] == request and meta["text"] == _chain(_digest(corpus[int(i)]) for i in order[: meta["read"]])
+
+
+# ---- tokens of other runs ----
+
+
+def _usable(cache: Cache | None, tokenizer: PreTrainedTokenizerBase) -> Cache:
+    """The cache, if the tokenizer's identity says all that it does: a slow one's is its vocabulary alone."""
+    return Cache() if cache is None or getattr(tokenizer, "backend_tokenizer", None) is None else cache
+
+
+def _cache_key(settings: dict[str, Any]) -> str:
+    """How the keys of all texts under these settings begin; the number of documents read and their hash follow."""
+    values = {**settings, "format": FORMAT, "tokenizers": tokenizers.__version__}
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _from_cache(cache: Cache, key: str, corpus: Texts, order: np.ndarray, path: Path) -> dict[str, Any] | None:
+    """Write to `path` the tokens that were made of this text before; returns what meta.json says, None without any.
+
+    No more of the corpus is read than those who made such tokens have read of theirs.
+    """
+    digests = array("Q")
+    names = [re.fullmatch(rf"{key}-(\d+)-[0-9a-f]+", name) for name in cache.keys("tokens", key)]
+    reads = {name[0]: int(name[1]) for name in names if name is not None}
+    for name in sorted(reads, key=lambda name: reads[name]):
+        digests.extend(_digest(corpus[int(index)]) for index in order[len(digests) : reads[name]])
+        if name == f"{key}-{reads[name]}-{_chain(digests)}":
+            with path.open("wb") as file:
+                meta = cache.take("tokens", name, file)
+            if meta is not None:
+                return meta
+    return None
+
+
+# ---- hashes ----
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _chain(digests: Iterable[int]) -> str:
+    return hashlib.blake2b(array("Q", digests).tobytes(), digest_size=16).hexdigest()
+
+
+def _fingerprint(path: Path, *numbers: int) -> str:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "blake2b").hexdigest()
+    return hashlib.blake2b(f"{content} {numbers}".encode(), digest_size=8).hexdigest()
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what a fast tokenizer does with text, or of a slow one's vocabulary; the same after save and load."""
+    parts: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items()), "end": tokenizer.eos_token_id}
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        whole = json.loads(backend.to_str())
+        parts |= {name: whole[name] for name in ("normalizer", "pre_tokenizer", "model")}
+        parts["added"] = [token for token in whole["added_tokens"] if not token["special"]]  # special ones are text
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0

@@ -1,0 +1,135 @@
+"""`unbroken eval`: the loss of an exported model, on the very samples on which its run evaluated it or on other text.
+
+A run keeps the tokens that it holds out in its folder, beside the model that it exports. On them this loss is that of
+the run's last evaluation, if the run computed in fp32 as this does.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from jobs.config import ConfigError, TrainConfig, require
+from jobs.corpus import TEXT_FIELD, documents
+from jobs.data import META, Dataset
+from jobs.plan import evaluation_samples
+from jobs.prepare import blocks
+from jobs.text import token_loss
+from launch.commands import Result
+from launch.generate import context_length, load
+
+HELD_OUT = "held-out"
+_SEQUENCE_LENGTH, _SAMPLES = 128, 64
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Perplexity of an exported model on text."""
+
+    model: Path = Path("runs/default/model")
+    """A directory that a run exported, or any transformers model directory."""
+    data: str = "auto"
+    """`held-out` (the samples on which the run that exported --model evaluates it), or text as for training: `stdlib`,
+    files of text or JSON, globs, or hf:NAME. auto is held-out where the model lies in a run folder, else stdlib."""
+    text_field: str = TEXT_FIELD
+    """The field of a JSON object or of a dataset's row that holds the text."""
+    sequence_length: int | None = None
+    """Tokens per sample; unset, 128 or what the model takes, and those of the run for held-out."""
+    samples: int | None = None
+    """Samples that are evaluated at most; unset, 64, or as many as the run evaluates for held-out."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is scored: samples [sequence + 1] int64, and of what they are the samples, in words."""
+
+    data: str
+    whose: str
+    sequence_length: int
+    samples: Iterator[np.ndarray]
+
+
+def evaluate(config: EvalConfig) -> Result:
+    """Mean loss per token and its exponential, and which text that was. Raises ConfigError or CorpusError."""
+    for name in ("samples", "sequence_length"):
+        value = getattr(config, name)
+        require(value is None or value >= 1, name, value, "1 or more")
+    model, tokenizer = load(config.model)
+    run = config.model.resolve().parent
+    found = (run / "data" / META).is_file()
+    if config.data == HELD_OUT and not found:
+        raise ConfigError(
+            f"data is {HELD_OUT!r}, but model {str(config.model)!r} does not lie in a run folder: "
+            f"{str(run / 'data')!r} holds no prepared tokens; allowed: a model in the folder of its run, or text"
+        )
+    if config.data == HELD_OUT or (config.data == "auto" and found):
+        text = _held_out(config, run, int(model.config.vocab_size))
+    else:
+        text = _other(config, tokenizer, context_length(model))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sample in text.samples:
+            ids = torch.from_numpy(sample)[None]
+            total += float(token_loss(model(ids[:, :-1]).logits, ids[:, 1:]))
+            count += 1
+    length, tokens = text.sequence_length, count * text.sequence_length
+    require(count > 0, "data", text.data, f"at least {length + 1} tokens of text")
+    mean = total / tokens
+    scored = f"{count} samples of {length} tokens, {text.whose}"
+    values = {
+        "loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": tokens, "samples": count,
+        "sequence_length": length, "data": text.data, "scored": scored, "model": str(config.model),
+    }  # fmt: skip
+    return values, f"loss {mean:.4f}  perplexity {values['perplexity']:.2f}  over {tokens:,} tokens: {scored}"
+
+
+def _held_out(config: EvalConfig, run: Path, vocabulary: int) -> _Text:
+    """The samples on which the run evaluates."""
+    dataset = Dataset.open(run / "data")
+    length, highest = dataset.sequence_length, int(dataset.tokens[: dataset.held_out_tokens].max())
+    require(
+        config.sequence_length in (None, length), "sequence_length", config.sequence_length,
+        f"{length}, as the held-out samples of the run in {str(run)!r} have, or nothing",
+    )  # fmt: skip
+    require(
+        config.text_field == TEXT_FIELD, "text_field", config.text_field,
+        f"nothing with data {HELD_OUT!r}, which is tokens already",
+    )  # fmt: skip
+    require(
+        highest < vocabulary, "model", str(config.model),
+        f"the one that the run in {str(run)!r} has exported; this one knows {vocabulary} tokens, not number {highest}",
+    )  # fmt: skip
+    asked = TrainConfig(evaluate_samples=config.samples or _evaluated(run))
+    count = evaluation_samples(asked, dataset)
+    whose = f"spread over the {dataset.num_held_out} that the run in {str(run)!r} has held out"
+    return _Text(HELD_OUT, whose, length, map(dataset.held_out_spread(count), range(count)))
+
+
+def _evaluated(run: Path) -> int:
+    """How many samples a run evaluates, by its config.toml."""
+    path = run / "config.toml"
+    try:
+        return int(tomllib.loads(path.read_text())["evaluate_samples"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"samples is unset, and {str(path)!r} does not tell how many the run evaluates: {error}; allowed: a number"
+        ) from error
+
+
+def _other(config: EvalConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> _Text:
+    """The first samples of any text. Raises ConfigError for more tokens than the model takes."""
+    data = "stdlib" if config.data == "auto" else config.data
+    length = config.sequence_length or min(_SEQUENCE_LENGTH, longest)
+    require(length <= longest, "sequence_length", length, f"at most {longest}")
+    samples = blocks(documents(data, text_field=config.text_field), tokenizer, length)
+    return _Text(data, f"the first of {data!r}", length, islice(samples, config.samples or _SAMPLES))
