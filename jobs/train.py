@@ -34,6 +34,7 @@ _FILE_BYTES = 2 << 30
 STOPPED = 75
 """The exit code of a run that was asked to stop and has saved itself (EX_TEMPFAIL: try again)."""
 
+
 def evaluated_when(done: int) -> str:
     """When an evaluation took place, for a person."""
     return f"in the evaluation after step {done}" if done else "before the first step"

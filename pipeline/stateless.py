@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from pipeline.batch import Batch, Job
 from pipeline.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.host_store import HostStore
 from pipeline.model import SpanModule
-from pipeline.mover import LATER, URGENT, Mover, Ticket
+from pipeline.mover import LATER, URGENT, Mover
+from pipeline.orders import Gradient, Loaded, Order
 from pipeline.rng import RngKey
-from pipeline.schedule import LOAD, B, F, Op, R, Span
+from pipeline.schedule import LOAD, B, F, Op, R
 from pipeline.slots import BACKWARD, FORWARD
 from pipeline.worker import Probe, Settings, Unprobed
 
@@ -40,63 +40,6 @@ class Recalled(Exception):
 
 class PoolClosed(RuntimeError):
     """The host has closed the connection: the run is over, or the host is gone."""
-
-
-@dataclass
-class Order:
-    """A slot as it was given to this worker. `skip` are the microbatches whose results others have made already."""
-
-    id: int
-    run: int
-    step: int
-    job: str
-    kinds: tuple[str, ...]
-    span: Span
-    microbatches: tuple[int, ...]
-    source: str
-    side: int
-    block: int
-    skip: frozenset[int]
-    loaded: Loaded | None = None
-    events: list[tuple[str, float, float]] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Order:
-        return cls(
-            values["id"], values["run"], values["step"], values["job"], tuple(values["kinds"]), tuple(values["span"]),
-            tuple(values["microbatches"]), values["source"], values["side"], values["block"], frozenset(values["skip"]),
-        )  # fmt: skip
-
-
-@dataclass
-class Loaded:
-    """A span's weights in one of the worker's two buffers."""
-
-    buffer: int
-    module: SpanModule
-    parameters: dict[int, dict[str, nn.Parameter]]
-    ticket: Ticket
-    version: int
-    """How many updates the weights have seen."""
-    users: int = 1
-
-
-@dataclass
-class Gradient:
-    """Where the gradients of the order at hand are summed: `views` [(parameter, its part of `flat`)] are the
-    parameters' .grad as long as the order runs, and `block` [as `flat`] is what the host will read."""
-
-    flat: Tensor
-    block: Tensor
-    tally: Tensor
-    views: list[tuple[nn.Parameter, Tensor]]
-
-    def add(self, m: int) -> None:
-        """Note that a microbatch was added. Raises RuntimeError where autograd has added it elsewhere."""
-        for parameter, view in self.views:
-            if parameter.grad is None or parameter.grad.data_ptr() != view.data_ptr():
-                raise RuntimeError(f"the gradient of microbatch {m} was not summed where it counts")
-        self.tally[1 + m] += 1
 
 
 class StatelessWorker:

@@ -97,7 +97,8 @@ class Link:
         self._free_at = 0.0
         self._sent: queue.SimpleQueue[tuple[Work, Tensor] | None] = queue.SimpleQueue()
         self._left = threading.Condition()
-        self._in_flight = 0
+        self.in_flight = 0
+        """Messages that were sent and have not left."""
         self._failed: str | None = None
         self._thread = threading.Thread(target=self._receive, name=f"link-{peer}", daemon=True)
         self._reaper = threading.Thread(target=self._reap, name=f"sent-{peer}", daemon=True)
@@ -119,11 +120,11 @@ class Link:
     def flush(self, deadline: float) -> None:
         """Wait until all that was sent has left. Raises LinkError at `deadline` or when the peer is gone."""
         with self._left:
-            self._left.wait_for(lambda: not self._in_flight or self._failed, max(0.0, deadline - time.monotonic()))
+            self._left.wait_for(lambda: not self.in_flight or self._failed, max(0.0, deadline - time.monotonic()))
             if self._failed:
                 raise LinkError(f"sending to worker {self.peer} failed: {self._failed}")
-            if self._in_flight:
-                raise LinkError(f"{self._in_flight} messages to worker {self.peer} did not leave in time")
+            if self.in_flight:
+                raise LinkError(f"{self.in_flight} messages to worker {self.peer} did not leave in time")
 
     def close(self) -> None:
         """Say goodbye, so that the peer's receiving thread ends."""
@@ -155,7 +156,7 @@ class Link:
         except RuntimeError as error:
             raise LinkError(f"sending to worker {self.peer} failed: {_first_line(error)}") from error
         with self._left:
-            self._in_flight += 1
+            self.in_flight += 1
         self._sent.put((work, buffer))  # a Work that is dropped cancels its transfer: both are kept until it is done
 
     def _reap(self) -> None:
@@ -168,7 +169,7 @@ class Link:
                     self._failed = self._failed or _first_line(error)
             del sent
             with self._left:
-                self._in_flight -= 1
+                self.in_flight -= 1
                 self._left.notify_all()
 
     def _receive(self) -> None:

@@ -27,7 +27,7 @@ class Lifeline:
     def __call__(self) -> bool:
         """Ask the store. Who has not asked for a while cannot tell what was in between: the time begins anew."""
         now, found = time.monotonic(), read_agent(self.store, 0)
-        if found != self._found or now - self._asked > self.patience_s / 2:
+        if found != self._found or now - self._asked > self.patience_s:
             self._found, self._since = found, now
         self._asked = now
         return now - self._since < self.patience_s

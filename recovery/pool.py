@@ -12,14 +12,12 @@ import contextlib
 import math
 import os
 import selectors
-import signal
 import socket
 import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.host_optimizer import HostOptimizer
@@ -28,38 +26,16 @@ from pipeline.slots import Slot
 from pipeline.wire import WireError, checked
 from recovery.dealing import Deal, Dealing
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
+from recovery.processes import Exit, Processes, kill
 from recovery.runs import Given, Member, Run
 
 _TICK_S = 0.25
-_GONE_S = 5.0
-_BY_ITSELF_S = 0.5  # a worker whose connection ends most often has ended, of which a report is on its way
-_TRIES = 5
-_TRY_AGAIN_S = 0.2  # doubled every time
 LEFT = 4
 """The exit code of a worker that found its connection closed."""
 
 
 class NoWorkerLeft(RuntimeError):
     """All workers are lost and none may be started again. Says why the last one went."""
-
-
-class Exit(Protocol):
-    """How a worker process ended."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def code(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Vacancy:
-    """A place for which there was no room on the machine, and when it is tried again."""
-
-    place: int
-    tries: int
-    due: float
 
 
 class Pool:
@@ -76,7 +52,7 @@ class Pool:
         event: Callable[..., None], *, deadline_s: float, max_failures: int,
         stopping: Callable[[], bool] = bool,
     ) -> None:  # fmt: skip
-        self._start, self._exits, self._event, self._stopping = start, exits, event, stopping
+        self._event, self._stopping = event, stopping
         self._deadline_s, self._max_failures = deadline_s, max_failures
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -94,9 +70,7 @@ class Pool:
         self._losses = Losses(math.inf)
         self._next_worker = 0
         self._reasons: dict[int, tuple[str, bool]] = {}  # why a worker goes, and whether it has said so itself
-        self._ended: dict[int, Exit] = {}  # by pid
-        self._unseen: dict[int, list[int]] = {}  # pid of a worker that was not seen to end -> its gradient blocks
-        self._vacancies: list[Vacancy] = []
+        self._processes = Processes(start, exits)
         self._opened = False
         self._heard = time.monotonic()
         self.failures = 0
@@ -124,25 +98,17 @@ class Pool:
 
     @property
     def _starting(self) -> bool:
-        return bool(self._vacancies) or any(member.channel is None for member in self.members.values())
+        return bool(self._processes.vacancies) or any(member.channel is None for member in self.members.values())
 
     def _add_member(self, place: int, tries: int = 0) -> None:
         """Start a worker, or put it off where there is no room: the others go on without."""
         member, self._next_worker = self._next_worker, self._next_worker + 1
-        try:
-            self.members[member] = Member(member, place, self._start(member), time.monotonic())
-        except OSError as error:
-            self.last_reason, self._last = str(error), member
-            self._event("not_started", worker=member, reason=self.last_reason)
-            if tries + 1 < _TRIES:
-                due = time.monotonic() + _TRY_AGAIN_S * 2**tries
-                self._vacancies.append(Vacancy(place, tries + 1, due))
-
-    def _fill_vacancies(self) -> None:
-        due = [each for each in self._vacancies if each.due <= time.monotonic()]
-        self._vacancies = [each for each in self._vacancies if each not in due]
-        for each in due:
-            self._add_member(each.place, each.tries)
+        started = self._processes.start(member, place, tries)
+        if isinstance(started, int):
+            self.members[member] = Member(member, place, started, time.monotonic())
+        else:
+            self.last_reason, self._last = started, member
+            self._event("not_started", worker=member, reason=started)
 
     # ---- iterations ----
 
@@ -150,7 +116,7 @@ class Pool:
         """Return once a run is whole: every slot done and every gradient added exactly once, and nobody left who might
         still write. Raises NoWorkerLeft, TooManyFailures, and TimeoutError where nothing comes on any more."""
         self._heard = time.monotonic()
-        while run.left or self._unseen:
+        while run.left or self._processes.unseen:
             self.turn()
             if time.monotonic() > self._heard + 2 * self._deadline_s:
                 raise TimeoutError(f"nothing was heard for {2 * self._deadline_s:g} s; {self._what_is_left(run)}")
@@ -161,8 +127,8 @@ class Pool:
             raise RuntimeError(f"gradients were counted {dict(run.committed)}; expected once each")
 
     def _what_is_left(self, run: Run) -> str:
-        if self._unseen:
-            return f"processes {sorted(self._unseen)} were ended, and have not been seen to end"
+        if unseen := self._processes.unseen:
+            return f"processes {sorted(unseen)} were ended, and have not been seen to end"
         given = {member.id: len(member.given) for member in self.members.values()}
         left = f"{run.left} slots of step {run.step} are left, {len(run.pending)} of them with nobody"
         return f"{left}; slots by worker: {given}"
@@ -294,9 +260,9 @@ class Pool:
 
     def _look_after(self) -> None:
         """Notice who has ended, or has not said anything for too long."""
-        self._poll(0.0)
+        self._processes.poll(0.0)
         for member in list(self.members.values()):
-            if member.pid in self._ended:
+            if self._processes.has_ended(member.pid):
                 if member.channel is not None:
                     self._take(member, member.channel)  # what it has said before it ended
                 self._lost(member)
@@ -308,11 +274,12 @@ class Pool:
                 reason = f"has not answered for {self._deadline_s:g} s and was ended"
                 self._reasons.setdefault(member.id, (reason, False))
                 self._lost(member)
-        for pid in [pid for pid in self._unseen if pid in self._ended]:
-            self.dealing.blocks.extend(self._unseen.pop(pid))
+        if blocks := self._processes.seen():
+            self.dealing.blocks.extend(blocks)
             self._heard = time.monotonic()
-        self._fill_vacancies()
-        if not self.members and not self._vacancies:
+        for each in self._processes.due():
+            self._add_member(each.place, each.tries)
+        if not self.members and not self._processes.vacancies:
             raise NoWorkerLeft(
                 f"no worker is left: the last one, {self._last}, {self.last_reason}; --resume goes on from the newest "
                 "valid checkpoint"
@@ -332,13 +299,13 @@ class Pool:
         """A worker is gone: its slots go back, and what waits for them is taken back as well."""
         if self.members.pop(member.id, None) is None:
             return
-        by_itself = self._await_end(member)
+        blocks = [given.block for given in member.given.values() if given.block >= 0]
+        seen, by_itself = self._processes.end(member.pid, blocks, by_itself=member.id not in self._reasons)
         if member.channel is not None:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(member.channel)
             member.channel.close()
         self.failures += 1
-        seen = self._ended.pop(member.pid, None)
         ended = str(seen) if by_itself and seen is not None and seen.code != LEFT else "closed its connection"
         reason, told = self._reasons.pop(member.id, (ended, False))
         self.last_reason, self._last = reason, member.id
@@ -350,55 +317,23 @@ class Pool:
             "redealt", worker=member.id, slots=len(member.given), remedy="its slots are dealt to the others",
             replacement=self._next_worker if replaced else None,
         )  # fmt: skip
-        blocks = [given.block for given in member.given.values() if given.block >= 0]
-        if seen is None:
-            self._unseen[member.pid] = blocks
-        else:
+        if seen is not None:
             self.dealing.blocks.extend(blocks)
         for given in member.given.values():
             self.dealing.put_back(given)
         if replaced:
             self._add_member(member.place)
 
-    def _await_end(self, member: Member) -> bool:
-        """Nothing of it may write any more when its blocks are given to others: wait for its end, which it may find
-        by itself, else bring it about. Whether it has ended by itself."""
-        deadline = time.monotonic() + (_BY_ITSELF_S if member.id not in self._reasons else 0.0)
-        while member.pid not in self._ended and time.monotonic() < deadline:
-            self._poll(0.01)
-        if member.pid in self._ended:
-            return True
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member.pid, signal.SIGKILL)
-        deadline = time.monotonic() + _GONE_S
-        while member.pid not in self._ended and time.monotonic() < deadline:
-            self._poll(0.05)
-        return False
-
-    def _poll(self, timeout_s: float) -> None:
-        """Keep how processes have ended, until it is asked for."""
-        self._ended.update((each.pid, each) for each in self._exits(timeout_s))
-
     def close(self) -> None:
         """End all workers and the sockets."""
         for member in self.members.values():
             self._tell(member, end=True)
             if member.channel is None:  # still starting, and not to be talked to
-                self._kill(member.pid)
-        deadline = time.monotonic() + _GONE_S
-        left = {member.pid for member in self.members.values()}
-        with contextlib.suppress(RuntimeError):  # who tells of exits may be what has failed
-            while left - set(self._ended) and time.monotonic() < deadline:
-                self._poll(0.05)
-        for pid in left - set(self._ended):
-            self._kill(pid)
+                kill(member.pid)
+        self._processes.end_all(member.pid for member in self.members.values())
         for key in list(self._selector.get_map().values()):
             assert isinstance(key.fileobj, socket.socket | Channel)
             key.fileobj.close()
         self._wake.close()
         self._selector.close()
         self.members.clear()
-
-    def _kill(self, pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)

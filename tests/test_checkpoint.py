@@ -311,8 +311,8 @@ def test_a_full_disk_is_named_and_leaves_no_partial_layer(tmp_path: Path) -> Non
     with largest_file(10_000):
         with pytest.raises(
             CheckpointError,
-            match=r"step-00000002.0-0.tmp/layer-00001.safetensors cannot be written \(File too large\): 40\d{3} bytes are "
-            r"needed, \d+ are free",
+            match=r"step-00000002.0-0.tmp/layer-00001.safetensors cannot be written \(File too large\): 40\d{3} bytes "
+            r"are needed, \d+ are free",
         ):
             checkpoint.write_layer(folder, 1, {"param/w": torch.zeros(10_000)})
     assert [p.name for p in folder.iterdir()] == ["layer-00000.safetensors"]

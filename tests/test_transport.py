@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 from launch.worker_main import connect
 from pipeline.groups import GroupBuilder
 from pipeline.schedule import Op
-from pipeline.transport import LinkError, Mailbox, Shape, Transport, pack, unpack
+from pipeline.transport import HEADER_BYTES, Link, LinkError, Mailbox, Shape, Transport, pack, unpack
 from tests.harness import hosted_store
 
 X = Op("F", (0, 2), 3)
@@ -131,3 +134,118 @@ def test_a_shaped_link_takes_latency_and_bandwidth() -> None:
     assert time.monotonic() - unshaped < 0.1
     a.close()
     b.close()
+
+
+# ---- what ends a link is told ----
+
+
+class Sockets:
+    """A group of one end: receives what a test gives it, and sends into the void."""
+
+    def __init__(self) -> None:
+        self.incoming: list[torch.Tensor | Exception] = []
+        self.arrived = threading.Event()
+        self.gone = threading.Semaphore(0)
+
+    class Done:
+        """A transfer that is waited for."""
+
+        def __init__(self, wait: Callable[[], None]) -> None:
+            self._wait = wait
+
+        def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+            self._wait()
+            return True
+
+        def is_completed(self) -> bool:
+            return False  # as gloo's, until somebody has waited
+
+    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Done:
+        def wait() -> None:
+            assert self.arrived.wait(10)
+            found = self.incoming.pop(0) if self.incoming else RuntimeError("Connection closed by peer")
+            if isinstance(found, Exception):
+                raise found
+            tensors[0][: found.numel()].copy_(found)
+
+        return self.Done(wait)
+
+    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Done:
+        return self.Done(lambda: self.gone.acquire(timeout=10) and None)
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Done:
+        raise NotImplementedError
+
+
+def a_link(sockets: Sockets, box: Mailbox) -> Link:
+    return Link(7, sockets, sockets, (0, 1), box, max_bytes=1024, device=torch.device("cpu"))
+
+
+def broken_header(**changes: int) -> torch.Tensor:
+    buffer = pack(0, 1, X, torch.ones(4))
+    words = buffer[:104].view(torch.int64)
+    for place, value in {"kind": 2, "dtype": 6, "ndim": 7, "extent": 9}.items():
+        if place in changes:
+            words[value] = changes[place]
+    return buffer
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        broken_header(kind=99), broken_header(kind=-1), broken_header(dtype=17), broken_header(ndim=5),
+        broken_header(ndim=-1), broken_header(extent=-4), broken_header(extent=1 << 40), broken_header(extent=300),
+        torch.full((200,), 255, dtype=torch.uint8),
+    ],
+)  # fmt: skip
+def test_a_message_that_is_none_is_the_loss_of_the_link(buffer: torch.Tensor) -> None:
+    sockets, box = Sockets(), Mailbox()
+    sockets.incoming.append(buffer)
+    sockets.arrived.set()
+    link = a_link(sockets, box)
+    with pytest.raises(LinkError, match=r"will not come: a message is none: "):
+        box.get(0, 1, X, 7, time.monotonic() + 10)
+    link.abandon()
+
+
+def test_a_buffer_for_which_there_is_no_memory_is_the_loss_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    sockets, box, empty = Sockets(), Mailbox(), torch.empty
+
+    def refusing(*size: Any, **more: Any) -> torch.Tensor:
+        if size == (1024 + HEADER_BYTES,):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1152")
+        return empty(*size, **more)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    link = a_link(sockets, box)
+    with pytest.raises(LinkError, match=r"will not come: .*can't allocate memory"):
+        box.get(0, 1, X, 7, time.monotonic() + 10)
+    sockets.arrived.set()
+    link.abandon()
+
+
+def test_what_has_left_is_held_no_longer() -> None:
+    """gloo tells of a transfer's end only to who waits for it; nobody flushes here, and the buffers go all the same."""
+    sockets, box = Sockets(), Mailbox()
+    link = a_link(sockets, box)
+    for _ in range(3):
+        link.send(0, 1, X, torch.ones(4))
+    assert link.in_flight == 3
+    sockets.gone.release(2)
+    deadline = time.monotonic() + 5
+    while link.in_flight > 1 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert link.in_flight == 1
+    with pytest.raises(LinkError, match="1 messages to worker 7 did not leave in time"):
+        link.flush(time.monotonic() + 0.05)
+    sockets.gone.release()
+    link.flush(time.monotonic() + 5)
+    sockets.arrived.set()
+    link.abandon()
+
+
+def test_what_no_message_can_carry_is_refused() -> None:
+    with pytest.raises(LinkError, match=r"a payload of 5 dimensions of torch\.float32"):
+        pack(0, 1, X, torch.ones(1, 1, 1, 1, 1))
+    with pytest.raises(LinkError, match=r"torch\.bool"):
+        pack(0, 1, X, torch.ones(1, dtype=torch.bool))

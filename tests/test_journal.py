@@ -1,0 +1,105 @@
+"""Lines on a disk that fills up: none is lost or broken, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.journal import Journal
+from launch.run_folder import METRICS, RunFolder, read_jsonl, standing
+from tests.test_checkpoint import largest_file
+
+
+def record(step: int, view: int = 1) -> dict[str, Any]:
+    return {**dict.fromkeys(METRICS, 0.5), "step": step, "view": view, "first_sample": 8 * (step - 1), "samples": 8}
+
+
+def test_a_full_disk_breaks_no_line_and_loses_none(tmp_path: Path) -> None:
+    """The limit falls into the middle of a line: it goes on where it broke off."""
+    journal = Journal(tmp_path / "x.jsonl")
+    with largest_file(505):
+        for n in range(100):
+            journal.append({"n": n})
+        assert journal.waiting == "x.jsonl cannot be written: File too large"
+        assert journal.sync() == journal.waiting
+        assert (tmp_path / "x.jsonl").stat().st_size == 505
+    journal.append({"n": 100})
+    assert journal.waiting == journal.sync() == ""
+    journal.close()
+    assert read_jsonl(tmp_path / "x.jsonl") == [{"n": n} for n in range(101)]
+
+
+def test_what_waits_has_a_bound_and_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.journal._MOST", 100)
+    journal = Journal(tmp_path / "x.jsonl")
+    with largest_file(0):
+        for n in range(20):
+            journal.append({"n": n})
+    assert journal.dropped == 9
+    assert journal.sync() == "x.jsonl lacks 9 lines, for which there was no room"
+    journal.close()
+
+
+def test_a_run_folder_goes_on_says_so_once_and_has_all_in_the_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = RunFolder(tmp_path, "", 0, say=said.append)
+    with largest_file(600):
+        for step in range(1, 30):
+            folder.step(record(step))
+            folder.event("checkpoint", step=step)
+        assert folder.save_ledger(29) == "ledger.jsonl cannot be written: File too large"
+    assert sorted(said) == [
+        f"{name}.jsonl cannot be written: File too large; training goes on, and it is tried again"
+        for name in ("events", "ledger", "metrics")
+    ]
+    folder.step(record(30))
+    assert folder.save_ledger(30) == ""
+    folder.close()
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, 31))
+    assert [line["step"] for line in read_jsonl(tmp_path / "ledger.jsonl")] == list(range(1, 31))
+    assert [line["step"] for line in read_jsonl(tmp_path / "events.jsonl")] == list(range(1, 30))
+    assert len(said) == 5, "two files are written again, and the third when it is closed"
+
+
+def test_a_device_that_is_always_full_costs_its_lines_alone(tmp_path: Path) -> None:
+    os.symlink("/dev/full", tmp_path / "events.jsonl")
+    said: list[str] = []
+    folder = RunFolder(tmp_path, "", 0, say=said.append)
+    folder.event("started", step=0)
+    folder.step(record(1))
+    assert folder.save_ledger(1) == ""
+    folder.close()
+    assert said[0].startswith("events.jsonl cannot be written: No space left on device; training goes on")
+    assert said[-1] == "events.jsonl cannot be written: No space left on device: its last lines are lost"
+    assert len(read_jsonl(tmp_path / "ledger.jsonl")) == 1
+
+
+def test_a_ledger_with_a_gap_is_not_safe(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "", 0)
+    folder.step(record(1))
+    folder.step(record(3))
+    assert folder.save_ledger(1) == ""
+    assert folder.save_ledger(3) == "the ledger lacks 1 steps up to step 3, the first: 2"
+    folder.close()
+    again = RunFolder(tmp_path, "", 3)
+    assert again.save_ledger(3) == "the ledger lacks 1 steps up to step 3, the first: 2"
+    again.step(record(2))
+    assert again.save_ledger(3) == ""
+    again.close()
+
+
+def test_steps_that_are_taken_again_are_marked_and_the_last_one_stands(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "", 0)
+    for step, view in ((1, 1), (2, 1), (3, 1), (2, 2), (3, 2), (3, 2), (4, 2)):
+        folder.step(record(step, view))
+    folder.close()
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["again"]) for line in lines] == [(1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (4, 0)]
+    assert [(line["step"], line["view"]) for line in standing(lines)] == [(1, 1), (2, 2), (3, 2), (4, 2)]
+    again = RunFolder(tmp_path, "", 2)
+    again.step(record(3, 1))
+    again.close()
+    assert [m["again"] for m in again.metrics] == [0, 0, 1, 0], "a step that a resumed run takes is new to it"

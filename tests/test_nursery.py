@@ -1,0 +1,185 @@
+"""The warm parent answers whatever happens: a fork that fails costs one worker, and the others live on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from launch.agent import Agent
+from launch.nursery import Exit, Nursery, NurseryGone, StartError, signal_name
+from recovery import keys
+
+
+def entry(payload: dict[str, Any]) -> int:
+    time.sleep(payload.get("sleep", 0))
+    return int(payload.get("code", 0))
+
+
+@pytest.fixture
+def parent() -> Iterator[Nursery]:
+    nursery = Nursery(entry)
+    yield nursery
+    nursery.close()
+
+
+def ends(nursery: Nursery, pid: int, timeout_s: float = 10.0) -> int:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for exit_ in nursery.poll(0.05):
+            if exit_.pid == pid:
+                return exit_.code
+    raise AssertionError(f"process {pid} did not end")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, times: int, number: int) -> None:
+    """os.fork fails so often, from the second call on: the first makes the warm parent, which inherits this."""
+    fork, calls = os.fork, [0]
+
+    def forking() -> int:
+        calls[0] += 1
+        if 1 < calls[0] <= 1 + times:
+            raise OSError(number, os.strerror(number))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", forking)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_a_fork_that_fails_is_answered_and_costs_nobody_else(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    failing(monkeypatch, 2, number)
+    nursery = Nursery(entry)
+    try:
+        for _ in range(2):
+            with pytest.raises(StartError, match=f"could not be started: {os.strerror(number)}"):
+                nursery.start({})
+        first = nursery.start({"sleep": 0.3, "code": 7})
+        assert ends(nursery, first) == 7
+    finally:
+        nursery.close()
+
+
+def test_a_worker_that_could_not_be_watched_is_ended_and_answered(parent: Nursery) -> None:
+    """No descriptor is left to see it end by: a real limit of a real process."""
+    living = parent.start({"sleep": 60})
+    open_ones = {int(name) for name in os.listdir(f"/proc/{parent.pid}/fd")}
+    held = min(set(range(len(open_ones) + 1)) - open_ones)
+    before = resource.prlimit(parent.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (held, before[1]))
+    with pytest.raises(StartError, match="Too many open files"):
+        parent.start({"sleep": 60})
+    resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, before)
+    assert [child.pid for child in psutil.Process(parent.pid).children()] == [living]
+    assert ends(parent, parent.start({"code": 3})) == 3
+
+
+def test_a_payload_of_any_size_arrives(parent: Nursery) -> None:
+    assert ends(parent, parent.start({"code": 5, "text": "x" * 3_000_000})) == 5
+
+
+def test_exits_that_nobody_asks_for_do_not_stop_the_warm_parent(parent: Nursery) -> None:
+    pids = {parent.start({}) for _ in range(20)}
+    time.sleep(0.3)
+    assert {exit_.pid for exit_ in parent.poll(1.0)} | {exit_.pid for exit_ in parent.poll(1.0)} == pids
+
+
+def test_the_end_of_the_warm_parent_is_told_after_all_that_it_has_told() -> None:
+    nursery = Nursery(entry)
+    pid = nursery.start({"code": 9})
+    time.sleep(0.3)
+    os.kill(nursery.pid, signal.SIGKILL)
+    time.sleep(0.1)
+    assert nursery.poll(1.0) == [Exit(pid, 9)]
+    for call in (lambda: nursery.poll(1.0), lambda: nursery.start({})):
+        with pytest.raises(NurseryGone, match="the warm parent has ended unexpectedly"):
+            call()
+    nursery.close()
+
+
+def test_a_warm_parent_that_is_stopped_does_not_keep_its_agent_from_ending() -> None:
+    nursery = Nursery(entry)
+    os.kill(nursery.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    nursery._channel.post({"never": "read"})
+    import launch.nursery as module
+
+    patience, module._ANSWER_S = module._ANSWER_S, 0.3
+    try:
+        nursery.close()
+    finally:
+        module._ANSWER_S = patience
+    assert time.monotonic() - began < 5.0
+
+
+def test_every_signal_has_a_name() -> None:
+    assert signal_name(9) == "SIGKILL"
+    assert signal_name(40) == "signal 40"
+    assert str(Exit(1, -40)) == "was killed by signal 40"
+
+
+# ---- the agent and a machine without room ----
+
+
+class Full:
+    """A nursery whose machine has no room for a while."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals, self.started = refusals, list[dict[str, Any]]()
+
+    def start(self, payload: dict[str, Any]) -> int:
+        if self.refusals:
+            self.refusals -= 1
+            raise StartError("could not be started: Cannot allocate memory")
+        self.started.append(payload)
+        return 1_000_000 + len(self.started)
+
+    def poll(self, timeout_s: float) -> list[Exit]:
+        time.sleep(min(timeout_s, 0.01))
+        return []
+
+
+class Enough(Exception):
+    """The test has seen what it wanted."""
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.agent._TRY_AGAIN_S", 0.02)
+
+
+def supervised(refusals: int, ticks: int = 400) -> tuple[Full, dist.Store]:
+    full, store = Full(refusals), dist.HashStore()
+    agent = Agent(0, full, store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
+    agent.start()
+    left = [ticks]
+
+    def tick() -> None:
+        left[0] -= 1
+        if not left[0] or len(full.started) == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        agent.supervise(tick)
+    return full, store
+
+
+def test_a_worker_without_room_is_tried_again() -> None:
+    full, store = supervised(refusals=3)
+    assert sorted(payload["worker"] for payload in full.started) == [0, 1]
+    assert keys.read_loss(store, 0) is None
+
+
+def test_a_worker_for_which_there_is_no_room_at_all_is_a_loss() -> None:
+    full, store = supervised(refusals=1_000_000, ticks=60)
+    assert not full.started
+    reports = [keys.read_loss(store, n) for n in range(2)]
+    assert sorted(r.worker for r in reports if r is not None) == [0, 1]
+    assert {r.reason for r in reports if r is not None} == {"could not be started: Cannot allocate memory"}
