@@ -40,9 +40,10 @@ from pipeline.schedule import (
 class Report:
     """What was proved. `peak_activations[w]`: the most that worker w ever holds, one per span and microbatch.
 
-    Of a lowered schedule also the messages that it may hold at once, whatever the times and the network: those that
-    have arrived and are not used yet, those that are sent and not let go of (as over gloo, which keeps all of a step),
-    and all of them together, with outputs that wait to be sent. What a link posts for receiving is not counted.
+    Where all that crosses workers has a SEND, or nothing crosses, also the messages that a worker may hold at once,
+    whatever the times and the network: those that have come and are not used yet, those that are sent and not let go
+    of (over gloo all of a step), and all of them together, with outputs that wait to be sent. What links have posted
+    for receiving is not counted.
     """
 
     num_ops: int
@@ -85,7 +86,7 @@ def verify(
         _check_copies(worker, lane)
         _check_end(worker, lane)
     _check_holders(schedule)
-    if schedule.lowered:
+    if schedule.lowered or not graph.feeds:
         held = bounds(graph)
         peaks = {worker: int(bound.most.activations) for worker, bound in held.items()}
     else:
