@@ -14,6 +14,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -107,71 +108,56 @@ def levels(graph: Graph, sizes: Sizes | None = None, *, let_go: bool = False) ->
     if graph.feeds and not schedule.lowered:
         raise ValueError(f"schedule {schedule.name!r} has no SEND and RECV; lower it to see what messages take")
     sizes = sizes or Sizes()
-    arrives = arrivals(graph)
-    leaves = departures(graph) if let_go else {}
+    known = last_known(graph)
+    leaves = departures(graph, known) if let_go else {}
     for worker, lane in graph.lanes.items():
-        yield worker, _lane_levels(graph, lane, sizes, arrives, leaves)
+        yield worker, _lane_levels(graph, lane, sizes, known, leaves)
 
 
-def arrivals(graph: Graph) -> dict[int, int]:
-    """RECV -> the first op of its lane during which its message can be there: the last SEND of the lane that it needs,
-    which may still be at it, or the first op."""
-    return {receive: first for receive, _, first in _clocked(graph) if first >= 0}
+def last_known(graph: Graph) -> dict[int, int]:
+    """SEND -> the last SEND of its receiver that lies before it, whatever the times; -1 where none does."""
+    rows = {worker: row for row, worker in enumerate(graph.lanes)}
+    clocks = {worker: np.full(len(rows), -1, np.int32) for worker in rows}
+    taken: dict[int, NDArray[np.int32]] = {}  # SEND -> the clock it took along: never changed, so not copied
+    found: dict[int, int] = {}
+    ops, workers, waits = graph.ops, graph.workers, graph.waits
+    for i in graph.order:
+        op = ops[i]
+        if op[0] == SEND:
+            taken[i] = clock = clocks[workers[i]]
+            found[i] = int(clock[rows[op[3]]])
+        elif op[0] == RECV:
+            worker, (send,) = workers[i], waits[i]
+            clocks[worker] = joined = np.maximum(clocks[worker], taken.pop(send))
+            if joined[peer := rows[op[3]]] < send:  # lanes may take messages in another order
+                joined[peer] = send
+    return found
 
 
-def departures(graph: Graph) -> dict[int, int]:
-    """SEND -> the next SEND on its link before which its message has arrived for certain, where there is one."""
+def departures(graph: Graph, known: Mapping[int, int]) -> dict[int, int]:
+    """SEND -> the next SEND on its link before which its message has arrived for certain, where there is one. `known`
+    is what `last_known` gives."""
     received = {graph.waits[i][0]: i for i, op in enumerate(graph.ops) if op[0] == RECV}
     links: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, op in enumerate(graph.ops):
         if op[0] == SEND:
             links[graph.workers[i], op[3]].append(i)
-    known_by: dict[int, int] = {}  # messages of a link arrive in order: a later one's RECV proves an earlier one's
-    for sends in links.values():
-        first = len(graph.ops)
-        for i in reversed(sends):
-            known_by[i] = first = min(first, received.get(i, first))
-    oldest = dict.fromkeys(links, 0)
     found: dict[int, int] = {}
-    for i, known, _ in _clocked(graph):
-        op = graph.ops[i]
-        if op[0] == SEND:
-            link = graph.workers[i], op[3]
-            sends, k = links[link], oldest[link]
-            while sends[k] < i and known_by[sends[k]] <= known:
-                found[sends[k]] = i
-                k += 1
-            oldest[link] = k
+    for sends in links.values():
+        proof = list(accumulate((received[i] for i in reversed(sends)), min))[::-1]
+        oldest = 0
+        for i in sends:  # messages of a link arrive in order, so a later one's RECV proves an earlier one's arrival
+            while sends[oldest] < i and proof[oldest] < known[i]:
+                found[sends[oldest]] = i
+                oldest += 1
     return found
 
 
-def _clocked(graph: Graph) -> Iterator[tuple[int, int, int]]:
-    """Each SEND with the last SEND of its receiver that lies before it, and -1; each RECV with -1, and the last SEND of
-    its lane that lies before its message, or the lane's first op. In an order in which all can run."""
-    rows = {worker: row for row, worker in enumerate(graph.lanes)}
-    clocks = {worker: np.full(len(rows), -1, np.int32) for worker in rows}
-    taken: dict[int, NDArray[np.int32]] = {}  # SEND -> the clock it took along: never changed, so not copied
-    ops, workers, waits, lanes = graph.ops, graph.workers, graph.waits, graph.lanes
-    for i in graph.order:
-        op = ops[i]
-        kind = op[0]
-        if kind == SEND:
-            taken[i] = clock = clocks[workers[i]]
-            yield i, int(clock[rows[op[3]]]), -1
-        elif kind == RECV:
-            worker, (send,) = workers[i], waits[i]
-            theirs = taken.pop(send)
-            clocks[worker] = joined = np.maximum(clocks[worker], theirs)
-            if joined[peer := rows[op[3]]] < send:  # lanes may take messages in another order
-                joined[peer] = send
-            yield i, -1, max(int(theirs[rows[worker]]), lanes[worker].start)
-
-
 def _lane_levels(
-    graph: Graph, lane: range, sizes: Sizes, arrives: Mapping[int, int], leaves: Mapping[int, int]
+    graph: Graph, lane: range, sizes: Sizes, known: Mapping[int, int], leaves: Mapping[int, int]
 ) -> Levels:
     """One lane, read from its end to its start, so that what is used later is known where it is made."""
-    ops, frees, routes = graph.ops, graph.frees, graph.schedule.routes
+    ops, waits, frees, routes = graph.ops, graph.waits, graph.frees, graph.schedule.routes
     start, end = lane.start, len(lane)  # the end is no op: all have settled
     changes = [array("d", bytes(8 * (end + 2))) for _ in KINDS]  # what each op adds; quicker than NumPy's, one by one
     activations, received, outputs, sent, posted, working = changes
@@ -193,7 +179,7 @@ def _lane_levels(
         elif kind == RECV:
             assert of is not None
             use = used.get((of[0] == F, m)) or used.get((False, m), i)  # by a backward that is cut otherwise
-            first = arrives[start + i] - start
+            first = max(0, known[waits[start + i][0]] - start)  # while the last SEND that it needs is still at it
             received[first] += sizes.buffer
             received[use if start + use in frees else use + 1] -= sizes.buffer  # a forward keeps its input itself
             if first == 0:  # it needs nothing of this worker: that of the next iteration may come early
