@@ -44,6 +44,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed,torchft]'
 	$(BIN)/python benchmarks/ir.py --out benchmarks/results/ir.json
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results
+	$(BIN)/python benchmarks/memory.py --out benchmarks/results
 	$(BIN)/python benchmarks/recovery.py --kills 20 --rounds 10 --out benchmarks/results
 	$(BIN)/python benchmarks/checkfree.py --out benchmarks/results
 	$(BIN)/python benchmarks/checkfree_ablation.py --out benchmarks/results

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ from jobs.config import ConfigError, require
 from launch.generate import continue_text
 from launch.run_folder import write_whole
 from pipeline.draw import svg
-from pipeline.schedule import B, F, Schedule, dumps, loads
+from pipeline.holdings import Bound, bounds
+from pipeline.lower import lower
+from pipeline.schedule import LOAD, B, F, Schedule, dumps, loads
 from pipeline.simulate import Costs, Network, simulate
 from pipeline.terminal import terminal
 from pipeline.timeline import Timeline
@@ -73,8 +76,9 @@ class SimulateConfig:
     """Print one JSON object."""
 
 
-def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline]:
-    """The schedule and its simulated timeline. Raises ConfigError, ScheduleError or the refusal of a file."""
+def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline, Mapping[int, Bound]]:
+    """The schedule, its simulated timeline, and what its workers may hold at most. Raises ConfigError,
+    ScheduleError or the refusal of a file."""
     for name in ("stages", "microbatches", "replicas", "chunks"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
     values = None if config.costs is None else read_json(config.costs, "costs")
@@ -97,25 +101,49 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline]:
     costs = Costs.uniform(schedule) if values is None else Costs.from_json(values, spans)
     network = None if config.network is None else Network.from_json(read_json(config.network, "network"))
     verify(schedule)
-    return schedule, simulate(schedule, costs, network)
+    held = message_bounds(schedule)
+    messages = {worker: int(bound.messages) for worker, bound in held.items()}
+    return schedule, replace(simulate(schedule, costs, network), peak_messages=messages), held
+
+
+def message_bounds(schedule: Schedule) -> Mapping[int, Bound]:
+    """Worker -> what it may hold at most once the schedule is lowered, whatever the times; nothing where spans come and
+    go, for then outputs lie in host memory."""
+    return {} if any(op.kind == LOAD for _, op in schedule.others) else bounds(lower(schedule).graph)
 
 
 def simulate_command(config: SimulateConfig) -> Result:
-    """makespan_s, bubble, peak_activations and busy_s per worker."""
-    schedule, timeline = simulation(config)
+    """makespan_s, bubble, and per worker peak_activations, peak_messages (all, received, sent) and busy_s."""
+    schedule, timeline, held = simulation(config)
+    received = {worker: int(bound.most.received) for worker, bound in held.items()}
+    sent = {worker: int(bound.most.sent) for worker, bound in held.items()}
     values = {
         "scheduler": timeline.name, "workers": len(schedule.lanes), "microbatches": schedule.num_microbatches,
         "makespan_s": timeline.makespan_s, "bubble": timeline.bubble,
-        "peak_activations": {str(w): n for w, n in timeline.peak_activations.items()},
+        **{
+            name: {str(w): n for w, n in peaks.items()}
+            for name, peaks in (
+                ("peak_activations", timeline.peak_activations), ("peak_messages", timeline.peak_messages),
+                ("peak_received", received), ("peak_sent", sent),
+            )
+        },
         "busy_s": {str(w): s for w, s in timeline.busy_s.items()},
         "simulated": True,
     }  # fmt: skip
-    peaks = " ".join(f"{w}:{n}" for w, n in timeline.peak_activations.items())
     text = (
         f"{terminal(timeline)}\nsimulated: makespan {timeline.makespan_s:.4g} s, bubble {timeline.bubble:.1%}, "
-        f"peak activations per worker {peaks}"
+        f"peak activations per worker {_listed(timeline.peak_activations)}"
     )
+    if held:
+        text += (
+            f"; messages at most {_listed(timeline.peak_messages)} "
+            f"(received {_listed(received)}, sent and kept {_listed(sent)})"
+        )
     return values, text
+
+
+def _listed(peaks: Mapping[int, int]) -> str:
+    return " ".join(f"{w}:{n}" for w, n in peaks.items())
 
 
 @dataclass(frozen=True)
@@ -132,7 +160,7 @@ def draw(config: DrawConfig) -> Result:
     """Write a picture, a trace or a text."""
     kind = config.format if config.format != "auto" else config.out.suffix.lstrip(".")
     require(kind in ("svg", "json", "txt"), "out", str(config.out), "a path that ends in .svg, .json or .txt")
-    schedule, timeline = simulation(config)
+    schedule, timeline, _ = simulation(config)
     texts = {
         "svg": lambda: svg(timeline),
         "json": lambda: json.dumps(perfetto(timeline)),

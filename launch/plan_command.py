@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from jobs.config import ConfigError, require
-from launch.commands import Result, read_json
+from launch.commands import Result, message_bounds, read_json
 from launch.roundpipe_plan import plan_rounds
 from launch.run_folder import write_whole
 from pipeline.draw import svg
@@ -103,9 +103,12 @@ def plan_command(config: PlanConfig) -> Result:
         schedule, always=((0, 1), (len(problem.stages), len(problem.stages) + 1)), balanced=True,
         max_activations=plan.max_activations,
     )  # fmt: skip
+    held = message_bounds(schedule)
     found = {
         "scheduler": "skippipe", **as_json(plan), "joint": config.joint, "seed": config.seed,
         "search_s": round(time.monotonic() - began, 3), "verified_ops": report.num_ops, "simulated": True,
+        "peak_activations": {str(w): n for w, n in report.peak_activations.items()},
+        "peak_messages": {str(w): int(bound.messages) for w, bound in held.items()},
     }  # fmt: skip
     written = [] if config.out is None else _draw(config.out, plan, names)
     return {**found, "written": written}, _text(plan, names, found, written)
@@ -217,13 +220,14 @@ def _replayed(config: PlanConfig, problem: Problem, values: Mapping[str, Any], n
 def _draw(out: Path, plan: SkipPlan, names: list[str], stem: str = "") -> list[str]:
     """Pictures of the network and of the iteration, and the text of the schedule; returns their paths."""
     schedule, problem = plan.schedule(), plan.problem
+    messages = {worker: int(bound.messages) for worker, bound in message_bounds(schedule).items()}
     note = f"iteration {plan.iteration_s:.2f} s, no plan takes less than {plan.lower_bound_s:.2f} s"
     texts = {
         f"{stem}network.svg": network_svg(
             [list(row) for row in problem.hop_s], [list(s) for s in problem.stages], list(plan.paths), names=names,
             title="SkipPipe's paths through the network", note=note,
         ),
-        f"{stem}timeline.svg": svg(simulate(schedule, plan.costs, plan.network)),
+        f"{stem}timeline.svg": svg(replace(simulate(schedule, plan.costs, plan.network), peak_messages=messages)),
         f"{stem}schedule.txt": dumps(schedule),
     }  # fmt: skip
     try:
@@ -250,4 +254,6 @@ def _text(plan: SkipPlan, names: list[str], found: Mapping[str, Any], written: l
         f"{problem.num_microbatches} microbatches visit {problem.path_length} of {len(problem.stages)} stages; "
         f"searched {found['search_s']:.1f} s"
     )
+    most = [max(found[name].values()) for name in ("peak_activations", "peak_messages")]
+    lines.append(f"a node holds at most {most[0]} activations and {most[1]} messages")
     return "\n".join([*lines, *(f"wrote {path}" for path in written)])

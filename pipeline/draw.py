@@ -56,10 +56,11 @@ def compare_svg(planned: Timeline, measured: Timeline, *, width: int = 1200, tit
 def caption(timeline: Timeline) -> str:
     """Makespan, bubble and peaks in one line of text."""
     parts = [f"makespan {duration(timeline.makespan_s)}", f"bubble {100 * timeline.bubble:.1f} %"]
-    if held := timeline.peak_activations:
-        each = [held[w] for w in sorted(held)]
-        shown = ", ".join(map(str, each)) if len(each) <= 8 else f"{min(each)} to {max(each)}"
-        parts.append(f"peak activations {shown}" + (" per worker" if len(each) > 1 else ""))
+    for name, held in (("peak activations", timeline.peak_activations), ("messages at most", timeline.peak_messages)):
+        if held:
+            each = [held[w] for w in sorted(held)]
+            shown = ", ".join(map(str, each)) if len(each) <= 8 else f"{min(each)} to {max(each)}"
+            parts.append(f"{name} {shown}" + (" per worker" if len(each) > 1 else ""))
     if timeline.peak_bytes:
         parts.append(f"peak memory {data_size(max(timeline.peak_bytes.values()))}")
     return " · ".join(parts)

@@ -30,7 +30,8 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """One iteration. `peak_activations[w]` is the most microbatch activations, one per span, worker w held at once."""
+    """One iteration. `peak_activations[w]` is the most microbatch activations, one per span, worker w held at once;
+    `peak_messages[w]` the most messages that it may hold at once whatever the times, where that was asked for."""
 
     name: str
     events: tuple[Event, ...]
@@ -40,6 +41,7 @@ class Timeline:
     measured: bool = False
     workers: tuple[int, ...] = ()
     """Who takes part, idle ones too; those that have events, unless given."""
+    peak_messages: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def makespan_s(self) -> float:

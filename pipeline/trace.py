@@ -57,6 +57,7 @@ def perfetto(timeline: Timeline) -> dict[str, Any]:
         "makespan_s": timeline.makespan_s,
         "bubble": timeline.bubble,
         "peak_activations": {str(w): n for w, n in timeline.peak_activations.items()},
+        "peak_messages": {str(w): n for w, n in timeline.peak_messages.items()},
         "peak_bytes": {str(w): n for w, n in timeline.peak_bytes.items()},
     }
     names = [_named("process_name", _WORKERS, 0, f"{timeline.name} ({state})")]

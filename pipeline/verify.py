@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.graph import Graph, no_collection
+from pipeline.holdings import bounds
 from pipeline.memory import lane_peaks
 from pipeline.schedule import (
     ALL,
@@ -37,13 +38,22 @@ from pipeline.schedule import (
 
 @dataclass(frozen=True)
 class Report:
-    """What was proved. `peak_activations[w]`: the most that worker w ever holds, one per span and microbatch."""
+    """What was proved. `peak_activations[w]`: the most that worker w ever holds, one per span and microbatch.
+
+    Where all that crosses workers has a SEND, or nothing crosses, also the messages that a worker may hold at once,
+    whatever the times and the network: those that have come and are not used yet, those that are sent and not let go
+    of (over gloo all of a step), and all of them together, with outputs that wait to be sent. What links have posted
+    for receiving is not counted.
+    """
 
     num_ops: int
     num_workers: int
     num_microbatches: int
     peak_activations: Mapping[int, int]
     lowered: bool
+    peak_received: Mapping[int, int] = field(default_factory=dict)
+    peak_sent: Mapping[int, int] = field(default_factory=dict)
+    peak_messages: Mapping[int, int] = field(default_factory=dict)
 
 
 @no_collection()
@@ -76,12 +86,22 @@ def verify(
         _check_copies(worker, lane)
         _check_end(worker, lane)
     _check_holders(schedule)
-    peaks = {worker: int(peak) for worker, peak in lane_peaks(graph).items()}
+    if schedule.lowered or not graph.feeds:
+        held = bounds(graph)
+        peaks = {worker: int(bound.most.activations) for worker, bound in held.items()}
+    else:
+        held = {}
+        peaks = {worker: int(peak) for worker, peak in lane_peaks(graph).items()}
     for worker, peak in peaks.items():
         limit = max_activations if not isinstance(max_activations, Mapping) else max_activations.get(worker)
         if limit is not None and peak > limit:
             raise ScheduleError(f"worker {worker} holds {peak} activations at its fullest; allowed: {limit}")
-    return Report(len(graph.ops), len(graph.lanes), schedule.num_microbatches, peaks, schedule.lowered)
+    return Report(
+        len(graph.ops), len(graph.lanes), schedule.num_microbatches, peaks, schedule.lowered,
+        peak_received={worker: int(bound.most.received) for worker, bound in held.items()},
+        peak_sent={worker: int(bound.most.sent) for worker, bound in held.items()},
+        peak_messages={worker: int(bound.messages) for worker, bound in held.items()},
+    )  # fmt: skip
 
 
 def _layers(spans: tuple[Span, ...]) -> list[int]:
@@ -198,20 +218,23 @@ def _check_pairing(graph: Graph) -> None:
                 "but no SEND and RECV carry it; other transfers have them"
             )
     uses: dict[int, dict[tuple[str, Span], list[tuple[str, Span]]]] = {}
-    for worker, op in schedule.others:
-        if op.kind == SEND and (op.peer, Op(RECV, op.span, op.microbatch, worker, op.of)) not in schedule.others:
-            raise ScheduleError(f"{op} of worker {worker} is never received: worker {op.peer} has no RECV for it")
-        if op.kind == RECV and op.of is not None:
-            needs, m = schedule.needs[op.microbatch], op.microbatch
-            if id(needs) not in uses:
+    home = schedule.home
+    for i, op in enumerate(graph.ops):
+        kind, span, m, peer, of = op
+        if kind == SEND and i not in graph.feeds:
+            raise ScheduleError(
+                f"{op} of worker {graph.workers[i]} is never received: worker {peer} has no RECV for it"
+            )
+        if kind == RECV and of is not None:
+            needs, worker = schedule.needs[m], graph.workers[i]
+            used = uses.get(id(needs))
+            if used is None:
                 used = uses[id(needs)] = defaultdict(list)
                 for user, sources in needs.items():
                     for source in sources:
-                        used[source].append(user)
-            made = (F if op.of.kind == F else B, op.span)
-            users = uses[id(needs)].get(made, []) if op.of.kind != W else []
-            homes = {schedule.home.get((k, s, m)) for kind, s in users for k in _KINDS_OF[kind]}
-            if worker not in homes:
+                        used[source] += [(k, user[1]) for k in _KINDS_OF[user[0]]]
+            users = used.get((F if of[0] == F else B, span), ()) if of[0] != W else ()
+            if not any(home.get((k, s, m)) == worker for k, s in users):
                 raise ScheduleError(f"{op} of worker {worker} receives what no op of that lane needs")
 
 
@@ -254,12 +277,12 @@ def _check_holders(schedule: Schedule) -> None:
     for (kind, span, _), worker in schedule.home.items():
         if kind in (B, W):
             gradients.setdefault(span, set()).add(worker)
-    for kind in (REDUCE, STEP):
-        found: dict[Span, set[int]] = {}
-        for worker, op in schedule.others:
-            if op.kind == kind:
-                found.setdefault(op.span, set()).add(worker)
-        for span, workers in sorted(found.items()):
+    found: dict[str, dict[Span, set[int]]] = {REDUCE: {}, STEP: {}}
+    for worker, op in schedule.others:
+        if op[0] in found:
+            found[op[0]].setdefault(op[1], set()).add(worker)
+    for kind, by_span in found.items():
+        for span, workers in sorted(by_span.items()):
             expected = gradients.get(span, set())
             if workers != expected:
                 raise ScheduleError(

@@ -26,6 +26,7 @@ from jobs.data import Dataset
 from jobs.prepare import blocks, prepare
 from jobs.tokenizer import build_tokenizer
 from launch.cli import COMMANDS, main
+from pipeline.lower import lower
 from pipeline.model import FAMILIES, LayeredModel
 from pipeline.schedule import loads
 from pipeline.verify import verify
@@ -173,8 +174,9 @@ def test_a_mistake_is_answered_by_name_and_with_code_2(
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
 )
 def test_simulation_reports_what_the_published_formulas_say(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], makespan: float, bubble: float, peaks: list[int] | None
-) -> None:
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], makespan: float, bubble: float,
+    peaks: list[int] | None,
+) -> None:  # fmt: skip
     found = report(capsys, "simulate", *arguments)
     assert found["simulated"] is True
     assert found["makespan_s"] == pytest.approx(makespan)
@@ -182,6 +184,9 @@ def test_simulation_reports_what_the_published_formulas_say(
     assert sorted(found["peak_activations"], key=int) == [str(w) for w in range(found["workers"])]
     if peaks is not None:
         assert all(n <= limit for n, limit in zip(found["peak_activations"].values(), peaks, strict=True))
+    proved = verify(lower(loads(schedule_text(capsys, tmp_path, *arguments))))
+    for name in ("peak_messages", "peak_received", "peak_sent"):
+        assert found[name] == {str(w): n for w, n in getattr(proved, name).items()}
     busy = sum(found["busy_s"].values())
     assert found["bubble"] == pytest.approx(1 - busy / (found["workers"] * makespan))
 
@@ -233,7 +238,18 @@ def test_a_simulation_is_shown_to_people_too(capsys: pytest.CaptureFixture[str])
     assert (code, err) == (0, "")
     assert "worker 0" in out
     assert "worker 1" in out
-    assert "simulated: makespan 9 s, bubble 33.3%, peak activations per worker 0:2 1:1" in out
+    assert "simulated: makespan 9 s, bubble 33.3%, peak activations per worker 0:2 1:1; messages at most 0:4 1:4" in out
+    assert "(received 0:2 1:2, sent and kept 0:2 1:2)" in out
+
+
+def test_no_messages_are_told_of_workers_that_spans_come_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Their outputs lie in host memory."""
+    text = "unbroken schedule 1\nroute 0-0: 0:1 1:2 |\nlane 0: LOAD[0:1] F[0:1]#0\nlane 1: LOAD[1:2] F[1:2]#0\n"
+    (tmp_path / "schedule.txt").write_text(text)
+    code, out, _ = told(capsys, "simulate", "--schedule", tmp_path / "schedule.txt")
+    assert code == 0
+    assert "messages" not in out
+    assert report(capsys, "simulate", "--schedule", tmp_path / "schedule.txt")["peak_messages"] == {}
 
 
 # ---- doctor ----

@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from rich.text import Text
@@ -111,6 +112,8 @@ def test_caption_states_makespan_bubble_and_peaks() -> None:
     assert "measured" in shown
     # (p - 1) / (m + p - 1) of the makespan, which is (m + p - 1) (forward + backward)
     assert f"makespan 33 s · bubble {300 / 11:.1f} % · peak activations 4, 3, 2, 1 per worker" in shown
+    noted = words(parse(svg(replace(timeline, peak_messages={0: 12, 1: 20, 2: 19, 3: 10}))))
+    assert any(line.endswith("1 per worker · messages at most 12, 20, 19, 10 per worker") for line in noted)
     legend = {"forward (F)", "backward (B)", "bubble", "transfer", "microbatch 0 to 7"}
     assert legend <= set(shown)
     assert "weight gradient (W)" not in shown

@@ -13,7 +13,8 @@ import pytest
 
 from launch.nursery import Nursery
 from pipeline.costs import Network
-from pipeline.schedule import F, Op, Route, Schedule, ScheduleError
+from pipeline.lower import lower
+from pipeline.schedule import F, Op, Route, Schedule, ScheduleError, loads
 from pipeline.simulate import simulate
 from pipeline.verify import verify
 from schedulers.paths.bounds import any_cut, lower_bounds
@@ -229,6 +230,9 @@ def test_the_plan_command(nursery: Nursery, tmp_path: Path) -> None:
     assert len(found["paths"]) == 30
     assert [len(stage) for stage in found["stages"]] == [5, 3, 3, 3, 3, 3]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"network.svg", "timeline.svg", "schedule.txt"}
+    proved = verify(lower(loads((tmp_path / "out" / "schedule.txt").read_text())))
+    for name in ("peak_activations", "peak_messages"):
+        assert found[name] == {str(w): n for w, n in getattr(proved, name).items()}
     refused = run_command(nursery, tmp_path / "log2", *flags[:5], "--skip", "0.4")
     assert refused.code == 2
     assert "which no route satisfies" in refused.output

@@ -168,6 +168,10 @@ def test_the_report() -> None:
     assert (report.num_ops, report.num_workers, report.num_microbatches, report.lowered) == (28, 2, 3, True)
     assert report.peak_activations == {0: 2, 1: 1}
     assert verify(evaluation([A, C], 3)).peak_activations == {0: 0, 1: 0}
+    # while worker 0 is at its second SEND both gradients may come; what it has sent is there when an answer is
+    assert (report.peak_received, report.peak_sent) == ({0: 2, 1: 2}, {0: 2, 1: 2})
+    assert report.peak_messages == {0: 4, 1: 4}
+    assert verify(one_f_one_b([A, C], 3)).peak_messages == {}, "nothing is sent before it is lowered"
 
 
 def test_memory_is_bounded() -> None:

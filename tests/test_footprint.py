@@ -1,0 +1,157 @@
+"""Bytes of a worker: each kind against an account of its own, links as they are, and real workers as a whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+
+from jobs.config import TrainConfig
+from pipeline.backward import WeightGradients, defer_weights
+from pipeline.footprint import Live, footprints, measure, state_bytes
+from pipeline.holdings import bounds
+from pipeline.lower import add_redundant, lower
+from pipeline.model import LayeredModel
+from pipeline.optimizer import OptimizerConfig
+from pipeline.rng import RngKey
+from pipeline.schedule import Span
+from pipeline.store import ResidentStore
+from pipeline.transport import HEADER_BYTES
+from pipeline.worker import Settings
+from schedulers import build, evaluation, gpipe, one_f_one_b, zero_bubble
+from tests.harness import make_job
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(
+        hidden_size=32, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=64, tie_word_embeddings=False,
+    ),
+    "gpt2": GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=96, n_positions=64, bos_token_id=0, eos_token_id=0),
+}  # fmt: skip
+"""The GPT-2 has dropout everywhere and a tied head."""
+SPANS: list[Span] = [(0, 2), (2, 4), (4, 6)]
+BATCH, SEQUENCE, HIDDEN = 2, 16, 32
+SIZE = 4 * BATCH * SEQUENCE * HIDDEN
+JOB = make_job(TrainConfig(microbatches=4, microbatch_size=BATCH, sequence_length=SEQUENCE), 96)
+CPU = Settings(torch.device("cpu"))
+
+
+@cache
+def model(name: str) -> LayeredModel:
+    return LayeredModel(CONFIGS[name])
+
+
+def unique_bytes(tensors: list[Tensor], but: list[Tensor]) -> int:
+    known = {t.untyped_storage()._cdata for t in but}
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors) if s._cdata not in known}.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("span", SPANS)
+def test_activations_are_what_autograd_says_it_saves(name: str, span: Span, split: bool) -> None:
+    """Unique storages of saved tensors, with the span's input and output; and what an I leaves for its W."""
+    schedule = lower((zero_bubble if split else one_f_one_b)(SPANS, 4))
+    found = measure(model(name), schedule, JOB, CPU)[span]
+    module, saved = model(name).build(span, seed=0), list[Tensor]()
+    batch, later = JOB.batch(0, 0), WeightGradients()
+    x = batch.input_ids if span[0] == 0 else torch.zeros(BATCH, SEQUENCE, HIDDEN, requires_grad=True)
+    with saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t), defer_weights(later):
+        y = module(x, rng=RngKey(0, 0, batch.sample_ids))
+        y = JOB.loss(y, batch) if span[1] == 6 else y
+    kept = [*module.parameters(), *module.buffers(), batch.input_ids, batch.labels]
+    received = HEADER_BYTES if span[0] else 0
+    assert found.activation == pytest.approx(unique_bytes([*saved, x, y], kept) + received, abs=64)
+    if split:
+        y.backward(None if span[1] == 6 else torch.ones_like(y))
+        pending = [t for _, *pair in later._pending for t in pair]
+        assert found.half == pytest.approx(unique_bytes([*pending, x, y], kept) + received, abs=64)
+        assert found.working["W"] <= SIZE
+    else:
+        assert found.half == 0
+
+
+def test_recomputing_leaves_the_inputs_of_blocks_alone() -> None:
+    whole, again = (measure(model("llama"), lower(gpipe(SPANS, 4)), JOB, Settings(torch.device("cpu"), recompute=each))
+                    for each in (False, True))  # fmt: skip
+    small = 8192  # rotations and positions, which the blocks of a span share
+    assert 3 * SIZE < again[2, 4].activation < 3 * SIZE + HEADER_BYTES + small
+    assert whole[2, 4].activation > 4 * again[2, 4].activation
+    assert again[2, 4].working["B"] > whole[2, 4].working["B"], "a block is there again while it is gone back through"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("spans", [[(0, 2)], [(2, 4)], [(4, 6)], [(0, 2), (4, 6)], [(0, 6)]])
+def test_state_is_what_a_store_holds(name: str, spans: list[Span]) -> None:
+    store = ResidentStore(model(name), spans, OptimizerConfig(), seed=0, device=torch.device("cpu"))
+    held: list[Tensor] = [p for module in store.modules.values() for p in module.parameters()]
+    for shard in store.shards.values():
+        held += [shard.gradient, *(t for n in shard.parameters for k, t in shard.moments(n).items() if k != "step")]
+    assert state_bytes(model(name), spans) == unique_bytes(held, [])
+
+
+def test_live_storages_count_once_and_until_they_are_freed() -> None:
+    before = torch.ones(1000)
+    with Live() as live:
+        before.add_(1)
+        view = before[:10]
+        assert (live.now, live.peak) == (0, 0), "what was there before is none of ours"
+        x = torch.zeros(100, dtype=torch.float64)
+        halves = x.view(2, 50).unbind()
+        assert live.now == 800
+        del x
+        assert live.now == 800, "views hold it"
+        del halves
+        assert (live.now, live.peak) == (0, 800)
+        assert live.rise(lambda: torch.zeros(50).exp_().sum().item()) == 204
+    assert view.sum() == 20
+
+
+def test_a_worker_is_the_sum_of_its_kinds() -> None:
+    schedule = lower(one_f_one_b(SPANS, 4))
+    found, spans = footprints(model("llama"), schedule, JOB, CPU), measure(model("llama"), schedule, JOB, CPU)
+    count = {w: bound.most for w, bound in bounds(schedule.graph).items()}
+    for w, span in enumerate(SPANS):
+        each, message = found[w], SIZE + HEADER_BYTES
+        assert each.most.activations == count[w].activations * spans[span].activation
+        assert each.most.sent == count[w].sent * message
+        assert each.most.received == count[w].received * message
+        assert each.most.posted == 2 * message * (2 if w == 1 else 1)
+        assert each.most.working == max(spans[span].working.values())
+        assert each.tokens == 4 * 2 * 8 * BATCH * SEQUENCE
+        assert each.activations_alone < each.total == each.state + each.tokens + each.held.total
+
+
+def test_schedules_of_every_kind_have_a_footprint() -> None:
+    interleaved = build("interleaved", [(0, 2), (2, 3), (3, 5), (5, 6)], 4)
+    redundant = add_redundant(one_f_one_b(SPANS, 4), [((2, 4), 0), ((4, 6), 1), ((0, 2), 2)])
+    for schedule in (interleaved, redundant, evaluation(SPANS, 4), one_f_one_b(SPANS, 4, 2)):
+        found = footprints(model("llama"), lower(schedule), JOB, CPU)
+        assert set(found) == set(schedule.lanes)
+        trains = bool(schedule.routes[0].backward)
+        assert all(bool(each.most.activations) == trains and each.held.total > 0 for each in found.values())
+    with pytest.raises(ValueError, match="no SEND and RECV"):
+        footprints(model("llama"), interleaved, JOB, CPU)
+
+
+@pytest.mark.timeout(300)
+def test_real_workers_take_what_is_proved_and_no_more(tmp_path: Path) -> None:
+    """A short form of benchmarks/memory.py."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "benchmarks" / "memory.py"), "--quick", "--only", "gpipe", "zero_bubble",
+               "--workers", "2", "--recompute", "yes", "--malloc", "straight", "--out", str(tmp_path)]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-3000:]
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["workers"] == 4
+    assert (found["above_proved"], found["counts_above_proved"]) == (0, 0)
+    assert found["above_alone_and_work"] == 4, "activations are not all that is held"
+    assert found["measured_over_proved"][0] > 0.8, "the bound says something"
