@@ -131,8 +131,8 @@ class Trainer:
     def _entered(self, joined: Joined) -> None:
         """Take over the common position; who leads tells how long it took."""
         before = self.step
-        if joined.position:
-            self.at = Position.from_json(joined.position)
+        # where all were lost, nobody knows but the checkpoint that they went back to
+        self.at = Position.from_json({**asdict(self.at), **joined.position})
         if self.last is not None and self.last["step"] == self.step:
             self._say(self.last)
         if joined.view.number > 1:

@@ -133,9 +133,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def standing(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the lines of metrics.jsonl or ledger.jsonl those that stand, by step: what a rollback undid came before."""
-    found = {line["step"]: line for line in lines}
-    return [found[step] for step in sorted(found)]
+    """Of the lines of metrics.jsonl or ledger.jsonl those that stand: a step undoes all that came from it on before."""
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        while found and found[-1]["step"] >= line["step"]:
+            found.pop()
+        found.append(line)
+    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -232,6 +233,21 @@ def test_sigterm_saves_and_resume_goes_on(nursery: Nursery, tmp_path: Path) -> N
     flags[flags.index("400")] = str(step + 2)
     again = run_command(nursery, tmp_path / "log", *flags, "--resume")
     assert again.code == 0, again.output
+
+
+def test_the_end_of_the_warm_parent_ends_the_run_by_name(nursery: Nursery, tmp_path: Path) -> None:
+    flags = arguments(tmp_path / "run", "--steps", "400", "--checkpoint-every", "0", "--evaluate-every", "0")
+    with Started(nursery, tmp_path / "log", *flags) as started:
+        deadline = time.monotonic() + 60
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (warm,) = psutil.Process(started.pid).children()
+        warm.kill()
+        ended = started.wait()
+    assert ended.code == 1, ended.output
+    assert "the warm parent has ended unexpectedly" in ended.output
+    assert "Traceback" not in ended.output
 
 
 @pytest.mark.parametrize(

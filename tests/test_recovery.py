@@ -375,6 +375,18 @@ def _workers(pid: int, out: Path, step: int) -> list[int]:
     return sorted(child.pid for child in warm.children())
 
 
+def test_events_that_cannot_be_written_cost_the_events_alone(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+) -> None:
+    (out := tmp_path / "run").mkdir()
+    (out / "events.jsonl").symlink_to("/dev/full")
+    done = train(nursery, out, "--workers", "4", "--inject", "kill:worker=1,step=7")
+    said = "events.jsonl cannot be written: No space left on device; training goes on, and it is tried again"
+    assert done.output.count(said) == 1
+    whole_ledger(out)
+    assert len(metrics(out)) == STEPS
+
+
 def test_too_many_failures_end_the_run_by_name(nursery: Nursery, tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = settings(

@@ -22,6 +22,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -30,6 +31,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +42,7 @@ from jobs.text import token_loss
 from launch.cli import main
 from launch.config import read_toml
 from launch.nursery import Nursery
-from launch.run_folder import METRICS
+from launch.run_folder import METRICS, standing
 from pipeline.model import LayeredModel
 from pipeline.optimizer import learning_rate
 from pipeline.simulate import Costs, Network, simulate
@@ -66,6 +68,7 @@ def _launch(payload: dict[str, Any]) -> int:
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if payload["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (payload["largest_file"],) * 2)
     try:
@@ -690,14 +693,65 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later(
     assert (resumed.out / "model" / "config.json").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def _hang_up(running: Running) -> None:
+    os.killpg(running.pid, signal.SIGHUP)
+
+
+def _terminate_and_kill_who_was_told(running: Running) -> None:
+    """The workers that got the signal die before they can vote on it."""
+    workers = running.workers()
+    os.kill(running.pid, signal.SIGTERM)
+    for worker in workers:
+        worker.kill()
+
+
+def _tell_one_worker_and_kill_it(running: Running) -> None:
+    """Nobody but one worker knows of it, and that one has a moment to pass it on."""
+    worker = running.workers()[-1]
+    worker.terminate()
+    time.sleep(0.8)
+    with suppress(psutil.NoSuchProcess):
+        worker.kill()
+
+
+@pytest.mark.parametrize(
+    "ask", [_hang_up, _terminate_and_kill_who_was_told, _tell_one_worker_and_kill_it], ids=lambda f: f.__name__
+)
+def test_to_be_stopped_is_a_state_of_the_run(launcher: Launcher, ask: Callable[[Running], None]) -> None:
+    running = launcher.start(**{**ENDLESS, "recovery": "checkpoint", "checkpoint_every": 2})
+    running.until_step(3)
+    processes = running.processes()
+    ask(running)
+    stopped = running.finish(PROMPT_S)
+    assert stopped.code == 75, stopped.stderr
+    assert psutil.wait_procs(processes, timeout=3)[1] == []
+    (event,) = stopped.named("stopped")
+    assert f"step-{event['step']:08d}" in [p.name for p in (stopped.out / "checkpoints").iterdir()]
+    ledger = standing(_lines(stopped.out / "ledger.jsonl"))
+    assert [line["step"] for line in ledger] == list(range(1, event["step"] + 1))
+
+
+def test_a_stop_ends_a_run_whose_workers_crash_in_a_loop(launcher: Launcher) -> None:
+    """Every worker that comes up fails at once; the signal comes while they do."""
+    deaths = ";".join(f"exception:worker={w},step={s},at=join" for w in range(2, 40) for s in range(3, 5))
+    running = launcher.start(**{**ENDLESS, "recovery": "checkpoint", "inject": f"kill:worker=1,step=3;{deaths}"})
+    running.until(lambda: any(e["event"] == "detected" for e in _lines(running.out / "events.jsonl")))
+    _terminate(running)
+    run = running.finish(PROMPT_S)
+    assert run.code in (1, 75), run.stderr
+    assert len(run.named("detected")) <= 4
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_run_that_is_stopped_before_its_first_step_leaves_nothing(launcher: Launcher, signum: int) -> None:
     running = launcher.start(data="stdlib", max_tokens=0)
     running.until((running.out / "data" / "tokens.bin.tmp").exists)
     processes = running.processes()
     os.kill(running.pid, signum)
     run = running.finish(PROMPT_S)
-    assert run.code != 0
+    assert run.code == 75
+    assert "asked to stop before the first step: nothing was saved, and nothing is left" in run.stderr
     assert psutil.wait_procs(processes, timeout=3)[1] == []
     assert "Traceback" not in run.stderr
     assert not run.out.exists(), sorted(str(p) for p in run.out.rglob("*"))
@@ -888,6 +942,61 @@ def test_a_model_that_does_not_fit_is_named_and_not_half_written(launcher: Launc
     assert len(run.metrics) == STEPS
 
 
+def test_a_reader_that_has_enough_does_not_end_the_run(launcher: Launcher, reference: Run) -> None:
+    """unbroken train ... | head -n 1"""
+    values = launcher.settings()
+    arguments = [sys.executable, "-m", "launch", "train", *flags(**values)]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(TIMEOUT_S) == 0, process.stderr and process.stderr.read()
+    assert [m["loss"] for m in _lines(Path(values["out"]) / "metrics.jsonl")] == reference.losses
+
+
+# ---- what must not be lost or believed ----
+
+
+def test_what_a_checkpoint_contains_is_in_the_ledger_whenever_the_run_is_killed(launcher: Launcher) -> None:
+    """SIGKILL takes the coordinator, its store and all that it has not read, at a moment right after a checkpoint."""
+    out = launcher.new()
+    changes, checkpoints = {**ENDLESS, "out": out, "checkpoint_every": 1, "keep": 1}, out / "checkpoints"
+    for number in range(4):
+        running = launcher.start(**changes, resume=number > 0)
+        running.until_step(3)
+        before = {p.name for p in checkpoints.iterdir()}
+        running.until(lambda before=before: bool({p.name for p in checkpoints.glob("step-????????")} - before))
+        os.kill(running.pid, signal.SIGKILL)
+        running.finish(PROMPT_S)
+        found = checkpoint.find(checkpoints).path
+        assert found is not None
+        step = int(found.name.split("-")[1])
+        ledger = [line["step"] for line in standing(_lines(out / "ledger.jsonl"))]
+        assert ledger[:step] == list(range(1, step + 1))
+
+
+def test_a_stranger_in_the_store_costs_lines_and_not_the_run(launcher: Launcher, reference: Run) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = launcher.start(store_port=port, steps=400, checkpoint_every=0, evaluate_every=0)
+    running.until_step(2)
+    client = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    store = dist.PrefixStore("unbroken", client)
+    for data in (b"\xff\xfe", b"[]", b'{"kind": "step"}', b'{"worker": 0}'):
+        for key in ("loss/0", "complaint/1", "beat/0", "agent/0", "error/0", "record/1/0", "over/x"):
+            store.set(key, data)
+        time.sleep(0.1)
+    before = len(_lines(running.out / "metrics.jsonl"))
+    running.until_step(before + 20)
+    _terminate(running)
+    run = running.finish(PROMPT_S)
+    assert run.code == 75, run.stderr
+    assert run.named("unreadable")
+    assert not run.named("detected")
+    assert "Traceback" not in run.stderr
+
+
 def test_tokens_that_do_not_fit_are_named_and_leave_nothing(launcher: Launcher) -> None:
     run = launcher.start(largest_file=10_000).finish()
     assert run.code in (1, 2)
@@ -924,5 +1033,6 @@ def test_a_death_under_torchrun_is_named_and_ends_every_slot(launcher: Launcher)
     assert psutil.wait_procs(processes, timeout=3)[1] == []
     with pytest.raises(RuntimeError, match=r"unbroken train: worker [01] was killed by SIGKILL"):
         raise RuntimeError(run.stderr)
+    assert run.stderr.count("unbroken train: ") == 1, "one slot says it for all"
     (failed,) = run.named("failed")
     assert "was killed by SIGKILL" in failed["error"]
