@@ -57,6 +57,7 @@ bench: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results
+	$(BIN)/python benchmarks/soak_pool.py --minutes 20 --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) $(OUT)

@@ -375,3 +375,55 @@ def test_a_long_difference_is_cut(tmp_path: Path) -> None:
             checkpoint.read_manifest(checkpoint.directory(tmp_path, 1)), model={f"field{n}": -1 for n in range(40)}
         )
     assert str(refused.value).count(" was ") == 5
+
+
+# ---- writers of views that are over ----
+
+
+def saved_by(root: Path, step: int, fence: checkpoint.Fence, **more: Any) -> Path:
+    folder = checkpoint.begin(root, step, fence)
+    records = [checkpoint.write_layer(folder, layer, tensors(step, layer)) for layer in range(LAYERS)]
+    return checkpoint.commit(root, step, records, {"step": step}, fence=fence, **more)
+
+
+def test_who_comes_back_late_deletes_nothing_newer_and_saves_nothing(tmp_path: Path) -> None:
+    """A leader was stopped after all had voted and before its commit; its view is over, and others have saved since."""
+    late = checkpoint.begin(tmp_path, 5, (1, 3))
+    records = [checkpoint.write_layer(late, layer, tensors(5, layer)) for layer in range(LAYERS)]
+    unfinished = shutil.copytree(late, tmp_path / "aside")
+    saved_by(tmp_path, 8, (1, 4))
+    assert not late.exists(), "the next view removes what an earlier one left"
+    shutil.move(unfinished, late)
+    with pytest.raises(CheckpointError, match="step-00000008 was saved by a later view than 3, which is over"):
+        checkpoint.commit(tmp_path, 5, records, {"step": 5}, fence=(1, 3), keep=1)
+    check_whole(checkpoint.find(tmp_path), 8)
+
+
+def test_a_view_that_is_over_does_not_disturb_one_that_is_saving(tmp_path: Path) -> None:
+    at_work = checkpoint.begin(tmp_path, 8, (1, 4))
+    with pytest.raises(CheckpointError, match=r"step-00000008\.1-4\.tmp is being written by a later view than 3"):
+        checkpoint.begin(tmp_path, 9, (1, 3))
+    assert at_work.exists()
+
+
+def test_a_later_view_replaces_what_an_earlier_one_saved(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        saved_by(tmp_path, step, (1, 2), keep=9)
+    saved_by(tmp_path, 6, (1, 5), keep=9)  # after a rollback: 9 is of a future that was given up
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000006"]
+    assert checkpoint.last_attempt(tmp_path) == 1
+    saved_by(tmp_path, 4, (2, 1), keep=9)  # views begin anew when a run is started again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert checkpoint.last_attempt(tmp_path) == 2
+
+
+def test_a_checkpoint_of_before_there_were_fences_is_read_and_replaced(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    del manifest["body"]["extra"]["fence"]
+    manifest["crc32"] = zlib.crc32(json.dumps(manifest["body"], sort_keys=True).encode())
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    check_whole(checkpoint.find(tmp_path), 3)
+    assert checkpoint.last_attempt(tmp_path) == 0
+    saved_by(tmp_path, 2, (1, 1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002"]

@@ -12,11 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-import torch.distributed as dist
 
-from launch.agent import Agent
 from launch.nursery import Exit, Nursery, NurseryGone, StartError, signal_name
-from recovery import keys
 
 
 def entry(payload: dict[str, Any]) -> int:
@@ -123,63 +120,3 @@ def test_every_signal_has_a_name() -> None:
     assert signal_name(9) == "SIGKILL"
     assert signal_name(40) == "signal 40"
     assert str(Exit(1, -40)) == "was killed by signal 40"
-
-
-# ---- the agent and a machine without room ----
-
-
-class Full:
-    """A nursery whose machine has no room for a while."""
-
-    def __init__(self, refusals: int) -> None:
-        self.refusals, self.started = refusals, list[dict[str, Any]]()
-
-    def start(self, payload: dict[str, Any]) -> int:
-        if self.refusals:
-            self.refusals -= 1
-            raise StartError("could not be started: Cannot allocate memory")
-        self.started.append(payload)
-        return 1_000_000 + len(self.started)
-
-    def poll(self, timeout_s: float) -> list[Exit]:
-        time.sleep(min(timeout_s, 0.01))
-        return []
-
-
-class Enough(Exception):
-    """The test has seen what it wanted."""
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.agent._TRY_AGAIN_S", 0.02)
-
-
-def supervised(refusals: int, ticks: int = 400) -> tuple[Full, dist.Store]:
-    full, store = Full(refusals), dist.HashStore()
-    agent = Agent(0, full, store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
-    agent.start()
-    left = [ticks]
-
-    def tick() -> None:
-        left[0] -= 1
-        if not left[0] or len(full.started) == 2:
-            raise Enough
-
-    with pytest.raises(Enough):
-        agent.supervise(tick)
-    return full, store
-
-
-def test_a_worker_without_room_is_tried_again() -> None:
-    full, store = supervised(refusals=3)
-    assert sorted(payload["worker"] for payload in full.started) == [0, 1]
-    assert keys.read_loss(store, 0) is None
-
-
-def test_a_worker_for_which_there_is_no_room_at_all_is_a_loss() -> None:
-    full, store = supervised(refusals=1_000_000, ticks=60)
-    assert not full.started
-    reports = [keys.read_loss(store, n) for n in range(2)]
-    assert sorted(r.worker for r in reports if r is not None) == [0, 1]
-    assert {r.reason for r in reports if r is not None} == {"could not be started: Cannot allocate memory"}

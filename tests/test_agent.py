@@ -1,0 +1,213 @@
+"""The supervisor of a machine's workers, alone with a store and a warm parent that does what a test says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from jobs.train import STOPPED
+from launch.agent import Agent, RunFailed
+from launch.nursery import Exit, NurseryGone, StartError
+from recovery import keys
+from recovery.membership import EVICTED, View, publish
+
+
+class Full:
+    """A nursery whose machine has no room for a while."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals, self.started = refusals, list[dict[str, Any]]()
+
+    def start(self, payload: dict[str, Any]) -> int:
+        if self.refusals:
+            self.refusals -= 1
+            raise StartError("could not be started: Cannot allocate memory")
+        self.started.append(payload)
+        return 1_000_000 + len(self.started)
+
+    def poll(self, timeout_s: float) -> list[Exit]:
+        time.sleep(min(timeout_s, 0.01))
+        return []
+
+
+class Enough(Exception):
+    """The test has seen what it wanted."""
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.agent._TRY_AGAIN_S", 0.02)
+
+
+def supervised(refusals: int, ticks: int = 400) -> tuple[Full, dist.Store]:
+    full, store = Full(refusals), dist.HashStore()
+    agent = Agent(0, full, store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
+    agent.start()
+    left = [ticks]
+
+    def tick() -> None:
+        left[0] -= 1
+        if not left[0] or len(full.started) == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        agent.supervise(tick)
+    return full, store
+
+
+def test_a_worker_without_room_is_tried_again() -> None:
+    full, store = supervised(refusals=3)
+    assert sorted(payload["worker"] for payload in full.started) == [0, 1]
+    assert keys.read_loss(store, 0) is None
+
+
+def test_a_worker_for_which_there_is_no_room_at_all_is_a_loss() -> None:
+    full, store = supervised(refusals=1_000_000, ticks=60)
+    assert not full.started
+    reports = [keys.read_loss(store, n) for n in range(2)]
+    assert sorted(r.worker for r in reports if r is not None) == [0, 1]
+    assert {r.reason for r in reports if r is not None} == {"could not be started: Cannot allocate memory"}
+
+
+# ---- how workers end ----
+
+
+class Scripted(Full):
+    """A nursery that tells of the ends that a test puts into it."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.ends: list[Exit] = []
+
+    def poll(self, timeout_s: float) -> list[Exit]:
+        time.sleep(0.001)
+        ends, self.ends = self.ends, []
+        return ends
+
+
+def watched(tick: Callable[[Agent, Scripted, dist.Store], None]) -> tuple[dist.Store, Callable[[], int]]:
+    nursery, store = Scripted(), dist.HashStore()
+    agent = Agent(0, nursery, store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
+    agent.start()
+    return store, lambda: agent.supervise(lambda: tick(agent, nursery, store))
+
+
+def pid_of(agent: Agent, worker: int) -> int:
+    return next(pid for pid, each in agent.pids.items() if each == worker)
+
+
+def test_an_error_that_others_would_meet_ends_the_run_and_any_other_is_a_loss() -> None:
+    ticks = [0]
+
+    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            keys.report_error(store, 0, keys.ErrorReport("ValueError: here alone", fatal=False))
+            nursery.ends.append(Exit(pid_of(agent, 0), 1))
+        if ticks[0] == 3:
+            report = keys.read_loss(store, 0)
+            assert report is not None
+            assert (report.worker, report.reason, report.told) == (0, "ValueError: here alone", True)
+            keys.report_error(store, 1, keys.ErrorReport("NonFiniteLoss: everywhere", fatal=True))
+            nursery.ends.append(Exit(pid_of(agent, 1), 1))
+
+    _, run = watched(tick)
+    with pytest.raises(RunFailed, match="worker 1: NonFiniteLoss: everywhere"):
+        run()
+
+
+def test_who_was_evicted_is_nobody_s_loss() -> None:
+    """It lives on for a while beside the one that has its place; what it says and how it ends counts for nothing."""
+    ticks = [0]
+
+    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            nursery.ends.append(Exit(pid_of(agent, 1), EVICTED))
+        if ticks[0] == 4:
+            nursery.ends.append(Exit(pid_of(agent, 0), 0))
+
+    store, run = watched(tick)
+    assert run() == 0
+    assert keys.read_loss(store, 0) is None
+    assert keys.failure(store) is None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_becomes_a_state_of_the_run(monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
+    """Who joins after it came finds it in the store, whether or not those live who got the signal."""
+    monkeypatch.setattr("launch.agent._send", lambda pids, number: None)  # they are nobody's
+    ticks = [0]
+
+    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 2:
+            assert not keys.stop_asked(store)
+            os.kill(os.getpid(), signum)
+        if ticks[0] == 5:
+            assert keys.stop_asked(store)
+            nursery.ends += [Exit(pid, STOPPED) for pid in agent.pids]
+
+    before = signal.getsignal(signum)
+    _, run = watched(tick)
+    assert run() == STOPPED
+    assert signal.getsignal(signum) is before
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ticks = [0]
+
+    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+        if ticks[0] == 4:
+            assert not keys.stop_asked(store)
+            nursery.ends += [Exit(pid, 0) for pid in agent.pids]
+
+    try:
+        _, run = watched(tick)
+        assert run() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_who_joins_as_the_run_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step was committed, and the coordinator let a worker join a moment later: it would find nobody."""
+    killed: list[int] = []
+    monkeypatch.setattr("launch.agent._send", lambda pids, number: killed.extend(pids))
+    ticks = [0]
+
+    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            places = {0: 0, 2: 1}
+            publish(store, View(2, (0, 2), {}, places=places, agents={0: 0, 1: 0}, joined={2: 1}, next_worker=3))
+        if ticks[0] == 3:
+            nursery.ends.append(Exit(pid_of(agent, 0), 0))
+        if ticks[0] > 3 and 2 in (agent.pids.get(pid) for pid in killed):
+            nursery.ends += [Exit(pid, -9) for pid in agent.pids]
+
+    began = time.monotonic()
+    store, run = watched(tick)
+    assert run() == 0
+    assert time.monotonic() - began < 5.0
+    assert keys.read_loss(store, 0) is None
+
+
+def test_an_agent_ends_though_its_warm_parent_is_gone() -> None:
+    class Gone(Scripted):
+        def poll(self, timeout_s: float) -> list[Exit]:
+            raise NurseryGone("the warm parent has ended unexpectedly")
+
+    agent = Agent(0, Gone(), dist.HashStore(), [], lambda worker, *_: {})  # type: ignore[arg-type]
+    agent.pids[2_000_000_000] = 0
+    agent.end()
