@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -32,12 +31,14 @@ from pipeline.settle import NonFiniteLoss
 from pipeline.store import ResidentStore
 from pipeline.transport import Shape, Transport, span_bytes
 from pipeline.weights import ModelError, read_config
+from pipeline.wire import checked, parse
 from pipeline.worker import Settings, Worker
 from recovery import keys
 from recovery.checkpoint import CheckpointError
 from recovery.commit import Ballot
 from recovery.communicator import Communicator
-from recovery.inject import Fault, Injector, parse
+from recovery.inject import Fault, Injector
+from recovery.inject import parse as parse_faults
 from recovery.lifeline import Lifeline
 from recovery.member import Member, Watcher
 from recovery.membership import EVICTED, Evicted, MembershipError, View, await_view, read_view
@@ -68,11 +69,11 @@ def worker_main(payload: dict[str, Any]) -> int:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     torch.set_num_threads(int(payload["threads"]))
-    store = connect(payload["store"], 60.0)
-    if "spare" in payload:
-        payload = _called(store, payload["spare"])
-    worker_id = int(payload["worker"])
+    store, worker_id = connect(payload["store"], 60.0), int(payload["worker"])
     try:
+        if "spare" in payload:
+            payload = _called(store, payload)
+            worker_id = int(payload["worker"])
         return _run(worker_id, payload, store, stop)
     except Evicted:
         return EVICTED
@@ -87,13 +88,14 @@ def last_words(error: Exception) -> keys.ErrorReport:
     return keys.ErrorReport(f"{type(error).__name__}: {error}"[:4000], isinstance(error, FATAL))
 
 
-def _called(store: dist.Store, key: str) -> dict[str, Any]:
-    """Load what every worker needs, then wait for the place that is to be taken; its payload."""
-    store.wait(["view/1"], _FOREVER)
+def _called(store: dist.Store, payload: dict[str, Any]) -> dict[str, Any]:
+    """Load what every worker needs, then wait for the place that is to be taken; the payload with it."""
+    await_view(store, 1)
     config = config_from_dict(TrainConfig, read_view(store, 1).details["config"])
     blueprint(config.out / "model-config")
-    store.wait([key], _FOREVER)
-    return json.loads(store.get(key))
+    store.wait([key := payload["spare"]], _FOREVER)
+    fields = {"worker": int, "place": int, "view": int, "joins": bool, "device": str}
+    return {**payload, **checked(parse(store.get(key), "a spare worker's place"), "a spare worker's place", **fields)}
 
 
 @cache
@@ -194,7 +196,7 @@ def make_injector(
                     end.shutdown(socket.SHUT_RDWR)
 
     return Injector(
-        parse(config.inject), reports.worker, stage_at(config, view, place), reports.claim, told, poison, cut
+        parse_faults(config.inject), reports.worker, stage_at(config, view, place), reports.claim, told, poison, cut
     )
 
 
