@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pipeline.model_config import SizeError, check_fields, check_together
+from pipeline.reading import FileError, read_json, read_toml
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -86,13 +88,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     """The config in a directory's config.json, or in a JSON or TOML file with the same fields. Raises ModelError."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise ModelError(f"{file}: no readable model config ({error.strerror})") from error
-    except ValueError as error:  # both parsers' errors, and undecodable bytes
-        form = "TOML" if file.suffix == ".toml" else "JSON"
-        raise ModelError(f"{file}: not a model config in {form}: {error}") from error
+        values = read_toml(file) if file.suffix == ".toml" else read_json(file)
+    except FileError as error:
+        raise ModelError(f"{file}: a model config that {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: a model config is a table of fields; found {type(values).__name__}")
     return _config(values, str(file))
@@ -103,9 +101,21 @@ def _config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"{where}: model_type is {kind!r}, which transformers does not know; e.g. 'llama' is one")
     try:
-        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(values)))
+        check_fields(values, CONFIG_MAPPING[kind].attribute_map)
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(values)))
+        check_together(config, values)
+        return config
+    except SizeError as error:
+        raise ModelError(f"{where}: {error}") from error
     except Exception as error:  # the checks of config classes raise errors of many unrelated classes
-        raise ModelError(f"{where}: transformers refuses these fields for {kind!r}: {error}") from error
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"{where}: transformers refuses these fields for {kind!r}: {told}") from error
+
+
+def has_weights(model: str) -> bool:
+    """Whether `model`, as `resolve` takes it, brings weights along: it is a directory or a GGUF file."""
+    path = Path(model)
+    return model not in PRESETS and (path.is_dir() or (path.suffix == ".gguf" and path.is_file()))
 
 
 def resolve(model: str | Path, cache: Path, *, vocab_size: int | None = None) -> Path | PreTrainedConfig:
@@ -183,7 +193,7 @@ class Weights:
 
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         pairs = [(str(name), index.parent / str(file)) for name, file in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: not an index of safetensors: {error!r}") from error
