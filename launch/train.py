@@ -24,10 +24,12 @@ from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.generate import Continuation, continue_text
+from launch.machine import check_machine
 from launch.nursery import Nursery
 from launch.pictures import Pictures
 from launch.progress import Display
 from launch.report import loss_terminal
+from launch.resume import kept
 from launch.run_folder import RunFolder
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.worker_main import default_threads, worker_main
@@ -42,6 +44,7 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
 
     Raises ConfigError and its like before anything is started, RunFailed when a worker fails.
     """
+    config = config.resolved()
     config.validate()
     if config.scheduler == "roundpipe":
         from launch.round_train import train_rounds  # built on this module
@@ -51,6 +54,7 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     if slot.attempt and (config.out / "checkpoints").is_dir():
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
     workers = slot.workers(config.workers)
+    check_machine(config, slot.workers_here(config.workers))
     devices = find_devices(config.device, slot.workers_here(config.workers))
     transformers.utils.logging.disable_progress_bar()
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
@@ -105,7 +109,7 @@ def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot
         claim = Claim(config.out)
         with Display(config.steps, quiet=as_json) as display:
             try:
-                plan = make_plan(config, display.preparing)
+                plan = make_plan(config, display.preparing, kept(config))
             except BaseException as error:
                 store.set("failed", f"{type(error).__name__}: {error}")
                 claim.undo()
@@ -198,6 +202,13 @@ def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
         f"{model.config.model_type}, {count / 1e6:.1f}M parameters{adapters}, {model.num_layers} layers in spans "
         f"{spans}; {config.workers} workers, {parallel}, {config.scheduler}"
     )
+    samples = config.samples_per_step
+    display.say(
+        f"global batch: {samples:,} samples of {config.sequence_length:,} tokens, so "
+        f"{samples * config.sequence_length:,} tokens a step"
+    )
+    for line in plan.said:
+        display.say(line)
     if view.checkpoint:
         display.say(f"resuming at step {view.first_step} from {Path(view.checkpoint).name}")
 
