@@ -101,7 +101,7 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         try:
             checkpoint.check_compatible(found.manifest, data=fingerprint)
         except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(other_data(before, config, str(error))) from error
+            raise ConfigError(other_data(before, config, str(error))) from error
 
     dataset = prepare_data(
         config.data or "", tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
