@@ -96,12 +96,9 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         checkpoint.check_compatible(found.manifest, model=model_fingerprint(model_config), **kept_identity(config))
 
     def same_data(fingerprint: str) -> None:
-        if found.manifest is None or config.change:
-            return
-        try:
-            checkpoint.check_compatible(found.manifest, data=fingerprint)
-        except checkpoint.CheckpointError as error:
-            raise ConfigError(other_data(before, config, str(error))) from error
+        had = None if found.manifest is None else found.manifest["extra"].get("data")
+        if had not in (None, fingerprint) and not config.change:
+            raise ConfigError(other_data(before, config, f"its fingerprint was {had} and is {fingerprint}"))
 
     dataset = prepare_data(
         config.data or "", tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,

@@ -47,7 +47,7 @@ def check_resumed(before: TrainConfig, now: TrainConfig) -> list[str]:
 
 
 def other_data(before: TrainConfig | None, now: TrainConfig, told: str) -> str:
-    """Why the data of a run are others than those of its checkpoint. `told`: what the checkpoint says of it."""
+    """Why the data of a run are others than those of its checkpoint; `told` where its settings are not known."""
     found = [] if before is None else differences(before, now, OF_THE_DATA)
     if before is not None and not found:
         found = [f"the text that data {now.data!r} names has changed, or the tokenizer"]

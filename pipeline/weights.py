@@ -241,6 +241,8 @@ def convert_gguf(file: Path, cache: Path) -> Path:
         except OSError:
             if not target.is_dir():  # else another process was first, with the same contents
                 raise
+    except ModelError:
+        raise
     except Exception as error:  # transformers and gguf raise errors of many classes for a bad file
         raise ModelError(f"{file}: transformers cannot convert this GGUF file: {error}") from error
     finally:
@@ -251,6 +253,11 @@ def convert_gguf(file: Path, cache: Path) -> Path:
 def _convert(file: Path, directory: Path) -> None:
     from gguf import GGUFReader  # an extra: only those who read GGUF need it
 
+    needed, free = 4 * sum(int(t.n_elements) for t in GGUFReader(file).tensors), shutil.disk_usage(directory).free
+    if needed > free:
+        raise ModelError(
+            f"{file}: its weights in fp32 take {needed} bytes; {free} are free in {str(directory.parent)!r}"
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     tensors = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}

@@ -480,7 +480,10 @@ def test_resuming_goes_on_where_the_checkpoint_stopped(tmp_path: Path) -> None:
         ({"model": "qwen3-tiny"}, r"cannot resume with another model: .*num_key_value_heads was 4 and is 2|model_type"),
         ({"model": "other.json"}, r"another model: num_hidden_layers was 4 and is 3\. Use the same model"),
         ({"dropout": 0.5}, r"another model: attention_dropout was 0.0 and is 0.5\. Use"),
-        ({"data": "other.txt"}, r"cannot resume with another data: .* Use the same data, or another --out"),
+        (
+            {"data": "other.txt"},
+            r"cannot resume with another data: its fingerprint .*\. Use the same data, --change, or another --out",
+        ),
         ({"held_out": 0.5}, r"cannot resume with another data"),
         ({"sequence_length": 16}, r"cannot resume with another data"),
         ({"seed": 1}, r"cannot resume with another seed: it was 0 and is 1"),

@@ -378,6 +378,20 @@ def test_a_bad_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, monkeypat
         resolve(tmp_path / "bad.gguf", tmp_path / "cache")
 
 
+def test_a_gguf_file_that_has_no_room_as_fp32_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("accelerate")
+    model = LayeredModel(preset("llama-tiny"))
+    write_gguf(tmp_path / "tiny.gguf", model)
+    needed = 4 * sum(map(model.parameter_count, range(model.num_layers)))
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: real._replace(free=needed - 1))
+    with pytest.raises(ModelError, match=rf"tiny.gguf: its weights in fp32 take {needed} bytes; {needed - 1} are free"):
+        resolve(tmp_path / "tiny.gguf", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: real._replace(free=needed))
+    assert isinstance(resolve(tmp_path / "tiny.gguf", tmp_path / "cache"), Path)
+
+
 def test_a_tokenizer_goes_with_the_model(tmp_path: Path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -39,15 +39,17 @@ def test_a_package_of_the_user_is_refused_by_its_path(tmp_path: Path, name: str,
     assert done.stderr.count("\n") == 1
 
 
-def test_the_command_does_not_look_where_it_is_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torchrun", [False, True], ids=["as it is", "under torchrun"])
+def test_the_command_does_not_look_where_it_is_run(tmp_path: Path, torchrun: bool) -> None:
     """A script has its own folder first on the path, and not the working one: there even launch.py does no harm."""
     command = Path(sys.executable).with_name("unbroken")
     if not command.exists():
         pytest.skip("the project is not installed here")
+    before = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python") if torchrun else ()
     for name in PACKAGES:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('not ours')\n")
     (tmp_path / "launch.py").write_text("raise SystemExit('not ours')\n")
-    done = start(tmp_path, str(command), "simulate")
+    done = start(tmp_path, *before, str(command), "simulate")
     assert done.returncode == 0, done.stderr
     assert "simulated: makespan" in done.stdout
