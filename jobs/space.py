@@ -28,9 +28,13 @@ class Space:
         return self.checkpoints * self.checkpoint + self.model + (self.tokens or 0)
 
     def __str__(self) -> str:
-        tokens = "the tokens of the text" if self.tokens is None else f"tokens up to {in_words(self.tokens)}"
-        times = f"{self.checkpoints} checkpoint{'s' if self.checkpoints != 1 else ''} of {in_words(self.checkpoint)}"
-        return f"{in_words(self.total)}: {times}, the model {in_words(self.model)}, {tokens}"
+        parts = [f"the model {in_words(self.model)}"]
+        if self.checkpoints:
+            several = "s" if self.checkpoints > 1 else ""
+            parts = [f"{self.checkpoints} checkpoint{several} of {in_words(self.checkpoint)}", *parts]
+        if self.tokens != 0:
+            parts += ["the tokens of the text" if self.tokens is None else f"tokens up to {in_words(self.tokens)}"]
+        return f"{in_words(self.total)}: {', '.join(parts)}"
 
 
 def space_needed(config: TrainConfig, model: LayeredModel, first_step: int = 0, there: int = 0) -> Space:

@@ -97,6 +97,23 @@ def test_nesting_is_limited_by_the_parser_alone(tmp_path: Path) -> None:
         read_toml(tmp_path / "file.toml")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "route 0-99999999999: 0:1 | 0:1\nlane 0: F[0:1]#0 B[0:1]#0",
+        "route 0-0: 0:9999999999 | 0:9999999999\nlane 0: F[0:9999999999]#0 B[0:9999999999]#0",
+        "route 0-0: 0:1 | 0:1\nlane 99999999999999999999: F[0:1]#0 B[0:1]#0",
+    ],
+    ids=["microbatches", "layers", "workers"],
+)
+def test_a_line_of_a_schedule_cannot_fill_the_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, lines: str
+) -> None:
+    (tmp_path / "schedule.txt").write_text(f"unbroken schedule 1 large\n{lines}\n")
+    assert main(["simulate", "--schedule", str(tmp_path / "schedule.txt")]) == 2
+    assert "the number 9999999" in capsys.readouterr().err
+
+
 # ---- networks and costs ----
 
 
