@@ -143,7 +143,8 @@ class TrainFields:
     checkfree_weights: Literal["norm", "norm_squared", "uniform"] = "norm"
     """How checkfree weighs both neighbours: by their gradient norms, the squares of these, or alike."""
     inject: str = ""
-    """Faults to inject, e.g. 'kill:worker=2,step=30,at=backward' or 'rate:p=0.002,stages=1-4,seed=7'; ; between."""
+    """Faults to inject, e.g. 'kill:worker=2,step=30,at=backward' or 'rate:p=0.002,stages=1-4,seed=7'; ; between.
+    They are of this start: --resume does not repeat them."""
     heartbeat: Annotated[float, Within(2, WEEK_S, note=" (seconds)")] = 10.0
     """Seconds without a sign of life after which a worker is given up."""
     spares: Annotated[int, Within(0, 1024)] = 0

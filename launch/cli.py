@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from launch.whose import foreign
 
 ERROR, USAGE = 1, 2
@@ -159,6 +157,8 @@ def configured(settings: type, name: str, arguments: Sequence[str]) -> Any:
     words, file = _take_config(list(arguments))
     asked = {} if file is None else toml_values(file, settings)
     if {"-h", "--help"} & set(words):
+        import tyro  # the slowest to import, and needed for the help alone
+
         about = "Settings may also come from a TOML file: --config FILE; flags come last."
         tyro.cli(
             settings, args=["--help"], default=settings(**asked), prog=name,
