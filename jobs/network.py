@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, require
 from pipeline.costs import CostError, Network
+from pipeline.reading import FileError, read_json
 
 
 def read_network(path: Path, workers: int) -> tuple[Network, dict[str, Any]]:
     """The links of a network file, for at least so many workers, and all that it holds. Raises ConfigError."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         network = Network.from_json(values)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"network is {str(path)!r}, which is no JSON: {error}") from error
-    except (OSError, UnicodeDecodeError, CostError) as error:
+    except FileError as error:
+        raise ConfigError(f"network is {str(path)!r}, which {error}") from error
+    except CostError as error:
         raise ConfigError(f"network is {str(path)!r}, which cannot be used: {error}") from error
     size = len(network.latency_s)
     require(

@@ -51,14 +51,9 @@ class Rounds:
 def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[float], evaluated: int) -> Rounds:
     """The best cut found for the settings. `layer_costs` are those of a forward, in any unit; `evaluated` counts the
     samples of an evaluation. Raises PartitionError where a layer is larger than --span-mib allows."""
+    require_room(config, model, range(model.num_layers))
     sizes = tuple(float(model.parameter_bytes(layer)) for layer in range(model.num_layers))
     room = config.span_mib * 2**20 if config.span_mib else math.inf
-    if max(sizes) > room:
-        layer = sizes.index(max(sizes))
-        raise PartitionError(
-            f"span_mib is {config.span_mib}; allowed: {math.ceil(sizes[layer] / 2**20)} or more, for the weights of "
-            f"layer {layer}"
-        )
     backward = _BACKWARD if model.lora is None else _FROZEN_BACKWARD
     problem = Problem(
         tuple(layer_costs), tuple(backward * cost for cost in layer_costs), config.workers, config.microbatches,
@@ -75,3 +70,13 @@ def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[
     for schedule in made.values():
         verify(schedule)
     return Rounds(problem, best.cut, best.row, made, config.rule)
+
+
+def require_room(config: TrainConfig, model: LayeredModel, layers: Sequence[int]) -> None:
+    """Raise PartitionError where one of `layers` is larger than --span-mib allows a span to be."""
+    largest = max(layers, key=model.parameter_bytes)
+    needed = math.ceil(model.parameter_bytes(largest) / 2**20)
+    if config.span_mib and needed > config.span_mib:
+        raise PartitionError(
+            f"span_mib is {config.span_mib}; allowed: {needed} or more, for the weights of layer {largest}"
+        )

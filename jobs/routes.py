@@ -71,10 +71,16 @@ class Routes:
         values["contention"] = network.exclusive
         stages = len(values["stages"]) if isinstance(values.get("stages"), list) else config.stages
         tokens = config.microbatch_size * config.sequence_length
-        values.setdefault("forward_s", sum(layer_costs[:-1]) * tokens / stages / _FLOPS)
-        values.setdefault("backward_s", 2 * values["forward_s"])
+        forward = values.setdefault("forward_s", sum(layer_costs[:-1]) * tokens / max(1, stages) / _FLOPS)
+        if isinstance(forward, int | float):  # else it is refused by name when it is read
+            values.setdefault("backward_s", 2 * forward)
         values.setdefault("loss_s", 3 * layer_costs[-1] * tokens / _FLOPS)
         return values
+
+    @property
+    def num_stages(self) -> int:
+        """The stages, the head aside."""
+        return len(self._asked.stages)
 
     @cached_property
     def plan(self) -> SkipPlan:

@@ -1,4 +1,7 @@
-"""`python -m launch train ...`, and so `torchrun --nproc-per-node 4 -m launch train ...`."""
+"""`python -m launch train ...`, where the command `unbroken` is not installed.
+
+It looks for packages where it is run, as `unbroken` does not: there a launch.py of the user's would come first.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The `unbroken` command: a subcommand per job, settings from defaults, then --config FILE, then flags."""
+"""The `unbroken` command: a subcommand per job. Its settings come from defaults, then --config FILE, then flags."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from launch.signals import NotStarted
+from launch.whose import foreign
 
 ERROR, USAGE, STOPPED = 1, 2, 75
 
@@ -39,8 +39,6 @@ def _train() -> tuple[type, Callable[[Any], Any]]:
         """Show no progress; print one JSON object at the end."""
 
     def run(config: Train) -> int:
-        from dataclasses import fields
-
         plain = TrainConfig(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)})
         return train(plain, config.json)
 
@@ -98,54 +96,46 @@ def usage() -> str:
     """What `unbroken --help` prints."""
     rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
     return (
-        f"usage: unbroken COMMAND [--config FILE.toml] [flags]\n\n{rows}\n\n`unbroken COMMAND --help` lists the flags."
+        f"usage: unbroken COMMAND [--config FILE.toml] [flags]\n\n{rows}\n\n`unbroken COMMAND --help` lists the flags, "
+        "`unbroken --version` says which version this is."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 error, 2 usage, 75 stopped after saving."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if (found := foreign()) is not None:
+        return _refuse("unbroken", found)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else USAGE
+    if arguments[0] == "--version":
+        print(f"unbroken {version('unbroken')}")
+        return 0
     if arguments[0] not in COMMANDS:
-        print(f"unbroken: command {arguments[0]!r} is unknown; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
-        return USAGE
+        from jobs.names import did_you_mean
+
+        near = did_you_mean(arguments[0], COMMANDS)
+        return _refuse("unbroken", f"command {arguments[0]!r} is unknown; allowed: {', '.join(COMMANDS)}{near}")
     logging.basicConfig(level=os.environ.get("UNBROKEN_LOG", "WARNING").upper(), format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every wait on a store that times out is a warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    command = COMMANDS[arguments[0]]
+    command, name = COMMANDS[arguments[0]], f"unbroken {arguments[0]}"
     settings, function = command.load()
-    from jobs.config import ConfigError
-    from launch.config import read_toml
-
     try:
-        rest, file = _take_config(arguments[1:])
-        default = read_toml(file, settings) if file else _default(settings)
-        config = tyro.cli(
-            settings, args=rest, default=default, prog=f"unbroken {arguments[0]}",
-            description=f"{settings.__doc__} Settings may also come from a TOML file: --config FILE; flags come last.",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )  # fmt: skip
+        config = configured(settings, name, arguments[1:])
         result = function(config)
-    except ConfigError as error:
-        print(f"unbroken {arguments[0]}: {error}", file=sys.stderr)
-        return USAGE
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, RuntimeError, OSError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        print(f"unbroken {arguments[0]}: {error}", file=sys.stderr)
-        return USAGE if isinstance(error, ValueError) else ERROR
+        return _refuse(name, error, USAGE if isinstance(error, ValueError) else ERROR)
     except NotStarted:
-        said = "asked to stop before the first step: nothing was saved, and nothing is left"
-        print(f"unbroken {arguments[0]}: {said}", file=sys.stderr)
-        return STOPPED
+        return _refuse(name, "asked to stop before the first step: nothing was saved, and nothing is left", STOPPED)
     except KeyboardInterrupt:
-        print(f"unbroken {arguments[0]}: interrupted; what was not saved is lost", file=sys.stderr)
-        return ERROR
+        return _refuse(name, "interrupted; what was not saved is lost", ERROR)
     if not command.reports:
         return int(result)
     values, text = result
@@ -153,17 +143,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if values.get("ok", True) else ERROR
 
 
-def _default(settings: type) -> Any:
-    """The settings' defaults; tyro is to ask for those that have none."""
-    try:
-        return settings()
-    except TypeError:
-        return tyro.MISSING_NONPROP
+def _refuse(name: str, told: object, code: int = USAGE) -> int:
+    print(f"{name}: {told}", file=sys.stderr)
+    return code
+
+
+def configured(settings: type, name: str, arguments: Sequence[str]) -> Any:
+    """The settings of a command: defaults, those that a run to be resumed has kept, those of --config FILE, then flags.
+
+    Raises ConfigError for what is no setting or does not fit, SystemExit after the help.
+    """
+    from launch.config import config_from_dict, toml_values
+    from launch.resume import kept_values
+    from launch.words import given
+
+    words, file = _take_config(list(arguments))
+    asked = {} if file is None else toml_values(file, settings)
+    if {"-h", "--help"} & set(words):
+        import tyro  # the slowest to import, and needed for the help alone
+
+        about = "Settings may also come from a TOML file: --config FILE; flags come last."
+        tyro.cli(
+            settings, args=["--help"], default=settings(**asked), prog=name,
+            description=f"{settings.__doc__} {about}", config=(tyro.conf.OmitArgPrefixes,),
+        )  # fmt: skip
+    asked |= given(settings, words)
+    kept = kept_values(Path(asked.get("out", settings().out))) if asked.get("resume") else {}
+    return config_from_dict(settings, {**kept, **asked})
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
     """--config FILE, taken out of the arguments."""
-    from jobs.config import ConfigError
+    from jobs.bounds import ConfigError
 
     for at, argument in enumerate(arguments):
         if argument.startswith("--config="):

@@ -6,22 +6,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from jobs.config import ConfigError, require
+from jobs.bounds import ConfigError, Within, check_bounds, limit_work, require, require_known
 from launch.generate import continue_text
 from launch.run_folder import write_whole
+from pipeline import reading
 from pipeline.draw import svg
 from pipeline.holdings import Bound, bounds
 from pipeline.lower import lower
+from pipeline.reading import FileError, read_text
 from pipeline.schedule import LOAD, B, F, Schedule, dumps, loads
 from pipeline.simulate import Costs, Network, simulate
 from pipeline.terminal import terminal
 from pipeline.timeline import Timeline
 from pipeline.trace import perfetto
 from pipeline.verify import verify
-from schedulers import PLANNERS, num_spans, plan
+from schedulers import ENGINES, PLANNERS, num_spans, plan
 
+_MOST_WORKERS = 2**14
 Result = tuple[dict[str, Any], str]
 """What --json prints, and what a person reads."""
 
@@ -34,11 +37,11 @@ class GenerateConfig:
     """A directory that a run exported, or any transformers model directory."""
     prompt: str = "def "
     """The text to go on from."""
-    tokens: int = 100
+    tokens: Annotated[int, Within(1, 65536)] = 100
     """Tokens to sample."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Within(0, 100)] = 0.8
     """0 takes the likeliest token each time."""
-    seed: int = 0
+    seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
     """The same seed samples the same text."""
     json: bool = False
     """Print one JSON object."""
@@ -46,8 +49,7 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig) -> Result:
     """A sampled text. Raises ConfigError."""
-    require(config.tokens >= 1, "tokens", config.tokens, "1 or more")
-    require(config.temperature >= 0, "temperature", config.temperature, "0 or more")
+    check_bounds(config)
     result = continue_text(config.model, config.prompt, config.tokens, config.seed, config.temperature)
     return {"prompt": result.prompt, "text": result.text}, result.text
 
@@ -58,13 +60,13 @@ class SimulateConfig:
 
     scheduler: str = "one_f_one_b"
     """gpipe, one_f_one_b, interleaved, zero_bubble or balanced."""
-    stages: int = 4
+    stages: Annotated[int, Within(1, 1024)] = 4
     """Workers per replica."""
-    microbatches: int = 8
+    microbatches: Annotated[int, Within(1, 65536)] = 8
     """Microbatches, over all replicas."""
-    replicas: int = 1
+    replicas: Annotated[int, Within(1, 1024)] = 1
     """Data-parallel copies of the pipeline."""
-    chunks: int = 2
+    chunks: Annotated[int, Within(1, 1024)] = 2
     """Spans per worker, with --scheduler interleaved."""
     schedule: Path | None = None
     """The text of a schedule, instead of a scheduler's."""
@@ -79,15 +81,24 @@ class SimulateConfig:
 def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline, Mapping[int, Bound]]:
     """The schedule, its simulated timeline, and what its workers may hold at most. Raises ConfigError,
     ScheduleError or the refusal of a file."""
-    for name in ("stages", "microbatches", "replicas", "chunks"):
-        require(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
+    check_bounds(config)
     values = None if config.costs is None else read_json(config.costs, "costs")
     if config.schedule is not None:
         schedule = loads(_read(config.schedule, "schedule"))
         spans = list(schedule.holders)
     else:
-        require(config.scheduler in PLANNERS, "scheduler", config.scheduler, f"one of {', '.join(PLANNERS)}")
+        if config.scheduler in ENGINES and config.scheduler not in PLANNERS:
+            raise ConfigError(
+                f"scheduler is {config.scheduler!r}, which `unbroken plan --scheduler {config.scheduler}` plans and "
+                f"times; allowed here: {', '.join(PLANNERS)}"
+            )
+        require_known("scheduler", config.scheduler, PLANNERS)
         count = num_spans(config.scheduler, config.stages, config.chunks)
+        limit_work("stages", count, config.microbatches)
+        require(
+            config.stages * config.replicas <= _MOST_WORKERS, "replicas", config.replicas,
+            f"1 to {_MOST_WORKERS // config.stages} with {config.stages} stages, {_MOST_WORKERS} workers in all",
+        )  # fmt: skip
         forward = values.get("forward") if isinstance(values, dict) else None
         layers = max(count, len(forward)) if isinstance(forward, list) else count
         layer_costs = [1.0] * layers
@@ -175,14 +186,14 @@ def draw(config: DrawConfig) -> Result:
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} is {str(path)!r}, which cannot be read: {error}") from error
+        return read_text(path)
+    except FileError as error:
+        raise ConfigError(f"{name} is {str(path)!r}, which {error}") from error
 
 
 def read_json(path: Path, name: str) -> Any:
     """What a JSON file holds. Raises ConfigError, calling the setting by its `name`."""
     try:
-        return json.loads(_read(path, name))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name} is {str(path)!r}, which is no JSON: {error}") from error
+        return reading.read_json(path)
+    except FileError as error:
+        raise ConfigError(f"{name} is {str(path)!r}, which {error}") from error

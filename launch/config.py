@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tomli_w
 
-from jobs.config import ConfigError
+from jobs.bounds import ConfigError
+from jobs.names import did_you_mean
+from pipeline import reading
+from pipeline.reading import FileError
 
 C = TypeVar("C")
 
 
 def config_from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     """A settings dataclass from plain values. Raises ConfigError for a field that it does not have."""
-    hints, names = get_type_hints(cls), [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
-    unknown = sorted(set(values) - set(names))
-    if unknown:
-        raise ConfigError(f"{', '.join(unknown)}: no such setting; allowed: {', '.join(sorted(names))}")
-    return cls(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
+    return cls(**_fitting(cls, values))
+
+
+def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as the fields of `cls` hold them. Raises ConfigError for one that has no field, or does not fit."""
+    hints, names = get_type_hints(cls), [f.name for f in fields(cls)]
+    if unknown := sorted(set(values) - set(names)):
+        raise ConfigError(_unknown(unknown, names, values))
+    return {name: _convert(name, value, hints[name]) for name, value in values.items()}
+
+
+def _unknown(unknown: list[str], names: list[str], values: Mapping[str, Any]) -> str:
+    tables = [name for name in unknown if isinstance(values[name], Mapping)]
+    if tables:
+        return (
+            f"{', '.join(tables)}: no such setting; settings stand at the top of the file, and not in a table such as "
+            f"[{tables[0]}]"
+        )
+    told = ", ".join(name + did_you_mean(name, names) for name in unknown)
+    return f"{told}: no such setting; allowed: {', '.join(sorted(names))}"
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """Paths come as text in JSON and TOML; a whole number may stand for a float. Anything else must fit as it is."""
-    allowed = getattr(hint, "__args__", (hint,))
+    allowed = get_args(hint) or (hint,)
     if value is None or any(isinstance(value, kind) and not _is_bool_for_int(value, kind) for kind in _types(allowed)):
         return value
     if isinstance(value, str) and Path in allowed:
         return Path(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
-        return float(value)
+        return float(value) if abs(value) < 10**300 else value  # what is too large for one is refused by its bounds
     if value in allowed:  # Literal
         return value
     wanted = " or ".join(getattr(kind, "__name__", repr(kind)) for kind in allowed if kind is not type(None))
-    raise ConfigError(f"{name} is {value!r}; allowed: {wanted}")
+    near = did_you_mean(value, [kind for kind in allowed if isinstance(kind, str)]) if isinstance(value, str) else ""
+    raise ConfigError(f"{name} is {value!r:.80}; allowed: {wanted}{near}")
 
 
 def _types(allowed: tuple[Any, ...]) -> list[type]:
@@ -47,13 +65,18 @@ def _is_bool_for_int(value: Any, kind: type) -> bool:
     return isinstance(value, bool) and kind is not bool
 
 
-def read_toml(path: Path, cls: type[C]) -> C:
-    """Settings from a TOML file with the flags' names, dashes or underscores. Raises ConfigError naming the file."""
+def toml_values(path: Path, cls: type) -> dict[str, Any]:
+    """The settings that a TOML file gives, with dashes or underscores in their names. Raises ConfigError naming it."""
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"config is {str(path)!r}, which cannot be read as TOML: {error}") from error
-    return config_from_dict(cls, {key.replace("-", "_"): value for key, value in values.items()})
+        values = reading.read_toml(path)
+    except FileError as error:
+        raise ConfigError(f"config is {str(path)!r}, which {error}") from error
+    return _fitting(cls, {key.replace("-", "_"): value for key, value in values.items()})
+
+
+def read_toml(path: Path, cls: type[C]) -> C:
+    """Settings from a TOML file, and defaults for the others. Raises ConfigError."""
+    return cls(**toml_values(path, cls))
 
 
 def to_toml(config: Any) -> str:

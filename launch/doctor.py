@@ -9,17 +9,17 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch.distributed as dist
 
-from jobs.config import require
+from jobs.bounds import Within, check_bounds
 from launch.devices import count_cuda
 from pipeline.groups import address_towards
 from pipeline.model import FAMILIES
 from pipeline.weights import PRESETS
-from schedulers import PLANNERS
+from schedulers import ENGINES
 
 PACKAGES = ("unbroken", "torch", "transformers", "safetensors", "tokenizers", "datasets", "numpy", "tyro", "rich")
 EXTRAS = ("gguf", "accelerate", "tensorboard", "deepspeed", "ray", "torchft-nightly")
@@ -29,7 +29,7 @@ EXTRAS = ("gguf", "accelerate", "tensorboard", "deepspeed", "ray", "torchft-nigh
 class DoctorConfig:
     """Check versions, devices, cores, the store and a port."""
 
-    store_port: int = 0
+    store_port: Annotated[int, Within(0, 65535)] = 0
     """The port that a run would use for its store; 0 takes a free one."""
     json: bool = False
     """Print one JSON object."""
@@ -68,7 +68,7 @@ def _gloo() -> dict[str, Any]:
 
 def doctor(config: DoctorConfig) -> tuple[dict[str, Any], str]:
     """The findings, and the same as text. `ok` tells whether a run could start."""
-    require(0 <= config.store_port < 65536, "store_port", config.store_port, "0 to 65535")
+    check_bounds(config)
     memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.getcwd())
     findings: dict[str, Any] = {
         "python": platform.python_version(),
@@ -82,7 +82,7 @@ def doctor(config: DoctorConfig) -> tuple[dict[str, Any], str]:
         "cuda_devices": count_cuda(),
         "store": _store(config.store_port),
         "gloo": _gloo(),
-        "schedulers": sorted(PLANNERS),
+        "schedulers": sorted(ENGINES),
         "models": {"families": sorted(FAMILIES), "presets": sorted(PRESETS)},
     }
     findings["ok"] = bool(findings["store"]["ok"] and findings["gloo"]["ok"] and findings["packages"]["torch"])

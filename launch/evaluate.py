@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jobs.config import ConfigError, TrainConfig, require
+from jobs.bounds import ConfigError, Within, check_bounds, require
+from jobs.config import TrainConfig
 from jobs.corpus import TEXT_FIELD, documents
 from jobs.data import META, Dataset
 from jobs.plan import evaluation_samples
@@ -41,9 +43,9 @@ class EvalConfig:
     files of text or JSON, globs, or hf:NAME. auto is held-out where the model lies in a run folder, else stdlib."""
     text_field: str = TEXT_FIELD
     """The field of a JSON object or of a dataset's row that holds the text."""
-    sequence_length: int | None = None
+    sequence_length: Annotated[int | None, Within(1, 2**24)] = None
     """Tokens per sample; unset, 128 or what the model takes, and those of the run for held-out."""
-    samples: int | None = None
+    samples: Annotated[int | None, Within(1, 1_000_000)] = None
     """Samples that are evaluated at most; unset, 64, or as many as the run evaluates for held-out."""
     json: bool = False
     """Print one JSON object."""
@@ -61,9 +63,7 @@ class _Text:
 
 def evaluate(config: EvalConfig) -> Result:
     """Mean loss per token and its exponential, and which text that was. Raises ConfigError or CorpusError."""
-    for name in ("samples", "sequence_length"):
-        value = getattr(config, name)
-        require(value is None or value >= 1, name, value, "1 or more")
+    check_bounds(config)
     model, tokenizer = load(config.model)
     run = config.model.resolve().parent
     found = (run / "data" / META).is_file()

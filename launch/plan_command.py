@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
-from jobs.config import ConfigError, require
+from jobs.bounds import ConfigError, Within, check_bounds, require
+from jobs.fields import WEEK_S
 from launch.commands import Result, message_bounds, read_json
 from launch.roundpipe_plan import plan_rounds
 from launch.run_folder import write_whole
@@ -46,25 +47,25 @@ class PlanConfig:
     """For roundpipe: which of the models in --costs."""
     rule: Literal["round_robin", "ready"] = "round_robin"
     """For roundpipe: how stages are dealt, in turn or each to the worker that will be through with it first."""
-    at_once: int | None = None
+    at_once: Annotated[int | None, Within(0, 65536)] = None
     """For roundpipe: microbatches that go through a stage at once; unset: round in the file."""
-    workers: int | None = None
+    workers: Annotated[int | None, Within(1, 1024)] = None
     """For roundpipe: unset: gpus in the file."""
-    skip: float | None = None
+    skip: Annotated[float | None, Within(0, 1, below=True)] = None
     """Share of the stages that a path leaves out; unset: what path_length in the file says, or nothing."""
     swaps: bool = False
     """Let one pair of neighbouring stages change places on a path."""
     joint: bool = False
     """Search which node serves which stage too."""
-    stages: int | None = None
+    stages: Annotated[int | None, Within(1, 1024)] = None
     """Stages of equal size, where the file has none."""
-    microbatches: int | None = None
+    microbatches: Annotated[int | None, Within(1, 65536)] = None
     """Microbatches over all nodes of the first stage; unset: what the file says per node of the first stage."""
     contention: bool = False
     """A link carries one microbatch at a time, per direction."""
-    budget: float = 60.0
+    budget: Annotated[float, Within(0, WEEK_S, above=True, note=" (a week)")] = 60.0
     """Seconds of search; it ends sooner where the plan is proved to be the best."""
-    seed: int = 0
+    seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
     """Of the search."""
     replay: bool = False
     """Search for nothing: time the paths under published_paths in the file."""
@@ -76,7 +77,7 @@ class PlanConfig:
 
 def plan_command(config: PlanConfig) -> Result:
     """iteration_s, lower_bound_s, gap, stages and paths. Raises ConfigError or NetworkError."""
-    require(config.budget > 0, "budget", config.budget, "above 0")
+    check_bounds(config)
     if config.scheduler == "roundpipe":
         require(config.costs is not None, "costs", None, "a JSON file, under scheduler roundpipe")
         require(config.model is not None, "model", None, "the name of a model in costs, under scheduler roundpipe")

@@ -27,8 +27,10 @@ from launch.agent import RunFailed
 from launch.claim import Claim
 from launch.config import config_from_dict, to_toml
 from launch.devices import Devices, find_devices
+from launch.machine import check_machine
 from launch.nursery import Nursery
 from launch.progress import Display
+from launch.resume import kept
 from launch.run_folder import RunFolder
 from launch.signals import stop_signals
 from launch.story import Story
@@ -44,7 +46,7 @@ from pipeline.slots import Cut
 from pipeline.stateless import TRAIN, PoolClosed, StatelessWorker
 from pipeline.worker import Settings
 from recovery.dealing import ROOM
-from recovery.inject import Fault, Injector, parse
+from recovery.inject import Fault, Injector
 from recovery.pool import LEFT, NoWorkerLeft, Pool
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ def train_rounds(config: TrainConfig, as_json: bool) -> int:
     HostMemoryError where the state does not fit, RunFailed when the run cannot go on."""
     require("LOCAL_RANK" not in os.environ, "scheduler", config.scheduler, "one process that starts its own workers, "
             "not torchrun: the state is in the memory of one host")  # fmt: skip
+    check_machine(config, config.workers)
     devices = find_devices(config.device, config.workers)
     transformers.utils.logging.disable_progress_bar()
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
@@ -63,7 +66,7 @@ def train_rounds(config: TrainConfig, as_json: bool) -> int:
         claim = Claim(config.out)
         with Display(config.steps, quiet=as_json) as display:
             try:
-                plan = make_plan(config, display.preparing)
+                plan = make_plan(config, display.preparing, kept(config))
                 assert plan.rounds is not None
                 layout = make_layout(config, plan.model, plan.rounds.cut, config.workers)
                 store = HostStore.create(layout, store_path(config.out))
@@ -258,6 +261,6 @@ def make_worker(
         worker.tell(event={"step": fault.step, "fault": fault.kind, "at": fault.at})
 
     worker.probe = Injector(
-        parse(config.inject), id, id, claim, told, worker.poison, lambda: channel.socket.shutdown(socket.SHUT_RDWR)
+        config.faults(), id, id, claim, told, worker.poison, lambda: channel.socket.shutdown(socket.SHUT_RDWR)
     )
     return worker

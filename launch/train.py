@@ -20,8 +20,10 @@ from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.forecast import forecast
+from launch.machine import check_machine
 from launch.nursery import Nursery
 from launch.progress import Display
+from launch.resume import kept
 from launch.run_folder import RunFolder
 from launch.signals import interruptible
 from launch.slots import Slot, StoreHandle, find_slot, open_store
@@ -43,7 +45,7 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     """
     try:
         with interruptible():
-            return _train(config, as_json)
+            return _train(config.resolved(), as_json)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -60,6 +62,7 @@ def _train(config: TrainConfig, as_json: bool) -> int:
     if slot.attempt and (config.out / "checkpoints").is_dir():
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
     workers = slot.workers(config.workers)
+    check_machine(config, slot.workers_here(config.workers))
     devices = find_devices(config.device, slot.workers_here(config.workers))
     transformers.utils.logging.disable_progress_bar()
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
@@ -113,7 +116,7 @@ def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot
     claim = Claim(config.out)
     with Display(config.steps, quiet=as_json) as display:
         try:
-            plan = make_plan(config, display.preparing)
+            plan = make_plan(config, display.preparing, kept(config))
         except BaseException as error:
             keys.fail(store, f"{type(error).__name__}: {error}")
             claim.undo()
@@ -198,5 +201,12 @@ def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
         f"{model.config.model_type}, {count / 1e6:.1f}M parameters{adapters}, {model.num_layers} layers in spans "
         f"{spans}; {config.workers} workers, {parallel}, {config.scheduler}"
     )
+    samples = config.samples_per_step
+    display.say(
+        f"global batch: {samples:,} samples of {config.sequence_length:,} tokens, so "
+        f"{samples * config.sequence_length:,} tokens a step"
+    )
+    for line in plan.said:
+        display.say(line)
     if view.checkpoint:
         display.say(f"resuming at step {view.first_step} from {Path(view.checkpoint).name}")

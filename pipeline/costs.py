@@ -15,6 +15,11 @@ from pipeline.schedule import B, F, I, R, Schedule, Span
 PerSpan = float | Sequence[float] | Mapping[Span, float]
 """One number for every span; or one per layer, summed over a span's layers; or one by span."""
 
+MOST_S = 1e9
+"""Seconds that anything may take: more is a slip, and sums of it would not be finite."""
+_LIMITS = {"bandwidth": (1e-6, 1e18), "bytes": (0.0, 1e18), "speed": (1e-6, 1e6)}
+"""What is not in seconds: a word in its name -> the least and the most. A bandwidth may be inf: without a limit."""
+
 
 class CostError(ValueError):
     """Costs or a network that cannot be used: names the entry, its value and what is allowed."""
@@ -204,10 +209,13 @@ class Network:
         return (held + latency if self.exclusive else held), held + latency
 
 
-def _number(name: str, value: object, *, positive: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and (value > 0 or not positive)
-    if not good or (value == math.inf and "bandwidth" not in name):
-        raise CostError(f"{name} is {value!r}; allowed: a number {'above 0' if positive else 'of 0 or more'}")
+def _number(name: str, value: Any, *, positive: bool = False) -> None:
+    kind = next((kind for kind in _LIMITS if kind in name), "")
+    low, high = _LIMITS.get(kind, (0.0, MOST_S))
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    good = good and (low if positive else 0) <= value <= high
+    if not good and not (value == math.inf and kind == "bandwidth"):
+        raise CostError(f"{name} is {value!r:.40}; allowed: a number of {low if positive else 0:g} to {high:g}")
 
 
 def _text(key: object) -> str:
@@ -216,14 +224,19 @@ def _text(key: object) -> str:
 
 def _span(name: str, key: str) -> Span:
     lo, _, hi = key.partition(":")
-    if not (lo.isdecimal() and hi.isdecimal() and int(lo) < int(hi)):
-        raise CostError(f"{name} has the entry {key!r}; allowed: spans, as '0:2'")
+    if not (_short(lo) and _short(hi) and int(lo) < int(hi)):
+        raise CostError(f"{name} has the entry {key!r:.40}; allowed: spans, as '0:2'")
     return int(lo), int(hi)
 
 
 def _by_worker(value: Any) -> dict[int, Any]:
     if isinstance(value, list):
         return dict(enumerate(value))
-    if not isinstance(value, dict) or not all(worker.isdecimal() for worker in value):
+    if not isinstance(value, dict) or not all(map(_short, value)):
         raise CostError(f"speed is {value!r:.80}; allowed: a list, or an object by worker")
     return {int(worker): speed for worker, speed in value.items()}
+
+
+def _short(text: str) -> bool:
+    """Whether a text is the number of a layer or of a worker."""
+    return text.isdecimal() and len(text) < 10

@@ -120,8 +120,9 @@ class LayeredModel:
                 model = AutoModelForCausalLM.from_config(
                     self.config, dtype=torch.float32, attn_implementation=attention or allowed[0]
                 )
-        except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-            raise ModelError(f"transformers cannot build this {config.model_type} config: {error}") from error
+        except Exception as error:  # what a model is built of raises errors of many unrelated classes
+            told = f"{type(error).__name__}: {error}"
+            raise ModelError(f"transformers cannot build this {config.model_type} config: {told}") from error
         self._skeleton = cast(PreTrainedModel, model)
         self.hidden_size: int = self.config.hidden_size
         self.num_layers: int = self.config.num_hidden_layers + 2

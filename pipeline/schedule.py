@@ -277,6 +277,8 @@ def loads(text: str) -> Schedule:
     routes: list[Route] = []
     lanes: dict[int, tuple[Op, ...]] = {}
     for line in lines[1:]:
+        if large := re.search(r"\d{7,}", line):  # else one line of text fills the memory
+            raise ScheduleError(f"{line:.80}: the number {large[0]:.20}; expected numbers below 1000000")
         if route := re.fullmatch(r"route (\d+)-(\d+): ([^|]*)\|([^|]*)", line):
             first, last = int(route[1]), int(route[2])
             if first != len(routes) or last < first:

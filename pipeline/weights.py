@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pipeline.model_config import SizeError, check_fields, check_together
+from pipeline.reading import FileError, read_json, read_toml
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,13 +107,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     """The config in a directory's config.json, or in a JSON or TOML file with the same fields. Raises ModelError."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise ModelError(f"{file}: no readable model config ({error.strerror})") from error
-    except ValueError as error:  # both parsers' errors, and undecodable bytes
-        form = "TOML" if file.suffix == ".toml" else "JSON"
-        raise ModelError(f"{file}: not a model config in {form}: {error}") from error
+        values = read_toml(file) if file.suffix == ".toml" else read_json(file)
+    except FileError as error:
+        raise ModelError(f"{file}: a model config that {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: a model config is a table of fields; found {type(values).__name__}")
     return _config(values, str(file))
@@ -122,9 +120,21 @@ def _config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"{where}: model_type is {kind!r}, which transformers does not know; e.g. 'llama' is one")
     try:
-        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(values)))
+        check_fields(values, CONFIG_MAPPING[kind].attribute_map)
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(values)))
+        check_together(config, values)
+        return config
+    except SizeError as error:
+        raise ModelError(f"{where}: {error}") from error
     except Exception as error:  # the checks of config classes raise errors of many unrelated classes
-        raise ModelError(f"{where}: transformers refuses these fields for {kind!r}: {error}") from error
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"{where}: transformers refuses these fields for {kind!r}: {told}") from error
+
+
+def has_weights(model: str) -> bool:
+    """Whether `model`, as `resolve` takes it, brings weights along: it is a directory or a GGUF file."""
+    path = Path(model)
+    return model not in PRESETS and (path.is_dir() or (path.suffix == ".gguf" and path.is_file()))
 
 
 def resolve(model: str | Path, cache: Path, *, vocab_size: int | None = None) -> Path | PreTrainedConfig:
@@ -202,7 +212,7 @@ class Weights:
 
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         pairs = [(str(name), index.parent / str(file)) for name, file in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: not an index of safetensors: {error!r}") from error
@@ -250,6 +260,8 @@ def convert_gguf(file: Path, cache: Path) -> Path:
         except OSError:
             if not target.is_dir():  # else another process was first, with the same contents
                 raise
+    except ModelError:
+        raise
     except Exception as error:  # transformers and gguf raise errors of many classes for a bad file
         raise ModelError(f"{file}: transformers cannot convert this GGUF file: {error}") from error
     finally:
@@ -260,6 +272,11 @@ def convert_gguf(file: Path, cache: Path) -> Path:
 def _convert(file: Path, directory: Path) -> None:
     from gguf import GGUFReader  # an extra: only those who read GGUF need it
 
+    needed, free = 4 * sum(int(t.n_elements) for t in GGUFReader(file).tensors), shutil.disk_usage(directory).free
+    if needed > free:
+        raise ModelError(
+            f"{file}: its weights in fp32 take {needed} bytes; {free} are free in {str(directory.parent)!r}"
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     tensors = {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}

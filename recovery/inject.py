@@ -2,13 +2,15 @@
 
     kill:worker=2,step=30,at=backward      slow:stage=1,step=10,factor=5      rate:p=0.002,stages=1-4,seed=7
 
-A fault names a worker by id, or a stage (0 is the first) and then hits its lowest worker at that time. It happens once,
-in the middle of what it names. A rate is drawn per step and stage from its seed alone, so that every strategy meets
-the same failures.
+A fault names a worker by id, or a stage (0 is the first) and then hits its lowest worker at that time; where workers
+hold nothing, and so there are no stages, stage=1 is worker 1. It happens once, in the middle of what it names. A rate
+is drawn per step and stage from its seed alone, so that every strategy meets the same failures. What can never happen,
+since the run has no such worker, stage or point, is refused before it starts.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -18,11 +20,16 @@ from dataclasses import dataclass, field
 
 from pipeline.rng import derive
 
-POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join", "order", "upload", "uploaded",
-          "committed")  # fmt: skip
-"""The last four are met by workers that hold nothing: a slot is there, its weights are being loaded, they are loaded,
-its gradient counts."""
+POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join")
+POOL_POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")
+"""What workers that hold nothing meet: a slot is there, its weights are being loaded, they are loaded, it is computed
+forward or back, its gradient is told, it counts."""
 KINDS = ("kill", "term", "stop", "exception", "slow", "nan", "cut")
+_DRAWN = {False: POINTS[:5], True: ("order", "forward", "backward", "commit", "committed")}
+"""Whether it is a pool -> the points that every worker meets in every step, from which a rate draws."""
+_ANY = (*POINTS, *(point for point in POOL_POINTS if point not in POINTS))
+_MOST = {"worker": 2 * 10**9, "stage": 1023, "step": 99_999_999, "seed": 2**63 - 1, "p": 1, "factor": 10_000}
+_LEAST = {"factor": 1}
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
@@ -55,6 +62,7 @@ class Rate:
     stages: tuple[int, ...] = ()
     seed: int = 0
     kind: str = "kill"
+    points: tuple[str, ...] = POINTS[:5]
 
     def draw(self, step: int, stage: int) -> Fault | None:
         """The fault of this stage in this step, if there is one."""
@@ -62,65 +70,100 @@ class Rate:
             return None
         if derive(self.seed, "fault", step, stage) / 2**63 >= self.p:
             return None
-        at = POINTS[derive(self.seed, "point", step, stage) % 5]
+        at = self.points[derive(self.seed, "point", step, stage) % len(self.points)]
         return Fault(self.kind, step, at, stage=stage, name=f"rate/{self.seed}/{stage}")
 
 
-def parse(text: str) -> tuple[Fault | Rate, ...]:
-    """The faults of a text, separated by semicolons. Raises InjectionError."""
-    return tuple(_parse(part.strip(), f"{i}") for i, part in enumerate(text.split(";")) if part.strip())
+@dataclass(frozen=True)
+class Ground:
+    """Where faults are to happen: workers have ids below `ids`; `stages` is None where that is not known yet. `pool`:
+    workers hold nothing."""
+
+    ids: int
+    stages: int | None
+    pool: bool = False
 
 
-def _parse(text: str, name: str) -> Fault | Rate:
+def parse(text: str, ground: Ground | None = None) -> tuple[Fault | Rate, ...]:
+    """The faults of a text, separated by semicolons. Raises InjectionError for what cannot be read, and for what never
+    happens on `ground`, if that is given."""
+    return tuple(_parse(part.strip(), f"{i}", ground) for i, part in enumerate(text.split(";")) if part.strip())
+
+
+def _parse(text: str, name: str, ground: Ground | None) -> Fault | Rate:
     kind, _, rest = text.partition(":")
     values: dict[str, str] = {}
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
-        if not equals:
-            raise InjectionError(f"inject {text!r}: {pair!r}; allowed: name=value")
+        if not equals or key.strip() in values:
+            raise _refusal(text, f"{pair!r}; allowed: name=value, once for each name")
         values[key.strip()] = value.strip()
     allowed = ("p", "stages", "seed", "kind") if kind == "rate" else ("worker", "stage", "step", "at", "factor")
     if kind not in (*KINDS, "rate"):
-        raise InjectionError(f"inject {text!r}: {kind!r} is no fault; allowed: {', '.join(KINDS)}, rate")
+        raise _refusal(text, f"{kind!r} is no fault; allowed: {', '.join(KINDS)}, rate")
     if unknown := set(values) - set(allowed):
-        raise InjectionError(f"inject {text!r}: {', '.join(sorted(unknown))}; allowed for {kind}: {', '.join(allowed)}")
+        raise _refusal(text, f"{', '.join(sorted(unknown))}; allowed for {kind}: {', '.join(allowed)}")
+    pool = ground is not None and ground.pool
     if kind == "rate":
-        p = _number(text, values, "p", float)
-        if not 0 <= p <= 1:
-            raise InjectionError(f"inject {text!r}: p is {p}; allowed: 0 to 1")
         what = values.get("kind", "kill")
         if what not in KINDS:
-            raise InjectionError(f"inject {text!r}: kind is {what!r}; allowed: {', '.join(KINDS)}")
-        return Rate(p, _stages(text, values.get("stages", "")), _number(text, values, "seed", int, "0"), what)
+            raise _refusal(text, f"kind is {what!r}; allowed: {', '.join(KINDS)}")
+        p, seed = _number(text, values, "p", float), _number(text, values, "seed", int, "0")
+        return Rate(p, _stages(text, values.get("stages", ""), ground), seed, what, _DRAWN[pool])
     if ("worker" in values) == ("stage" in values):
-        raise InjectionError(f"inject {text!r}: allowed: one of worker=ID and stage=NUMBER")
+        raise _refusal(text, "allowed: one of worker=ID and stage=NUMBER")
     at = values.get("at", "forward" if kind == "slow" else "backward")
-    if at not in POINTS:
-        raise InjectionError(f"inject {text!r}: at is {at!r}; allowed: {', '.join(POINTS)}")
-    factor = _number(text, values, "factor", float, "5")
+    points = _ANY if ground is None else POOL_POINTS if pool else POINTS
+    if at not in points:
+        where = "" if at not in _ANY else f" {'with' if pool else 'without'} scheduler roundpipe"
+        raise _refusal(text, f"at is {at!r}; allowed{where}: {', '.join(points)}")
     who = {key: _number(text, values, key, int) for key in ("worker", "stage") if key in values}
+    if ground is not None and "worker" in who and who["worker"] >= ground.ids:
+        raise _refusal(
+            text,
+            f"worker is {who['worker']}; allowed: 0 to {ground.ids - 1}, the workers and those that "
+            "may take their places",
+        )
+    _require_stages(text, [who["stage"]] if "stage" in who else [], ground)
+    factor = _number(text, values, "factor", float, "5")
     return Fault(kind, _number(text, values, "step", int), at, factor=factor, name=name, **who)
 
 
+def _refusal(text: str, said: str) -> InjectionError:
+    return InjectionError(f"inject {text!r:.120}: {said}")
+
+
 def _number(text: str, values: dict[str, str], name: str, kind: Callable[[str], float], default: str = "") -> int:
-    value = values.get(name, default)
+    value, least, most = values.get(name, default), _LEAST.get(name, 0), _MOST[name]
     try:
         number = kind(value)
     except ValueError:
-        number = -1
-    if number < 0:
+        number = math.nan
+    if not least <= number <= most:
         found = f"is {value!r}" if value else "is missing"
-        raise InjectionError(f"inject {text!r}: {name} {found}; allowed: a number of 0 or more")
+        what = "a whole number" if kind is int else "a number"
+        raise _refusal(text, f"{name} {found:.40}; allowed: {what} of {least} to {most}")
     return number  # type: ignore[return-value]
 
 
-def _stages(text: str, value: str) -> tuple[int, ...]:
+def _stages(text: str, value: str, ground: Ground | None) -> tuple[int, ...]:
     if not value:
         return ()
-    if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", value)):
-        raise InjectionError(f"inject {text!r}: stages is {value!r}; allowed: a number or a range, as 1-4")
-    first, last = int(match[1]), int(match[2] or match[1])
+    match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", value)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if first > last:
+        raise _refusal(text, f"stages is {value!r}; allowed: a number or a range, as 1-4")
+    _require_stages(text, (first, last), ground)
     return tuple(range(first, last + 1))
+
+
+def _require_stages(text: str, stages: Iterable[int], ground: Ground | None) -> None:
+    """Raise InjectionError for a stage that is not there; without stages a number is that of a worker."""
+    if ground is None or (most := ground.ids if ground.pool else ground.stages) is None:
+        return
+    for stage in stages:
+        if stage >= most:
+            raise _refusal(text, f"stage is {stage}; allowed: 0 to {most - 1}")
 
 
 @dataclass

@@ -8,11 +8,11 @@ from schedulers.head_with_embedding import head_with_embedding
 from schedulers.interleaved import interleaved
 from schedulers.one_f_one_b import one_f_one_b
 from schedulers.partition import PartitionError, partition
-from schedulers.plan import PLANNERS, SCHEDULERS, build, num_spans, plan
+from schedulers.plan import ENGINES, PLANNERS, SCHEDULERS, build, num_spans, plan
 from schedulers.swapped import swapped
 from schedulers.zero_bubble import zero_bubble
 
 __all__ = [
-    "PLANNERS", "SCHEDULERS", "PartitionError", "balanced", "build", "evaluation", "gpipe", "greedy",
+    "ENGINES", "PLANNERS", "SCHEDULERS", "PartitionError", "balanced", "build", "evaluation", "gpipe", "greedy",
     "head_with_embedding", "interleaved", "num_spans", "one_f_one_b", "partition", "plan", "swapped", "zero_bubble",
 ]  # fmt: skip

@@ -21,7 +21,10 @@ SCHEDULERS = {"gpipe": gpipe, "one_f_one_b": one_f_one_b, "interleaved": interle
 """Name -> (spans, microbatches, replicas, ...) -> Schedule: orders of work on a given cut."""
 
 PLANNERS = (*SCHEDULERS, "balanced")
-"""What --scheduler accepts: the orders above, and those that choose their own cut."""
+"""The orders above, and those that choose their own cut."""
+
+ENGINES = (*PLANNERS, "skippipe", "roundpipe")
+"""What `train --scheduler` accepts: the planners, routes through a network, and a pool of workers that hold nothing."""
 
 
 Ends = Literal["in-line", "home", "apart"]

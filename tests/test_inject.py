@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recovery.inject import POINTS, Fault, InjectedFault, InjectionError, Injector, Rate, parse
+from recovery.inject import POINTS, POOL_POINTS, Fault, Ground, InjectedFault, InjectionError, Injector, Rate, parse
 
 
 def test_texts_are_read_whole() -> None:
@@ -21,21 +21,64 @@ def test_texts_are_read_whole() -> None:
     ("text", "said"),
     [
         ("burn:worker=1,step=2", r"'burn' is no fault; allowed: kill, term, stop, exception, slow, nan, cut, rate"),
-        ("kill:worker=1", r"step is missing; allowed: a number of 0 or more"),
-        ("kill:worker=x,step=1", r"worker is 'x'; allowed: a number of 0 or more"),
+        ("kill:worker=1", r"step is missing; allowed: a whole number of 0 to 99999999"),
+        ("kill:worker=x,step=1", r"worker is 'x'; allowed: a whole number of 0 to"),
         ("kill:step=1", r"allowed: one of worker=ID and stage=NUMBER"),
         ("kill:worker=1,stage=1,step=1", r"allowed: one of worker=ID and stage=NUMBER"),
         ("kill:worker=1,step=1,at=lunch", r"at is 'lunch'; allowed: forward, backward"),
         ("kill:worker=1,step=1,when=now", r"when; allowed for kill: worker, stage, step, at, factor"),
-        ("kill:worker", r"'worker'; allowed: name=value"),
-        ("rate:p=2", r"p is 2.0; allowed: 0 to 1"),
+        ("kill:worker", r"'worker'; allowed: name=value, once"),
+        ("rate:p=2", r"p is '2'; allowed: a number of 0 to 1"),
         ("rate:p=0.1,stages=a-b", r"stages is 'a-b'; allowed: a number or a range"),
         ("rate:p=0.1,kind=tickle", r"kind is 'tickle'; allowed: kill"),
+        ("rate:p=nan", r"p is 'nan'; allowed: a number of 0 to 1"),
+        ("rate:p=-0.1", r"p is '-0.1'; allowed: a number of 0 to 1"),
+        ("rate:p=0.1,stages=4-1", r"stages is '4-1'; allowed: a number or a range"),
+        ("rate:p=0.1,stages=0-99999999999", r"stages is '0-99999999999'; allowed: a number or a range"),
+        ("rate:p=0.1,seed=1e9", r"seed is '1e9'; allowed: a whole number"),
+        ("slow:worker=1,step=1,factor=nan", r"factor is 'nan'; allowed: a number of 1 to 10000"),
+        ("slow:worker=1,step=1,factor=inf", r"factor is 'inf'; allowed: a number of 1 to 10000"),
+        ("slow:worker=1,step=1,factor=0.5", r"factor is '0.5'; allowed: a number of 1 to 10000"),
+        ("kill:worker=1,step=-1", r"step is '-1'; allowed: a whole number of 0 to 99999999"),
+        (f"kill:worker=1,step={10**30}", r"step is '1000000000000000000000000000000'; allowed: a whole number"),
+        ("kill:worker=1,worker=2,step=1", r"'worker=2'; allowed: name=value, once for each name"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(text: str, said: str) -> None:
     with pytest.raises(InjectionError, match=said):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "ground", "said"),
+    [
+        ("kill:worker=104,step=1", Ground(104, 4), r"worker is 104; allowed: 0 to 103, the workers and those that may"),
+        ("kill:stage=4,step=1", Ground(104, 4), r"stage is 4; allowed: 0 to 3"),
+        ("rate:p=0.1,stages=2-4", Ground(104, 4), r"stage is 4; allowed: 0 to 3"),
+        (
+            "kill:worker=1,step=1,at=upload",
+            Ground(104, 4),
+            r"at is 'upload'; allowed without scheduler roundpipe: forw",
+        ),
+        (
+            "kill:worker=1,step=1,at=join",
+            Ground(104, None, True),
+            r"at is 'join'; allowed with scheduler roundpipe: ord",
+        ),
+        ("kill:stage=104,step=1", Ground(104, None, True), r"stage is 104; allowed: 0 to 103"),
+    ],
+)
+def test_what_can_never_happen_is_refused_by_name(text: str, ground: Ground, said: str) -> None:
+    parse(text)
+    with pytest.raises(InjectionError, match=said):
+        parse(text, ground)
+
+
+def test_a_rate_strikes_a_pool_where_every_worker_comes_by() -> None:
+    (rate,) = parse("rate:p=1", Ground(4, None, True))
+    assert isinstance(rate, Rate)
+    drawn = {fault.at for step in range(200) if (fault := rate.draw(step, 1))}
+    assert drawn == {"order", "forward", "backward", "commit", "committed"} < set(POOL_POINTS)
 
 
 def test_a_rate_is_drawn_from_its_seed_alone_and_as_often_as_it_says() -> None:

@@ -202,7 +202,7 @@ def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(nursery: Nursery, tmp_p
     ("changes", "said"),
     [
         ({"scheduler": "one_f_one_b", "at_once": 0}, "lora_rank is 4; allowed: 0 unless scheduler is roundpipe"),
-        ({"lora_rank": -1}, "lora_rank is -1; allowed: 0 or more"),
+        ({"lora_rank": -1}, "lora_rank is -1; allowed: 0 to 65536"),
         ({"lora_alpha": 0.0}, r"lora_alpha is 0\.0; allowed: above 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf; allowed: above 0"),
         ({"lora_targets": ""}, "lora_targets is ''; allowed: all-linear, or names separated by commas"),

@@ -115,7 +115,7 @@ def test_injected_faults_hit_the_first_holder_of_a_stage(tmp_path: Path) -> None
         ({"microbatches": 1}, {}, "microbatches: 1; allowed: 2 or more"),
         ({"skip": 0.75, "microbatches": 2}, {}, "enough for every worker to be visited"),
         ({}, {"hop_s": [[0, 1], [1]]}, "allowed: 2"),
-        ({}, {"hop_s": [[0, -1], [1, 0]]}, "allowed: a number of 0 or more"),
+        ({}, {"hop_s": [[0, -1], [1, 0]]}, "allowed: a number of 0 to 1e"),
         ({}, {"memory_slots": 0}, "memory_slots"),
         ({}, {"stages": [[0, 1], [2, 9]]}, "stages names nodes"),
         ({}, {"stages": [[k] for k in range(6)] + [[]]}, "one or more nodes in each"),

@@ -896,7 +896,7 @@ def test_a_held_out_loss_that_is_no_number_is_called_that(
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_with_its_step(launcher: Launcher) -> None:
-    run = launcher.run(lr=1e30, clip=0.0, evaluate_every=0)
+    run = launcher.run(lr=100, weight_decay=100, clip=0.0, warmup=0, evaluate_every=0)
     assert run.code == 1
     assert "is nan at step" in run.stderr or "is inf at step" in run.stderr
     assert "the step was not taken" in run.stderr

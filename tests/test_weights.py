@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pipeline import weights
 from pipeline.model import LayeredModel
@@ -85,12 +85,16 @@ def test_configs_are_read_from_json_and_toml(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.json", "{", "not a model config in JSON"),
+        ("config.json", "{", "a model config that is no JSON"),
         ("config.json", "[1]", "found list"),
         ("config.json", "{}", r"model_type is 'None'"),
         ("config.json", '{"model_type": "perceptron"}', "'perceptron', which transformers does not know"),
-        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}', r"refuses these fields.*hidden_size"),
-        ("shape.toml", "a = = 1", "not a model config in TOML"),
+        (
+            "config.json",
+            '{"model_type": "llama", "hidden_size": "wide"}',
+            r"hidden_size is 'wide'; allowed: a whole number of 1 to 1048576",
+        ),
+        ("shape.toml", "a = = 1", "a model config that is no TOML"),
     ],
 )
 def test_bad_configs_are_refused(tmp_path: Path, name: str, text: str, message: str):
@@ -99,9 +103,63 @@ def test_bad_configs_are_refused(tmp_path: Path, name: str, text: str, message: 
         read_config(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        *[
+            ("llama-tiny", {name: value}, rf"{name} is {value}; allowed: a whole number of 1 to \d+$")
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                         "intermediate_size", "vocab_size", "max_position_embeddings", "head_dim")
+            for value in (0, -4, 10**30)
+        ],
+        *[("gpt2-tiny", {name: 0}, rf"{name} is 0; allowed: a whole number") for name in ("n_embd", "n_layer", "n_head",
+                                                                                         "n_positions", "n_inner")],
+        ("llama-tiny", {"hidden_size": 64.0}, r"hidden_size is 64.0; allowed: a whole number"),
+        ("llama-tiny", {"hidden_size": True}, r"hidden_size is True; allowed: a whole number"),
+        ("llama-tiny", {"vocab_size": "256"}, r"vocab_size is '256'; allowed: a whole number"),
+        ("llama-tiny", {"num_key_value_heads": 3}, r"num_key_value_heads is 3; allowed: a divisor of num_attention_he"),
+        ("gpt2-tiny", {"n_embd": 65}, r"n_embd is 65; allowed: a multiple of n_head \(4\)"),
+        ("qwen3-tiny", {"head_dim": None, "hidden_size": 66}, r"hidden_size|head_dim"),
+        ("qwen3-tiny", {"head_dim": 15}, r"head_dim is 15; allowed: an even number|odd|even"),
+        ("llama-tiny", {"rms_norm_eps": 0}, r"rms_norm_eps is 0; allowed: a number above 0, up to 1"),
+        ("llama-tiny", {"attention_dropout": 1.0}, r"attention_dropout is 1.0; allowed: a number of 0 or more and bel"),
+        ("llama-tiny", {"initializer_range": -1}, r"initializer_range is -1; allowed: a number of 0 to 100"),
+        ("llama-tiny", {"pad_token_id": 256}, r"pad_token_id is 256; allowed: below vocab_size \(256\)"),
+        ("llama-tiny", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, r"rope_parameters.rope_theta"),
+    ],
+    ids=lambda value: " ".join(f"{n} {v}" for n, v in value.items())[:40] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_sizes_that_no_model_has_are_refused_by_field_and_file(
+    tmp_path: Path, base: str, changes: dict[str, Any], message: str
+):
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps({**PRESETS[base], **changes}))
+    with pytest.raises(ModelError, match=rf"^{path}: (transformers refuses .*)?({message})"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["hidden_size", "rms_norm_eps", "initializer_range"])
+def test_what_is_no_number_in_a_config_is_refused_by_field_and_file(tmp_path: Path, name: str, value: str):
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps({**PRESETS["llama-tiny"], name: "?"}).replace('"?"', value))
+    with pytest.raises(ModelError, match=rf"{path}: a model config that holds (nan|inf) at {name}; allowed: finite"):
+        read_config(path)
+    toml = tmp_path / "shape.toml"
+    lines = [f"{k} = {json.dumps(v)}" for k, v in PRESETS["llama-2m"].items() if v is not None and k != name]
+    toml.write_text("\n".join([*lines, f"{name} = nan"]))
+    with pytest.raises(ModelError, match=rf"{toml}: {name} is nan; allowed: a finite number"):
+        read_config(toml)
+
+
+def test_the_configs_that_transformers_has_are_allowed():
+    for name in ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma", "gemma2", "gemma3_text"):
+        weights._config(CONFIG_MAPPING[name]().to_dict(), name)
+
+
 def test_a_binary_config_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ModelError, match="not a model config"):
+    with pytest.raises(ModelError, match="a model config that cannot be read"):
         read_config(tmp_path)
 
 
@@ -139,7 +197,7 @@ def test_directories_that_are_not_whole_are_refused(tmp_path: Path):
 
     no_config = broken("no config")
     (no_config / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"config\.json: no readable model config"):
+    with pytest.raises(ModelError, match=r"config\.json: a model config that cannot be read"):
         resolve(no_config, tmp_path)
 
     no_shard = broken("no shard")
@@ -318,6 +376,20 @@ def test_a_bad_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, monkeypat
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"needs gguf and accelerate; pip install 'unbroken\[gguf\]'"):
         resolve(tmp_path / "bad.gguf", tmp_path / "cache")
+
+
+def test_a_gguf_file_that_has_no_room_as_fp32_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("accelerate")
+    model = LayeredModel(preset("llama-tiny"))
+    write_gguf(tmp_path / "tiny.gguf", model)
+    needed = 4 * sum(map(model.parameter_count, range(model.num_layers)))
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: real._replace(free=needed - 1))
+    with pytest.raises(ModelError, match=rf"tiny.gguf: its weights in fp32 take {needed} bytes; {needed - 1} are free"):
+        resolve(tmp_path / "tiny.gguf", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: real._replace(free=needed))
+    assert isinstance(resolve(tmp_path / "tiny.gguf", tmp_path / "cache"), Path)
 
 
 def test_a_tokenizer_goes_with_the_model(tmp_path: Path):

@@ -13,9 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.costs import MOST_S
+
 Path = tuple[int, ...]
 """The nodes of one microbatch in the order of its forward; the first is its home."""
 
+MOST_MICROBATCHES = 65536
 _GAP = 0.16  # of a forward: with it the four published iterations of the reference come out within 1 %
 
 
@@ -59,6 +62,8 @@ class Problem:
             raise NetworkError(f"stages names nodes {nodes}; allowed: each of 0 to {size - 1} at most once")
         if not 1 <= self.path_length <= len(self.stages):
             raise NetworkError(f"path_length is {self.path_length}; allowed: 1 to {len(self.stages)}, the stages")
+        if self.num_microbatches > MOST_MICROBATCHES:
+            raise NetworkError(f"microbatches: {self.num_microbatches}; allowed: at most {MOST_MICROBATCHES}")
         if self.num_microbatches < len(self.stages[0]):
             raise NetworkError(
                 f"microbatches: {self.num_microbatches}; allowed: {len(self.stages[0])} or more, one per node of the "
@@ -188,7 +193,8 @@ def from_json(
     size = len(hops)
     if "stages" in values:
         cut = values["stages"]
-        if not isinstance(cut, list) or not all(isinstance(s, list) and all(_whole(n) for n in s) for s in cut):
+        lists = isinstance(cut, list) and cut and all(isinstance(stage, list) for stage in cut)
+        if not lists or not all(_whole(n) for stage in cut for n in stage):
             raise NetworkError(f"stages is {cut!r:.80}; allowed: a list of lists of nodes")
         cut = tuple(tuple(stage) for stage in cut)
         if stages is not None and stages != len(cut):
@@ -202,13 +208,13 @@ def from_json(
     slots = [slots] * size if _whole(slots) else slots
     if not isinstance(slots, list) or not all(_whole(k) for k in slots):
         raise NetworkError(f"memory_slots is {slots!r:.80}; allowed: a whole number, or one per node")
-    if not isinstance(speed, list) or not all(_number(v) and v > 0 for v in speed):
-        raise NetworkError(f"speed is {speed!r:.80}; allowed: a list of numbers above 0, one per node")
+    if not isinstance(speed, list) or not all(_number(v) and 1e-6 <= v <= 1e6 for v in speed):
+        raise NetworkError(f"speed is {speed!r:.80}; allowed: a list of numbers of 1e-06 to 1e+06, one per node")
     per_home = values.get("microbatches_per_first_stage_node", 1)
     length = values.get("path_length", len(cut)) if skip is None else length_for(skip, len(cut))
     for name, value in (("microbatches_per_first_stage_node", per_home), ("path_length", length)):
-        if not _whole(value):
-            raise NetworkError(f"{name} is {value!r}; allowed: a whole number")
+        if not _whole(value) or not 0 <= value <= MOST_MICROBATCHES:
+            raise NetworkError(f"{name} is {value!r:.40}; allowed: a whole number of 0 to {MOST_MICROBATCHES}")
     return Problem(
         hops, cut, length, per_home * len(cut[0]) if microbatches is None else microbatches,
         forward, _seconds(values, "backward_s", 1.5 * forward),
@@ -236,13 +242,13 @@ def _whole(value: object) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_S
 
 
 def _seconds(values: Mapping[str, Any], name: str, default: float) -> float:
     value = values.get(name, default)
-    if not _number(value) or value < 0:
-        raise NetworkError(f"{name} is {value!r}; allowed: seconds, 0 or more")
+    if not _number(value):
+        raise NetworkError(f"{name} is {value!r:.40}; allowed: seconds, 0 to {MOST_S:g}")
     return float(value)
 
 
@@ -256,6 +262,6 @@ def _matrix(rows: Any) -> list[list[float]]:
                 f"hop_s[{a}] has {len(row)} entries: pairs are missing; allowed: {len(rows)}, one per node"
             )
         for b, value in enumerate(row):
-            if a != b and (not _number(value) or value < 0):
-                raise NetworkError(f"hop_s[{a}][{b}] is {value!r}; allowed: seconds, 0 or more, for every pair")
+            if a != b and not _number(value):
+                raise NetworkError(f"hop_s[{a}][{b}] is {value!r:.40}; allowed for every pair: 0 to {MOST_S:g} seconds")
     return [[0.0 if a == b else float(v) for b, v in enumerate(row)] for a, row in enumerate(rows)]

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from pipeline.costs import CostError, Costs, Network
+from pipeline.costs import MOST_S, CostError, Costs, Network
 from pipeline.schedule import Span
 from pipeline.slots import Cut
+
+_MOST_COUNT = 65536
+"""Of layers, workers or microbatches."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,12 @@ def from_json(values: Any, model: str) -> tuple[Problem, Cut | None]:
     entry = models[model]
 
     def number(where: Mapping[str, Any], name: str, kind: type = float, default: float | None = None) -> Any:
-        value = where.get(name, default) if isinstance(where, Mapping) else None
+        value: Any = where.get(name, default) if isinstance(where, Mapping) else None
         what = "a whole number" if kind is int else "a number"
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise CostError(f"{name} of {model!r} is {value!r}; allowed: {what} of 0 or more")
-        if kind(value) != value:
-            raise CostError(f"{name} of {model!r} is {value!r}; allowed: {what} of 0 or more")
+        most = _MOST_COUNT if kind is int else MOST_S
+        bad = not isinstance(value, int | float) or isinstance(value, bool)
+        if bad or not 0 <= value <= most or kind(value) != value:
+            raise CostError(f"{name} of {model!r} is {value!r:.40}; allowed: {what} of 0 to {most:g}")
         return kind(value)
 
     blocks = number(entry, "layers", int)

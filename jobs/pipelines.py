@@ -1,0 +1,107 @@
+"""The schedules of a training job whose workers hold their stage: what layers cost, how they are cut, who does what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from jobs.config import ConfigError, TrainConfig
+from jobs.routes import Routes
+from pipeline.lower import add_redundant, lower
+from pipeline.model import LayeredModel
+from pipeline.schedule import Schedule, Span
+from pipeline.transport import span_bytes
+from pipeline.verify import verify
+from recovery import redundant
+from recovery.membership import View
+from recovery.reroute import Planner
+from schedulers import num_spans, plan
+from schedulers.plan import Ends
+
+_SMALL_OPS = 1.2  # what norms, activations and rotations add to a block (measured at dim 384: a fifth)
+
+
+def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
+    """Floating point operations per token of each layer's forward, counting products only (2 per weight, and
+    attention's 4 * sequence * hidden / 2 under a causal mask). The embedding is a look-up: next to nothing."""
+    hidden, vocabulary = model.hidden_size, int(model.config.vocab_size)
+    blocks = [
+        _SMALL_OPS * (2.0 * model.parameter_count(layer) + 2.0 * sequence_length * hidden)
+        for layer in range(1, model.num_layers - 1)
+    ]
+    return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
+
+
+def schedules(
+    config: TrainConfig, model: LayeredModel, evaluated: int
+) -> tuple[Mapping[str, Schedule], Planner | None]:
+    """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples; and what gives
+    those for the workers that are left, where microbatches may take other routes.
+
+    Raises ConfigError where the model has fewer layers than the settings ask for spans.
+    """
+    costs = layer_costs(model, config.sequence_length)
+    if config.scheduler == "skippipe":
+        routes = find_routes(config, model, evaluated)
+        return routes.schedules, routes.around
+    require_layers(config, model.num_layers)
+    ends = where_ends_go(config)
+    made: dict[str, Schedule] = {}
+    for purpose, count in (("train", None), ("evaluate", -(-evaluated // config.microbatch_size))):
+        schedule = plan(
+            config.scheduler, costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks,
+            evaluated=count, ends=ends, swap=config.recovery == "checkfree+",
+        )  # fmt: skip
+        if config.recovery == "redundant" and count is None:
+            schedule = add_redundant(schedule, shadows(config, schedule))
+        made[purpose] = lower(schedule)
+        verify(made[purpose])
+    return made, None
+
+
+def find_routes(config: TrainConfig, model: LayeredModel, evaluated: int) -> Routes:
+    """The routes through a slow network, not searched yet. Raises ConfigError where settings, network and model do not
+    fit together."""
+    size = span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32)
+    return Routes(config, layer_costs(model, config.sequence_length), evaluated, size)
+
+
+def require_layers(config: TrainConfig, layers: int) -> None:
+    """Raise ConfigError where a model has fewer layers than the settings ask for spans."""
+    asked = num_spans(config.scheduler, config.stages, config.chunks) + (where_ends_go(config) != "in-line")
+    if asked > layers:
+        by = f" x chunks {config.chunks}" if config.scheduler == "interleaved" else ""
+        raise ConfigError(
+            f"workers {config.workers} / replicas {config.replicas}{by} asks for {asked} spans; "
+            f"allowed: at most {layers}, the layers of the model"
+        )
+
+
+def where_ends_go(config: TrainConfig) -> Ends:
+    """Where the embedding and the head are placed: apart from the blocks where stages are to be alike (CheckFree)."""
+    alike = config.recovery == "checkfree+" or (config.recovery == "checkfree" and config.stages > 3)
+    if config.ends == "auto":
+        return "apart" if alike and config.scheduler == "one_f_one_b" else "in-line"
+    return config.ends
+
+
+def shadows(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], ...]:
+    """Copies that are kept for recovery alone, as (span, worker): under checkfree+ both ends on the second worker,
+    under redundant each stage on the one before it."""
+    holders, found = schedule.holders, list[tuple[Span, int]]()
+    for base in range(0, config.workers, config.stages):
+        if config.recovery == "checkfree+":
+            found += [(span, base + 1) for span in (min(holders), max(holders))]
+        elif config.recovery == "redundant":
+            stages = [[s for s, workers in holders.items() if base + k in workers] for k in range(config.stages)]
+            found += [(span, base + worker) for span, worker in redundant.copies(stages)]
+    return tuple(found)
+
+
+def stage_at(config: TrainConfig, view: View, place: int) -> int | None:
+    """The stage of the first replica in a place, in the first view of the run; None for the others."""
+    if config.scheduler == "skippipe":
+        holders = view.schedule("train").holders
+        return next((i for i, span in enumerate(holders) if holders[span][0] == place and span != max(holders)), None)
+    return place if place < config.stages else None

@@ -1,0 +1,77 @@
+"""What a run will write to its folder, known before it writes anything."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.config import ConfigError, TrainConfig
+from pipeline.model import LayeredModel
+
+_FP32, _HEADER = 4, 8192  # bytes of a number, and at most of what a file says of a layer's tensors
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes: of one checkpoint, of the exported model, and of the tokens at most (None: as many as the text has).
+    `checkpoints` come to lie beside each other, the one that is being written and takes the place of another included.
+    """
+
+    checkpoint: int
+    checkpoints: int
+    model: int
+    tokens: int | None
+
+    @property
+    def total(self) -> int:
+        return self.checkpoints * self.checkpoint + self.model + (self.tokens or 0)
+
+    def __str__(self) -> str:
+        parts = [f"the model {in_words(self.model)}"]
+        if self.checkpoints:
+            several = "s" if self.checkpoints > 1 else ""
+            parts = [f"{self.checkpoints} checkpoint{several} of {in_words(self.checkpoint)}", *parts]
+        if self.tokens != 0:
+            parts += ["the tokens of the text" if self.tokens is None else f"tokens up to {in_words(self.tokens)}"]
+        return f"{in_words(self.total)}: {', '.join(parts)}"
+
+
+def space_needed(config: TrainConfig, model: LayeredModel, first_step: int = 0, there: int = 0) -> Space:
+    """What a run writes from `first_step` on, beside the `there` checkpoints that it has written before."""
+    layers = range(model.num_layers)
+    numbers = sum(map(model.parameter_count, layers))
+    trained = sum(map(model.trained_count, layers))
+    copies = 3 if config.optimizer_async else 2  # both moments, and the weights that are one step behind
+    every, left = config.checkpoint_every, config.steps - first_step
+    last = config.steps - 1
+    coming = int(left > 0) + (last // every - first_step // every if every and left > 0 else 0)
+    at_most = min(config.keep + 1, there + coming)
+    new = max(at_most - there, min(coming, 1))
+    width = 2 if int(model.config.vocab_size) <= 2**16 else 4
+    tokens = width * config.max_tokens if config.max_tokens else None
+    return Space(
+        _FP32 * (numbers + copies * trained) + _HEADER * model.num_layers,
+        new,
+        _FP32 * (numbers + (trained if model.lora else 0)),
+        tokens if first_step == 0 else 0,
+    )
+
+
+def check_space(out: Path, space: Space) -> str:
+    """What is needed of what is free, in one line. Raises ConfigError where it does not fit."""
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())).free
+    if space.total > free:
+        raise ConfigError(
+            f"out is {str(out)!r}, where {in_words(free)} are free, and the run needs {space}; allowed: a folder with "
+            "more room, or fewer checkpoints (keep, checkpoint_every)"
+        )
+    return f"space: {space}; {in_words(free)} are free"
+
+
+def in_words(size: int) -> str:
+    """Bytes for people, in powers of 1000, as disks are sold."""
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 999.5 else f"{value:,.0f} {units[0]}"
