@@ -35,6 +35,7 @@ from launch.run_folder import RunFolder
 from launch.signals import stop_signals
 from launch.story import Story
 from launch.train import introduce
+from launch.warm import warm_up
 from launch.worker_main import blueprint, default_threads, last_words, worker_main
 from pipeline.batch import Job
 from pipeline.channel import Channel
@@ -61,6 +62,7 @@ def train_rounds(config: TrainConfig, as_json: bool) -> int:
     check_machine(config, config.workers)
     devices = find_devices(config.device, config.workers)
     transformers.utils.logging.disable_progress_bar()
+    warm_up(config)
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
     try:
         claim = Claim(config.out)

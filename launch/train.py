@@ -28,6 +28,7 @@ from launch.run_folder import RunFolder
 from launch.signals import interruptible
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
+from launch.warm import warm_up
 from launch.worker_main import default_threads, worker_main
 from pipeline.weights import watch
 from recovery import keys
@@ -65,6 +66,7 @@ def _train(config: TrainConfig, as_json: bool) -> int:
     check_machine(config, slot.workers_here(config.workers))
     devices = find_devices(config.device, slot.workers_here(config.workers))
     transformers.utils.logging.disable_progress_bar()
+    warm_up(config)
     nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
     try:
         handle = open_store(slot)

@@ -109,6 +109,15 @@ class SpanOptimizer:
         """Forget the gradients of a step that does not count."""
         self.gradient.zero_()
 
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """No gradient, no moments, no steps, and the learning rate as it is scheduled."""
+        self.drop()
+        self.lr_scale.fill_(1.0)
+        for name in self.parameters:
+            for tensor in self.moments(name).values():
+                tensor.zero_()
+
     def moments(self, name: str) -> dict[str, Tensor]:
         """AdamW's `step`, `exp_avg` and `exp_avg_sq` of the parameter called `name`: the tensors themselves."""
         return self._adamw.state[self.parameters[name]]

@@ -102,19 +102,21 @@ class ResidentStore:
             tensor.copy_(state[key])
 
     @torch.no_grad()
-    def start_again(self, seed: int, source: Path | None, came_on: Callable[[], None]) -> None:
+    def start_again(
+        self, shards: Iterable[SpanOptimizer], seed: int, source: Path | None, came_on: Callable[[], None]
+    ) -> None:
         """Fill in the weights that a run begins with, and no moments. Raises ModelError for a source that is gone."""
+        shards = list(shards)
+        wanted = {name for shard in shards for name in shard.parameters}
         fresh: dict[str, nn.Parameter] = {}
         for layer in self.layers():
-            fresh |= self.model.build((layer, layer + 1), seed=seed, source=source).named_layer_parameters(layer)
-            came_on()
-        for shard in self.shards.values():
-            shard.drop()
-            shard.lr_scale.fill_(1.0)
+            if not wanted.isdisjoint(self.model.shapes(layer)):
+                fresh |= self.model.build((layer, layer + 1), seed=seed, source=source).named_layer_parameters(layer)
+                came_on()
+        for shard in shards:
+            shard.begin_anew()
             for name, parameter in shard.parameters.items():
                 parameter.copy_(fresh[name])
-                for tensor in shard.moments(name).values():
-                    tensor.zero_()
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Full name -> weight of the parameters that `layer` owns."""

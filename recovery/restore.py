@@ -6,7 +6,7 @@ layout both know from the model; nothing but numbers crosses the wire.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.groups import Group
+from pipeline.optimizer import SpanOptimizer
 from pipeline.schedule import Span
 from pipeline.store import TIED
 from pipeline.transport import LinkError
@@ -50,7 +51,7 @@ def restore(
                     groups.append(communicator.builder.build(name, pair))
                     communicator.carrying[name] = pair, groups[-1]
                 if each.worker == worker.id:
-                    _take(worker, each, groups, remedies[each.remedy], norms)
+                    _take(worker, view, each, groups, remedies[each.remedy], norms)
                 else:
                     _give(worker, each, [each.sources[place][1] for place in places], groups, remedies[each.remedy])
         finally:
@@ -85,7 +86,16 @@ def _give(worker: Worker, each: Restore, spans: Sequence[Span], groups: Sequence
 
 
 @torch.no_grad()
-def _take(worker: Worker, each: Restore, groups: Sequence[Group], remedy: Remedy, norms: Mapping[Span, float]) -> None:
+def _take(
+    worker: Worker, view: View, each: Restore, groups: Sequence[Group], remedy: Remedy, norms: Mapping[Span, float]
+) -> None:
+    shards = worker.store.shards_of(each.span)
+    if not each.sources:
+        _start_again(worker, view, shards)
+    if remedy.carries == "weights":
+        for shard in shards:  # an earlier remedy may have been interrupted, and have left a part of its state
+            shard.begin_anew()
+            shard.lr_scale.fill_(remedy.lr_scale)
     for whole in worker.store.span_states(each.span):
         mine = _carried(whole, remedy.carries)
         states: list[dict[str, Tensor]] = []
@@ -98,18 +108,20 @@ def _take(worker: Worker, each: Restore, groups: Sequence[Group], remedy: Remedy
         weights = [norms.get(span, 0.0) for _, span in each.sources]
         for key, tensor in (remedy.combine(states, weights) or {}).items():
             mine[key].copy_(tensor)
-    if remedy.carries == "weights":
-        for shard in worker.store.shards_of(each.span):
-            shard.lr_scale.fill_(remedy.lr_scale)
 
 
 def roll_back(worker: Worker, view: View) -> int:
     """Go back to where `view` says; returns the step. Raises CheckpointError, ModelError."""
     if view.rollback != START:
         return load_checkpoint(worker, Path(view.rollback or ""))
-    source = view.details["source"]
-    worker.store.start_again(worker.settings.seed, None if source is None else Path(source), worker.pulse)
+    _start_again(worker, view, worker.store.shards.values())
     return view.first_step
+
+
+def _start_again(worker: Worker, view: View, shards: Iterable[SpanOptimizer]) -> None:
+    """What a worker holds of these shards is as at the start of the run, or as of a worker that has just been built."""
+    source = view.details["source"] if view.checkpoint is None else None
+    worker.store.start_again(shards, worker.settings.seed, None if source is None else Path(source), worker.pulse)
 
 
 def load_checkpoint(worker: Worker, path: Path) -> int:

@@ -80,6 +80,8 @@ def entry(payload: dict[str, Any]) -> int:
     if "argv" in payload:
         return _command(payload["argv"], Path(payload["log"]))
     if "pool" in payload:
+        if "late" in payload["config"]["data"] and payload["worker"] >= payload["config"]["workers"]:
+            time.sleep(0.7)  # who takes a lost one's place takes its time
         return pool_worker(payload, pool_jobs if "random-tokens" in payload["config"]["data"] else make_jobs)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -243,7 +245,7 @@ def run_pool(
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
     model = LayeredModel(model_config, lora=config.lora())
-    config = replace(config, scheduler="roundpipe", out=out, data="random-tokens")
+    config = replace(config, scheduler="roundpipe", out=out, data=config.data or "random-tokens")
     config.validate()
     rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), config.evaluate_samples)
     store = HostStore.create(make_layout(config, model, rounds.cut, config.workers), store_path(out))

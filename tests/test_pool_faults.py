@@ -194,11 +194,11 @@ def test_a_block_whose_writer_was_not_seen_to_end_goes_to_nobody(hosts: Any, mon
     """The machine does not tell of its end for a while: no block of it is given out, and the iteration does not end."""
     monkeypatch.setattr("recovery.processes._GONE_S", 0.2)
     monkeypatch.setattr("recovery.processes._BY_ITSELF_S", 0.0)
-    host = hosts({"fail_after": 2, "error": "x"}, {})
+    host = hosts({"fail_after": 0, "error": "x"}, {})
     host.pool.open(2)
     lost = host.pool.members[0]
     host.machine.hidden.add(lost.pid)
-    row = slots(CUT, 4, 2, by_stage=True)
+    row = slots(Cut((), (0, 4), ()), 12, 2, by_stage=True)  # every slot has a block, and each worker two of them
     run = host.pool.dealing.submit(row, (2,), step=0, job="train", source="param", version=0)
     processes, deadline = host.pool._processes, time.monotonic() + 10
     while not processes.unseen and time.monotonic() < deadline:

@@ -95,26 +95,30 @@ def _eight_blocks(root: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("at", POINTS)
-def test_a_killed_replica_is_replaced_and_nothing_of_the_run_changes(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, at: str
+def test_killed_replicas_are_replaced_and_nothing_of_the_run_changes(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
 ) -> None:
-    flags = ["--workers", "4", "--replicas", "2", "--inject", f"kill:worker={POINTS.index(at) % 4},step=7,at={at}"]
-    done = train(nursery, out := tmp_path / "run", *flags)
-    assert "was killed by SIGKILL" in done.output
-    assert [event["remedy"] for event in events(out, "remedy")] == ["replica"]
+    """One at every point of a step, the last of them one that has taken another's place."""
+    kills = ";".join(f"kill:worker={worker},step={3 + 2 * worker},at={at}" for worker, at in enumerate(POINTS))
+    done = train(nursery, out := tmp_path / "run", "--workers", "4", "--replicas", "2", "--inject", kills)
+    assert done.output.count("was killed by SIGKILL") == len(POINTS)
+    assert [event["remedy"] for event in events(out, "remedy")] == ["replica"] * len(POINTS)
+    assert [event["at"] for event in events(out, "fault")] == list(POINTS)
     assert len(metrics(out)) == STEPS, "a step was told twice or not at all"
     whole_ledger(out)
     assert same_weights(out, calm["replicas"])
 
 
-@pytest.mark.parametrize(("at", "worker"), list(zip(POINTS, (0, 1, 2, 3, 0), strict=True)))
-def test_a_rollback_replays_to_the_same_weights(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, at: str, worker: int
-) -> None:
-    flags = ["--workers", "4", "--recovery", "checkpoint", "--inject", f"kill:worker={worker},step=7,at={at}"]
-    train(nursery, out := tmp_path / "run", *flags)
-    assert [event["to"] for event in events(out, "rolled_back")] == ["step-00000005"]
+def test_rollbacks_replay_to_the_same_weights(nursery: Nursery, calm: dict[str, Path], tmp_path: Path) -> None:
+    """To the start of the run and to checkpoints, from every point of a step; one of them comes while they replay."""
+    steps = (3, 6, 7, 11, 12)
+    kills = ";".join(f"kill:worker={w},step={s},at={at}" for w, (s, at) in enumerate(zip(steps, POINTS, strict=True)))
+    train(nursery, out := tmp_path / "run", "--workers", "4", "--recovery", "checkpoint", "--inject", kills)
+    to = [event["to"] for event in events(out, "rolled_back")]
+    assert to == ["start", "step-00000005", "step-00000005", "step-00000010", "step-00000010"]
+    again = [line["again"] for line in metrics(out)]
+    assert max(again) == 2
+    assert again.count(0) == STEPS
     whole_ledger(out)
     assert same_weights(out, calm["line"])
 
@@ -140,8 +144,7 @@ def test_the_embedding_and_the_head_come_back_bit_for_bit(
     [
         ("stop:worker=1,step=7,at=backward", ["--heartbeat", "2"], "has given no sign of life for 2 s"),
         ("exception:worker=1,step=7,at=forward", [], "InjectedFault: injected at forward of step 7"),
-        ("nan:worker=1,step=7,at=backward", [], None),
-        ("slow:worker=1,step=7,factor=4", [], None),
+        ("nan:worker=1,step=7,at=backward;slow:worker=1,step=9,factor=4", [], None),
         ("kill:worker=1,step=7;kill:worker=0,step=7,at=recovery", [], "was killed by SIGKILL"),
         ("kill:worker=1,step=7;kill:worker=4,step=0,at=join", [], "was killed by SIGKILL"),
         ("kill:worker=1,step=7;kill:worker=2,step=0,at=recovery;kill:worker=5,step=0,at=join", [], "SIGKILL"),
@@ -161,7 +164,7 @@ def test_every_fault_ends_in_the_weights_of_the_run_without_it(
     assert same_weights(out, calm["line"])
 
 
-@pytest.mark.parametrize(("at", "worker"), [("forward", 0), ("backward", 2), ("commit", 3)])
+@pytest.mark.parametrize(("at", "worker"), [("forward", 0), ("commit", 3)])
 def test_redundancy_takes_over_without_waiting_and_nothing_of_the_run_changes(
     nursery: Nursery, calm: dict[str, Path], tmp_path: Path, at: str, worker: int
 ) -> None:
@@ -178,17 +181,17 @@ def test_redundancy_takes_over_without_waiting_and_nothing_of_the_run_changes(
 
 def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(nursery: Nursery, tmp_path: Path) -> None:
     """Twice, the second time the one that took over; the replacement of a replacement; two replicas."""
-    flags = ["--workers", "6", "--replicas", "2", "--steps", "120"]
+    flags = ["--workers", "4", "--replicas", "2", "--steps", "72"]
     train(nursery, calm := tmp_path / "calm", *flags)
-    faults = "kill:worker=1,step=7;kill:worker=0,step=45,at=reduce;kill:worker=6,step=85,at=forward"
+    faults = "kill:worker=1,step=7;kill:worker=0,step=27,at=reduce;kill:worker=4,step=47,at=forward"
     train(nursery, out := tmp_path / "run", *flags, "--recovery", "redundant", "--inject", faults)
-    assert [event["worker"] for event in events(out, "taken_over")] == [1, 0, 6]
+    assert [event["worker"] for event in events(out, "taken_over")] == [1, 0, 4]
     assert [(e["worker"], e["replacement"], e["remedy"]) for e in events(out, "rejoined")] == [
-        (1, 6, "replica"), (0, 7, "replica"), (6, 8, "replica"),
+        (1, 4, "replica"), (0, 5, "replica"), (4, 6, "replica"),
     ]  # fmt: skip
     steps = [event["step"] for event in events(out, "resumed")]
     assert steps[0] < steps[1], "nobody went on before the replacement was there"
-    assert [line["step"] for line in metrics(out)] == list(range(1, 121))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 73))
     assert same_weights(out, calm)
 
 
@@ -239,7 +242,15 @@ def test_two_at_once_from_outside(nursery: Nursery, calm: dict[str, Path], tmp_p
     assert same_weights(out, calm["line"])
 
 
-@pytest.mark.parametrize(("blocks", "torchrun"), [(4, True), (6, False), (8, False)])
+@pytest.mark.parametrize(
+    ("blocks", "torchrun"),
+    [
+        (4, False),
+        (8, False),
+        pytest.param(6, False, marks=pytest.mark.long),
+        pytest.param(4, True, marks=pytest.mark.long),
+    ],
+)
 def test_every_kind_of_stage_is_lost_under_checkfree_plus(
     nursery: Nursery, tmp_path: Path, blocks: int, torchrun: bool
 ) -> None:
@@ -285,6 +296,7 @@ def _under_torchrun(workers: int, arguments: list[str]) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said
+    assert said.count("held-out perplexity") == 1, "one slot speaks for all"
 
 
 def free_port() -> int:
@@ -293,10 +305,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("torchrun", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_lost_machine_is_replaced_by_the_others(nursery: Nursery, tmp_path: Path, torchrun: bool) -> None:
     """Two agents, or two torchruns, with a store of their own; one is killed with all that it has started."""
-    flags = ["--workers", "4", "--replicas", "2", "--recovery", "replica", "--steps", "60"]
+    flags = ["--workers", "4", "--replicas", "2", "--recovery", "replica", "--steps", "40"]
     train(nursery, calm := tmp_path / "calm", *flags)
     out = tmp_path / "run"
     flags += ["--nodes", "2", "--store", f"127.0.0.1:{free_port()}", "--heartbeat", "2"]
@@ -309,7 +321,7 @@ def test_a_lost_machine_is_replaced_by_the_others(nursery: Nursery, tmp_path: Pa
     assert code == 0, said
     assert {event["worker"] for event in events(out, "remedy")} == {2, 3}
     assert {event["remedy"] for event in events(out, "remedy")} == {"replica"}
-    assert [line["step"] for line in metrics(out)] == list(range(1, 61))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 41))
     assert same_weights(out, calm)
 
 

@@ -53,7 +53,9 @@ def calm(nursery: Nursery, network: Path, model: Path, tmp_path_factory: pytest.
     return {skip: root / skip for skip in ("0", "0.25")}
 
 
-@pytest.mark.parametrize("at", POINTS)
+@pytest.mark.parametrize(
+    "at", [at if at in ("backward", "commit") else pytest.param(at, marks=pytest.mark.long) for at in POINTS]
+)
 def test_a_replica_takes_over_and_the_loss_is_that_of_the_calm_run(
     nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
 ) -> None:
@@ -71,7 +73,7 @@ def test_a_replica_takes_over_and_the_loss_is_that_of_the_calm_run(
     assert relative_difference(exported(out), exported(calm["0"])) < 1e-4
 
 
-@pytest.mark.parametrize("at", ["forward", "backward", "commit"])
+@pytest.mark.parametrize("at", ["forward", pytest.param("backward", marks=pytest.mark.long), "commit"])
 def test_the_last_holder_of_a_stage_is_passed_by_until_it_is_rebuilt(
     nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
 ) -> None:

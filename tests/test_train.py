@@ -43,6 +43,7 @@ from launch.cli import main
 from launch.config import read_toml
 from launch.nursery import Nursery
 from launch.run_folder import METRICS, standing
+from launch.warm import warm_up
 from pipeline.model import LayeredModel
 from pipeline.optimizer import learning_rate
 from pipeline.simulate import Costs, Network, simulate
@@ -81,6 +82,8 @@ def serve(exits: str) -> None:
     """Fork a run for every line on stdin and answer with its pid; a file in `exits` tells how it ended."""
     import launch.train  # noqa: F401  (what every run imports)
 
+    for model in ("llama-tiny", "gpt2-tiny"):
+        warm_up(TrainConfig(model=model))
     nursery = Nursery(_launch)
     print("ready", flush=True)  # noqa: T201
     with selectors.DefaultSelector() as selector:
@@ -1011,6 +1014,7 @@ def torchrun(*flags: str) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--nproc-per-node", "2", *flags, "-m", "launch")
 
 
+@pytest.mark.long
 def test_torchrun_trains_the_same_model_to_the_bit(launcher: Launcher, reference: Run) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

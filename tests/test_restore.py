@@ -1,0 +1,126 @@
+"""A joiner's state is what its remedy says, whatever an earlier remedy has left in it when it was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from pipeline.model import LayeredModel
+from pipeline.optimizer import OptimizerConfig
+from pipeline.store import ResidentStore
+from pipeline.transport import LinkError
+from recovery.membership import START, Restore, View
+from recovery.policy import remedies
+from recovery.restore import restore, roll_back
+
+CONFIG = LlamaConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+    vocab_size=64, tie_word_embeddings=False,
+)  # fmt: skip
+MIDDLE, CPU = (2, 4), torch.device("cpu")
+
+
+def store(seed: int = 0) -> ResidentStore:
+    return ResidentStore(LayeredModel(CONFIG), [MIDDLE], OptimizerConfig(), seed=seed, device=CPU)
+
+
+def state(of: ResidentStore) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for layer in range(*MIDDLE) for key, tensor in of.layer_state(layer).items()}
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@dataclass
+class Wire:
+    """A group whose other end sends layer after layer, and then is lost."""
+
+    layers: list[torch.Tensor] = field(default_factory=list)
+
+    def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Any:
+        def wait(timeout: Any) -> None:
+            if not self.layers:
+                raise RuntimeError("Connection closed by peer")
+            tensors[0].copy_(self.layers.pop(0))
+
+        return SimpleNamespace(wait=wait)
+
+
+def joiner(seed: int = 0) -> Any:
+    return SimpleNamespace(
+        id=7, store=store(seed), settings=SimpleNamespace(deadline_s=5.0, seed=seed), pulse=lambda: None
+    )
+
+
+def flat(of: ResidentStore, layer: int, what: str) -> torch.Tensor:
+    found = of.layer_state(layer)
+    keys = [key for key in sorted(found) if what == "state" or key.startswith("param/")]
+    return torch.cat([found[key].reshape(-1) for key in keys])
+
+
+def take(worker: Any, remedy: str, *wires: Wire) -> None:
+    """The joiner's part in one restore, from workers 1, 2 ..."""
+    sources = tuple((number, MIDDLE) for number, _ in enumerate(wires, 1))
+    view = View(3, (1, 2, 7), {}, details={"source": None}, restores=(Restore(7, MIDDLE, remedy, sources),))
+    left = list(wires)
+    communicator: Any = SimpleNamespace(builder=SimpleNamespace(build=lambda *_: left.pop(0)), carrying={})
+    restore(worker, view, communicator, remedies(), {MIDDLE: 1.0})
+    assert communicator.carrying == {}
+
+
+def trained(seed: int) -> ResidentStore:
+    """A holder that has made a step."""
+    made = store(seed)
+    for shard in made.shards.values():
+        shard.gradient.normal_(generator=torch.Generator().manual_seed(seed))
+        shard.apply(1.0, 0.1)
+        shard.lr_scale.fill_(1.1)
+    return made
+
+
+def neighbours() -> tuple[Wire, Wire]:
+    a, b = trained(1), trained(2)
+    return tuple(Wire([flat(each, layer, "weights") for layer in range(*MIDDLE)]) for each in (a, b))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("remedy", ["checkfree", "random"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_an_interrupted_replica_has_left_is_no_part_of_what_follows(remedy: str, layers: int) -> None:
+    """Two holders of a stage are rebuilt. One of them had begun to take the state of a replica, which was lost then."""
+    fresh, hurt, holder = joiner(), joiner(), trained(5)
+    sent = Wire([flat(holder, layer, "state") for layer in range(*MIDDLE)][:layers])
+    if layers == 1:
+        with pytest.raises(LinkError, match=r"restoring span 2:4 on worker 7 failed: Connection closed by peer"):
+            take(hurt, "replica", sent)
+    else:
+        take(hurt, "replica", sent)
+        assert same(state(hurt.store), state(holder))
+    for worker in (fresh, hurt):
+        take(worker, remedy, *(neighbours() if remedy == "checkfree" else ()))
+    assert same(state(fresh.store), state(hurt.store))
+
+
+def test_to_start_again_is_to_be_as_one_has_been_built() -> None:
+    worker = joiner(seed=3)
+    built = state(worker.store)
+    for shard in worker.store.shards.values():
+        shard.gradient.fill_(1.0)
+        shard.apply(1.0, 0.1)
+        shard.gradient.fill_(1.0)
+    assert not same(state(worker.store), built)
+    view = View(3, (7,), {}, first_step=0, details={"source": None}, rollback=START)
+    assert roll_back(worker, view) == 0
+    assert same(state(worker.store), built)
+    assert all(float(shard.gradient.abs().sum()) == 0 for shard in worker.store.shards.values())
+
+
+def test_a_remedy_that_is_not_known_is_named() -> None:
+    with pytest.raises(LinkError, match="view 3 names the remedy 'magic'; known: replica, checkfree"):
+        take(joiner(), "magic")
