@@ -98,12 +98,12 @@ def test_killed_workers_change_no_bit(nursery: Nursery, tmp_path: Path, behind: 
     ("inject", "reason"),
     [
         ("exception:worker=1,step=3,at=backward", "InjectedFault"),
-        ("stop:worker=1,step=3,at=forward", "has not answered for 6 s"),
+        ("stop:worker=1,step=3,at=forward", "has not answered for 4 s"),
         ("cut:worker=1,step=3,at=forward", "closed its connection"),
     ],
 )
 def test_other_ways_to_be_lost_change_no_bit(nursery: Nursery, tmp_path: Path, inject: str, reason: str) -> None:
-    lost = config(workers=3, rule="round_robin", inject=inject, deadline=6.0)
+    lost = config(workers=3, rule="round_robin", inject=inject, deadline=4.0)
     found = run_pool(nursery, lost, MODELS["llama"], tmp_path / "lost")
     detected = [event for event in found.details[0]["events"] if event["event"] == "detected"]
     assert len(detected) == 1
