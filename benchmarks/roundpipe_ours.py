@@ -123,17 +123,9 @@ def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, 
             with hosting(config, store, rounds, nursery, event, lambda _: options.device) as (optimizer, pool):
                 optimizer.initialise(0, out / "model-config")
                 trainer = RoundTrainer(
-                    config,
-                    optimizer,
-                    pool,
-                    rounds.cut,
-                    rounds.row,
-                    job,
-                    job,
-                    "",
-                    report,
-                    bool,  # type: ignore[arg-type]
-                )
+                    config, optimizer, pool, rounds.cut, rounds.row, job, job, "", report,  # type: ignore[arg-type]
+                    bool, lambda _: "",
+                )  # fmt: skip
                 pool.open(config.workers)
                 memory.pids = [member.pid for member in pool.members.values()]
                 memory.start()

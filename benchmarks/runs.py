@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 import launch.train  # noqa: F401  (what a run imports is there before it is forked)
 from launch import cli
 from launch.nursery import Nursery
-from launch.run_folder import read_jsonl
+from launch.run_folder import read_jsonl, standing
 from pipeline.weights import preset
 
 DEADLINE_S = 900.0
@@ -82,7 +82,7 @@ def finished(nursery: Nursery, folder: Path, arguments: Sequence[str]):
         if [exit_.code for exit_ in ended] != [0]:
             raise RuntimeError(f"{' '.join(arguments)} ended: {log.read_text()[-600:]}")
         times = [line["time"] for line in read_jsonl(out / "ledger.jsonl")]
-        yield Records(read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "events.jsonl"), times), out
+        yield Records(standing(read_jsonl(out / "metrics.jsonl")), read_jsonl(out / "events.jsonl"), times), out
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # and with it go its workers
