@@ -46,6 +46,9 @@ class RunFolder:
         ledger = [line for line in read_jsonl(path / "ledger.jsonl") if line["step"] <= first_step]
         write_whole(path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in ledger))
         self._in_ledger = {line["step"] for line in ledger}
+        if gap := sorted(set(range(1, first_step + 1)) - self._in_ledger):
+            say(f"ledger.jsonl lacks {len(gap)} of the steps that were taken before, the first: {gap[0]}")
+            self._in_ledger |= set(gap)  # nobody can fill it any more: it must not keep later steps from being saved
         self._taken = Counter(m["step"] for m in self.metrics)
         past = [e for e in read_jsonl(path / "events.jsonl") if e["event"] in ("evaluation", *_LOSSES)]
         past = [e for e in past if e["step"] <= first_step]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,22 @@ def test_a_ledger_with_a_gap_is_not_safe(tmp_path: Path) -> None:
     folder.step(record(3))
     assert folder.save_ledger(1) == ""
     assert folder.save_ledger(3) == "the ledger lacks 1 steps up to step 3, the first: 2"
+    folder.step(record(2))
+    assert folder.save_ledger(3) == ""
     folder.close()
-    again = RunFolder(tmp_path, "", 3)
-    assert again.save_ledger(3) == "the ledger lacks 1 steps up to step 3, the first: 2"
-    again.step(record(2))
-    assert again.save_ledger(3) == ""
-    again.close()
+
+
+def test_a_gap_that_an_earlier_version_left_is_said_and_keeps_nothing_from_being_saved(tmp_path: Path) -> None:
+    lines = [{**record(step), "time": 0.0} for step in (1, 2, 5, 6, 7)]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said: list[str] = []
+    folder = RunFolder(tmp_path, "", 6, say=said.append)
+    assert said == ["ledger.jsonl lacks 2 of the steps that were taken before, the first: 3"]
+    folder.step(record(7))
+    assert folder.save_ledger(7) == ""
+    folder.step(record(9))
+    assert folder.save_ledger(9) == "the ledger lacks 1 steps up to step 9, the first: 8"
+    folder.close()
 
 
 def test_steps_that_are_taken_again_are_marked_and_the_last_one_stands(tmp_path: Path) -> None:

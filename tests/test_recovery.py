@@ -113,9 +113,12 @@ def test_rollbacks_replay_to_the_same_weights(nursery: Nursery, calm: dict[str, 
     """To the start of the run and to checkpoints, from every point of a step; one of them comes while they replay."""
     steps = (3, 6, 7, 11, 12)
     kills = ";".join(f"kill:worker={w},step={s},at={at}" for w, (s, at) in enumerate(zip(steps, POINTS, strict=True)))
-    train(nursery, out := tmp_path / "run", "--workers", "4", "--recovery", "checkpoint", "--inject", kills)
+    done = train(nursery, out := tmp_path / "run", "--workers", "4", "--recovery", "checkpoint", "--inject", kills)
     to = [event["to"] for event in events(out, "rolled_back")]
     assert to == ["start", "step-00000005", "step-00000005", "step-00000010", "step-00000010"]
+    assert done.output.count("timeline.svg") == 1, "a picture that was drawn again is one picture"
+    rows = {event["tid"] for event in json.loads((out / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"}
+    assert len(rows) == 4, "who has taken a place is drawn in its row"
     again = [line["again"] for line in metrics(out)]
     assert max(again) == 2
     assert again.count(0) == STEPS

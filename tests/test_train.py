@@ -884,6 +884,17 @@ def test_a_loss_that_is_no_number_stops_the_run_with_step_and_microbatch(
     assert not (run.out / "model").exists()
 
 
+def test_weights_that_were_trained_before_are_evaluated_before_they_are_trained(
+    launcher: Launcher, reference: Run
+) -> None:
+    run = launcher.run(model=reference.out / "model", tokenizer="auto", steps=2, evaluate_every=0).ok()
+    first, last = run.named("evaluation")
+    assert (first["step"], last["step"]) == (0, 2)
+    assert first["loss"] == pytest.approx(reference.named("evaluation")[-1]["loss"], abs=1e-6)
+    assert "step 0: held-out loss" in run.said
+    assert [e["step"] for e in reference.named("evaluation")] == [EVERY, STEPS], "random weights have nothing to tell"
+
+
 def test_a_held_out_loss_that_is_no_number_is_called_that(
     launcher: Launcher, reference: Run, poisoned: Callable[[int], Path]
 ) -> None:
