@@ -92,6 +92,8 @@ class RunFolder:
             self._plot({"held_out_loss": fields["loss"]}, fields["step"])
         if event in _LOSSES:
             self.marks.append(_marked(line))
+        if event == "rolled_back":  # the lines of steps that are undone do not stand for those that are to come
+            self._in_ledger = {step for step in self._in_ledger if step <= line["step"]}
         self._append("events", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:

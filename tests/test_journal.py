@@ -86,6 +86,10 @@ def test_a_ledger_with_a_gap_is_not_safe(tmp_path: Path) -> None:
     assert folder.save_ledger(3) == "the ledger lacks 1 steps up to step 3, the first: 2"
     folder.step(record(2))
     assert folder.save_ledger(3) == ""
+    folder.event("rolled_back", step=1, to="step-00000001", steps_lost=2)
+    folder.step(record(2, view=2))
+    assert folder.save_ledger(2) == ""
+    assert folder.save_ledger(3) == "the ledger lacks 1 steps up to step 3, the first: 3", "that line was undone"
     folder.close()
 
 
