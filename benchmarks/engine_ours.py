@@ -122,7 +122,12 @@ def join(payload: dict[str, Any]) -> tuple[Worker, Schedule]:
 
 
 def entry(payload: dict[str, Any]) -> int:
-    """What a forked worker does: train, and leave its figures, or its error, in the folder."""
+    """What a forked worker does."""
+    return leave(payload, train)
+
+
+def leave(payload: dict[str, Any], train: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """Train, and leave the figures, or the error, in the payload's folder under the worker's number."""
     folder, me = Path(payload["folder"]), int(payload["worker"])
     try:
         figures = train(payload)

@@ -30,7 +30,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from engine import arguments
-from engine_ours import OursError, WorkJob, hosted_store, join, make_config, make_view
+from engine_ours import OursError, WorkJob, hosted_store, join, leave, make_config, make_view
 from engine_peers import Work, llama, reset_peak
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -78,16 +77,8 @@ Run = dict[str, Any]
 
 
 def entry(payload: dict[str, Any]) -> int:
-    """What a forked worker does: train, and leave its figures, or its error, in the folder."""
-    folder, me = Path(payload["folder"]), int(payload["worker"])
-    try:
-        figures = train(payload)
-    except Exception as error:
-        traceback.print_exc()
-        (folder / f"{me}.error").write_text(f"{type(error).__name__}: {error}")
-        return 1
-    (folder / f"{me}.json").write_text(json.dumps(figures))
-    return 0
+    """What a forked worker does."""
+    return leave(payload, train)
 
 
 def train(payload: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +125,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for soak.json")
     options = parser.parse_args()
+    return show(options, "soak.json", partial(soak, options.minutes, options.every, options.seed))
+
+
+def show(options: argparse.Namespace, name: str, soak: Callable[[Callable[[float], None]], dict[str, Any]]) -> int:
+    """Soak under a progress bar; print and write what was found. The exit code: 1 if something is wrong."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run is ended too
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("soaking", total=60 * options.minutes)
-        found = soak(options.minutes, options.every, options.seed, lambda s: progress.update(task, completed=s))
+        found = soak(lambda seconds: progress.update(task, completed=seconds))
     print(json.dumps(found, indent=1))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "soak.json").write_text(json.dumps({"command": sys.argv, **found}, indent=1) + "\n")
+        (options.out / name).write_text(json.dumps({"command": sys.argv, **found}, indent=1) + "\n")
     return 1 if found["problems"] else 0
 
 

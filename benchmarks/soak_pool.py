@@ -12,7 +12,6 @@ was committed once on the samples that follow those of the step before, and with
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -20,15 +19,14 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from safetensors.torch import load_file
-from soak import check_ledger, workers
+from soak import check_ledger, show, workers
 
 from recovery import Run
 
@@ -129,18 +127,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for soak-pool.json")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run is ended too
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("soaking", total=60 * options.minutes)
-        found = soak(
-            options.minutes, options.every, options.seed, options.steps,
-            lambda seconds: progress.update(task, completed=seconds),
-        )  # fmt: skip
-    print(json.dumps(found, indent=1))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "soak-pool.json").write_text(json.dumps({"command": sys.argv, **found}, indent=1) + "\n")
-    return 1 if found["problems"] else 0
+    return show(options, "soak-pool.json", partial(soak, options.minutes, options.every, options.seed, options.steps))
 
 
 if __name__ == "__main__":

@@ -662,6 +662,17 @@ def _interrupt_all(running: Running) -> None:
     os.killpg(running.pid, signal.SIGINT)
 
 
+def _asked_to_stop(running: Running, ask: Callable[[Running], None]) -> tuple[Run, dict[str, Any]]:
+    """The run after it was asked, with all its processes gone, and what it says of its stop."""
+    processes = running.processes()
+    ask(running)
+    stopped = running.finish(PROMPT_S)
+    assert stopped.code == 75, stopped.stderr
+    assert psutil.wait_procs(processes, timeout=3)[1] == []
+    (event,) = stopped.named("stopped")
+    return stopped, event
+
+
 def _terminate_all(running: Running) -> None:
     os.killpg(running.pid, signal.SIGTERM)
 
@@ -677,12 +688,7 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later(
     as_typed = ask is _terminate
     running = launcher.start(command=("-m", "launch") if as_typed else (), **ENDLESS)
     running.until_step(2)
-    processes = running.processes()
-    ask(running)
-    stopped = running.finish(PROMPT_S)
-    assert stopped.code == 75, stopped.stderr
-    assert psutil.wait_procs(processes, timeout=3)[1] == []
-    (event,) = stopped.named("stopped")
+    stopped, event = _asked_to_stop(running, ask)
     assert event["step"] == stopped.metrics[-1]["step"] == len(stopped.metrics)
     assert f"saved at step {event['step']}; --resume goes on from there" in stopped.said
     assert [p.name for p in (stopped.out / "checkpoints").iterdir()] == [f"step-{event['step']:08d}"]
@@ -723,12 +729,7 @@ def _tell_one_worker_and_kill_it(running: Running) -> None:
 def test_to_be_stopped_is_a_state_of_the_run(launcher: Launcher, ask: Callable[[Running], None]) -> None:
     running = launcher.start(**{**ENDLESS, "recovery": "checkpoint", "checkpoint_every": 2})
     running.until_step(3)
-    processes = running.processes()
-    ask(running)
-    stopped = running.finish(PROMPT_S)
-    assert stopped.code == 75, stopped.stderr
-    assert psutil.wait_procs(processes, timeout=3)[1] == []
-    (event,) = stopped.named("stopped")
+    stopped, event = _asked_to_stop(running, ask)
     assert f"step-{event['step']:08d}" in [p.name for p in (stopped.out / "checkpoints").iterdir()]
     ledger = standing(_lines(stopped.out / "ledger.jsonl"))
     assert [line["step"] for line in ledger] == list(range(1, event["step"] + 1))
