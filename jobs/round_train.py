@@ -190,7 +190,8 @@ class RoundTrainer:
             records = [checkpoint.write_layer(folder, n, self.optimizer.layer_state(n)) for n in layers]
             if missing := self.save_ledger(done):  # what a checkpoint contains is in the ledger, always
                 raise checkpoint.CheckpointError(missing)
-            checkpoint.commit(root, done, records, self._manifest(done), keep=self.config.keep, fence=fence)
+            checkpoint.commit(root, done, records, self._manifest(done), fence=fence)
+            checkpoint.prune(root, done, self.config.keep, fence)
         except (OSError, checkpoint.CheckpointError) as error:
             checkpoint.abort(root, done, fence)
             self._event("checkpoint_failed", step=done, error=str(error))

@@ -26,7 +26,7 @@ from pipeline.wire import WireError, checked
 from pipeline.worker import StepResult, Worker
 from recovery import checkpoint
 from recovery.member import INTERRUPTIONS, Joined, Member
-from recovery.membership import MembershipError, View
+from recovery.membership import START, MembershipError, View
 
 _WAIT_S = 0.05
 _FILE_BYTES = 2 << 30
@@ -92,7 +92,7 @@ class Trainer:
     """Whether the held-out loss before the first step is told: of weights that were trained before."""
     at: Position = Position()
     last: dict[str, Any] | None = None
-    """The record of the last committed step, for the case that who was to report it is lost."""
+    """The record of the last committed step, for the case that who was to report it is lost; who joins learns it."""
 
     @property
     def step(self) -> int:
@@ -109,6 +109,10 @@ class Trainer:
         return self.member.view
 
     @property
+    def _fence(self) -> checkpoint.Fence:
+        return int(self.view.details["attempt"]), self.view.number
+
+    @property
     def leads(self) -> bool:
         """Whether this worker reports for all: the lowest id of the view."""
         return self.worker.id == min(self.view.workers)
@@ -122,7 +126,7 @@ class Trainer:
         position = None if joins else asdict(self.at)
         while True:
             try:
-                self._entered(self.member.enter(number, position))
+                self._entered(self.member.enter(number, position, self.last))
                 return self._train()
             except INTERRUPTIONS as error:
                 self.member.complain(error)
@@ -133,6 +137,7 @@ class Trainer:
         before = self.step
         # where all were lost, nobody knows but the checkpoint that they went back to
         self.at = Position.from_json({**asdict(self.at), **joined.position})
+        self.last = joined.last
         if self.last is not None and self.last["step"] == self.step:
             self._say(self.last)
         if joined.view.number > 1:
@@ -143,9 +148,14 @@ class Trainer:
                 "resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores, woken=woken
             )
             if joined.view.rollback is not None:
-                self._event(
-                    "rolled_back", step=self.step, to=Path(joined.view.rollback).name, steps_lost=before - self.step
-                )
+                self._gave_up(joined.view.rollback, before)
+
+    def _gave_up(self, target: str, before: int) -> None:
+        """Who leads drops what was saved after `target`, and tells of it. Who was about to save it is here, or lost."""
+        if self.leads:
+            than = None if target == START else Path(target)
+            checkpoint.drop_newer(self.config.out / "checkpoints", than, self._fence)
+        self._event("rolled_back", step=self.step, to=Path(target).name, steps_lost=before - self.step)
 
     def _train(self) -> int:
         config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)
@@ -260,7 +270,7 @@ class Trainer:
 
     def _save(self, done: int) -> bool:
         """Write a checkpoint together; returns whether it is whole. A disk that fails costs it, not the run."""
-        root, fence = self.config.out / "checkpoints", (int(self.view.details["attempt"]), self.view.number)
+        root, fence = self.config.out / "checkpoints", self._fence
         error, records = None, []
         try:
             if self.leads:
@@ -281,12 +291,14 @@ class Trainer:
                 if missing := self.reports.save_ledger(done):  # what a checkpoint contains is in the ledger, always
                     raise checkpoint.CheckpointError(missing)
                 manifest = self._manifest(done)
-                checkpoint.commit(root, done, written, manifest, keep=self.config.keep, fence=fence)
+                checkpoint.commit(root, done, written, manifest, fence=fence)
             except (OSError, checkpoint.CheckpointError) as problem:
                 error = str(problem)
         error = self._first_error(error)
         if error is not None and self.leads:
             checkpoint.abort(root, done, fence)
+        elif self.leads:  # all know of the new one: whatever is lost now, nobody goes back to what is dropped
+            checkpoint.prune(root, done, self.config.keep, fence)
         event = "checkpoint" if error is None else "checkpoint_failed"
         self._event(event, step=done, **({"error": error} if error else {}))
         return error is None

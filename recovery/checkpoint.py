@@ -5,8 +5,9 @@
 
 A file per layer lets any number of workers resume, each reading only its layers. Everything is written into
 a folder that ends in `.tmp` and becomes true by one rename; a reader takes the newest directory whose every byte is
-what the manifest says, and reports why it skipped others. A *fence* (attempt, view) says who writes: what a later view
-has saved or is saving is never touched by one that is over, however late its last writer comes back.
+what the manifest says, and reports why it skipped others. A step that is saved again sets the one before aside as
+`step-00000100.old`, which counts until the new one is there. A *fence* (attempt, view) says who writes: what a later
+view has saved or is saving is never touched by one that is over, however late its last writer comes back.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from pipeline.wire import WireError, checked, parse
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8})(\.old)?")
 _FILE = re.compile(r"layer-\d{5}\.safetensors")
 _UNFINISHED = re.compile(r"step-\d{8}\.(\d+)-(\d+)\.tmp")
 _CHUNK = 1 << 22
@@ -107,6 +108,17 @@ def last_attempt(root: Path) -> int:
     return max((_fence_of(path)[0] for path in _committed(root)), default=0)
 
 
+def any_saved(root: Path) -> bool:
+    """Whether there is a checkpoint, as far as its manifest says; its layers are not read."""
+    for path in _committed(root):
+        try:
+            read_manifest(path)
+        except CheckpointError:
+            continue
+        return True
+    return False
+
+
 def _fence_of(path: Path) -> Fence:
     """Who has saved a checkpoint; (0, 0) where that cannot be read."""
     try:
@@ -125,10 +137,9 @@ def write_layer(folder: Path, layer: int, tensors: Mapping[str, Tensor]) -> File
 
 
 def commit(
-    root: Path, step: int, records: Sequence[FileRecord], extra: Mapping[str, Any], *, keep: int = 2,
-    fence: Fence = (0, 0),
-) -> Path:  # fmt: skip
-    """Make the checkpoint true: manifest, flush, rename, flush; then drop all but the `keep` newest.
+    root: Path, step: int, records: Sequence[FileRecord], extra: Mapping[str, Any], *, fence: Fence = (0, 0)
+) -> Path:
+    """Make the checkpoint true: manifest, flush, rename, flush; then drop what is newer. Older ones stay: `prune`.
 
     Raises CheckpointError where a later view has saved one: the view of this one is over.
     """
@@ -142,19 +153,41 @@ def commit(
     _flush_directory(folder)
     if later := [path.name for path in _committed(root) if _fence_of(path) > fence]:
         raise CheckpointError(f"{max(later)} was saved by a later view than {fence[1]}, which is over")
-    replaced = folder.with_name(f"{final.name}.old.tmp")
+    aside = final.with_name(f"{final.name}.old")
     if final.exists():
-        os.rename(final, replaced)
+        if aside.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
     os.rename(folder, final)
     _flush_directory(root)
-    others = sorted(_committed(root), reverse=True)
-    # Newer ones are damaged, or of a future that a rollback gave up: this one was written after them.
-    for old in [p for p in others if p > final] + [p for p in others if p <= final][max(1, keep) :]:
-        if _fence_of(old) <= fence:
-            shutil.rmtree(old, ignore_errors=True)
-    if replaced.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if aside.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    drop_newer(root, final, fence)
     return final
+
+
+def drop_newer(root: Path, than: Path | None, fence: Fence = (0, 0)) -> None:
+    """Remove what is newer than a checkpoint, or than the start of the run: it is damaged, or of a future that was
+    given up."""
+    _remove([path for path in _committed(root) if than is None or _order(path) > _order(than)], fence)
+
+
+def prune(root: Path, step: int, keep: int, fence: Fence = (0, 0)) -> None:
+    """Drop all but the `keep` newest up to that of `step`; call it when nobody can go back to an older one any more."""
+    final = directory(root, step)
+    past = sorted((path for path in _committed(root) if _order(path) <= _order(final)), key=_order, reverse=True)
+    _remove(past[max(1, keep) :], fence)
+
+
+def _remove(paths: Sequence[Path], fence: Fence) -> None:
+    for path in paths:
+        if _fence_of(path) <= fence:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _order(path: Path) -> tuple[str, bool]:
+    """Sorts by step; what was set aside comes before what was to replace it."""
+    return path.name.removesuffix(".old"), not path.name.endswith(".old")
 
 
 def abort(root: Path, step: int, fence: Fence = (0, 0)) -> None:
@@ -178,7 +211,7 @@ class Verifier:
 
     def _find(self, root: Path) -> Found:
         skipped: list[tuple[Path, str]] = []
-        for path in sorted(_committed(root), reverse=True):
+        for path in sorted(_committed(root), key=_order, reverse=True):
             try:
                 manifest = read_manifest(path)
                 records = [FileRecord.from_json(values) for values in manifest["files"]]

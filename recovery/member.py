@@ -37,11 +37,13 @@ _SETTLE_S = 60.0  # for sums among workers that live: they are under way, or end
 
 @dataclass(frozen=True)
 class Joined:
-    """How a worker came into its view: where the training stands, when it was woken (time.monotonic seconds), and the
-    seconds from then until the view was there, all members were, links were edited, and state was restored."""
+    """How a worker came into its view: where the training stands, what was told `last`, when it was woken
+    (time.monotonic seconds), and the seconds from then until the view was there, all members were, links were edited,
+    and state was restored."""
 
     view: View
     position: Mapping[str, Any]
+    last: dict[str, Any] | None
     woken: float
     parts: Mapping[str, float]
 
@@ -71,11 +73,13 @@ class Member:
             with suppress(RuntimeError):  # without a store there is no view to come, which is told by who waits for it
                 complain(self.store, self.worker.transport.view, self.worker.id, str(error)[:300])
 
-    def enter(self, number: int, position: Mapping[str, Any] | None) -> Joined:
+    def enter(
+        self, number: int, position: Mapping[str, Any] | None, last: dict[str, Any] | None = None
+    ) -> Joined:
         """Take part in view `number` or the newest after it, again and again until all its members are ready.
 
         `position` is where the training of this worker stands (JSON; equal on all who were there before), None for a
-        worker that joins. Raises MembershipError when no view comes, Evicted when this worker has no part in it.
+        worker that joins; `last` is what it would tell of the last step (JSON), which may differ. Raises MembershipError when no view comes, Evicted when this worker has no part in it.
         """
         began = time.monotonic()
         while True:
@@ -86,11 +90,13 @@ class Member:
             if self.worker.id not in view.workers:
                 raise Evicted(f"worker {self.worker.id} is not in view {view.number}")
             try:
-                return self._enter(view, position, began)
+                return self._enter(view, position, last, began)
             except INTERRUPTIONS as error:
                 self.complain(error)
 
-    def _enter(self, view: View, position: Mapping[str, Any] | None, began: float) -> Joined:
+    def _enter(
+        self, view: View, position: Mapping[str, Any] | None, last: dict[str, Any] | None, began: float
+    ) -> Joined:
         worker, probe = self.worker, self.worker.probe
         deadline = time.monotonic() + _SETTLE_S
         times = {"view": time.monotonic()}
@@ -101,7 +107,8 @@ class Member:
         worker.exchange = Ballot(self.store, view.number, worker.id, view.workers, self.guided)
         schedules = {purpose: view.schedule(purpose) for purpose in view.schedules}
         norms = {span_text(span): value for span, value in worker.norms.items()}
-        votes = worker.gather({"position": position, "norms": norms, **self.communicator.kept()})
+        votes = worker.gather({"position": position, "last": last, "norms": norms, **self.communicator.kept()})
+        known_last = next((vote["last"] for _, vote in sorted(votes.items()) if vote["last"] is not None), None)
         times["ready"] = time.monotonic()
         step = int((position or {}).get("step", 0))
         probe("join" if position is None else "recovery", step)
@@ -134,7 +141,7 @@ class Member:
         self.communicator.confirm()
         worker.norms = known
         self.view, self.schedules = view, schedules
-        return Joined(view, where, began, {name: at - began for name, at in times.items()})
+        return Joined(view, where, last or known_last, began, {name: at - began for name, at in times.items()})
 
 
 def _check_copies(view: View, shards: Mapping[Span, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> None:

@@ -34,7 +34,9 @@ def tensors(step: int, layer: int) -> dict[str, Tensor]:
 def save(root: Path, step: int, keep: int = 9, **extra: Any) -> Path:
     folder = checkpoint.begin(root, step)
     records = [checkpoint.write_layer(folder, layer, tensors(step, layer)) for layer in range(LAYERS)]
-    return checkpoint.commit(root, step, records[::-1], {"step": step, **extra}, keep=keep)
+    path = checkpoint.commit(root, step, records[::-1], {"step": step, **extra})
+    checkpoint.prune(root, step, keep)
+    return path
 
 
 def check_whole(found: checkpoint.Found, step: int) -> None:
@@ -128,12 +130,8 @@ class Crash(BaseException):
     """The process ends here: nothing catches this."""
 
 
-@pytest.mark.parametrize("point", range(9))
-def test_a_crash_at_any_call_leaves_the_old_one_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
-) -> None:
-    """Every flush, rename and removal in turn is where the process ends; so is the moment after the last of them."""
-    save(tmp_path, 1)
+def crash_at(monkeypatch: pytest.MonkeyPatch, point: int, function: Callable[[], Any]) -> bool:
+    """Call a function that ends at its flush, rename or removal number `point`, from 0; whether it came so far."""
     calls = 0
 
     def crashing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,14 +144,23 @@ def test_a_crash_at_any_call_leaves_the_old_one_or_the_new_one(
 
         return call
 
-    crashed = False
     with monkeypatch.context() as patch:
         for module, name in ((os, "fsync"), (os, "rename"), (shutil, "rmtree")):
             patch.setattr(module, name, crashing(getattr(module, name)))
         try:
-            save(tmp_path, 2, keep=1)
+            function()
         except Crash:
-            crashed = True
+            return True
+    return False
+
+
+@pytest.mark.parametrize("point", range(9))
+def test_a_crash_at_any_call_leaves_the_old_one_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    """Every flush, rename and removal in turn is where the process ends; so is the moment after the last of them."""
+    save(tmp_path, 1)
+    crashed = crash_at(monkeypatch, point, lambda: save(tmp_path, 2, keep=1))
     assert crashed == (point < 8), "3 layers, manifest, folder, rename, root and the removal of step 1"
     found = checkpoint.find(tmp_path)
     assert found.skipped == ()
@@ -161,6 +168,35 @@ def test_a_crash_at_any_call_leaves_the_old_one_or_the_new_one(
     save(tmp_path, 3, keep=1)  # the next save is not disturbed by what is left, and removes it
     check_whole(checkpoint.find(tmp_path), 3)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("point", range(12))
+def test_a_crash_while_a_step_is_saved_again_leaves_one_of_the_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: int
+) -> None:
+    save(tmp_path, 2, run="first")
+    crash_at(monkeypatch, point, lambda: save(tmp_path, 2, keep=1, run="second"))
+    found = checkpoint.find(tmp_path)
+    assert found.path is not None, "no checkpoint is left"
+    assert found.manifest is not None
+    assert found.path.name.removesuffix(".old") == "step-00000002"
+    assert found.manifest["extra"]["run"] == ("first" if point < 7 else "second")
+    save(tmp_path, 3, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_nothing_older_goes_before_it_is_pruned(tmp_path: Path) -> None:
+    """Until all know of the new one, what is lost may bring everybody back to the one before."""
+    save(tmp_path, 1)
+    records = [checkpoint.write_layer(checkpoint.begin(tmp_path, 2), 0, tensors(2, 0))]
+    checkpoint.commit(tmp_path, 2, records, {"step": 2})
+    assert checkpoint.any_saved(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    checkpoint.drop_newer(tmp_path, checkpoint.directory(tmp_path, 1))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoint.drop_newer(tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+    assert not checkpoint.any_saved(tmp_path)
 
 
 def test_what_a_crash_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
@@ -327,7 +363,7 @@ def test_a_disk_that_is_full_at_the_manifest_leaves_the_one_before(tmp_path: Pat
     records = [checkpoint.write_layer(folder, layer, tensors(2, layer)) for layer in range(LAYERS)]
     with largest_file(100):
         with pytest.raises(CheckpointError, match=r"manifest.json cannot be written \(File too large\)"):
-            checkpoint.commit(tmp_path, 2, records, {"step": 2}, keep=1)
+            checkpoint.commit(tmp_path, 2, records, {"step": 2})
     assert not (folder / MANIFEST).exists()
     check_whole(checkpoint.find(tmp_path), 1)
     checkpoint.abort(tmp_path, 2)
@@ -380,10 +416,10 @@ def test_a_long_difference_is_cut(tmp_path: Path) -> None:
 # ---- writers of views that are over ----
 
 
-def saved_by(root: Path, step: int, fence: checkpoint.Fence, **more: Any) -> Path:
+def saved_by(root: Path, step: int, fence: checkpoint.Fence) -> Path:
     folder = checkpoint.begin(root, step, fence)
     records = [checkpoint.write_layer(folder, layer, tensors(step, layer)) for layer in range(LAYERS)]
-    return checkpoint.commit(root, step, records, {"step": step}, fence=fence, **more)
+    return checkpoint.commit(root, step, records, {"step": step}, fence=fence)
 
 
 def test_who_comes_back_late_deletes_nothing_newer_and_saves_nothing(tmp_path: Path) -> None:
@@ -395,7 +431,7 @@ def test_who_comes_back_late_deletes_nothing_newer_and_saves_nothing(tmp_path: P
     assert not late.exists(), "the next view removes what an earlier one left"
     shutil.move(unfinished, late)
     with pytest.raises(CheckpointError, match="step-00000008 was saved by a later view than 3, which is over"):
-        checkpoint.commit(tmp_path, 5, records, {"step": 5}, fence=(1, 3), keep=1)
+        checkpoint.commit(tmp_path, 5, records, {"step": 5}, fence=(1, 3))
     check_whole(checkpoint.find(tmp_path), 8)
 
 
@@ -408,11 +444,11 @@ def test_a_view_that_is_over_does_not_disturb_one_that_is_saving(tmp_path: Path)
 
 def test_a_later_view_replaces_what_an_earlier_one_saved(tmp_path: Path) -> None:
     for step in (3, 6, 9):
-        saved_by(tmp_path, step, (1, 2), keep=9)
-    saved_by(tmp_path, 6, (1, 5), keep=9)  # after a rollback: 9 is of a future that was given up
+        saved_by(tmp_path, step, (1, 2))
+    saved_by(tmp_path, 6, (1, 5))  # after a rollback: 9 is of a future that was given up
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000006"]
     assert checkpoint.last_attempt(tmp_path) == 1
-    saved_by(tmp_path, 4, (2, 1), keep=9)  # views begin anew when a run is started again
+    saved_by(tmp_path, 4, (2, 1))  # views begin anew when a run is started again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
     assert checkpoint.last_attempt(tmp_path) == 2
 
