@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from pipeline.wire import WireError
 from recovery.commit import READY, Follower
-from recovery.keys import LossReport, read_agent, read_beat, read_complaint, read_loss, stop_asked
+from recovery.keys import LossReport, newest_loss, read_agent, read_beat, read_complaint, read_loss, stop_asked
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
 from recovery.membership import View, publish, replace_workers
 from recovery.policy import CHECKPOINT, REROUTE, Recovery
@@ -33,6 +33,7 @@ Event = Callable[..., None]
 
 _GRACE_S = 1.0  # a broken link is most often a lost worker, of which a report is on its way
 _COMPLAINTS = 3
+_READ_S = 1.0
 _AT_ONCE_S = 0.05  # what is found out within it needs no further tick
 _FRESH = "the weights of the start, as nothing was trained yet"
 
@@ -79,7 +80,8 @@ class Coordinator:
     _search: _Search | None = None
     _joining: Future[View] | None = None
     """The view in which awaited workers that are ready join, until something else happens."""
-    _reported: int = 0
+    _newest: bytes = b""
+    _read: float = 0.0
     _signs: dict[str, _Sign] = field(default_factory=dict)
     _looked: float = 0.0
     _trained: bool = False
@@ -108,17 +110,20 @@ class Coordinator:
     # ---- what has happened ----
 
     def _reports(self) -> dict[int, LossReport]:
+        """What was reported since: looked for when somebody says that there is something, and once a second."""
+        newest, now = newest_loss(self.store), time.monotonic()
+        if newest == self._newest and now - self._read < _READ_S:
+            return {}
+        self._newest, self._read = newest, now
         lost: dict[int, LossReport] = {}
-        while True:
+        for worker in filter(self._concerns, self.view.places):
             try:
-                if (report := read_loss(self.store, self._reported)) is None:
-                    return lost
-                if self._concerns(report.worker):
-                    lost[report.worker] = report
-                    self.event("detected", worker=report.worker, reason=report.reason, time=report.time)
+                if (report := read_loss(self.store, worker)) is not None:
+                    lost[worker] = report
+                    self.event("detected", worker=worker, reason=report.reason, time=report.time)
             except WireError as error:
                 self.event("unreadable", error=str(error))
-            self._reported += 1
+        return lost
 
     def _concerns(self, worker: int) -> bool:
         """Whether a worker has a place that it has not lost yet."""
@@ -146,7 +151,6 @@ class Coordinator:
         try:
             complaint = read_complaint(self.store, self.view.number)
         except WireError as error:
-            self.store.delete_key(f"complaint/{self.view.number}")
             self.event("unreadable", error=str(error))
             return None
         if complaint is None:
@@ -162,7 +166,7 @@ class Coordinator:
         self._looked = now
         alive = self.alive  # looked at as often as workers are
         lost: dict[int, LossReport] = {}
-        for worker in self.view.workers:
+        for worker in (*self.view.workers, *self.view.awaited):
             if self._concerns(worker) and (reason := self._hangs(worker, alive, now)) is not None:
                 lost[worker] = LossReport(worker, reason, False, time.time())
                 self.event("detected", worker=worker, reason=reason)
@@ -170,16 +174,21 @@ class Coordinator:
 
     def _hangs(self, worker: int, alive: set[int], now: float) -> str | None:
         """Why a worker is given up, if it is."""
-        beat = read_beat(self.store, worker)
+        beat, awaited = read_beat(self.store, worker), worker in self.view.awaited
         if beat is None:
             if self.view.agents[self.view.places[worker]] not in alive:
                 return "was being started by an agent that has given no sign of life since"
-            if self._search is None and now - self._follower.moved > self.deadline_s:
+            # nobody waits for who is awaited: the others come on without
+            since = self._sign(f"start/{worker}", 0).at if awaited else self._follower.moved
+            if self._search is None and now - since > self.deadline_s:
                 return f"has not come up within {self.deadline_s:g} s"
             return None  # it is still being started; its agent sees it end
         sign = self._sign(f"beat/{worker}", beat.number, beat.progress)
         if now - sign.at > self.heartbeat_s:
             return f"has given no sign of life for {self.heartbeat_s:g} s"
+        if awaited:
+            stuck = not beat.built and now - sign.progress_at > self.deadline_s
+            return f"has not come up within {self.deadline_s:g} s" if stuck else None
         came_on = max(self._follower.moved, sign.progress_at)
         busy = self._search is None and not beat.waiting and now - came_on > self.deadline_s
         if busy and not self._follower.voted(worker):
@@ -252,19 +261,22 @@ class Coordinator:
             self._joining = _aside(self.recovery.with_ready, self.view, ready)
             wait([self._joining], _AT_ONCE_S)
         if committed and self._joining.done():
-            found, self._joining = self._joining.result(), None
+            found, self._joining = self._joining, None
+            if isinstance(found.exception(), CannotRestore):
+                return  # the others go on without, and it is tried again
             self._follower.abort()
-            self._publish(found, event="rejoined")
+            self._publish(found.result(), event="rejoined")
 
     @property
     def _settled(self) -> bool:
         return self._follower.iteration > READY
 
     def _with_agents(self, view: View) -> View:
-        """Places that are to be filled, where the agent is gone with its machine, go to those with the fewest."""
+        """Places of workers that nobody was told to start yet, where the agent is gone with its machine, go to those
+        with the fewest. A worker that was told of may live, or be started yet: it keeps its agent, or is lost."""
         agents, alive = dict(view.agents), self.alive
         for worker in (*view.joined, *view.awaited):
-            if agents[view.places[worker]] not in alive:
+            if worker not in self.view.places and agents[view.places[worker]] not in alive:
                 count = Counter(agents[place] for place in agents)
                 agents[view.places[worker]] = min(alive, key=lambda agent: (count[agent], agent))
         return replace(view, agents=agents)

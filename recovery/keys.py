@@ -1,7 +1,7 @@
 """Every key of a run's store: written here, and read here. What is read is checked, since anybody may have written it.
 
     view/N              a view, by the coordinator                 failed      why the run ends, for every agent
-    loss/N, losses      a worker that is gone, by whoever saw it   over        the exit code of a run that has ended
+    loss/W, losses      worker W is gone, by whoever saw it        over        the exit code of a run that has ended
     complaint/V         a link of view V is broken                 done/A      agent A has seen the end
     beat/W, agent/A     signs of life                              stop        somebody has asked the run to stop
     error/W             the error that ended a worker              ledger/W/N  whether the ledger is on the disk, to N
@@ -87,16 +87,31 @@ class LossReport:
 
 
 def report_loss(store: dist.Store, worker: int, reason: str, told: bool = False) -> None:
-    """Tell the coordinator that a worker is gone."""
-    number = store.add("losses", 1) - 1
-    _put(store, f"loss/{number}", vars(LossReport(worker, reason, told, time.time())))
+    """Tell the coordinator that a worker is gone. Who dies in the middle of it keeps no other report from being read."""
+    _put(store, f"loss/{worker}", vars(LossReport(worker, reason, told, time.time())))
+    store.set("losses", f"{worker} {time.time_ns()}")
 
 
-def read_loss(store: dist.Store, number: int) -> LossReport | None:
-    """The report with this number, if it is there. Raises WireError."""
-    values = _take(store, f"loss/{number}")
+def newest_loss(store: dist.Store) -> bytes:
+    """Who was reported last, and when: changes when there is something to read."""
+    return store.get("losses") if store.check(["losses"]) else b""
+
+
+def read_loss(store: dist.Store, worker: int) -> LossReport | None:
+    """The report of a worker's loss, if it is there. Raises WireError for what is none, which is gone then."""
     fields = {"worker": int, "reason": str, "told": bool, "time": float}
-    return None if values is None else LossReport(**checked(values, f"loss/{number}", **fields))
+    found = _take_well(store, f"loss/{worker}", fields)
+    return None if found is None else LossReport(**{**found, "worker": worker})
+
+
+def _take_well(store: dist.Store, key: str, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields that stand under a key, if anything does. Raises WireError for what lacks them, and deletes it."""
+    try:
+        values = _take(store, key)
+        return None if values is None else checked(values, key, **fields)
+    except WireError:
+        store.delete_key(key)
+        raise
 
 
 def complain(store: dist.Store, view: int, worker: int, reason: str) -> None:
@@ -105,11 +120,10 @@ def complain(store: dist.Store, view: int, worker: int, reason: str) -> None:
 
 
 def read_complaint(store: dist.Store, view: int) -> tuple[int, str] | None:
-    """(worker, reason) of a complaint in `view`, if there is one. Raises WireError."""
-    if (values := _take(store, f"complaint/{view}")) is None:
-        return None
-    found = checked(values, f"complaint/{view}", worker=int, reason=str)
-    return found["worker"], found["reason"]
+    """(worker, reason) of a complaint in `view`, if there is one. Raises WireError for what is none, which is gone
+    then."""
+    found = _take_well(store, f"complaint/{view}", {"worker": int, "reason": str})
+    return None if found is None else (found["worker"], found["reason"])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from recovery.commit import COMMIT, decide
 from recovery.coordinator import Coordinator
 from recovery.keys import Beat
 from recovery.losses import Losses, TooManyFailures
-from recovery.membership import START, View, read_view, replace_workers
+from recovery.membership import START, View, leave, read_view, replace_workers
 from recovery.policy import Recovery
 from recovery.remedy import CannotRestore
 from schedulers import plan
@@ -152,6 +152,51 @@ def test_why_nothing_brings_it_back_is_told_without_a_dangling_end() -> None:
         run.coordinator.tick()
 
 
+def test_a_report_whose_writer_died_in_the_middle_of_it_is_found_and_hides_none() -> None:
+    run = Run()
+    run.recovery.go.set()
+    run.train()
+    keys.report_loss(run.store, 1, "was killed by SIGKILL")
+    run.store.delete_key("losses")  # its writer did not come to say that there is something
+    run.until(lambda: run.view.number == 2)
+    keys.report_loss(run.store, 2, "was killed by SIGKILL")
+    run.coordinator.tick()
+    assert run.view.workers == (0, 3, 4)
+
+
+# ---- agents ----
+
+
+def test_a_worker_that_was_told_of_keeps_its_agent_and_no_id_is_started_twice() -> None:
+    """Worker 3 was to be started by agent 1, which then is silent, perhaps for a moment alone."""
+    run = Run(heartbeat_s=0.6)
+    run.recovery.go.set()
+    run.coordinator.view = replace(run.view, agents={0: 0, 1: 1, 2: 0})
+    run.train()
+    keys.beat_agent(run.store, 1, 1)
+    keys.report_loss(run.store, 1, "was killed by SIGKILL")
+    run.coordinator.tick()
+    assert run.view.agents[1] == 1
+    told = run.view.number
+    number = 0
+    deadline = time.monotonic() + 5.0
+    while 3 in run.view.places:
+        number += 1
+        for worker in (0, 2):
+            beat(run, worker, number)
+        run.coordinator.tick()
+        assert 3 not in run.view.places or run.view.agents[1] == 1
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert run.view.number == told + 1
+    assert run.view.agents[1] == 0
+    assert [each["reason"] for each in run.named("detected")][1:] == [
+        "was being started by an agent that has given no sign of life since"
+    ]
+    assert read_view(run.store, told).workers == (0, 2, 3)
+    assert run.view.workers == (0, 2, 4)
+
+
 # ---- who hangs ----
 
 
@@ -175,6 +220,35 @@ def test_a_worker_whose_work_comes_on_is_not_stuck_and_one_whose_does_not_is() -
     assert [(each["worker"], each["reason"]) for each in run.named("detected")] == [
         (1, "has been busy with one step for 0.6 s")
     ]
+
+
+@pytest.mark.parametrize("built", [None, False, True], ids=["no sign", "not built", "built"])
+def test_a_worker_that_is_awaited_and_does_not_come_up_is_lost(built: bool | None) -> None:
+    """The others go on meanwhile, so nothing but its own time says so."""
+
+    class Without(Scripted):
+        def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
+            return leave(view, lost)
+
+        def with_ready(self, view: View, ready: Sequence[int]) -> View:
+            raise CannotRestore("not yet")
+
+    run = Run(Without(), deadline_s=0.5, heartbeat_s=2.0)
+    run.train()
+    keys.report_loss(run.store, 1, "was killed by SIGKILL")
+    run.coordinator.tick()
+    assert dict(run.view.awaited) == {3: 1}
+    began, number = time.monotonic(), 0
+    while time.monotonic() - began < 1.3 and 3 in run.view.places:
+        number += 1
+        for worker in (0, 2):
+            beat(run, worker, number)
+        if built is not None:
+            keys.beat(run.store, 3, Beat(number, "", 0, built))
+        run.commit()
+        run.coordinator.tick()
+        time.sleep(0.01)
+    assert [each["reason"] for each in run.named("detected")][1:] == ([] if built else ["has not come up within 0.5 s"])
 
 
 def test_a_worker_that_never_comes_up_is_lost() -> None:
@@ -203,9 +277,8 @@ def test_what_a_stranger_writes_is_left_aside_and_said(data: bytes) -> None:
     run = Run()
     run.recovery.go.set()
     run.train()
-    for key in ("loss/0", "beat/1", "complaint/1", "agent/0", "error/1"):
+    for key in ("loss/0", "losses", "beat/1", "complaint/1", "agent/0", "error/1"):
         run.store.set(key, data)
-    run.store.add("losses", 1)
     keys.report_loss(run.store, 2, "was killed by SIGKILL")
     run.until(lambda: run.view.number == 2)
     assert run.view.workers == (0, 1, 3)
