@@ -197,6 +197,28 @@ def test_a_worker_that_was_told_of_keeps_its_agent_and_no_id_is_started_twice() 
     assert run.view.workers == (0, 2, 4)
 
 
+def test_a_worker_that_lives_keeps_its_agent_though_that_says_nothing_for_a_while() -> None:
+    run = Run(heartbeat_s=2.0)
+    run.recovery.go.set()
+    run.coordinator.view = replace(run.view, agents={0: 0, 1: 1, 2: 0})
+    run.train()
+    keys.beat_agent(run.store, 1, 1)
+    keys.report_loss(run.store, 1, "was killed by SIGKILL")
+    run.coordinator.tick()
+    began, number = time.monotonic(), 0
+    while time.monotonic() - began < 1.5:
+        number += 1
+        for worker in (0, 2, 3):
+            beat(run, worker, number)
+        run.coordinator.tick()
+        time.sleep(0.01)
+    assert 1 not in run.coordinator.alive
+    keys.report_loss(run.store, 2, "was killed by SIGKILL")
+    run.coordinator.tick()
+    assert run.view.joined.keys() == {3, 4}
+    assert run.view.agents[1] == 1
+
+
 # ---- who hangs ----
 
 
