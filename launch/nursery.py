@@ -92,6 +92,7 @@ class Nursery:
         theirs.close()
         _OPEN.add(self)
         self._exits: list[Exit] = []
+        self._asked = 0
 
     def fileno(self) -> int:
         """For selectors: readable when an exit is to be polled."""
@@ -104,17 +105,27 @@ class Nursery:
         ended, and TimeoutError where it does not answer.
         """
         deadline = time.monotonic() + _ANSWER_S
+        self._asked += 1
         try:
-            self._channel.send(payload, _ANSWER_S)
+            self._channel.send({"request": self._asked, "payload": payload}, _ANSWER_S)
         except ChannelClosed as error:
             raise NurseryGone("the warm parent has ended unexpectedly") from error
         while (message := self._read(deadline - time.monotonic())) is not None:
-            if "failed" in message:
+            if message.get("request") != self._asked:
+                self._note(message)
+            elif "failed" in message:
                 raise StartError(f"could not be started: {message['failed']}")
-            if "started" in message:
+            else:
                 return int(message["started"])
-            self._exits.append(_exit(message))
         raise TimeoutError(f"the warm parent did not answer within {_ANSWER_S:g} s")
+
+    def _note(self, message: dict[str, Any]) -> None:
+        """Keep an exit. An answer that nobody waits for any more is of a worker that nobody knows: it is ended."""
+        if "request" not in message:
+            self._exits.append(_exit(message))
+        elif "started" in message:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(message["started"]), signal.SIGKILL)
 
     def poll(self, timeout_s: float) -> list[Exit]:
         """The workers that have ended since the last call, waiting up to `timeout_s` for the first.
@@ -123,7 +134,7 @@ class Nursery:
         """
         try:
             while (message := self._read(0.0 if self._exits else timeout_s)) is not None:
-                self._exits.append(_exit(message))
+                self._note(message)
         except NurseryGone:
             if not self._exits:
                 raise
@@ -167,8 +178,8 @@ class _Server:
             while True:
                 for key, _ in self._selector.select():
                     if key.fileobj is self._channel:
-                        while (payload := self._channel.receive(0.0)) is not None:
-                            self._channel.post(self._fork(payload))
+                        while (asked := self._channel.receive(0.0)) is not None:
+                            self._channel.post({"request": asked["request"], **self._fork(asked["payload"])})
                     else:
                         self._channel.post(self._ended(key.fd))
                 events = selectors.EVENT_READ | (0 if self._channel.flush() else selectors.EVENT_WRITE)

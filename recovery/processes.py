@@ -94,7 +94,7 @@ class Processes:
 
     def seen(self) -> list[int]:
         """The blocks of those who were seen to end since: they can go to others."""
-        late = [pid for pid in self.unseen if pid in self._ended]
+        late = [pid for pid in self.unseen if self._ended.pop(pid, None) is not None]
         return [block for pid in late for block in self.unseen.pop(pid)]
 
     def end_all(self, pids: Iterable[int]) -> None:

@@ -64,6 +64,21 @@ def test_a_fork_that_fails_is_answered_and_costs_nobody_else(monkeypatch: pytest
         nursery.close()
 
 
+def test_an_answer_that_comes_too_late_is_taken_for_no_other(parent: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked has given it up, so the worker that was started after all is ended."""
+    os.kill(parent.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.nursery._ANSWER_S", 0.2)
+        with pytest.raises(TimeoutError, match=r"did not answer within 0\.2 s"):
+            parent.start({"sleep": 60})
+    os.kill(parent.pid, signal.SIGCONT)
+    assert ends(parent, parent.start({"code": 3})) == 3
+    deadline = time.monotonic() + 10.0
+    while children := psutil.Process(parent.pid).children():
+        assert time.monotonic() < deadline, children
+        parent.poll(0.01)
+
+
 def test_a_worker_that_could_not_be_watched_is_ended_and_answered(parent: Nursery) -> None:
     """No descriptor is left to see it end by: a real limit of a real process."""
     living = parent.start({"sleep": 60})
