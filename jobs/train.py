@@ -51,8 +51,9 @@ class Reports(Protocol):
         """See Report."""
         ...
 
-    def save_ledger(self, step: int, /) -> str:
-        """Have every step up to `step` on the disk, in the ledger; why that cannot be, or ""."""
+    def save_ledger(self, step: int, view: int, /) -> str:
+        """Have every step up to `step` on the disk, in the ledger, for a checkpoint of `view`; why that cannot be, or
+        "": then the checkpoint may be made true."""
         ...
 
 
@@ -288,7 +289,8 @@ class Trainer:
         if error is None and self.leads:
             try:
                 written = [checkpoint.FileRecord.from_json(r) for vote in votes.values() for r in vote["records"]]
-                if missing := self.reports.save_ledger(done):  # what a checkpoint contains is in the ledger, always
+                # what a checkpoint contains is in the ledger, always
+                if missing := self.reports.save_ledger(done, self.view.number):
                     raise checkpoint.CheckpointError(missing)
                 manifest = self._manifest(done)
                 checkpoint.commit(root, done, written, manifest, fence=fence)

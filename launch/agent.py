@@ -12,8 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,6 @@ import torch.distributed as dist
 
 from jobs.train import STOPPED
 from launch.nursery import Exit, Nursery, NurseryGone, StartError
-from launch.signals import stop_signals
 from recovery import keys
 from recovery.membership import EVICTED, read_view
 
@@ -125,28 +123,27 @@ class Agent:
         names in their place are started.
         """
         code, ended = None, math.inf
-        with self._stoppable():
-            # Once one has ended well, all is committed and saved: nobody is worth a long wait any more.
-            while (self.pids or code is None) and time.monotonic() < ended + _LAST_S:
-                for exit_ in self.nursery.poll(_POLL_S):
-                    self._spares.pop(exit_.pid, None)
-                    worker = self.pids.pop(exit_.pid, None)
-                    if worker is None or exit_.code == EVICTED:
-                        continue
-                    if exit_.code in (0, STOPPED):
-                        code, ended = max(code or 0, exit_.code), time.monotonic()
-                    elif code is None:  # once one has ended well, all have committed all there is
-                        self._lost(worker, exit_)
-                self._beat()
-                self._pass_on()
-                self._try_again()
-                tick()
-                over = keys.ended(self.store)
-                self._follow(code is not None or over is not None)
-                if not self.pids and code is None and over is not None:
-                    return over  # its places have gone to others
-                if (reason := keys.failure(self.store)) is not None:
-                    raise RunFailed(reason)
+        # Once one has ended well, all is committed and saved: nobody is worth a long wait any more.
+        while (self.pids or code is None) and time.monotonic() < ended + _LAST_S:
+            for exit_ in self.nursery.poll(_POLL_S):
+                self._spares.pop(exit_.pid, None)
+                worker = self.pids.pop(exit_.pid, None)
+                if worker is None or exit_.code == EVICTED:
+                    continue
+                if exit_.code in (0, STOPPED):
+                    code, ended = max(code or 0, exit_.code), time.monotonic()
+                elif code is None:  # once one has ended well, all have committed all there is
+                    self._lost(worker, exit_)
+            self._beat()
+            self._pass_on()
+            self._try_again()
+            tick()
+            over = keys.ended(self.store)
+            self._follow(code is not None or over is not None)
+            if not self.pids and code is None and over is not None:
+                return over  # its places have gone to others
+            if (reason := keys.failure(self.store)) is not None:
+                raise RunFailed(reason)
         assert code is not None
         return code
 
@@ -199,18 +196,12 @@ class Agent:
                 self._spares.pop(exit_.pid, None)
                 self.pids.pop(exit_.pid, None)
 
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """SIGTERM, SIGHUP and the first Ctrl-C ask the run to save and stop; a second Ctrl-C does not wait."""
-
-        def handle(signum: int) -> None:
-            self._stopping += 1
-            if signum == signal.SIGINT and self._stopping > 1:
-                raise KeyboardInterrupt
-            _send(self.pids, signal.SIGTERM)  # at once; the store is no place for a signal handler to wait in
-
-        with stop_signals(handle):
-            yield
+    def asked_to_stop(self, signum: int) -> None:
+        """A handler of signals: each asks the run to save itself and stop; a second Ctrl-C does not wait."""
+        self._stopping += 1
+        if signum == signal.SIGINT and self._stopping > 1:
+            raise KeyboardInterrupt
+        _send(self.pids, signal.SIGTERM)  # at once; the store is no place for a signal handler to wait in
 
 
 def _send(pids: Iterable[int], signum: int) -> None:

@@ -32,7 +32,7 @@ from launch.nursery import Nursery
 from launch.progress import Display
 from launch.resume import kept
 from launch.run_folder import RunFolder
-from launch.signals import stop_signals
+from launch.signals import Stopping
 from launch.story import Story
 from launch.train import introduce
 from launch.warm import warm_up
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 _LAST_WORDS_S = 5.0
 
 
-def train_rounds(config: TrainConfig, as_json: bool) -> int:
+def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     """Run a job to its end on this machine. Returns the exit code; raises ConfigError before anything is started,
     HostMemoryError where the state does not fit, RunFailed when the run cannot go on."""
     require("LOCAL_RANK" not in os.environ, "scheduler", config.scheduler, "one process that starts its own workers, "
@@ -76,7 +76,8 @@ def train_rounds(config: TrainConfig, as_json: bool) -> int:
                 claim.undo()
                 raise
             try:
-                code, story = _host(config, plan, display, nursery, store, devices)
+                code, story = _host(config, plan, display, nursery, store, devices, signals)
+                signals.over()
             finally:
                 store.close()
                 claim.release()
@@ -130,10 +131,13 @@ def hosting(
 
 
 def _host(
-    config: TrainConfig, plan: Plan, display: Display, nursery: Nursery, store: HostStore, devices: Devices
-) -> tuple[int, Story]:
+    config: TrainConfig, plan: Plan, display: Display, nursery: Nursery, store: HostStore, devices: Devices,
+    signals: Stopping,
+) -> tuple[int, Story]:  # fmt: skip
     """The run, from its first worker to its end."""
     assert plan.rounds is not None
+    stop = threading.Event()
+    signals.trains(_asks(stop))
     for name, reason in plan.notes:
         display.say(f"checkpoint {name} is skipped: {reason}", "yellow")
     introduce(config, plan, display)
@@ -145,11 +149,10 @@ def _host(
     torch.set_num_threads(config.threads or default_threads(1))
     jobs = make_jobs(config, view.first_step, view.first_sample)
     try:
-        with (
-            _stoppable() as stop,
-            hosting(config, store, rounds, nursery, story.event, devices.of, step=view.first_step,
-                    sample=view.first_sample, stopping=stop.is_set) as (optimizer, pool),
-        ):  # fmt: skip
+        with hosting(
+            config, store, rounds, nursery, story.event, devices.of, step=view.first_step,
+            sample=view.first_sample, stopping=stop.is_set,
+        ) as (optimizer, pool):  # fmt: skip
             trainer = RoundTrainer(
                 config, optimizer, pool, rounds.cut, rounds.row, jobs[TRAIN], jobs["evaluate"],
                 open_dataset(config.out).fingerprint, story.handle, stop.is_set, folder.save_ledger,
@@ -171,18 +174,15 @@ def _host(
         folder.close()
 
 
-@contextmanager
-def _stoppable() -> Iterator[threading.Event]:
+def _asks(stop: threading.Event) -> Callable[[int], None]:
     """SIGTERM, SIGHUP and the first Ctrl-C ask the run to save and stop; a second Ctrl-C does not wait."""
-    stop = threading.Event()
 
     def handle(signum: int) -> None:
         if signum == signal.SIGINT and stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    with stop_signals(handle):
-        yield stop
+    return handle
 
 
 def make_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:

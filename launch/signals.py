@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -27,12 +27,45 @@ def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
             signal.signal(signum, signal.SIG_DFL if old is None else old)
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside, each of STOP raises NotStarted: until workers are there to save something, a run just ends."""
+class Stopping:
+    """What each of STOP does to a run: it ends it by NotStarted, until there is something to save; from `trains` on it
+    calls what asks the run to save itself; and once that is `over` it does nothing."""
 
-    def interrupt(_: int) -> None:
+    def __init__(self) -> None:
+        self._handle = self._end
+
+    def __call__(self, number: int) -> None:
+        self._handle(number)
+
+    def _end(self, _: int) -> None:
         raise NotStarted
 
-    with stop_signals(interrupt):
+    def trains(self, handle: Callable[[int], None]) -> None:
+        """There are workers, who can save something."""
+        self._handle = handle
+
+    def over(self) -> None:
+        """All is saved: nothing that a signal could ask for is left."""
+        self._handle = _ignore
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+@contextmanager
+def stopping() -> Iterator[Stopping]:
+    """Inside, STOP does what the Stopping says at the moment."""
+    with stop_signals(found := Stopping()):
+        yield found
+
+
+@contextmanager
+def skippable() -> Iterator[None]:
+    """Inside, each of STOP ends the block and nothing else."""
+
+    def skip(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt), stop_signals(skip):
         yield

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from launch.progress import Display
 from launch.records import check_record
 from launch.report import loss_terminal
 from launch.run_folder import RunFolder
+from launch.signals import skippable
 from pipeline.wire import WireError, checked
 from recovery import keys
 
@@ -55,12 +55,15 @@ class Story:
         self._config, self._plan, self._folder, self._display, self._store = config, plan, folder, display, store
         self._pictures = Pictures(config, plan, folder)
         self._read: dict[int, int] = {}  # worker -> how many of its records
+        self._view: int | None = None
         self.step = plan.view.first_step
         self._began = time.monotonic()
 
-    def tick(self, workers: Iterable[int]) -> None:
-        """Handle every record that has come from `workers`, and the last ones of those who were lost since."""
+    def tick(self, workers: Iterable[int], view: int | None) -> None:
+        """Handle every record that has come from `workers`, and the last ones of those who were lost since. `view` is
+        the one in which a checkpoint may be made true: none while the next is being found out."""
         assert self._store is not None
+        self._view = view
         now = set(workers)
         for worker in sorted(now | set(self._read)):
             number = self._read.get(worker, 0)
@@ -79,12 +82,18 @@ class Story:
                 raise record
             if record.get("kind") == "ledger":
                 assert self._store is not None
-                step = checked(record, "a record", step=int)["step"]
-                keys.answer_ledger(self._store, worker, number, self._folder.save_ledger(step))
+                keys.answer_ledger(self._store, worker, number, self._save_ledger(record))
             else:
                 self.handle(check_record(record))
         except WireError as error:
             self.event("unreadable", error=f"record {number} of worker {worker}: {error}")
+
+    def _save_ledger(self, record: dict[str, Any]) -> str:
+        """Have the ledger on the disk for a checkpoint; why it is not, or why there must be no checkpoint, or ""."""
+        found = checked(record, "a record", step=int, view=int)
+        if found["view"] != self._view:  # others may be about to go back to an older one
+            return f"view {found['view']} is over"
+        return self._folder.save_ledger(found["step"])
 
     def event(self, event: str, **fields: Any) -> None:
         """Something happened to the membership: keep it, and say it."""
@@ -128,7 +137,7 @@ class Story:
         if code != STOPPED:
             summary["model"] = str(out / "model")
             if self._config.sample_tokens:
-                with suppress(KeyboardInterrupt):  # the run is done: who does not want to wait goes without
+                with skippable():  # the run is done: who does not want to wait goes without
                     sample = continue_text(out / "model", None, self._config.sample_tokens, self._config.seed)
                     summary["sample"] = sample.text
         if as_json:

@@ -25,13 +25,14 @@ from launch.nursery import Nursery
 from launch.progress import Display
 from launch.resume import kept
 from launch.run_folder import RunFolder
-from launch.signals import interruptible
+from launch.signals import Stopping, stopping
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
 from launch.warm import warm_up
 from launch.worker_main import default_threads, worker_main
 from pipeline.weights import watch
 from recovery import keys
+from recovery.checkpoint import any_saved
 from recovery.coordinator import Coordinator
 from recovery.policy import Recovery
 
@@ -45,22 +46,22 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     Raises ConfigError and its like before anything is started, RunFailed when a worker fails.
     """
     try:
-        with interruptible():
-            return _train(config.resolved(), as_json)
+        with stopping() as signals:
+            return _train(config.resolved(), as_json, signals)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         return USAGE if isinstance(error, ValueError) else ERROR  # one slot of a machine says it for all
 
 
-def _train(config: TrainConfig, as_json: bool) -> int:
+def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     config.validate()
     if config.scheduler == "roundpipe":
         from launch.round_train import train_rounds  # built on this module
 
-        return train_rounds(config, as_json)
+        return train_rounds(config, as_json, signals)
     slot = find_slot(config)
-    if slot.attempt and (config.out / "checkpoints").is_dir():
+    if slot.attempt and any_saved(config.out / "checkpoints"):
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
     workers = slot.workers(config.workers)
     check_machine(config, slot.workers_here(config.workers))
@@ -76,7 +77,8 @@ def _train(config: TrainConfig, as_json: bool) -> int:
         try:
             agent.start()
             if slot.coordinates:
-                return _coordinate(config, agent, handle.store, slot, as_json)
+                return _coordinate(config, agent, handle.store, slot, as_json, signals)
+            signals.trains(agent.asked_to_stop)
             try:
                 code = agent.supervise(lambda: None)
                 keys.confirm_end(handle.store, slot.rank)
@@ -85,6 +87,7 @@ def _train(config: TrainConfig, as_json: bool) -> int:
                     f"the store at {handle.host}:{handle.port} is gone, and with it the coordinator of the run; "
                     "--resume goes on from the newest valid checkpoint"
                 ) from error
+            signals.over()
             return code
         finally:
             agent.end()
@@ -114,17 +117,20 @@ def _payload(
     }
 
 
-def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool) -> int:
+def _coordinate(
+    config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool, signals: Stopping
+) -> int:
     claim = Claim(config.out)
     with Display(config.steps, quiet=as_json) as display:
         try:
             plan = make_plan(config, display.preparing, kept(config))
+            signals.trains(agent.asked_to_stop)
         except BaseException as error:
             keys.fail(store, f"{type(error).__name__}: {error}")
             claim.undo()
             raise
         try:
-            code, story = _follow(config, plan, display, agent, store, slot)
+            code, story = _follow(config, plan, display, agent, store, slot, signals)
         finally:
             claim.release()
     story.close(code, as_json)
@@ -132,7 +138,7 @@ def _coordinate(config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot
 
 
 def _follow(
-    config: TrainConfig, plan: Plan, display: Display, agent: Agent, store: dist.Store, slot: Slot
+    config: TrainConfig, plan: Plan, display: Display, agent: Agent, store: dist.Store, slot: Slot, signals: Stopping
 ) -> tuple[int, Story]:
     """The run from its first view to its end."""
     for name, reason in plan.notes:
@@ -157,18 +163,21 @@ def _follow(
 
     def tick() -> None:
         coordinator.tick()
-        story.tick(coordinator.view.workers)
+        story.tick(coordinator.view.workers, coordinator.valid)
 
     try:
         code = agent.supervise(tick)
+        signals.over()
         keys.end(store, code)
         _await_agents(coordinator, store)
-        story.tick(coordinator.view.workers)
+        story.tick(coordinator.view.workers, coordinator.valid)
     except Exception as error:
         with suppress(RuntimeError):  # the store may be what failed
             keys.fail(store, str(error))
-            story.tick(coordinator.view.workers)
+            story.tick(coordinator.view.workers, None)
         folder.event("failed", error=str(error), step=story.step)
+        if isinstance(error, ValueError):  # the settings were right, or nothing would have begun
+            raise RunFailed(str(error)) from error
         raise
     finally:
         folder.close()

@@ -34,7 +34,7 @@ from pipeline.weights import ModelError, read_config
 from pipeline.wire import checked, parse
 from pipeline.worker import Settings, Worker
 from recovery import keys
-from recovery.checkpoint import CheckpointError
+from recovery.checkpoint import CheckpointError, last_attempt
 from recovery.commit import Ballot
 from recovery.communicator import Communicator
 from recovery.inject import Fault, Injector
@@ -115,7 +115,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         member = build_member(worker_id, config, view, place, store, payload)
         member.worker.pulse = watcher.pulse
         if view.checkpoint is not None:
-            load_checkpoint(member.worker, Path(view.checkpoint))
+            load_start(member.worker, view, config.out / "checkpoints", joins)
         dataset = open_dataset(config.out)
         reports = Reports(connect(payload["store"], 60.0), worker_id)
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
@@ -139,6 +139,16 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         watcher.stop()
         if watcher.member is not None:
             watcher.member.worker.transport.close()
+
+
+def load_start(worker: Worker, view: View, checkpoints: Path, joins: bool) -> None:
+    """Fill a worker from what the run began with. Raises CheckpointError where that is gone, unless the worker `joins`
+    a run that has saved since: then its state comes from others, or from a newer checkpoint."""
+    try:
+        load_checkpoint(worker, Path(view.checkpoint or ""))
+    except CheckpointError:
+        if not joins or last_attempt(checkpoints) < int(view.details["attempt"]):
+            raise
 
 
 def build_member(
@@ -220,10 +230,11 @@ class Reports:
         keys.put_record(self._store, self.worker, self._next, record)
         self._next += 1
 
-    def save_ledger(self, step: int) -> str:
-        """Have the coordinator write every step up to `step` to the disk; why that cannot be, or ""."""
+    def save_ledger(self, step: int, view: int) -> str:
+        """Have the coordinator write every step up to `step` to the disk, for a checkpoint of `view`; why that cannot
+        be, or ""."""
         number = self._next
-        self.put({"kind": "ledger", "step": step})
+        self.put({"kind": "ledger", "step": step, "view": view})
         while (answer := keys.take_ledger_answer(self._store, self.worker, number)) is None:
             if not self._guided():
                 return "the ledger is not safe: the coordinator gives no sign of life"

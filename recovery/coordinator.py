@@ -107,6 +107,11 @@ class Coordinator:
         elif self.view.awaited:
             self._let_in(committed)
 
+    @property
+    def valid(self) -> int | None:
+        """The view in which something may become true; None while the next one is being found out."""
+        return self.view.number if self._search is None else None
+
     # ---- what has happened ----
 
     def _reports(self) -> dict[int, LossReport]:

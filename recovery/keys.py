@@ -87,7 +87,7 @@ class LossReport:
 
 
 def report_loss(store: dist.Store, worker: int, reason: str, told: bool = False) -> None:
-    """Tell the coordinator that a worker is gone. Who dies in the middle of it keeps no other report from being read."""
+    """Tell the coordinator that a worker is gone. A writer that dies in the middle keeps no other from being read."""
     _put(store, f"loss/{worker}", vars(LossReport(worker, reason, told, time.time())))
     store.set("losses", f"{worker} {time.time_ns()}")
 

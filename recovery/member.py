@@ -73,13 +73,12 @@ class Member:
             with suppress(RuntimeError):  # without a store there is no view to come, which is told by who waits for it
                 complain(self.store, self.worker.transport.view, self.worker.id, str(error)[:300])
 
-    def enter(
-        self, number: int, position: Mapping[str, Any] | None, last: dict[str, Any] | None = None
-    ) -> Joined:
+    def enter(self, number: int, position: Mapping[str, Any] | None, last: dict[str, Any] | None = None) -> Joined:
         """Take part in view `number` or the newest after it, again and again until all its members are ready.
 
         `position` is where the training of this worker stands (JSON; equal on all who were there before), None for a
-        worker that joins; `last` is what it would tell of the last step (JSON), which may differ. Raises MembershipError when no view comes, Evicted when this worker has no part in it.
+        worker that joins; `last` is what it would tell of the last step (JSON), which may differ. Raises
+        MembershipError when no view comes, Evicted when this worker has no part in it.
         """
         began = time.monotonic()
         while True:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from jobs.train import STOPPED
 from launch.agent import Agent, RunFailed
 from launch.nursery import Exit, NurseryGone, StartError
+from launch.signals import stop_signals
 from recovery import keys
 from recovery.membership import EVICTED, View, publish
 
@@ -95,7 +96,12 @@ def watched(tick: Callable[[Agent, Scripted, dist.Store], None]) -> tuple[dist.S
     nursery, store = Scripted(), dist.HashStore()
     agent = Agent(0, nursery, store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
     agent.start()
-    return store, lambda: agent.supervise(lambda: tick(agent, nursery, store))
+
+    def run() -> int:
+        with stop_signals(agent.asked_to_stop):
+            return agent.supervise(lambda: tick(agent, nursery, store))
+
+    return store, run
 
 
 def pid_of(agent: Agent, worker: int) -> int:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from jobs.config import TrainConfig
 from launch.journal import Journal
+from launch.progress import Display
 from launch.run_folder import METRICS, RunFolder, read_jsonl, standing
+from launch.story import Story
+from launch.worker_main import Reports
+from recovery import keys
 from tests.test_checkpoint import largest_file
 
 
@@ -103,6 +110,22 @@ def test_a_gap_that_an_earlier_version_left_is_said_and_keeps_nothing_from_being
     assert folder.save_ledger(7) == ""
     folder.step(record(9))
     assert folder.save_ledger(9) == "the ledger lacks 1 steps up to step 9, the first: 8"
+    folder.close()
+
+
+def test_no_checkpoint_becomes_true_in_a_view_that_is_over(tmp_path: Path) -> None:
+    """Others may be about to go back to an older one: who asks for the ledger of an earlier view is refused."""
+    store, folder = dist.HashStore(), RunFolder(tmp_path, "", 0)
+    folder.step(record(1))
+    plan: Any = SimpleNamespace(view=SimpleNamespace(first_step=0))
+    story = Story(TrainConfig(out=tmp_path, steps=9), plan, folder, Display(9, quiet=True), store)
+    reports = Reports(store, 0)
+    answers: list[str | None] = []
+    for view in (2, None, 1):
+        reports.put({"kind": "ledger", "step": 1, "view": 1})
+        story.tick([0], view)
+        answers.append(keys.take_ledger_answer(store, 0, len(answers)))
+    assert answers == ["view 1 is over", "view 1 is over", ""]
     folder.close()
 
 

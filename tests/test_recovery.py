@@ -109,6 +109,22 @@ def test_killed_replicas_are_replaced_and_nothing_of_the_run_changes(
     assert same_weights(out, calm["replicas"])
 
 
+def test_a_loss_after_the_checkpoint_that_a_run_began_with_is_gone_is_like_any_other(
+    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = ["--workers", "4", "--replicas", "2", "--keep", "1"]
+    once = ["--max-failures", "0", "--inject", "kill:worker=0,step=7"]
+    done = run_command(nursery, tmp_path / "log", *settings(out := tmp_path / "run", *flags, *once), timeout_s=60.0)
+    assert done.code == 1, done.output
+    kills = "kill:worker=1,step=9,at=backward;kill:worker=2,step=11,at=forward"
+    more = ["--resume", "--checkpoint-every", "2", "--max-failures", "9", "--inject", kills]
+    assert "resuming at step 5" in train(nursery, out, *flags, *more).output
+    assert [event["remedy"] for event in events(out, "remedy")][-2:] == ["replica"] * 2
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000014"]
+    whole_ledger(out)
+    assert same_weights(out, calm["replicas"])
+
+
 def test_rollbacks_replay_to_the_same_weights(nursery: Nursery, calm: dict[str, Path], tmp_path: Path) -> None:
     """To the start of the run and to checkpoints, from every point of a step; one of them comes while they replay."""
     steps = (3, 6, 7, 11, 12)

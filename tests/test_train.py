@@ -761,6 +761,19 @@ def test_a_run_that_is_stopped_before_its_first_step_leaves_nothing(launcher: La
     assert not run.out.exists(), sorted(str(p) for p in run.out.rglob("*"))
 
 
+def test_a_signal_after_the_last_step_changes_nothing(launcher: Launcher) -> None:
+    """All is saved: what is left, a sample that is printed, ends; the run is done and says so."""
+    running = launcher.start(steps=2, sample_tokens=20_000)
+    running.until(lambda: any(event["event"] == "exported" for event in _lines(running.out / "events.jsonl")))
+    time.sleep(0.3)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        os.kill(running.pid, signum)
+    run = running.finish(PROMPT_S)
+    assert run.code == 0
+    assert (run.out / "model" / "config.json").exists()
+    assert "asked to stop" not in run.stdout + run.stderr
+
+
 # ---- deaths ----
 
 
