@@ -100,6 +100,7 @@ class Link:
         self.in_flight = 0
         """Messages that were sent and have not left."""
         self._failed: str | None = None
+        self._abandoned = False
         self._thread = threading.Thread(target=self._receive, name=f"link-{peer}", daemon=True)
         self._reaper = threading.Thread(target=self._reap, name=f"sent-{peer}", daemon=True)
         self._thread.start()
@@ -134,7 +135,11 @@ class Link:
         self._sent.put(None)
 
     def abandon(self) -> None:
-        """End the link without a word: a receive that gives up at once closes its sockets on both sides."""
+        """End the link without a word: a receive that gives up at once closes its sockets on both sides.
+
+        It tells of nothing any more, however late its thread ends: there may be a new link to the same peer by then.
+        """
+        self._abandoned = True
         if not self._fixed:
             with contextlib.suppress(RuntimeError):
                 self._in.recv([torch.empty(1, dtype=torch.uint8)], self._peer_rank, 1).wait(timedelta(milliseconds=1))
@@ -176,10 +181,12 @@ class Link:
         try:
             while self._receive_one():
                 pass
-            self._mailbox.lose(self.peer, "it has left")
+            reason = "it has left"
         except Exception as error:  # whatever it was: nothing more comes, and who waits must know
             closed = "closed by peer" in str(error) or "reset by peer" in str(error)
-            self._mailbox.lose(self.peer, "the connection was closed" if closed else _first_line(error))
+            reason = "the connection was closed" if closed else _first_line(error)
+        if not self._abandoned:
+            self._mailbox.lose(self.peer, reason)
 
     def _receive_one(self) -> bool:
         """Whether there was a message, and not a goodbye."""

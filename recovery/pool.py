@@ -311,7 +311,8 @@ class Pool:
         self.last_reason, self._last = reason, member.id
         self._event("detected", worker=member.id, reason=reason)
         limit = STOPPING_LIMIT if self._stopping() else LIMIT
-        self._losses.note(member.id, member.place, reason, told=told, when=self._next_worker, limit=limit)
+        if told or member.channel is None or member.given:  # one that had nothing to do proves nothing of the next
+            self._losses.note(member.id, member.place, reason, told=told, when=self._next_worker, limit=limit)
         replaced = self.failures <= self._max_failures
         self._event(
             "redealt", worker=member.id, slots=len(member.given), remedy="its slots are dealt to the others",

@@ -271,6 +271,27 @@ def test_an_error_that_every_worker_meets_ends_the_run_with_it(hosts: Any) -> No
     assert len(host.named("detected")) == 3
 
 
+def test_workers_that_are_killed_while_they_have_nothing_to_do_prove_nothing(hosts: Any) -> None:
+    """Another one is stopped and holds its slots, so no step is made meanwhile, whoever is killed and how often."""
+    host = hosts({"deaf": True}, {}, deadline_s=60.0)
+    host.pool.open(2)
+    row = slots(CUT, 4, 2, by_stage=True)
+    host.pool.dealing.submit(row, (2,), step=0, job="train", source="param", version=0)
+
+    def idle() -> Any:
+        return next((m for m in host.pool.members.values() if m.id > 0 and m.channel is not None and not m.given), None)
+
+    for _ in range(5):
+        deadline = time.monotonic() + 10.0
+        while (victim := idle()) is None:
+            host.pool.turn()
+            assert time.monotonic() < deadline
+        os.kill(victim.pid, signal.SIGKILL)
+        while victim.id in host.pool.members:
+            host.pool.turn()
+    assert len(host.named("detected")) == 5
+
+
 def test_a_machine_without_room_is_asked_again_and_the_others_go_on(hosts: Any) -> None:
     host = hosts({})
     host.machine.refusals = 2

@@ -224,6 +224,18 @@ def test_a_buffer_for_which_there_is_no_memory_is_the_loss_of_the_link(monkeypat
     link.abandon()
 
 
+def test_a_link_that_is_abandoned_says_nothing_of_the_one_that_takes_its_place() -> None:
+    """Its thread ends late, when a new link to the same peer may be there already."""
+    sockets, box = Sockets(), Mailbox()
+    link = a_link(sockets, box)
+    link._fixed = True  # as over NCCL, whose receive cannot be given up
+    link.abandon()
+    box.forget(7)
+    sockets.arrived.set()  # of nothing that is a message
+    link.join(10.0)
+    assert box.broken() == set()
+
+
 def test_what_has_left_is_held_no_longer() -> None:
     """gloo tells of a transfer's end only to who waits for it; nobody flushes here, and the buffers go all the same."""
     sockets, box = Sockets(), Mailbox()
