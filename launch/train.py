@@ -49,7 +49,8 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
         with stopping() as signals:
             return _train(config.resolved(), as_json, signals)
     except (ValueError, RuntimeError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        shared = isinstance(error, ValueError | RunFailed)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not shared:
             raise
         return USAGE if isinstance(error, ValueError) else ERROR  # one slot of a machine says it for all
 

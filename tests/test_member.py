@@ -7,13 +7,18 @@ import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch.distributed as dist
 
+from jobs.config import TrainConfig
+from jobs.train import Trainer
 from pipeline.mailbox import Mailbox
+from pipeline.schedule import dumps
 from recovery import keys
-from recovery.member import Watcher
-from recovery.membership import View, publish
+from recovery.member import Joined, Member, Watcher
+from recovery.membership import View, publish, substitute
+from schedulers import plan
 
 
 def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -50,6 +55,43 @@ def test_signs_of_life_come_before_anything_is_built_and_tell_what_comes_on() ->
         watcher.pulse()
     until(lambda: (found := keys.read_beat(store, 3)) is not None and found.progress == 5)
     watcher.stop()
+
+
+def entered(mine: dict[str, Any] | None, others: dict[int, dict[str, Any]]) -> Joined:
+    """What worker 3 learns when it enters a view; `mine` is what it knows of the last step."""
+    store, schedule = dist.HashStore(), plan("one_f_one_b", [1.0] * 6, 2, 4)
+    view = View(2, (0, 3), {"train": dumps(substitute(schedule, {1: 3}))}, places={0: 0, 3: 1}, joined={3: 1})
+    publish(store, view)
+    worker, communicator = MagicMock(id=3, norms={}), MagicMock()
+    worker.store.model.num_layers, worker.store.model.tied = 6, False
+    communicator.kept.return_value = {}
+    worker.gather.side_effect = [
+        {w: {"norms": {}, **vote} for w, vote in {**others, 3: {"position": None, "last": mine}}.items()},
+        {0: {"copies": {}}, 3: {"copies": {}}},
+    ]  # fmt: skip
+    member = Member(worker, communicator, store, {}, lambda _: None, lambda: True)  # type: ignore[arg-type]
+    return member.enter(2, None, mine)
+
+
+def test_who_joins_learns_what_is_to_be_told_of_the_last_step() -> None:
+    """All who made the step may be lost before one of them has told of it: then the joiner does."""
+    told = {"step": 5, "loss": 1.5}
+    joined = entered(None, {0: {"position": {"step": 5}, "last": told}})
+    assert joined.position == {"step": 5}
+    assert joined.last == told
+    own = {"step": 5, "loss": 1.5, "tokens_per_s": 7.0}
+    assert entered(own, {0: {"position": {"step": 5}, "last": told}}).last == own
+    assert entered(None, {0: {"position": None, "last": None}}).last is None
+
+
+def test_a_trainer_that_joined_tells_of_a_step_that_it_did_not_make() -> None:
+    said: list[dict[str, Any]] = []
+    member: Any = SimpleNamespace(worker=SimpleNamespace(id=3), view=View(3, (3, 4), {}))
+    trainer = Trainer(TrainConfig(), member, *[None] * 3, SimpleNamespace(put=said.append), bool)  # type: ignore[arg-type]
+    told = {"kind": "step", "step": 5}
+    where = {"step": 5, "due": True, "stopping": False, "again": False}
+    trainer._entered(Joined(View(3, (3, 4), {}), where, told, 0.0, {"view": 0.1}))
+    assert said[0] == told
 
 
 def test_a_new_view_wakes_who_waits_and_ends_what_waits_for_the_lost() -> None:
