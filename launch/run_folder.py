@@ -97,7 +97,8 @@ class RunFolder:
         self._append("events", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        file = self._files[name]
+        if (file := self._files.get(name)) is None:  # the run has ended: what comes now is said, and not kept
+            return
         before = file.waiting
         file.append(line)
         if file.waiting and not before:
@@ -122,6 +123,7 @@ class RunFolder:
             file.close()
             if file.waiting:
                 self._say(f"{file.waiting}: its last lines are lost")
+        self._files = {}
         if self._board is not None:
             self._board.close()
 

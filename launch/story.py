@@ -37,6 +37,7 @@ _SAID = {
     "rolled_back": "back to {to}: {steps_lost} steps are run again",
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
+    "picture_failed": "{path} is not drawn: {error}",
     "unreadable": "something in the store is not of this run, and is left aside: {error}",
 }
 
@@ -53,7 +54,7 @@ class Story:
         self, config: TrainConfig, plan: Plan, folder: RunFolder, display: Display, store: dist.Store | None = None
     ) -> None:
         self._config, self._plan, self._folder, self._display, self._store = config, plan, folder, display, store
-        self._pictures = Pictures(config, plan, folder)
+        self._pictures = Pictures(config, plan, folder, self.event)
         self._read: dict[int, int] = {}  # worker -> how many of its records
         self.step = plan.view.first_step
         self._began = time.monotonic()
