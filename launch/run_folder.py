@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,10 @@ class RunFolder:
 
     def save_ledger(self, step: int) -> str:
         """Have the ledger on the disk, with every step up to `step` in it; why it is not, or ""."""
-        missing = sorted(set(range(1, step + 1)) - self._in_ledger)
-        if missing:
-            return f"the ledger lacks {len(missing)} steps up to step {step}, the first: {missing[0]}"
+        missing = step - sum(1 <= taken <= step for taken in self._in_ledger)
+        if missing > 0:
+            first = next(number for number in count(1) if number not in self._in_ledger)
+            return f"the ledger lacks {missing} steps up to step {step}, the first: {first}"
         return self._files["ledger"].sync()
 
     def event(self, event: str, **fields: Any) -> None:

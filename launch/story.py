@@ -20,7 +20,7 @@ from launch.progress import Display
 from launch.records import check_record
 from launch.report import loss_terminal
 from launch.run_folder import RunFolder
-from pipeline.wire import WireError, checked
+from pipeline.wire import WireError
 from recovery import keys
 
 _SAID = {
@@ -78,12 +78,12 @@ class Story:
         try:
             if isinstance(record, WireError):
                 raise record
-            if record.get("kind") == "ledger":
+            found = check_record(record, self._config.steps)
+            if found["kind"] == "ledger":
                 assert self._store is not None
-                step = checked(record, "a record", step=int)["step"]
-                keys.answer_ledger(self._store, worker, number, self._folder.save_ledger(step))
+                keys.answer_ledger(self._store, worker, number, self._folder.save_ledger(found["step"]))
             else:
-                self.handle(check_record(record))
+                self.handle(found)
         except WireError as error:
             self.event("unreadable", error=f"record {number} of worker {worker}: {error}")
 
@@ -92,7 +92,7 @@ class Story:
         fields.setdefault("step", self.step)
         self._folder.event(event, **fields)
         if (line := _SAID.get(event)) is not None:
-            self._display.say(line.format(**fields), "yellow")
+            self._display.say(_printable(line.format(**fields)), "yellow")
 
     def handle(self, record: dict[str, Any]) -> None:
         """Take one record that a worker, or the host of a pool, has made."""
