@@ -7,11 +7,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from launch.journal import Journal
+from pipeline.wire import Kind, WireError, checked, parse
 
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
 """Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it."""
@@ -42,19 +44,21 @@ class RunFolder:
         self.path, self._say = path, say
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "config.toml", config_toml)
-        self.metrics = [m for m in read_jsonl(path / "metrics.jsonl") if m["step"] <= first_step]
+        metrics = read_jsonl(path / "metrics.jsonl", step=int, view=int, loss=float)
+        self.metrics = [m for m in metrics if m["step"] <= first_step]
         write_whole(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
-        ledger = [line for line in read_jsonl(path / "ledger.jsonl") if line["step"] <= first_step]
+        ledger = [line for line in read_jsonl(path / "ledger.jsonl", step=int) if line["step"] <= first_step]
         write_whole(path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in ledger))
         self._in_ledger = {line["step"] for line in ledger}
         if gap := sorted(set(range(1, first_step + 1)) - self._in_ledger):
             say(f"ledger.jsonl lacks {len(gap)} of the steps that were taken before, the first: {gap[0]}")
             self._in_ledger |= set(gap)  # nobody can fill it any more: it must not keep later steps from being saved
         self._taken = Counter(m["step"] for m in self.metrics)
-        past = [e for e in read_jsonl(path / "events.jsonl") if e["event"] in ("evaluation", *_LOSSES)]
-        past = [e for e in past if e["step"] <= first_step]
-        self.evaluations = [e for e in past if e["event"] == "evaluation"]
-        self.marks = [_marked(e) for e in past if e["event"] in _LOSSES]
+        events = path / "events.jsonl"
+        held_out = read_jsonl(events, event=str, step=int, loss=float, perplexity=float)
+        losses = read_jsonl(events, event=str, step=int, worker=int, remedy=str)
+        self.evaluations = [e for e in held_out if e["event"] == "evaluation" and e["step"] <= first_step]
+        self.marks = [_marked(e) for e in losses if e["event"] in _LOSSES and e["step"] <= first_step]
         self._files = {name: Journal(path / f"{name}.jsonl") for name in ("metrics", "events", "ledger")}
         self._board = None
         if tensorboard:
@@ -151,14 +155,11 @@ def standing(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line that was cut off by a crash is left out."""
-    if not path.is_file():
-        return []
+def read_jsonl(path: Path, **kinds: Kind) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that are whole: JSON objects in which every field of `kinds` is of its kind."""
     lines: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(WireError):  # a crash, or a disk, has damaged it; those after it are none the worse
+            checked(line := parse(text, path.name), path.name, **kinds)
+            lines.append(line)
     return lines
