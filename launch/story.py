@@ -134,7 +134,8 @@ class Story:
                     summary["sample"] = sample.text
         if as_json:
             self._display.console.file = os.sys.stdout  # type: ignore[attr-defined]
-            self._display.console.print_json(json.dumps(summary))
+            with suppress(SystemExit):  # rich's, where nobody reads any more: the run has a code of its own
+                self._display.console.print_json(json.dumps(summary))
             return
         say = self._display.say
         say(loss_terminal(self._folder.metrics, width=72, height=12))

@@ -75,3 +75,15 @@ def test_a_loss_curve_that_cannot_be_drawn_at_the_end_is_said(tmp_path: Path, mo
     monkeypatch.setattr("launch.pictures.loss_svg", lambda *_: 1 / 0)
     told.story.close(STOPPED, as_json=False)
     assert "loss.svg is not drawn: division by zero" in told.out.getvalue()
+
+
+def test_a_reader_of_the_report_that_is_gone_does_not_change_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise SystemExit(1)  # as rich does where a pipe is broken
+
+    told = Told(tmp_path)
+    told.folder.close()
+    monkeypatch.setattr(Console, "print_json", gone)
+    told.story.close(STOPPED, as_json=True)
