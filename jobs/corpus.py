@@ -82,7 +82,7 @@ def documents(spec: str, *, text_field: str = TEXT_FIELD) -> Corpus:
     document. Raises CorpusError for what is not there or empty, for a fault of a file of JSON, and for a `text_field`
     where nothing has fields; what is wrong inside another document is raised when that document is read.
     """
-    parts = [spec] if Path(spec).expanduser().is_file() else [part.strip() for part in spec.split(",")]
+    parts = [spec] if os.path.isfile(os.path.expanduser(spec)) else [part.strip() for part in spec.split(",")]
     sources = [source for part in parts for source in _sources(part, text_field)]
     if text_field != TEXT_FIELD and not any(source.has_fields for source in sources):
         raise CorpusError(
@@ -119,12 +119,13 @@ def standard_library() -> list[Path]:
 def _match(part: str) -> list[Path]:
     if not part:
         raise CorpusError(f"data names nothing between two commas, or nothing at all; allowed: {ALLOWED}")
-    path = Path(part).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise CorpusError(f"data is {part!r}, a folder; allowed: a glob, such as {str(path / '**' / '*.txt')!r}")
-    found = sorted(hit for name in glob.glob(str(path), recursive=True) if (hit := Path(name)).is_file())
+    path = os.path.expanduser(part)  # os.path, which takes a name that no file can have for one that is not there
+    if os.path.isfile(path):
+        return [Path(path)]
+    if os.path.isdir(path):
+        raise CorpusError(f"data is {part!r}, a folder; allowed: a glob, such as {os.path.join(path, '**', '*.txt')!r}")
+    names = [] if "\0" in path else glob.glob(path, recursive=True)
+    found = sorted(Path(name) for name in names if os.path.isfile(name))
     if not found:
         what = "which matches no file" if glob.has_magic(part) else "which does not exist"
         raise CorpusError(f"data is {part!r}, {what}; allowed: {ALLOWED}")

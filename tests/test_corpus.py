@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,19 @@ def test_what_is_not_there_or_empty_is_refused_at_once(tmp_path: Path, spec: str
     (tmp_path / "void.jsonl").write_text("\n \n")
     with pytest.raises(CorpusError, match=message):
         documents(str(tmp_path / spec))
+
+
+@pytest.mark.parametrize("spec", ["x" * 300, "a/" * 3000, "~nosuchuser/x", "a\0b"])
+@pytest.mark.parametrize("magic", ["", "*.txt", "/**/*"])
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(spec: str, magic: str):
+    what = "which matches no file" if magic else "which does not exist"
+    with pytest.raises(CorpusError, match=rf"^data is {re.escape(repr(spec + magic))}, {what}; allowed: stdlib"):
+        documents(spec + magic)
+
+
+def test_a_list_may_be_longer_than_a_name(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one")
+    assert list(documents(",".join([str(tmp_path / "a.txt")] * 400))) == ["one"] * 400
 
 
 @pytest.mark.parametrize("spec", ["", "stdlib,", "stdlib,,stdlib"])
