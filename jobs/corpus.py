@@ -10,7 +10,7 @@ import glob
 import os
 import sysconfig
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,17 +73,22 @@ class Corpus:
         return (self[index] for index in range(len(self)))
 
 
-def documents(spec: str, *, text_field: str = TEXT_FIELD) -> Corpus:
+def documents(spec: str, *, text_field: str = TEXT_FIELD, tell: Callable[[str], None] = lambda line: None) -> Corpus:
     """The documents that `spec` names, in an order that does not depend on the machine. None may be blank, not all.
 
     `spec` is a list separated by commas of: `stdlib`; `hf:NAME`, `hf:NAME@CONFIG:SPLIT` for a dataset that `datasets`
     loads (a hub name or a folder; split train unless given); paths and globs. A file of JSON lines, or of one array,
     is known by its content (see jobs.json_documents) and has its texts in `text_field`; every other file is one
     document. Raises CorpusError for what is not there or empty, for a fault of a file of JSON, and for a `text_field`
-    where nothing has fields; what is wrong inside another document is raised when that document is read.
+    where nothing has fields; what is wrong inside another document is raised when that document is read. `tell` takes a
+    line about files that may not have been meant to be text.
     """
+    doubtful: list[str] = []
     parts = [spec] if os.path.isfile(os.path.expanduser(spec)) else [part.strip() for part in spec.split(",")]
-    sources = [source for part in parts for source in _sources(part, text_field)]
+    sources = [source for part in parts for source in _sources(part, text_field, doubtful.append)]
+    if doubtful:
+        others = f"; so are {len(doubtful) - 1:,} others" if len(doubtful) > 1 else ""
+        tell(doubtful[0] + others)
     if text_field != TEXT_FIELD and not any(source.has_fields for source in sources):
         raise CorpusError(
             f"text_field is {text_field!r}, which has no effect: nothing in data {spec!r} has fields, it is all plain "
@@ -95,12 +100,13 @@ def documents(spec: str, *, text_field: str = TEXT_FIELD) -> Corpus:
     return corpus
 
 
-def _sources(part: str, text_field: str) -> list[TextSource]:
+def _sources(part: str, text_field: str, tell: Callable[[str], None]) -> list[TextSource]:
     if part == "stdlib":
         return [TextFile(path) for path in standard_library()]
     if part.startswith("hf:"):
         return [_Rows(part, text_field)]
-    return [TextFile(path) if (found := open_json(path, text_field)) is None else found for path in _match(part)]
+    opened = [(path, open_json(path, text_field, tell)) for path in _match(part)]
+    return [TextFile(path) if found is None else found for path, found in opened]
 
 
 def standard_library() -> list[Path]:

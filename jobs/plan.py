@@ -82,7 +82,7 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
     largest = check_early(config, model_config, source)
     there = sum(path.suffix != ".tmp" for path in (out / "checkpoints").glob("step-*"))
     said.append(check_space(out, space_needed(config, largest, first_step, there)))
-    corpus = documents(config.data or "", text_field=config.text_field)
+    corpus = documents(config.data or "", text_field=config.text_field, tell=said.append)
     cache = Cache(user_folder(), lambda line: progress(line, 1.0))
     tokenizer = find_tokenizer(config, source, corpus, cache, progress)
     if config.model in PRESETS:

@@ -347,6 +347,33 @@ def test_a_first_line_that_is_nested_too_deeply_is_no_text(tmp_path: Path):
         documents(str(tmp_path / "a.txt"))
 
 
+def test_text_may_begin_with_a_line_that_is_an_object_and_is_told(tmp_path: Path):
+    lines = ("prose", "{broken", '"text"', "[1]", "é" * 99_999)
+    texts = [f'\ufeff\n{{"text": "a"}}\n\n{line}\n' for line in lines]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    told: list[str] = []
+    assert list(documents(f"{tmp_path}/*.txt", tell=told.append)) == [text.removeprefix("\ufeff") for text in texts]
+    read_as = "0.txt' is read as text: its first line is a JSON object, and the one after it is none; so are 4 others"
+    assert len(told) == 1
+    assert told[0].endswith(read_as)
+    jsonl(tmp_path / "one.txt", {"text": "alone"})
+    assert list(documents(f"{tmp_path}/one.txt", tell=told.append)) == ["alone"]
+    (tmp_path / "0.jsonl").write_text(texts[0], encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"line 4 is not JSON by itself: .*; other text under an ending of its own$"):
+        documents(f"{tmp_path}/0.jsonl", tell=told.append)
+    assert len(told) == 1
+
+
+def test_what_is_advised_where_text_begins_like_json_is_true(tmp_path: Path):
+    text = '{"text": "a"}\n{"text": "b"}\nprose\n'
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(CorpusError, match=r"line 3 .*; other text whose first two lines are not both objects$"):
+        documents(f"{tmp_path}/a.txt")
+    (tmp_path / "a.txt").write_text(f"rows:\n{text}")
+    assert list(documents(f"{tmp_path}/a.txt")) == [f"rows:\n{text}"]
+
+
 def test_a_field_that_has_no_effect_is_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("plain")
     (tmp_path / "b.json").write_text('["plain", "too"]')
