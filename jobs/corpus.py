@@ -39,6 +39,11 @@ class TextSource(Texts, Protocol):
     has_fields: bool
     """Whether a document is one field of several, so that `text_field` says something."""
 
+    @property
+    def num_bytes(self) -> int | None:
+        """What the documents take where they lie, which is no less than they are long; None if it is not known."""
+        ...
+
 
 def permutation(size: int, key: int) -> np.ndarray:
     """The numbers 0 to size - 1 [size] int64, shuffled by `key`.
@@ -55,7 +60,7 @@ class Corpus:
     `spec` and `text_field` are what was asked for.
     """
 
-    def __init__(self, sources: Sequence[Texts], spec: str, text_field: str) -> None:
+    def __init__(self, sources: Sequence[TextSource], spec: str, text_field: str) -> None:
         self.spec, self.text_field = spec, text_field
         self._sources = [source for source in sources if len(source)]
         self._ends = list(accumulate(map(len, self._sources)))
@@ -68,6 +73,12 @@ class Corpus:
             raise IndexError(f"document {index} of {len(self)}")
         source = bisect_right(self._ends, index)
         return self._sources[source][index - (self._ends[source - 1] if source else 0)]
+
+    @property
+    def most_tokens(self) -> int | None:
+        """One for each byte, and one that ends each document; None if it is not known."""
+        sizes = [source.num_bytes for source in self._sources]
+        return None if None in sizes else sum(size or 0 for size in sizes) + len(self)
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
@@ -142,6 +153,7 @@ class _Rows:
     """A split of a dataset that the `datasets` library loads."""
 
     has_fields = True
+    num_bytes = None
 
     def __init__(self, spec: str, field: str) -> None:
         import datasets  # slow to import, and most runs read files

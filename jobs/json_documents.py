@@ -116,6 +116,11 @@ class JsonDocuments:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the documents take in the file."""
+        return sum(self._ends) - sum(self._starts)
+
     def __getitem__(self, index: int, /) -> str:
         start, number = self._starts[index], self._numbers[index]
         line = decode(self._path, read(self._path, start, self._ends[index] - start), start)
