@@ -10,7 +10,7 @@ import glob
 import os
 import sysconfig
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,11 @@ class TextSource(Texts, Protocol):
     has_fields: bool
     """Whether a document is one field of several, so that `text_field` says something."""
 
+    @property
+    def num_bytes(self) -> int | None:
+        """What the documents take where they lie, which is no less than they are long; None if it is not known."""
+        ...
+
 
 def permutation(size: int, key: int) -> np.ndarray:
     """The numbers 0 to size - 1 [size] int64, shuffled by `key`.
@@ -55,7 +60,7 @@ class Corpus:
     `spec` and `text_field` are what was asked for.
     """
 
-    def __init__(self, sources: Sequence[Texts], spec: str, text_field: str) -> None:
+    def __init__(self, sources: Sequence[TextSource], spec: str, text_field: str) -> None:
         self.spec, self.text_field = spec, text_field
         self._sources = [source for source in sources if len(source)]
         self._ends = list(accumulate(map(len, self._sources)))
@@ -69,21 +74,32 @@ class Corpus:
         source = bisect_right(self._ends, index)
         return self._sources[source][index - (self._ends[source - 1] if source else 0)]
 
+    @property
+    def most_tokens(self) -> int | None:
+        """One for each byte, and one that ends each document; None if it is not known."""
+        sizes = [source.num_bytes for source in self._sources]
+        return None if None in sizes else sum(size or 0 for size in sizes) + len(self)
+
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
 
-def documents(spec: str, *, text_field: str = TEXT_FIELD) -> Corpus:
+def documents(spec: str, *, text_field: str = TEXT_FIELD, tell: Callable[[str], None] = lambda line: None) -> Corpus:
     """The documents that `spec` names, in an order that does not depend on the machine. None may be blank, not all.
 
     `spec` is a list separated by commas of: `stdlib`; `hf:NAME`, `hf:NAME@CONFIG:SPLIT` for a dataset that `datasets`
     loads (a hub name or a folder; split train unless given); paths and globs. A file of JSON lines, or of one array,
     is known by its content (see jobs.json_documents) and has its texts in `text_field`; every other file is one
     document. Raises CorpusError for what is not there or empty, for a fault of a file of JSON, and for a `text_field`
-    where nothing has fields; what is wrong inside another document is raised when that document is read.
+    where nothing has fields; what is wrong inside another document is raised when that document is read. `tell` takes a
+    line about files that may not have been meant to be text.
     """
-    parts = [spec] if Path(spec).expanduser().is_file() else [part.strip() for part in spec.split(",")]
-    sources = [source for part in parts for source in _sources(part, text_field)]
+    doubtful: list[str] = []
+    parts = [spec] if os.path.isfile(os.path.expanduser(spec)) else [part.strip() for part in spec.split(",")]
+    sources = [source for part in parts for source in _sources(part, text_field, doubtful.append)]
+    if doubtful:
+        others = f"; so are {len(doubtful) - 1:,} others" if len(doubtful) > 1 else ""
+        tell(doubtful[0] + others)
     if text_field != TEXT_FIELD and not any(source.has_fields for source in sources):
         raise CorpusError(
             f"text_field is {text_field!r}, which has no effect: nothing in data {spec!r} has fields, it is all plain "
@@ -95,12 +111,13 @@ def documents(spec: str, *, text_field: str = TEXT_FIELD) -> Corpus:
     return corpus
 
 
-def _sources(part: str, text_field: str) -> list[TextSource]:
+def _sources(part: str, text_field: str, tell: Callable[[str], None]) -> list[TextSource]:
     if part == "stdlib":
         return [TextFile(path) for path in standard_library()]
     if part.startswith("hf:"):
         return [_Rows(part, text_field)]
-    return [TextFile(path) if (found := open_json(path, text_field)) is None else found for path in _match(part)]
+    opened = [(path, open_json(path, text_field, tell)) for path in _match(part)]
+    return [TextFile(path) if found is None else found for path, found in opened]
 
 
 def standard_library() -> list[Path]:
@@ -119,12 +136,13 @@ def standard_library() -> list[Path]:
 def _match(part: str) -> list[Path]:
     if not part:
         raise CorpusError(f"data names nothing between two commas, or nothing at all; allowed: {ALLOWED}")
-    path = Path(part).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise CorpusError(f"data is {part!r}, a folder; allowed: a glob, such as {str(path / '**' / '*.txt')!r}")
-    found = sorted(hit for name in glob.glob(str(path), recursive=True) if (hit := Path(name)).is_file())
+    path = os.path.expanduser(part)  # os.path, which takes a name that no file can have for one that is not there
+    if os.path.isfile(path):
+        return [Path(path)]
+    if os.path.isdir(path):
+        raise CorpusError(f"data is {part!r}, a folder; allowed: a glob, such as {os.path.join(path, '**', '*.txt')!r}")
+    names = [] if "\0" in path else glob.glob(path, recursive=True)
+    found = sorted(Path(name) for name in names if os.path.isfile(name))
     if not found:
         what = "which matches no file" if glob.has_magic(part) else "which does not exist"
         raise CorpusError(f"data is {part!r}, {what}; allowed: {ALLOWED}")
@@ -135,6 +153,7 @@ class _Rows:
     """A split of a dataset that the `datasets` library loads."""
 
     has_fields = True
+    num_bytes = None
 
     def __init__(self, spec: str, field: str) -> None:
         import datasets  # slow to import, and most runs read files

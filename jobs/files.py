@@ -50,10 +50,10 @@ class TextFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         with readable(path):
-            self._count = int(path.stat().st_size > 0)
+            self.num_bytes = path.stat().st_size
 
     def __len__(self) -> int:
-        return self._count
+        return int(self.num_bytes > 0)
 
     def __getitem__(self, index: int, /) -> str:
         return decode(self._path, read(self._path)).removeprefix("\ufeff")

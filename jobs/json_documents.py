@@ -1,12 +1,13 @@
 """Documents in files of JSON, which are known by what they hold, whatever their names end in.
 
-    JSON lines  the first line that is not blank is a JSON object: every line is one, with the text in a field
+    JSON lines  the first two lines that are not blank are JSON objects: every line is one, with the text in a field
     an array    the whole file is an array of objects, with the text in a field, or of strings, which are the text
 
 A name that ends in .json, .jsonl or .ndjson promises one of the two, and a file that breaks the promise is an error;
-under any other name it is text. So is Python source that begins with a bracket, an array of numbers, or a file whose
-first line is a JSON string. A file is checked from its first line to its last when it is opened, so that its first
-fault is the one that is named, before any other work is done; then only where its documents lie is held in memory.
+under any other name it is text. So is Python source that begins with a bracket, an array of numbers, a file whose first
+line is a JSON string, or one whose first line alone is an object, which is told. A file is checked from its first line
+to its last when it is opened, so that its first fault is the one that is named, before any other work is done; then
+only where its documents lie is held in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import codecs
 import json
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +23,9 @@ from jobs.files import CorpusError, decode, read, readable
 from jobs.json_array import NoArrayError, items
 
 _ENDINGS = (".json", ".jsonl", ".ndjson")
-_PROMISED = "an object on each line, or one array of objects or of strings; other text under an ending of its own"
+_ALLOWED = "an object on each line, or one array of objects or of strings"
+_PROMISED = f"{_ALLOWED}; other text under an ending of its own"
+_KNOWN = f"{_ALLOWED}; other text whose first two lines are not both objects"
 _MARK, _MARK_BYTES = "\ufeff", codecs.BOM_UTF8
 _PIECE = 1 << 16
 _TOLD = 12
@@ -47,24 +51,40 @@ def field_text(row: object, field: str, where: str, lacking: str = "") -> str:
     return row[field]
 
 
-def open_json(path: Path, field: str) -> JsonDocuments | None:
-    """The documents of a file of JSON; None for one of text. Raises CorpusError for the first fault of the file."""
-    promised = path.suffix.lower() in _ENDINGS
+def open_json(path: Path, field: str, tell: Callable[[str], None] = lambda _: None) -> JsonDocuments | None:
+    """The documents of a file of JSON; None for one of text. Raises CorpusError for the first fault of the file.
+
+    `tell` takes a line about a file of text that may not have been meant to be one.
+    """
     with readable(path), path.open("rb") as file:
         first = _first_line(file)
+        begins = _is_object(first)
+        second = _first_line(file) if begins else b""
         file.seek(0)
         if first.startswith(b"["):
             try:
                 return _array(path, file, field)
             except NoArrayError:
-                if promised:
+                if _promised(path):
                     raise
                 return None
-        return _lines(path, file, field) if promised or _is_object(first) else None
+        if _promised(path) or (begins and (not second or _is_object(second))):
+            return _lines(path, file, field)
+        if begins:
+            tell(f"{str(path)!r} is read as text: its first line is a JSON object, and the one after it is none")
+        return None
+
+
+def _promised(path: Path) -> bool:
+    return path.suffix.lower() in _ENDINGS
+
+
+def _allowed(path: Path) -> str:
+    return _PROMISED if _promised(path) else _KNOWN
 
 
 def _first_line(file: BinaryIO) -> bytes:
-    """What is not blank of the first such line, up to a piece of it where it cannot be an object."""
+    """What is not blank of the next such line, up to a piece of it where it cannot be an object."""
     pieces = iter(lambda: file.readline(_PIECE), b"")
     first = next((stripped for line in pieces if (stripped := line.removeprefix(_MARK_BYTES).lstrip())), b"")
     whole = not first.startswith(b"{") or first.endswith(b"\n")
@@ -96,6 +116,11 @@ class JsonDocuments:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def num_bytes(self) -> int:
+        """What the documents take in the file."""
+        return sum(self._ends) - sum(self._starts)
+
     def __getitem__(self, index: int, /) -> str:
         start, number = self._starts[index], self._numbers[index]
         line = decode(self._path, read(self._path, start, self._ends[index] - start), start)
@@ -110,10 +135,10 @@ class JsonDocuments:
         try:
             return json.loads(line.removeprefix(_MARK).rstrip())
         except RecursionError as error:
-            raise _too_deep(self.where(number)) from error
+            raise _too_deep(self._path, self.where(number)) from error
         except ValueError as error:
             raise CorpusError(
-                f"{self.where(number)} is not JSON by itself: {_told(error)}; allowed: {_PROMISED}"
+                f"{self.where(number)} is not JSON by itself: {_told(error)}; allowed: {_allowed(self._path)}"
             ) from error
 
     def text(self, value: Any, number: int, lacking: str = "") -> str:
@@ -174,12 +199,12 @@ def _array(path: Path, file: BinaryIO, field: str) -> JsonDocuments:
                 raise NoArrayError(f"{found.where(number)} is {one} among {others}; allowed: {_PROMISED}")
             found.add(start, end, number, value)
     except RecursionError as error:
-        raise _too_deep(JsonDocuments(path, field, "item").where(number + 1)) from error
+        raise _too_deep(path, JsonDocuments(path, field, "item").where(number + 1)) from error
     return (found or JsonDocuments(path, field, "item")).checked()
 
 
-def _too_deep(where: str) -> CorpusError:
-    return CorpusError(f"{where} is nested too deeply to be read; allowed: {_PROMISED}")
+def _too_deep(path: Path, where: str) -> CorpusError:
+    return CorpusError(f"{where} is nested too deeply to be read; allowed: {_allowed(path)}")
 
 
 def _told(error: ValueError) -> str:

@@ -81,8 +81,9 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         set_dropout(model_config, config)
     largest = check_early(config, model_config, source)
     there = sum(path.suffix != ".tmp" for path in (out / "checkpoints").glob("step-*"))
-    said.append(check_space(out, space_needed(config, largest, first_step, there)))
-    corpus = documents(config.data or "", text_field=config.text_field)
+    check_space(out, space_needed(config, largest, first_step, there))  # before text is read, which may take long
+    corpus = documents(config.data or "", text_field=config.text_field, tell=said.append)
+    said.append(check_space(out, space_needed(config, largest, first_step, there, corpus.most_tokens)))
     cache = Cache(user_folder(), lambda line: progress(line, 1.0))
     tokenizer = find_tokenizer(config, source, corpus, cache, progress)
     if config.model in PRESETS:

@@ -16,29 +16,45 @@ _FP32, _HEADER = 4, 8192  # bytes of a number, and at most of what a file says o
 class Space:
     """Bytes: of one checkpoint, of the exported model, and of the tokens at most (None: as many as the text has).
     `checkpoints` come to lie beside each other, the one that is being written and takes the place of another included.
+    Where it is not `known` how many the text can have, they may be far fewer, and do not count.
     """
 
     checkpoint: int
     checkpoints: int
     model: int
     tokens: int | None
+    known: bool = False
+
+    @property
+    def state(self) -> int:
+        """What is not tokens."""
+        return self.checkpoints * self.checkpoint + self.model
 
     @property
     def total(self) -> int:
-        return self.checkpoints * self.checkpoint + self.model + (self.tokens or 0)
+        """What there must be room for."""
+        return self.state + (self.tokens or 0 if self.known else 0)
 
     def __str__(self) -> str:
         parts = [f"the model {in_words(self.model)}"]
         if self.checkpoints:
             several = "s" if self.checkpoints > 1 else ""
             parts = [f"{self.checkpoints} checkpoint{several} of {in_words(self.checkpoint)}", *parts]
-        if self.tokens != 0:
-            parts += ["the tokens of the text" if self.tokens is None else f"tokens up to {in_words(self.tokens)}"]
+        if self.tokens is None:
+            parts.append("the tokens of the text")
+        elif self.tokens:
+            most = in_words(self.tokens)
+            parts.append(f"tokens up to {most}" if self.known else f"the tokens of the text, {most} at most")
         return f"{in_words(self.total)}: {', '.join(parts)}"
 
 
-def space_needed(config: TrainConfig, model: LayeredModel, first_step: int = 0, there: int = 0) -> Space:
-    """What a run writes from `first_step` on, beside the `there` checkpoints that it has written before."""
+def space_needed(
+    config: TrainConfig, model: LayeredModel, first_step: int = 0, there: int = 0, most_tokens: int | None = None
+) -> Space:
+    """What a run writes from `first_step` on, beside the `there` checkpoints that it has written before.
+
+    `most_tokens` are those that the text can have, where that is known.
+    """
     layers = range(model.num_layers)
     numbers = sum(map(model.parameter_count, layers))
     trained = sum(map(model.trained_count, layers))
@@ -49,12 +65,14 @@ def space_needed(config: TrainConfig, model: LayeredModel, first_step: int = 0, 
     at_most = min(config.keep + 1, there + coming)
     new = max(at_most - there, min(coming, 1))
     width = 2 if int(model.config.vocab_size) <= 2**16 else 4
-    tokens = width * config.max_tokens if config.max_tokens else None
+    taken = config.max_tokens if most_tokens is None else min(config.max_tokens, most_tokens)
+    tokens = width * taken if config.max_tokens else None
     return Space(
         _FP32 * (numbers + copies * trained) + _HEADER * model.num_layers,
         new,
         _FP32 * (numbers + (trained if model.lora else 0)),
         tokens if first_step == 0 else 0,
+        known=most_tokens is not None,
     )
 
 
@@ -62,9 +80,10 @@ def check_space(out: Path, space: Space) -> str:
     """What is needed of what is free, in one line. Raises ConfigError where it does not fit."""
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())).free
     if space.total > free:
+        fewer = "checkpoints (keep, checkpoint_every)" if space.total <= 2 * space.state else "tokens (max_tokens)"
         raise ConfigError(
             f"out is {str(out)!r}, where {in_words(free)} are free, and the run needs {space}; allowed: a folder with "
-            "more room, or fewer checkpoints (keep, checkpoint_every)"
+            f"more room, or fewer {fewer}"
         )
     return f"space: {space}; {in_words(free)} are free"
 

@@ -135,7 +135,6 @@ class Trainer:
 
     def _entered(self, joined: Joined) -> None:
         """Take over the common position; who leads tells how long it took."""
-        before = self.step
         # where all were lost, nobody knows but the checkpoint that they went back to
         self.at = Position.from_json({**asdict(self.at), **joined.position})
         self.last = joined.last
@@ -149,14 +148,14 @@ class Trainer:
                 "resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores, woken=woken
             )
             if joined.view.rollback is not None:
-                self._gave_up(joined.view.rollback, before)
+                self._gave_up(joined.view.rollback)
 
-    def _gave_up(self, target: str, before: int) -> None:
+    def _gave_up(self, target: str) -> None:
         """Who leads drops what was saved after `target`, and tells of it. Who was about to save it is here, or lost."""
         if self.leads:
             than = None if target == START else Path(target)
             checkpoint.drop_newer(self.config.out / "checkpoints", than, self._fence)
-        self._event("rolled_back", step=self.step, to=Path(target).name, steps_lost=before - self.step)
+        self._event("rolled_back", step=self.step, to=Path(target).name)
 
     def _train(self) -> int:
         config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from launch.signals import NotStarted
 from launch.whose import foreign
 
 ERROR, USAGE, STOPPED = 1, 2, 75
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 @dataclass(frozen=True)
@@ -107,28 +109,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (found := foreign()) is not None:
         return _refuse("unbroken", found)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if arguments else USAGE
+        return _say(usage(), 0 if arguments else USAGE)
     if arguments[0] == "--version":
-        print(f"unbroken {version('unbroken')}")
-        return 0
+        return _say(f"unbroken {version('unbroken')}")
     if arguments[0] not in COMMANDS:
         from jobs.names import did_you_mean
 
         near = did_you_mean(arguments[0], COMMANDS)
         return _refuse("unbroken", f"command {arguments[0]!r} is unknown; allowed: {', '.join(COMMANDS)}{near}")
-    logging.basicConfig(level=os.environ.get("UNBROKEN_LOG", "WARNING").upper(), format="%(levelname)s %(message)s")
+    level = os.environ.get("UNBROKEN_LOG") or "WARNING"
+    if level.upper() not in _LEVELS:
+        return _refuse("unbroken", f"UNBROKEN_LOG is {level!r}; allowed: {', '.join(_LEVELS)}")
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every wait on a store that times out is a warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command, name = COMMANDS[arguments[0]], f"unbroken {arguments[0]}"
     settings, function = command.load()
     try:
-        config = configured(settings, name, arguments[1:])
+        try:
+            config = configured(settings, name, arguments[1:])
+        except (SystemExit, BrokenPipeError):  # the help has been printed, or its reader has enough
+            return _say()
         result = function(config)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, RuntimeError, OSError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         return _refuse(name, error, USAGE if isinstance(error, ValueError) else ERROR)
@@ -139,12 +142,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not command.reports:
         return int(result)
     values, text = result
-    print(json.dumps(values) if config.json else text)
-    return 0 if values.get("ok", True) else ERROR
+    return _say(json.dumps(values) if config.json else text, 0 if values.get("ok", True) else ERROR)
+
+
+def _say(text: str = "", code: int = 0) -> int:
+    """Print a text, at once: at its own end Python would find out who is gone, and give a code of its own."""
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # else the reader, such as `head`, has enough
+            return _refuse("unbroken", f"what it says cannot be written: {error.strerror}", ERROR)
+    return code
 
 
 def _refuse(name: str, told: object, code: int = USAGE) -> int:
-    print(f"{name}: {told}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads it: the code says enough
+        print(f"{name}: {told}", file=sys.stderr)
     return code
 
 

@@ -16,13 +16,21 @@ _MOST = 64 << 20
 
 
 class Journal:
-    """A file of JSON lines that is appended to. `waiting` is why there are lines that are not on the disk, or ""."""
+    """A file of JSON lines that is appended to. `waiting` is why there are lines that are not on the disk, or "".
+
+    A last line that a crash has cut off goes when the file is opened: the next one would be glued to it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises OSError where the file cannot be opened."""
         self.path, self.waiting, self.dropped = path, "", 0
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._left = bytearray()
+        whole = size = os.fstat(self._file).st_size
+        while whole and os.pread(self._file, 1, whole - 1) != b"\n":
+            whole -= 1
+        if whole < size:
+            os.ftruncate(self._file, whole)
 
     def append(self, line: dict[str, Any]) -> None:
         """Write a line, now or as soon as it can be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,37 +24,45 @@ Lanes = dict[str, list[tuple[str, float, float]]]
 
 
 class Pictures:
-    """Draws into a run folder; a picture that cannot be written costs the picture, not the run."""
+    """Draws into a run folder; a picture that cannot be drawn or written costs the picture, not the run.
 
-    def __init__(self, config: TrainConfig, plan: Plan, folder: RunFolder) -> None:
-        self._config, self._plan, self._folder = config, plan, folder
+    `event` takes a picture_failed, with the `path` and the `error`.
+    """
+
+    def __init__(self, config: TrainConfig, plan: Plan, folder: RunFolder, event: Callable[..., None]) -> None:
+        self._config, self._plan, self._folder, self._event = config, plan, folder, event
         self.paths: list[Path] = []
 
     def timeline(self, lanes: Lanes) -> None:
         """timeline.svg and trace.json of a measured iteration; the plan above it uses the measured op times."""
-        schedule = self._plan.view.schedule("train")
         measured = measured_timeline(self._config.scheduler, lanes)
+        self._write("timeline.svg", lambda: self._beside_the_plan(measured))
+        self._write("trace.json", lambda: json.dumps(perfetto(measured)))
+
+    def _beside_the_plan(self, measured: Timeline) -> str:
+        """Raises CostError where an op of the plan was not measured: its stage was lost at the time."""
         config, network, size = self._config, None, 0
         if config.network is not None:
             network, _ = read_network(config.network, config.workers)
             size = config.microbatch_size * config.sequence_length * self._plan.model.hidden_size * 4
-        planned = simulate(schedule, replace(measured_costs(measured), output_bytes=size), network)
-        title = f"{self._config.scheduler}, {self._config.workers} workers, {self._config.microbatches} microbatches"
-        self._write("timeline.svg", compare_svg(planned, measured, title=title))
-        self._write("trace.json", json.dumps(perfetto(measured)))
+        costs = replace(measured_costs(measured), output_bytes=size)
+        planned = simulate(self._plan.view.schedule("train"), costs, network)
+        title = f"{config.scheduler}, {config.workers} workers, {config.microbatches} microbatches"
+        return compare_svg(planned, measured, title=title)
 
     def loss(self) -> None:
         """loss.svg: training loss, held-out loss where it was evaluated, and every failure."""
         if self._folder.metrics:
-            self._write("loss.svg", loss_svg(self._folder.metrics, [*self._folder.evaluations, *self._folder.marks]))
+            events = [*self._folder.evaluations, *self._folder.marks]
+            self._write("loss.svg", lambda: loss_svg(self._folder.metrics, events))
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, name: str, draw: Callable[[], str]) -> None:
         try:
-            write_whole(path := self._folder.path / name, text)
+            write_whole(path := self._folder.path / name, draw())
             if path not in self.paths:  # after a rollback it is drawn again
                 self.paths.append(path)
-        except OSError as error:
-            self._folder.event("picture_failed", path=name, error=str(error))
+        except (OSError, ValueError, ArithmeticError, LookupError) as error:
+            self._event("picture_failed", path=name, error=str(error) or type(error).__name__)
 
 
 def measured_timeline(name: str, lanes: Lanes) -> Timeline:

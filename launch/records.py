@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from pipeline.schedule import ScheduleError, parse_op
@@ -16,12 +17,13 @@ _FIELDS: dict[str, dict[str, Kind]] = {
     "evaluation": {"step": int, "loss": float, "perplexity": float},
     "stopped": {"step": int},
     "timeline": {"lanes": dict},
+    "ledger": {"step": int, "view": int},
     "event": {"event": str},
 }  # fmt: skip
 _EVENTS: dict[str, dict[str, Kind]] = {
     "fault": {"worker": int, "step": int, "fault": str, "at": str},
     "resumed": {"step": int, "view": int, "seconds": dict, "restores": list, "woken": float},
-    "rolled_back": {"step": int, "to": str, "steps_lost": int},
+    "rolled_back": {"step": int, "to": str},
     "not_finite": {"step": int, "error": str},
     "checkpoint": {"step": int},
     "checkpoint_failed": {"step": int, "error": str},
@@ -30,35 +32,84 @@ _EVENTS: dict[str, dict[str, Kind]] = {
 """The events that workers report; all others are the coordinator's own."""
 
 
-def check_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record itself, if it is one. Raises WireError."""
-    kind = checked(record, "a record", kind=str, time=float)["kind"]
+_MOST = 2**63 - 1
+_LONGEST_OP = 64
+_LARGE = re.compile(r"\d{7,}")
+"""Numbers in an op that are not of a schedule, which has none of a million or more."""
+
+
+def check_record(record: dict[str, Any], steps: int) -> dict[str, Any]:
+    """What a record of a run of so many steps says, without the fields that it should not have. Raises WireError.
+
+    Every float is finite, every whole number one that a file and a picture can hold.
+    """
+    kind = checked(record, "a record", kind=str)["kind"]
     if kind not in _FIELDS:
         raise WireError(f"a record is of kind {kind!r}; expected {', '.join(_FIELDS)}")
     what = f"a record of kind {kind}"
-    checked(record, what, **_FIELDS[kind])
+    kinds: dict[str, Kind] = {"kind": str, "time": float, **_FIELDS[kind]}
     if kind == "event":
-        if record["event"] not in _EVENTS:
-            raise WireError(f"{what} is called {record['event']!r}; expected {', '.join(_EVENTS)}")
-        checked(record, f"a record of {record['event']}", **_EVENTS[record["event"]])
-    if kind == "timeline":
-        _check_lanes(record["lanes"])
-    if kind == "evaluation" and not math.isfinite(record["loss"]):
-        raise WireError(f"{what} has the loss {record['loss']}; expected a finite one")
-    if record.get("event") == "resumed" and not all(isinstance(s, float) for s in record["seconds"].values()):
-        raise WireError(f"{what} has seconds that are none")
-    return record
+        name = checked(record, what, event=str)["event"]
+        if name not in _EVENTS:
+            raise WireError(f"{what} is called {name!r}; expected {', '.join(_EVENTS)}")
+        what = f"a record of {name}"
+        kinds |= _EVENTS[name]
+    found = checked(record, what, **kinds)
+    if "seconds" in found:
+        found["seconds"] = _seconds(found["seconds"], f"the seconds of {what}")
+    if "restores" in found:
+        _check_restores(found["restores"])
+    if "lanes" in found:
+        _check_lanes(found["lanes"])
+    for name, value in found.items():
+        if isinstance(value, float):
+            _check_finite(value, f"{name} of {what}")
+        elif isinstance(value, int):
+            most = steps if name == "step" else _MOST
+            if not 0 <= value <= most:
+                raise WireError(f"{name} of {what} is {value}; expected 0 to {most}")
+    return found
+
+
+def _check_finite(value: float, what: str) -> None:
+    if not math.isfinite(value):
+        raise WireError(f"{what} is {value}; expected a finite number")
+
+
+def _seconds(seconds: dict[str, Any], what: str) -> dict[str, float]:
+    if not seconds:
+        raise WireError(f"{what} are none; expected one at least")
+    found = checked(seconds, what, **dict.fromkeys(seconds, float))
+    for name, value in found.items():
+        _check_finite(value, f"{name} of {what}")
+    return found
+
+
+def _check_restores(restores: list[Any]) -> None:
+    """[[worker, [lo, hi], remedy], ...]."""
+    for each in restores:
+        kinds = [type(part) for part in each] if isinstance(each, list) else []
+        if kinds != [int, list, str] or [type(layer) for layer in each[1]] != [int, int]:
+            raise WireError("a restore is not a worker, a span and a remedy")
 
 
 def _check_lanes(lanes: dict[str, Any]) -> None:
     """{worker: [[op, start, end], ...]}."""
     for worker, lane in lanes.items():
-        if not worker.isdecimal() or not isinstance(lane, list):
+        if not worker.isdecimal() or _LARGE.search(worker) or not isinstance(lane, list):
             raise WireError("a timeline has lanes of no worker, or that are no lists")
         for event in lane:
             if not isinstance(event, list) or [type(each) for each in event] != [str, float, float]:
-                raise WireError(f"a timeline holds {event!r}; expected an op, its start and its end")
-            try:
-                parse_op(event[0])
-            except ScheduleError as error:
-                raise WireError(str(error)) from error
+                raise WireError(f"lane {worker} of a timeline holds what is not an op, its start and its end")
+            _check_op(event[0])
+            for second in event[1:]:
+                _check_finite(second, f"a time of {event[0]}")
+
+
+def _check_op(text: str) -> None:
+    if len(text) > _LONGEST_OP or _LARGE.search(text):
+        raise WireError(f"a timeline holds {text!r:.80}; expected an op of a schedule")
+    try:
+        parse_op(text)
+    except ScheduleError as error:
+        raise WireError(str(error)) from error

@@ -63,7 +63,7 @@ def _ms(seconds: float) -> float:
 
 def _row(plan: Dealt, order: str) -> dict[str, Any]:
     problem, cut = plan.problem, plan.cut
-    total = repeated(problem, cut, plan.row, "round_robin", _ITERATIONS)
+    total = repeated(problem, plan.row, "round_robin", _ITERATIONS)
     return {
         "forward": [list(span) for span in cut.forward], "fused": list(cut.fused),
         "backward": [list(span) for span in cut.backward], "order": order,

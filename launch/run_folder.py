@@ -7,10 +7,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from launch.journal import Journal
+from pipeline.wire import Kind, WireError, checked, parse
 
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
 """Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it."""
@@ -41,19 +44,21 @@ class RunFolder:
         self.path, self._say = path, say
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "config.toml", config_toml)
-        self.metrics = [m for m in read_jsonl(path / "metrics.jsonl") if m["step"] <= first_step]
+        metrics = read_jsonl(path / "metrics.jsonl", step=int, view=int, loss=float)
+        self.metrics = [m for m in metrics if m["step"] <= first_step]
         write_whole(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
-        ledger = [line for line in read_jsonl(path / "ledger.jsonl") if line["step"] <= first_step]
+        ledger = [line for line in read_jsonl(path / "ledger.jsonl", step=int) if line["step"] <= first_step]
         write_whole(path / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in ledger))
         self._in_ledger = {line["step"] for line in ledger}
         if gap := sorted(set(range(1, first_step + 1)) - self._in_ledger):
             say(f"ledger.jsonl lacks {len(gap)} of the steps that were taken before, the first: {gap[0]}")
             self._in_ledger |= set(gap)  # nobody can fill it any more: it must not keep later steps from being saved
         self._taken = Counter(m["step"] for m in self.metrics)
-        past = [e for e in read_jsonl(path / "events.jsonl") if e["event"] in ("evaluation", *_LOSSES)]
-        past = [e for e in past if e["step"] <= first_step]
-        self.evaluations = [e for e in past if e["event"] == "evaluation"]
-        self.marks = [_marked(e) for e in past if e["event"] in _LOSSES]
+        events = path / "events.jsonl"
+        held_out = read_jsonl(events, event=str, step=int, loss=float, perplexity=float)
+        losses = read_jsonl(events, event=str, step=int, worker=int, remedy=str)
+        self.evaluations = [e for e in held_out if e["event"] == "evaluation" and e["step"] <= first_step]
+        self.marks = [_marked(e) for e in losses if e["event"] in _LOSSES and e["step"] <= first_step]
         self._files = {name: Journal(path / f"{name}.jsonl") for name in ("metrics", "events", "ledger")}
         self._board = None
         if tensorboard:
@@ -79,9 +84,10 @@ class RunFolder:
 
     def save_ledger(self, step: int) -> str:
         """Have the ledger on the disk, with every step up to `step` in it; why it is not, or ""."""
-        missing = sorted(set(range(1, step + 1)) - self._in_ledger)
-        if missing:
-            return f"the ledger lacks {len(missing)} steps up to step {step}, the first: {missing[0]}"
+        missing = step - sum(1 <= taken <= step for taken in self._in_ledger)
+        if missing > 0:
+            first = next(number for number in count(1) if number not in self._in_ledger)
+            return f"the ledger lacks {missing} steps up to step {step}, the first: {first}"
         return self._files["ledger"].sync()
 
     def event(self, event: str, **fields: Any) -> None:
@@ -97,7 +103,8 @@ class RunFolder:
         self._append("events", line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        file = self._files[name]
+        if (file := self._files.get(name)) is None:  # the run has ended: what comes now is said, and not kept
+            return
         before = file.waiting
         file.append(line)
         if file.waiting and not before:
@@ -122,6 +129,7 @@ class RunFolder:
             file.close()
             if file.waiting:
                 self._say(f"{file.waiting}: its last lines are lost")
+        self._files = {}
         if self._board is not None:
             self._board.close()
 
@@ -147,14 +155,11 @@ def standing(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line that was cut off by a crash is left out."""
-    if not path.is_file():
-        return []
+def read_jsonl(path: Path, **kinds: Kind) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that are whole: JSON objects in which every field of `kinds` is of its kind."""
     lines: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        with suppress(WireError):  # a crash, or a disk, has damaged it; those after it are none the worse
+            checked(line := parse(text, path.name), path.name, **kinds)
+            lines.append(line)
     return lines

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from launch.records import check_record
 from launch.report import loss_terminal
 from launch.run_folder import RunFolder
 from launch.signals import skippable
-from pipeline.wire import WireError, checked
+from pipeline.wire import WireError
 from recovery import keys
 
 _SAID = {
@@ -37,6 +38,7 @@ _SAID = {
     "rolled_back": "back to {to}: {steps_lost} steps are run again",
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
+    "picture_failed": "{path} is not drawn: {error}",
     "unreadable": "something in the store is not of this run, and is left aside: {error}",
 }
 
@@ -53,7 +55,7 @@ class Story:
         self, config: TrainConfig, plan: Plan, folder: RunFolder, display: Display, store: dist.Store | None = None
     ) -> None:
         self._config, self._plan, self._folder, self._display, self._store = config, plan, folder, display, store
-        self._pictures = Pictures(config, plan, folder)
+        self._pictures = Pictures(config, plan, folder, self.event)
         self._read: dict[int, int] = {}  # worker -> how many of its records
         self._view: int | None = None
         self.step = plan.view.first_step
@@ -80,27 +82,27 @@ class Story:
         try:
             if isinstance(record, WireError):
                 raise record
-            if record.get("kind") == "ledger":
+            found = check_record(record, self._config.steps)
+            if found["kind"] == "ledger":
                 assert self._store is not None
-                keys.answer_ledger(self._store, worker, number, self._save_ledger(record))
+                keys.answer_ledger(self._store, worker, number, self._save_ledger(**found))
             else:
-                self.handle(check_record(record))
+                self.handle(found)
         except WireError as error:
             self.event("unreadable", error=f"record {number} of worker {worker}: {error}")
 
-    def _save_ledger(self, record: dict[str, Any]) -> str:
+    def _save_ledger(self, step: int, view: int, **_: Any) -> str:
         """Have the ledger on the disk for a checkpoint; why it is not, or why there must be no checkpoint, or ""."""
-        found = checked(record, "a record", step=int, view=int)
-        if found["view"] != self._view:  # others may be about to go back to an older one
-            return f"view {found['view']} is over"
-        return self._folder.save_ledger(found["step"])
+        if view != self._view:  # others may be about to go back to an older one
+            return f"view {view} is over"
+        return self._folder.save_ledger(step)
 
     def event(self, event: str, **fields: Any) -> None:
         """Something happened to the membership: keep it, and say it."""
         fields.setdefault("step", self.step)
         self._folder.event(event, **fields)
         if (line := _SAID.get(event)) is not None:
-            self._display.say(line.format(**fields), "yellow")
+            self._display.say(_printable(line.format(**fields)), "yellow")
 
     def handle(self, record: dict[str, Any]) -> None:
         """Take one record that a worker, or the host of a pool, has made."""
@@ -122,6 +124,8 @@ class Story:
         else:
             if record["event"] == "resumed":
                 record["seconds"]["total"] = max(record["seconds"].values())
+            if record["event"] == "rolled_back":
+                self.step, record["steps_lost"] = record["step"], self.step - record["step"]
             self.event(**record)
 
     def close(self, code: int, as_json: bool) -> None:
@@ -142,7 +146,8 @@ class Story:
                     summary["sample"] = sample.text
         if as_json:
             self._display.console.file = os.sys.stdout  # type: ignore[attr-defined]
-            self._display.console.print_json(json.dumps(summary))
+            with suppress(SystemExit):  # rich's, where nobody reads any more: the run has a code of its own
+                self._display.console.print_json(json.dumps(summary))
             return
         say = self._display.say
         say(loss_terminal(self._folder.metrics, width=72, height=12))

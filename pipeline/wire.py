@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ def parse(data: bytes | str, what: str) -> dict[str, Any]:
 def checked(values: Mapping[str, Any], what: str, /, **kinds: Kind) -> dict[str, Any]:
     """The named fields of `values`, each of its kind; other fields are left out. Raises WireError.
 
-    A whole number may stand for a float, a bool for nothing but itself.
+    A whole number may stand for a float, and becomes one; a bool stands for nothing but itself.
     """
     return {name: _field(values, name, kind, what) for name, kind in kinds.items()}
 
@@ -43,8 +44,11 @@ def _field(values: Mapping[str, Any], name: str, kind: Kind, what: str) -> Any:
         raise WireError(f"{what} has no {name}")
     value = values[name]
     allowed = kind.__args__ if isinstance(kind, UnionType) else (kind,)
-    if type(value) in allowed or (type(value) is int and float in allowed):
+    if type(value) in allowed:
         return value
+    if type(value) is int and float in allowed:
+        with suppress(OverflowError):  # a float holds no such number
+            return float(value)
     wanted = " or ".join("null" if each is type(None) else each.__name__ for each in allowed)
     raise WireError(f"{name} of {what} is {_short(value)}; expected {wanted}")
 
@@ -71,5 +75,8 @@ def numbered(values: Any, what: str) -> dict[int, int]:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # it is nested as deeply as could just be read
+        text = f"a {type(value).__name__} in which much is nested"
     return text if len(text) <= 80 else text[:77] + "..."

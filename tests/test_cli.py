@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -102,7 +105,45 @@ def test_without_a_command_all_of_them_are_listed(capsys: pytest.CaptureFixture[
         assert command.summary in out
 
 
+# ---- who reads it ----
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--version"], ["simulate"], ["draw", "--help"]])
+def test_a_reader_that_is_gone_has_enough(arguments: list[str], unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        done = launched(arguments, gone, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_cannot_be_written_is_an_error_in_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = launched(["simulate"], full)
+    assert (done.returncode, done.stderr) == (
+        1, "unbroken: what it says cannot be written: No space left on device\n"
+    )  # fmt: skip
+
+
+def launched(arguments: list[str], stdout: IO[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        check=False, env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
+    )  # fmt: skip
+
+
 # ---- mistakes in the line itself ----
+
+
+@pytest.mark.parametrize(("level", "code"), [("loud", 2), ("10", 2), ("", 0), ("info", 0)])
+def test_how_much_is_logged_is_one_of_the_levels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, level: str, code: int
+) -> None:
+    monkeypatch.setenv("UNBROKEN_LOG", level)
+    message = f"unbroken: UNBROKEN_LOG is {level!r}; allowed: DEBUG, INFO, WARNING, ERROR, CRITICAL\n"
+    found, _, err = told(capsys, "simulate")
+    assert (found, err) == (code, message if code else "")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,19 @@ def test_what_is_not_there_or_empty_is_refused_at_once(tmp_path: Path, spec: str
     (tmp_path / "void.jsonl").write_text("\n \n")
     with pytest.raises(CorpusError, match=message):
         documents(str(tmp_path / spec))
+
+
+@pytest.mark.parametrize("spec", ["x" * 300, "a/" * 3000, "~nosuchuser/x", "a\0b"])
+@pytest.mark.parametrize("magic", ["", "*.txt", "/**/*"])
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(spec: str, magic: str):
+    what = "which matches no file" if magic else "which does not exist"
+    with pytest.raises(CorpusError, match=rf"^data is {re.escape(repr(spec + magic))}, {what}; allowed: stdlib"):
+        documents(spec + magic)
+
+
+def test_a_list_may_be_longer_than_a_name(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one")
+    assert list(documents(",".join([str(tmp_path / "a.txt")] * 400))) == ["one"] * 400
 
 
 @pytest.mark.parametrize("spec", ["", "stdlib,", "stdlib,,stdlib"])
@@ -331,6 +345,33 @@ def test_a_first_line_that_is_nested_too_deeply_is_no_text(tmp_path: Path):
     (tmp_path / "a.txt").write_text('{"a":' * 100_000)
     with pytest.raises(CorpusError, match=r"a.txt', line 1 is nested too deeply to be read"):
         documents(str(tmp_path / "a.txt"))
+
+
+def test_text_may_begin_with_a_line_that_is_an_object_and_is_told(tmp_path: Path):
+    lines = ("prose", "{broken", '"text"', "[1]", "é" * 99_999)
+    texts = [f'\ufeff\n{{"text": "a"}}\n\n{line}\n' for line in lines]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    told: list[str] = []
+    assert list(documents(f"{tmp_path}/*.txt", tell=told.append)) == [text.removeprefix("\ufeff") for text in texts]
+    read_as = "0.txt' is read as text: its first line is a JSON object, and the one after it is none; so are 4 others"
+    assert len(told) == 1
+    assert told[0].endswith(read_as)
+    jsonl(tmp_path / "one.txt", {"text": "alone"})
+    assert list(documents(f"{tmp_path}/one.txt", tell=told.append)) == ["alone"]
+    (tmp_path / "0.jsonl").write_text(texts[0], encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"line 4 is not JSON by itself: .*; other text under an ending of its own$"):
+        documents(f"{tmp_path}/0.jsonl", tell=told.append)
+    assert len(told) == 1
+
+
+def test_what_is_advised_where_text_begins_like_json_is_true(tmp_path: Path):
+    text = '{"text": "a"}\n{"text": "b"}\nprose\n'
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(CorpusError, match=r"line 3 .*; other text whose first two lines are not both objects$"):
+        documents(f"{tmp_path}/a.txt")
+    (tmp_path / "a.txt").write_text(f"rows:\n{text}")
+    assert list(documents(f"{tmp_path}/a.txt")) == [f"rows:\n{text}"]
 
 
 def test_a_field_that_has_no_effect_is_refused(tmp_path: Path):

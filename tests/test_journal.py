@@ -40,6 +40,54 @@ def test_a_full_disk_breaks_no_line_and_loses_none(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "x.jsonl") == [{"n": n} for n in range(101)]
 
 
+@pytest.mark.parametrize("kept", [[], [{"n": 0}, {"n": 1}]])
+@pytest.mark.parametrize("cut", ["", '{"n"', "x" * 5000])
+def test_a_line_that_a_crash_cut_off_is_not_glued_to_the_next(
+    tmp_path: Path, kept: list[dict[str, int]], cut: str
+) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept) + cut)
+    journal = Journal(tmp_path / "x.jsonl")
+    journal.append({"n": 2})
+    journal.close()
+    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [*kept, {"n": 2}]
+
+
+DAMAGED = [
+    b'{"step": 3, "lo', b"[1]", b"7", b"", b"\xff\xfe", b"[" * 9999, b'{"no": 1}', b'{"step": "2"}', b'{"step": null}',
+    b'{"event": 3, "step": 9}', b'{"event": "evaluation"}', b'{"event": "remedy", "step": 9}',
+]  # fmt: skip
+
+
+def test_damaged_lines_cost_themselves_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "", 0)
+    for step in (1, 2):
+        folder.step(record(step))
+        folder.event("evaluation", step=step, loss=1.0, perplexity=2.7)
+        folder.event("remedy", step=step, worker=1, remedy="copy")
+    folder.close()
+    before = {name: read_jsonl(tmp_path / f"{name}.jsonl") for name in ("metrics", "events", "ledger")}
+    for name in before:
+        lines = (tmp_path / f"{name}.jsonl").read_bytes().splitlines()
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join([*DAMAGED, *lines, *DAMAGED]))
+    said: list[str] = []
+    again = RunFolder(tmp_path, "", 2, say=said.append)
+    assert again.metrics == before["metrics"]
+    assert [event["step"] for event in again.evaluations] == [event["step"] for event in again.marks] == [1, 2]
+    again.event("resumed", step=2)
+    assert again.save_ledger(2) == ""
+    again.close()
+    assert said == []
+    assert read_jsonl(tmp_path / "ledger.jsonl") == before["ledger"]
+    assert read_jsonl(tmp_path / "events.jsonl")[-1]["event"] == "resumed"
+
+
+def test_a_damaged_line_of_the_ledger_is_a_gap(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    said: list[str] = []
+    RunFolder(tmp_path, "", 3, say=said.append).close()
+    assert said == ["ledger.jsonl lacks 1 of the steps that were taken before, the first: 2"]
+
+
 def test_what_waits_has_a_bound_and_what_is_lost_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.journal._MOST", 100)
     journal = Journal(tmp_path / "x.jsonl")

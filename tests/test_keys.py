@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.records import check_record
 from pipeline.wire import WireError
 from recovery import keys
 from recovery.checkpoint import CheckpointError, FileRecord
@@ -104,43 +102,6 @@ def test_a_view_is_read_as_it_was_written_or_not_at_all() -> None:
         store.set("view/9", json.dumps({**fields, "number": 9} if name != "number" else fields))
         with pytest.raises(MembershipError, match="view 9 cannot be read: "):
             read_view(store, 9)
-
-
-STEP = {
-    "kind": "step", "time": 1.0, "step": 1, "loss": 2.5, "tokens": 8, "tokens_per_s": 9.0, "grad_norm": 1, "lr": 0.1,
-    "view": 1, "first_sample": 0, "samples": 8,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {},
-        {"kind": "step", "time": 1.0},
-        {**STEP, "loss": "low"},
-        {**STEP, "kind": "leap"},
-        {"kind": "event", "time": 1.0, "event": "view"},
-        {"kind": "event", "time": 1.0, "event": "resumed", "step": 1},
-        {"kind": "event", "time": 1.0, "event": "fault", "worker": "%s", "step": 1, "fault": "kill", "at": "x"},
-        {"kind": "evaluation", "time": 1.0, "step": 1, "loss": float("nan"), "perplexity": 1.0},
-        {"kind": "timeline", "time": 1.0, "lanes": {"0": [["F[0:1]#0", 0.0]]}},
-        {"kind": "timeline", "time": 1.0, "lanes": {"x": []}},
-        {"kind": "timeline", "time": 1.0, "lanes": {"0": [["nothing", 0.0, 1.0]]}},
-    ],
-)
-def test_a_record_that_is_none_is_named(record: dict[str, Any]) -> None:
-    with pytest.raises(WireError):
-        check_record(record)
-
-
-def test_records_that_are_some_pass() -> None:
-    for record in (
-        STEP,
-        {"kind": "timeline", "time": 1.0, "lanes": {"0": [["F[0:1]#0", 0.0, 1.0]]}},
-        {"kind": "event", "time": 1.0, "event": "checkpoint", "step": 1},
-        {"kind": "stopped", "time": time.time(), "step": 1},
-    ):
-        assert check_record(record) is record
 
 
 @pytest.mark.parametrize(

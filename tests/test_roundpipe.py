@@ -155,7 +155,7 @@ def test_one_step_behind_is_filled_and_drained_once() -> None:
     problem, cut = from_json(PUBLISHED, "8B")
     assert cut is not None
     row = slots(cut, 16, 8, by_stage=False)
-    one, many = repeated(problem, cut, row, "round_robin", 1), repeated(problem, cut, row, "round_robin", 30)
+    one, many = repeated(problem, row, "round_robin", 1), repeated(problem, row, "round_robin", 30)
     assert one == dealt(problem, cut, row, "round_robin").makespan
     assert problem.work(cut) / 8 < many / 30 < one
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from jobs.config import ConfigError, TrainConfig
+from jobs.corpus import documents
 from jobs.plan import make_plan
 from jobs.space import check_space, in_words, space_needed
+from jobs.tokenizer import build_tokenizer
 from launch.nursery import Nursery
 from pipeline.lora import Lora
 from pipeline.model import LayeredModel
@@ -45,13 +47,52 @@ def test_checkpoints_that_lie_beside_each_other(
 
 
 def test_a_checkpoint_is_weights_and_two_moments() -> None:
-    space = space_needed(TrainConfig(max_tokens=1000), TINY)
+    space = space_needed(TrainConfig(max_tokens=1000), TINY, most_tokens=5000)
     assert 12 * NUMBERS <= space.checkpoint <= 12 * NUMBERS + 8192 * 6
     assert (space.model, space.tokens) == (4 * NUMBERS, 2000)
     assert space.total == space.checkpoints * space.checkpoint + space.model + 2000
     behind = space_needed(TrainConfig(scheduler="roundpipe", optimizer_async=True), TINY)
     assert behind.checkpoint - space.checkpoint == 4 * NUMBERS
     assert space_needed(TrainConfig(max_tokens=0), TINY).tokens is None
+
+
+def test_tokens_count_no_further_than_the_text_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = TrainConfig(max_tokens=10**11)
+    short, unknown = (space_needed(config, TINY, most_tokens=most) for most in (500, None))
+    assert short.tokens == 1000
+    assert str(short).endswith("tokens up to 1 kB")
+    assert str(unknown).endswith("the tokens of the text, 200 GB at most")
+    assert short.total == unknown.total + 1000
+    long = space_needed(config, TINY, most_tokens=10**9)
+    full(monkeypatch, long.total - 1)
+    assert check_space(tmp_path, short)
+    assert check_space(tmp_path, unknown)
+    with pytest.raises(
+        ConfigError, match=r"tokens up to 2 GB; allowed: a folder with more room, or fewer tokens \(max_t"
+    ):
+        check_space(tmp_path, long)
+
+
+def test_the_most_tokens_of_a_text_are_its_bytes_and_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("é" * 10)
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "tw\\u006f"}\n')
+    corpus = documents(f"{tmp_path}/*")
+    assert corpus.most_tokens == 20 + 16 + 21 + 3
+    tokenizer = build_tokenizer("bytes", 0, ())
+    assert sum(len(tokenizer(text)["input_ids"]) + 1 for text in corpus) <= corpus.most_tokens
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": ["a"]}))
+    assert documents(f"hf:owner/name,{tmp_path}/a.txt").most_tokens is None
+
+
+def test_a_short_text_is_trained_on_with_any_number_of_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a pipeline of workers trains on this. " * 400)
+    config = TrainConfig(
+        model="llama-tiny", data=str(tmp_path / "a.txt"), tokenizer="bytes", workers=2, microbatches=2,
+        sequence_length=32, max_tokens=10**12, out=tmp_path / "run",
+    )  # fmt: skip
+    plan = make_plan(config, lambda what, share: None)
+    assert [line for line in plan.said if line.startswith("space: ") and "tokens up to 30.4 kB;" in line]
 
 
 def test_frozen_weights_have_no_moments() -> None:
@@ -72,7 +113,7 @@ def full(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def test_what_cannot_fit_is_refused_with_needed_and_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    space = space_needed(TrainConfig(), TINY)
+    space = space_needed(TrainConfig(), TINY, most_tokens=10**9)
     full(monkeypatch, space.total)
     assert check_space(tmp_path / "deep" / "run", space) == f"space: {space}; {in_words(space.total)} are free"
     full(monkeypatch, space.total - 1)
@@ -101,7 +142,7 @@ def test_a_run_takes_what_it_said(nursery: Nursery, tmp_path: Path) -> None:
     assert done.code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if line.startswith("space: ")]
     config = TrainConfig(steps=3, checkpoint_every=1, max_tokens=9000)
-    space = space_needed(config, TINY)
+    space = space_needed(config, TINY, most_tokens=10**6)
     assert line.startswith(f"space: {space}; ")
 
     def size(*names: str) -> int:

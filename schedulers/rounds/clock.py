@@ -127,7 +127,7 @@ def dealt(
     return Dealt(problem, cut, tuple(row), tuple(homes), clock.end)
 
 
-def repeated(problem: Problem, cut: Cut, row: Sequence[Slot], rule: str, iterations: int) -> float:
+def repeated(problem: Problem, row: Sequence[Slot], rule: str, iterations: int) -> float:
     """Seconds of so many iterations one after another where none waits for the one before it, as under an optimizer
     that is one step behind: filling before the first and draining after the last are in it, and nothing else is."""
     clock = Clock(problem, rule)
