@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.svg import MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip
+from pipeline.drawing.svg import MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip
 
 Found = Mapping[str, Any]
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pipeline.cpu_adam import make_adamw
+from pipeline.state.cpu_adam import make_adamw
 
 NAMES = ("torch", "deepspeed")
 

@@ -41,11 +41,11 @@ from jobs.text import token_loss
 from launch.config import config_from_dict
 from launch.nursery import Nursery
 from launch.worker_main import build_member, connect
-from pipeline.batch import Batch
-from pipeline.model import LayeredModel
-from pipeline.schedule import Schedule, dumps
-from pipeline.weights import read_config
-from pipeline.worker import Worker
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import read_config
+from pipeline.runtime.batch import Batch
+from pipeline.runtime.worker import Worker
+from pipeline.schedule.ops import Schedule, dumps
 from recovery.membership import View, await_view, publish, within
 from schedulers import PLANNERS
 
@@ -63,7 +63,7 @@ class WorkJob:
     _held: tuple[int, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
     def batch(self, step: int, microbatch: int) -> Batch:
-        """See pipeline.batch.Job."""
+        """See pipeline.runtime.batch.Job."""
         if self._held is None or self._held[0] != step:
             self._held = step, self.work.data(step)
         inputs, targets = self._held[1]
@@ -73,11 +73,11 @@ class WorkJob:
         return Batch(tuple(range(first + lo, first + hi)), inputs[lo:hi], targets[lo:hi])
 
     def tokens(self, step: int, microbatch: int) -> int:
-        """See pipeline.batch.Job."""
+        """See pipeline.runtime.batch.Job."""
         return self.work.batch * self.work.sequence
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """See pipeline.batch.Job."""
+        """See pipeline.runtime.batch.Job."""
         return token_loss(logits, batch.labels)
 
 

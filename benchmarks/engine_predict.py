@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.pictures import Lanes, measured_costs, measured_timeline
-from pipeline.costs import Costs
-from pipeline.schedule import STEP, Schedule, Span
-from pipeline.simulate import simulate
-from pipeline.timeline import Timeline
+from pipeline.schedule.costs import Costs
+from pipeline.schedule.ops import STEP, Schedule, Span
+from pipeline.schedule.simulate import simulate
+from pipeline.schedule.timeline import Timeline
 
 COMPUTED = ("forward", "backward", "input_gradient", "weight_gradient")
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.svg import FAINT, INK, MUTED, RULE, document, figure, oklch, tag, text, text_width, ticks, tooltip
+from pipeline.drawing.svg import FAINT, INK, MUTED, RULE, document, figure, oklch, tag, text, text_width, ticks, tooltip
 
 PLAIN = ("one_thread", "all_cores")
 OURS = "ours_"

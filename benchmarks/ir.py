@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.lower import lower
-from pipeline.schedule import Schedule
-from pipeline.simulate import Costs, simulate
-from pipeline.verify import verify
+from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import Schedule
+from pipeline.schedule.simulate import Costs, simulate
+from pipeline.schedule.verify import verify
 from schedulers import SCHEDULERS, balanced, build
 
 NAMES = (*SCHEDULERS, "balanced")

@@ -5,14 +5,15 @@
 
 What a worker takes above its rest between two steps is held against two marks. *Alone*: the activations that forwards
 leave for their backwards, which is all that was proved before. *Proved*: with messages in the mailbox, sent copies,
-buffers of links and what an op takes meanwhile (pipeline/holdings.py, pipeline/footprint.py); it must never be exceeded
-by more than ROUNDING and COUNTING. At rest a worker takes its state, and REST beside: interpreter, threads, gloo and
-MKL. Measured is private memory: RssAnon at rest, and at the fullest VmHWM (reset through /proc/self/clear_refs) less
-RssFile and RssShmem; both less RssAnon before anything was built. Each case runs under two settings of glibc's malloc.
-*straight*: blocks from 64 KiB on come from the system and go back to it at once (mallopt: M_MMAP_THRESHOLD and
-M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what is measured is what is held; the verdict is on these.
-*usual*: glibc's own settings, under which blocks that were freed are kept, more or less as luck has it. The messages in
-mailboxes and the sent copies are counted too, as they come and go, and held against their bounds. Writes memory.json.
+buffers of links and what an op takes meanwhile (schedule/holdings.py, runtime/footprint.py of pipeline/); it must
+never be exceeded by more than ROUNDING and COUNTING. At rest a worker takes its state, and REST beside: interpreter,
+threads, gloo and MKL. Measured is private memory: RssAnon at rest, and at the fullest VmHWM (reset through
+/proc/self/clear_refs) less RssFile and RssShmem; both less RssAnon before anything was built. Each case runs under
+two settings of glibc's malloc. *straight*: blocks from 64 KiB on come from the system and go back to it at once
+(mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what is measured is what
+is held; the verdict is on these. *usual*: glibc's own settings, under which blocks that were freed are kept, more or
+less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and go, and held
+against their bounds. Writes memory.json.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ from rich.table import Table
 from transformers.utils import logging
 
 from launch.nursery import Nursery
-from pipeline.footprint import footprints
-from pipeline.model import LayeredModel
-from pipeline.verify import verify
-from pipeline.weights import read_config
-from pipeline.worker import Settings, Worker
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import read_config
+from pipeline.runtime.footprint import footprints
+from pipeline.runtime.worker import Settings, Worker
+from pipeline.schedule.verify import verify
 from recovery.membership import View, publish
 from schedulers import PLANNERS
 

@@ -35,9 +35,9 @@ from jobs.round_train import RoundTrainer
 from jobs.rounds import plan_rounds
 from launch.nursery import Nursery
 from launch.round_train import hosting, make_layout, pool_worker
-from pipeline.host_store import HostStore, store_path
-from pipeline.model import LayeredModel
-from pipeline.weights import read_config
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import read_config
+from pipeline.state.host_store import HostStore, store_path
 
 SAMPLE_S = 1.0  # a look costs the process that is looked at some milliseconds
 

@@ -19,7 +19,7 @@ import launch.train  # noqa: F401  (what a run imports is there before it is for
 from launch import cli
 from launch.nursery import Nursery
 from launch.run_folder import read_jsonl, standing
-from pipeline.weights import preset
+from pipeline.model.weights import preset
 
 DEADLINE_S = 900.0
 

@@ -33,8 +33,8 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 
 from benchmarks.skippipe_report import gaps_svg, print_report  # noqa: E402
 from launch.plan_command import published, published_time  # noqa: E402
-from schedulers.paths.problem import Problem, from_json  # noqa: E402
 from schedulers.skippipe import replay, skippipe  # noqa: E402
+from schedulers.skippipe_search.problem import Problem, from_json  # noqa: E402
 
 GCP = Path(__file__).parent / "data" / "skippipe_gcp20.json"
 SEARCHED = {  # name -> stages left out, swaps, joint

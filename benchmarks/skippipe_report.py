@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.svg import INK, MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip
+from pipeline.drawing.svg import INK, MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip
 
 Row = Mapping[str, Any]
 _LEFT, _TOP, _WIDE, _HIGH = 60.0, 76.0, 560.0, 260.0

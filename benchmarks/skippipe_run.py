@@ -34,7 +34,7 @@ from jobs.config import TrainConfig  # noqa: E402
 from jobs.plan import layer_costs  # noqa: E402
 from jobs.routes import Routes  # noqa: E402
 from launch.nursery import Nursery  # noqa: E402
-from pipeline.model import LayeredModel  # noqa: E402
+from pipeline.model.layered import LayeredModel  # noqa: E402
 
 STAGES = [[0, 1], [2, 3], [4, 5], [6, 7]]
 SKIPS = {"full": 0.0, "25 % skipped": 0.25}

@@ -18,7 +18,7 @@ from rich.table import Table
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
 from benchmarks.checkfree_report import spread, time_to  # noqa: E402
-from pipeline.svg import MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip  # noqa: E402
+from pipeline.drawing.svg import MUTED, RULE, coord, document, oklch, tag, text, ticks, tooltip  # noqa: E402
 
 Found = Mapping[str, Any]
 Row = dict[str, Any]

@@ -9,9 +9,9 @@ from jobs.bounds import ConfigError as ConfigError
 from jobs.bounds import check_bounds, limit_work, require_known
 from jobs.bounds import require as require
 from jobs.fields import TrainFields
-from pipeline.lora import ALL_LINEAR, Lora
-from pipeline.optimizer import OptimizerConfig
-from pipeline.weights import has_weights
+from pipeline.model.lora import ALL_LINEAR, Lora
+from pipeline.model.weights import has_weights
+from pipeline.state.optimizer import OptimizerConfig
 from recovery.inject import Fault, Ground, Rate
 from recovery.inject import parse as parse_faults
 from recovery.policy import POLICIES

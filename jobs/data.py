@@ -15,7 +15,7 @@ import numpy as np
 
 from jobs.corpus import permutation
 from jobs.files import CorpusError
-from pipeline.rng import derive
+from pipeline.model.rng import derive
 
 TOKENS, META, FORMAT = "tokens.bin", "meta.json", 1
 """The files of a dataset, and their form: another number once the same text would give other samples."""

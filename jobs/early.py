@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.pipelines import find_routes, require_layers
 from jobs.rounds import require_room
-from pipeline.model import LayeredModel
-from pipeline.weights import PRESETS
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import PRESETS
 
 BYTES = 258
 """Tokens of a byte-level tokenizer: one for each byte, and two."""

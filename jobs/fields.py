@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from jobs.bounds import Within
-from pipeline.lora import ALL_LINEAR
+from pipeline.model.lora import ALL_LINEAR
 
 MOST_STEPS = 99_999_999
 """A step's number has eight digits, in the names of checkpoints."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, require
-from pipeline.costs import CostError, Network
 from pipeline.reading import FileError, read_json
+from pipeline.schedule.costs import CostError, Network
 
 
 def read_network(path: Path, workers: int) -> tuple[Network, dict[str, Any]]:

@@ -8,11 +8,11 @@ import torch
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.routes import Routes
-from pipeline.lower import add_redundant, lower
-from pipeline.model import LayeredModel
-from pipeline.schedule import Schedule, Span
-from pipeline.transport import span_bytes
-from pipeline.verify import verify
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.transport import span_bytes
+from pipeline.schedule.lower import add_redundant, lower
+from pipeline.schedule.ops import Schedule, Span
+from pipeline.schedule.verify import verify
 from recovery import redundant
 from recovery.membership import View
 from recovery.reroute import Planner

@@ -28,9 +28,9 @@ from jobs.resume import check_resumed, other_data
 from jobs.rounds import Rounds, plan_rounds
 from jobs.space import check_space, space_needed
 from jobs.tokenizer import build_tokenizer
-from pipeline.model import LayeredModel
-from pipeline.schedule import dumps
-from pipeline.weights import PRESETS, read_config, resolve
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import PRESETS, read_config, resolve
+from pipeline.schedule.ops import dumps
 from recovery import checkpoint
 from recovery.membership import View
 from recovery.reroute import Planner

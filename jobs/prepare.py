@@ -26,7 +26,7 @@ from jobs.cache import Cache
 from jobs.corpus import Corpus, Texts, permutation
 from jobs.data import FORMAT, META, TOKENS, Dataset
 from jobs.files import CorpusError
-from pipeline.rng import derive
+from pipeline.model.rng import derive
 
 _PIECE = 1 << 20
 

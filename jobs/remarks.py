@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.config import TrainConfig
-from pipeline.optimizer import learning_rate
+from pipeline.state.optimizer import learning_rate
 from recovery.inject import Fault
 
 

@@ -21,13 +21,13 @@ from jobs.config import TrainConfig
 from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
 from jobs.train import STOPPED, Report, evaluated_when
-from pipeline.host_optimizer import HostOptimizer
-from pipeline.lora import merge, save_adapter
-from pipeline.optimizer import learning_rate
-from pipeline.settle import NonFiniteLoss
-from pipeline.slots import Cut, Slot, forward_slots
-from pipeline.stateless import TRAIN
-from pipeline.weights import ModelError, finish_export, write_shard
+from pipeline.model.lora import merge, save_adapter
+from pipeline.model.weights import ModelError, finish_export, write_shard
+from pipeline.runtime.settle import NonFiniteLoss
+from pipeline.runtime.stateless import TRAIN
+from pipeline.schedule.work_units import Cut, Slot, forward_slots
+from pipeline.state.host_optimizer import HostOptimizer
+from pipeline.state.optimizer import learning_rate
 from recovery import checkpoint
 from recovery.pool import Pool
 from recovery.runs import Run

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.config import TrainConfig
-from pipeline.model import LayeredModel
-from pipeline.schedule import B, F, R, Schedule
-from pipeline.slots import Cut, Slot, forward_slots, schedule_of
-from pipeline.verify import verify
+from pipeline.model.layered import LayeredModel
+from pipeline.schedule.ops import B, F, R, Schedule
+from pipeline.schedule.verify import verify
+from pipeline.schedule.work_units import Cut, Slot, forward_slots, schedule_of
 from schedulers import PartitionError
 from schedulers.roundpipe import Problem, search
-from schedulers.rounds.deal import Dealer
+from schedulers.roundpipe_search.deal import Dealer
 
 _TRIES = 4000
 _BACKWARD = 2.0

@@ -13,13 +13,13 @@ from typing import Any
 
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.network import read_network
-from pipeline.lower import lower
-from pipeline.schedule import F, Op, Route, Schedule, ScheduleError, Span
-from pipeline.verify import verify
+from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import F, Op, Route, Schedule, ScheduleError, Span
+from pipeline.schedule.verify import verify
 from recovery.remedy import CannotRestore
 from schedulers import PartitionError, partition
-from schedulers.paths.problem import NetworkError, Problem, from_json, quotas
 from schedulers.skippipe import SkipPlan, replan, skippipe, without
+from schedulers.skippipe_search.problem import NetworkError, Problem, from_json, quotas
 
 _FLOPS = 2e10  # products and sums per second of a worker, where the network file does not say what a forward takes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.config import ConfigError, TrainConfig
-from pipeline.model import LayeredModel
+from pipeline.model.layered import LayeredModel
 
 _FP32, _HEADER = 4, 8192  # bytes of a number, and at most of what a file says of a layer's tensors
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from pipeline.batch import Batch
+from pipeline.runtime.batch import Batch
 
 IGNORED = -100
 """The label that counts for nothing, as everywhere in transformers."""
@@ -51,15 +51,15 @@ class TextJob:
         return self.first_sample + (step - self.first_step) * self.microbatches * self.size
 
     def batch(self, step: int, microbatch: int) -> Batch:
-        """See pipeline.batch.Job."""
+        """See pipeline.runtime.batch.Job."""
         ids = self.sample_ids(step, microbatch)
         tokens = torch.from_numpy(np.stack([self.sample(i) for i in ids]))
         return Batch(ids, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def tokens(self, step: int, microbatch: int) -> int:
-        """See pipeline.batch.Job."""
+        """See pipeline.runtime.batch.Job."""
         return len(self.sample_ids(step, microbatch)) * self.sequence_length
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """See pipeline.batch.Job."""
+        """See pipeline.runtime.batch.Job."""
         return token_loss(logits, batch.labels)

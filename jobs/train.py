@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 from jobs.config import TrainConfig
 from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
-from pipeline.schedule import Schedule
-from pipeline.settle import NonFiniteLoss
-from pipeline.weights import ModelError, finish_export, write_shard
+from pipeline.model.weights import ModelError, finish_export, write_shard
+from pipeline.runtime.settle import NonFiniteLoss
+from pipeline.runtime.worker import StepResult, Worker
+from pipeline.schedule.ops import Schedule
 from pipeline.wire import WireError, checked
-from pipeline.worker import StepResult, Worker
 from recovery import checkpoint
 from recovery.member import INTERRUPTIONS, Joined, Member
 from recovery.membership import START, MembershipError, View

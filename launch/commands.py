@@ -12,16 +12,17 @@ from jobs.bounds import ConfigError, Within, check_bounds, limit_work, require, 
 from launch.generate import continue_text
 from launch.run_folder import write_whole
 from pipeline import reading
-from pipeline.draw import svg
-from pipeline.holdings import Bound, bounds
-from pipeline.lower import lower
+from pipeline.drawing.draw import svg
+from pipeline.drawing.terminal import terminal
+from pipeline.drawing.trace import perfetto
 from pipeline.reading import FileError, read_text
-from pipeline.schedule import LOAD, B, F, Schedule, dumps, loads
-from pipeline.simulate import Costs, Network, simulate
-from pipeline.terminal import terminal
-from pipeline.timeline import Timeline
-from pipeline.trace import perfetto
-from pipeline.verify import verify
+from pipeline.schedule.graph import compiled
+from pipeline.schedule.holdings import Bound, bounds
+from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import LOAD, B, F, Schedule, dumps, loads
+from pipeline.schedule.simulate import Costs, Network, simulate
+from pipeline.schedule.timeline import Timeline
+from pipeline.schedule.verify import verify
 from schedulers import ENGINES, PLANNERS, num_spans, plan
 
 _MOST_WORKERS = 2**14
@@ -120,7 +121,7 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline, Mapping[int,
 def message_bounds(schedule: Schedule) -> Mapping[int, Bound]:
     """Worker -> what it may hold at most once the schedule is lowered, whatever the times; nothing where spans come and
     go, for then outputs lie in host memory."""
-    return {} if any(op.kind == LOAD for _, op in schedule.others) else bounds(lower(schedule).graph)
+    return {} if any(op.kind == LOAD for _, op in schedule.others) else bounds(compiled(lower(schedule)))
 
 
 def simulate_command(config: SimulateConfig) -> Result:

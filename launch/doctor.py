@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from jobs.bounds import Within, check_bounds
 from launch.devices import count_cuda
-from pipeline.groups import address_towards
-from pipeline.model import FAMILIES
-from pipeline.weights import PRESETS
+from pipeline.model.layered import FAMILIES
+from pipeline.model.weights import PRESETS
+from pipeline.runtime.groups import address_towards
 from schedulers import ENGINES
 
 PACKAGES = ("unbroken", "torch", "transformers", "safetensors", "tokenizers", "datasets", "numpy", "tyro", "rich")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.channel import Channel, ChannelClosed
+from pipeline.runtime.channel import Channel, ChannelClosed
 from pipeline.wire import checked
 
 _PR_SET_PDEATHSIG = 1

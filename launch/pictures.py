@@ -13,11 +13,11 @@ from jobs.network import read_network
 from jobs.plan import Plan
 from launch.report import loss_svg
 from launch.run_folder import RunFolder, write_whole
-from pipeline.draw import compare_svg
-from pipeline.schedule import COMPUTE, F, R, Span, parse_op
-from pipeline.simulate import Costs, simulate
-from pipeline.timeline import Event, Timeline
-from pipeline.trace import perfetto
+from pipeline.drawing.draw import compare_svg
+from pipeline.drawing.trace import perfetto
+from pipeline.schedule.ops import COMPUTE, F, R, Span, parse_op
+from pipeline.schedule.simulate import Costs, simulate
+from pipeline.schedule.timeline import Event, Timeline
 
 Lanes = dict[str, list[tuple[str, float, float]]]
 """Place -> (op as text, start, end): whoever has a place now, its row is that of the plan."""

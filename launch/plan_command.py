@@ -17,15 +17,15 @@ from jobs.fields import WEEK_S
 from launch.commands import Result, message_bounds, read_json
 from launch.roundpipe_plan import plan_rounds
 from launch.run_folder import write_whole
-from pipeline.draw import svg
-from pipeline.network_picture import network_svg
-from pipeline.schedule import dumps
-from pipeline.simulate import simulate
-from pipeline.verify import verify
-from schedulers.paths.clock import STUCK
-from schedulers.paths.problem import NetworkError, Problem, from_json
-from schedulers.paths.problem import Path as Nodes
+from pipeline.drawing.draw import svg
+from pipeline.drawing.network_picture import network_svg
+from pipeline.schedule.ops import dumps
+from pipeline.schedule.simulate import simulate
+from pipeline.schedule.verify import verify
 from schedulers.skippipe import SkipPlan, replay, skippipe
+from schedulers.skippipe_search.clock import STUCK
+from schedulers.skippipe_search.problem import NetworkError, Problem, from_json
+from schedulers.skippipe_search.problem import Path as Nodes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from pipeline.schedule import ScheduleError, parse_op
+from pipeline.schedule.ops import ScheduleError, parse_op
 from pipeline.wire import Kind, WireError, checked
 
 _FIELDS: dict[str, dict[str, Kind]] = {

@@ -14,7 +14,20 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
-from pipeline.svg import FAINT, MUTED, RULE, coord, document, figure, oklch, tag, text, text_width, ticks, tooltip
+from pipeline.drawing.svg import (
+    FAINT,
+    MUTED,
+    RULE,
+    coord,
+    document,
+    figure,
+    oklch,
+    tag,
+    text,
+    text_width,
+    ticks,
+    tooltip,
+)
 
 _LOSS, _PALE, _HELD_OUT = oklch(0.52, 0.16, 255), oklch(0.82, 0.07, 255), oklch(0.65, 0.17, 55)
 _MARK, _SPEED = oklch(0.55, 0.2, 25), oklch(0.6, 0.1, 165)

@@ -37,15 +37,15 @@ from launch.story import Story
 from launch.train import introduce
 from launch.warm import warm_up
 from launch.worker_main import blueprint, default_threads, last_words, worker_main
-from pipeline.batch import Job
-from pipeline.channel import Channel
-from pipeline.host_optimizer import HostOptimizer
-from pipeline.host_store import HostStore, Layout, store_path
-from pipeline.model import LayeredModel
-from pipeline.mover import CHUNK
-from pipeline.slots import Cut
-from pipeline.stateless import TRAIN, PoolClosed, StatelessWorker
-from pipeline.worker import Settings
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.batch import Job
+from pipeline.runtime.channel import Channel
+from pipeline.runtime.mover import CHUNK
+from pipeline.runtime.stateless import TRAIN, PoolClosed, StatelessWorker
+from pipeline.runtime.worker import Settings
+from pipeline.schedule.work_units import Cut
+from pipeline.state.host_optimizer import HostOptimizer
+from pipeline.state.host_store import HostStore, Layout, store_path
 from recovery.dealing import ROOM
 from recovery.inject import Fault, Injector
 from recovery.pool import LEFT, NoWorkerLeft, Pool

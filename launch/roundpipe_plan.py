@@ -8,14 +8,14 @@ from typing import Any
 
 from launch.commands import Result
 from launch.run_folder import write_whole
-from pipeline.draw import svg
-from pipeline.schedule import Span, dumps
-from pipeline.simulate import Costs, Network, simulate
-from pipeline.slots import slots
-from pipeline.verify import verify
+from pipeline.drawing.draw import svg
+from pipeline.schedule.ops import Span, dumps
+from pipeline.schedule.simulate import Costs, Network, simulate
+from pipeline.schedule.verify import verify
+from pipeline.schedule.work_units import slots
 from schedulers import build
 from schedulers.roundpipe import Dealt, Problem, dealt, from_json, repeated, search
-from schedulers.rounds.problem import spans_from
+from schedulers.roundpipe_search.problem import spans_from
 
 _ITERATIONS = 10
 """Of the asynchronous rows: enough for filling and draining to be a small part, which is counted."""

@@ -30,7 +30,7 @@ from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
 from launch.warm import warm_up
 from launch.worker_main import default_threads, worker_main
-from pipeline.weights import watch
+from pipeline.model.weights import watch
 from recovery import keys
 from recovery.checkpoint import any_saved
 from recovery.coordinator import Coordinator

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.config import TrainConfig
-from pipeline.model import LayeredModel
-from pipeline.weights import PRESETS, preset, read_config
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import PRESETS, preset, read_config
 
 
 def warm_up(config: TrainConfig) -> None:

@@ -24,15 +24,15 @@ from jobs.plan import evaluation_samples, open_dataset, stage_at
 from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
-from pipeline.groups import GroupBuilder, address_towards
-from pipeline.lora import Lora
-from pipeline.model import LayeredModel
-from pipeline.settle import NonFiniteLoss
-from pipeline.store import ResidentStore
-from pipeline.transport import Shape, Transport, span_bytes
-from pipeline.weights import ModelError, read_config
+from pipeline.model.layered import LayeredModel
+from pipeline.model.lora import Lora
+from pipeline.model.weights import ModelError, read_config
+from pipeline.runtime.groups import GroupBuilder, address_towards
+from pipeline.runtime.settle import NonFiniteLoss
+from pipeline.runtime.transport import Shape, Transport, span_bytes
+from pipeline.runtime.worker import Settings, Worker
+from pipeline.state.resident import ResidentStore
 from pipeline.wire import checked, parse
-from pipeline.worker import Settings, Worker
 from recovery import keys
 from recovery.checkpoint import CheckpointError, last_attempt
 from recovery.commit import Ballot

@@ -49,7 +49,7 @@ def _outcome(stands: bytes) -> str:
 
 @dataclass
 class Ballot:
-    """The votes of one worker in one view. Calling it has the form of `pipeline.worker.Exchange`."""
+    """The votes of one worker in one view. Calling it has the form of `pipeline.runtime.worker.Exchange`."""
 
     store: dist.Store
     view: int

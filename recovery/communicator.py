@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from pipeline.groups import Group, GroupBuilder
-from pipeline.schedule import Span
-from pipeline.transport import LinkError, Shape
-from pipeline.worker import Worker
+from pipeline.runtime.groups import Group, GroupBuilder
+from pipeline.runtime.transport import LinkError, Shape
+from pipeline.runtime.worker import Worker
+from pipeline.schedule.ops import Span
 
 Pairs = set[tuple[int, int]]
 Shapes = Mapping[tuple[int, int], Shape]

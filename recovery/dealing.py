@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pipeline.host_optimizer import HostOptimizer
-from pipeline.schedule import B, Span
-from pipeline.slots import Slot
+from pipeline.schedule.ops import B, Span
+from pipeline.schedule.work_units import Slot
+from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.wire import WireError
 from recovery.runs import Fact, Given, Member, Run
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.rng import derive
+from pipeline.model.rng import derive
 
 POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join")
 POOL_POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")

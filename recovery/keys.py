@@ -8,7 +8,7 @@
     record/W/N          what worker W reports                      claim/X     whether fault X has happened
     spare/A/N           the place that a spare worker takes
 
-Votes and outcomes are in `commit.py`, the meeting of a group's members in `pipeline/groups.py`.
+Votes and outcomes are in `commit.py`, the meeting of a group's members in `pipeline/runtime/groups.py`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.schedule import Op, Schedule, Span, dumps, loads
-from pipeline.store import shard_holders
+from pipeline.schedule.ops import Op, Schedule, Span, dumps, loads
+from pipeline.state.resident import shard_holders
 from pipeline.wire import WireError, checked, listed, numbered, parse, whole
 
 START = "start"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pipeline.schedule import Span
+from pipeline.schedule.ops import Span
 from recovery.membership import Restore
 from recovery.remedy import CannotRestore, Loss, State
 

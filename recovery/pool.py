@@ -19,10 +19,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.channel import Channel, ChannelClosed, ChannelFull
-from pipeline.host_optimizer import HostOptimizer
-from pipeline.schedule import B
-from pipeline.slots import Slot
+from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
+from pipeline.schedule.ops import B
+from pipeline.schedule.work_units import Slot
+from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.wire import WireError, checked
 from recovery.dealing import Deal, Dealing
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.lower import add_redundant, lower
-from pipeline.merge import merge
-from pipeline.schedule import F, R, Schedule, Span, dumps
-from pipeline.verify import verify
+from pipeline.schedule.lower import add_redundant, lower
+from pipeline.schedule.merge import merge
+from pipeline.schedule.ops import F, R, Schedule, Span, dumps
+from pipeline.schedule.verify import verify
 from recovery.membership import View, substitute
 from recovery.remedy import CannotRestore
 

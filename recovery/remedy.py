@@ -13,11 +13,11 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pipeline.schedule import Schedule, Span
+from pipeline.schedule.ops import Schedule, Span
 from recovery.membership import Restore, View, shards_of
 
 State = Mapping[str, Tensor]
-"""The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.store` gives it."""
+"""The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.state.resident` gives it."""
 
 
 class CannotRestore(RuntimeError):

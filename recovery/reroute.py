@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from pipeline.schedule import Schedule, dumps
+from pipeline.schedule.ops import Schedule, dumps
 from recovery.membership import View, substitute
 
 Planner = Callable[[Collection[int]], Mapping[str, Schedule]]

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.groups import Group
-from pipeline.optimizer import SpanOptimizer
-from pipeline.schedule import Span
-from pipeline.store import TIED
-from pipeline.transport import LinkError
-from pipeline.worker import Worker
+from pipeline.runtime.groups import Group
+from pipeline.runtime.transport import LinkError
+from pipeline.runtime.worker import Worker
+from pipeline.schedule.ops import Span
+from pipeline.state.optimizer import SpanOptimizer
+from pipeline.state.resident import TIED
 from recovery import checkpoint
 from recovery.communicator import Communicator
 from recovery.membership import START, Restore, View

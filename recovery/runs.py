@@ -6,9 +6,9 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.channel import Channel
-from pipeline.schedule import Span
-from pipeline.slots import BACKWARD, FORWARD, Slot
+from pipeline.runtime.channel import Channel
+from pipeline.schedule.ops import Span
+from pipeline.schedule.work_units import BACKWARD, FORWARD, Slot
 
 Fact = tuple[str, int, int]
 """(x or dx, microbatch, layer): a hidden state, or the gradient of one, that is there."""

@@ -14,9 +14,9 @@ from itertools import accumulate
 from math import fsum
 from typing import NamedTuple
 
-from pipeline.costs import Costs
-from pipeline.schedule import Route, Schedule, Span
-from pipeline.simulate import simulate
+from pipeline.schedule.costs import Costs
+from pipeline.schedule.ops import Route, Schedule, Span
+from pipeline.schedule.simulate import simulate
 from schedulers.chain import check
 from schedulers.greedy import greedy, unit_seconds
 

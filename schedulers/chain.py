@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from pipeline.schedule import Op, Route, Schedule, Span
+from pipeline.schedule.ops import Op, Route, Schedule, Span
 
 Lane = Callable[[int, Sequence[int]], Iterable[Op]]
 """(stage, the microbatches of its replica) -> the ops of that stage's worker, in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.schedule import F, Op, Schedule, Span
+from pipeline.schedule.ops import F, Op, Schedule, Span
 from schedulers.chain import chain
 from schedulers.interleaved import by_rounds
 

@@ -12,7 +12,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from pipeline.schedule import B, F, I, Key, Op, Route, Schedule, Span, W, overlaps, route_needs
+from pipeline.schedule.ops import B, F, I, Key, Op, Route, Schedule, Span, W, overlaps, route_needs
 
 Place = Callable[[Span, int], int]
 """(span, microbatch) -> the worker that runs it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.schedule import B, F, Op, Schedule, Span
+from pipeline.schedule.ops import B, F, Op, Schedule, Span
 from schedulers.chain import chain
 
 

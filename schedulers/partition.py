@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-from pipeline.schedule import Span
+from pipeline.schedule.ops import Span
 
 
 class PartitionError(ValueError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import fsum
 from typing import Literal
 
-from pipeline.schedule import Schedule, Span
+from pipeline.schedule.ops import Schedule, Span
 from schedulers.balanced import balanced
 from schedulers.evaluation import evaluation
 from schedulers.gpipe import gpipe

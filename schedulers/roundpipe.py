@@ -7,9 +7,9 @@ stages and R rounds of N microbatches over N workers the bubble is (N - 1) / (R 
 
 from __future__ import annotations
 
-from schedulers.rounds.clock import RULES, Clock, Dealt, dealt, repeated
-from schedulers.rounds.problem import Problem, cut_from, from_json
-from schedulers.rounds.search import ORDERS, Found, search
+from schedulers.roundpipe_search.clock import RULES, Clock, Dealt, dealt, repeated
+from schedulers.roundpipe_search.problem import Problem, cut_from, from_json
+from schedulers.roundpipe_search.search import ORDERS, Found, search
 
 __all__ = [
     "ORDERS", "RULES", "Clock", "Dealt", "Found", "Problem", "cut_from", "dealt", "from_json", "ideal_bubble",

@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from pipeline.costs import Costs, Network
-from pipeline.schedule import B, F, Op, Route, Schedule, Span
-from schedulers.paths.anneal import Budget, Found, anneal
-from schedulers.paths.bounds import any_cut, lower_bounds
-from schedulers.paths.clock import STUCK, Rule, Run, clock
-from schedulers.paths.conflicts import TRIES, conflict_based, dealt, prioritised
-from schedulers.paths.problem import NetworkError, Path, Problem, check_paths, quotas
+from pipeline.schedule.costs import Costs, Network
+from pipeline.schedule.ops import B, F, Op, Route, Schedule, Span
+from schedulers.skippipe_search.anneal import Budget, Found, anneal
+from schedulers.skippipe_search.bounds import any_cut, lower_bounds
+from schedulers.skippipe_search.clock import STUCK, Rule, Run, clock
+from schedulers.skippipe_search.conflicts import TRIES, conflict_based, dealt, prioritised
+from schedulers.skippipe_search.problem import NetworkError, Path, Problem, check_paths, quotas
 
 MOVES = 12_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.schedule import Route, Schedule, Span
+from pipeline.schedule.ops import Route, Schedule, Span
 from schedulers.chain import check
 from schedulers.greedy import greedy
 

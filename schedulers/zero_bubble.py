@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.schedule import F, I, Op, Schedule, Span, W
+from pipeline.schedule.ops import F, I, Op, Schedule, Span, W
 from schedulers.chain import chain
 
 

@@ -35,12 +35,12 @@ from launch.config import config_from_dict
 from launch.nursery import Nursery
 from launch.round_train import hosting, make_jobs, make_layout, pool_worker
 from launch.worker_main import build_member, connect
-from pipeline.host_store import HostStore, store_path
-from pipeline.model import LayeredModel
-from pipeline.optimizer import decay_groups, learning_rate
-from pipeline.rng import RngKey, keyed_dropout
-from pipeline.schedule import Route, dumps
-from pipeline.weights import read_config
+from pipeline.model.layered import LayeredModel
+from pipeline.model.rng import RngKey, keyed_dropout
+from pipeline.model.weights import read_config
+from pipeline.schedule.ops import Route, dumps
+from pipeline.state.host_store import HostStore, store_path
+from pipeline.state.optimizer import decay_groups, learning_rate
 from recovery.commit import READY
 from recovery.membership import View, await_view, publish, within
 

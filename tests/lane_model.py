@@ -1,4 +1,4 @@
-"""A small model of workers, links and mailboxes that can be run in every way: the oracle for pipeline.holdings.
+"""A small model of workers, links and mailboxes that can be run in every way: the oracle of holdings.py.
 
 It knows no clocks. A worker holds tensors by name, as the lane executor does; a SEND puts one on a link; links deliver
 in order and whenever they like. Two iterations follow each other, parted by the vote alone.
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.holdings import KINDS
-from pipeline.schedule import RECV, SEND, STEP, B, F, I, Key, R, Schedule, W
+from pipeline.schedule.holdings import KINDS
+from pipeline.schedule.ops import RECV, SEND, STEP, B, F, I, Key, R, Schedule, W
 
 ACTIVATIONS, RECEIVED, OUTPUTS, SENT, *_ = range(len(KINDS))
 Most = dict[int, np.ndarray]

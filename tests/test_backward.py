@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from pipeline.backward import WeightGradients, defer_weights
-from pipeline.model import LayeredModel
-from pipeline.weights import preset
+from pipeline.model.backward import WeightGradients, defer_weights
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import preset
 
 CONFIGS = {
     "llama": preset("llama-tiny"),

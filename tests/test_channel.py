@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipeline.channel import Channel, ChannelClosed, ChannelFull
+from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.wire import WireError
 
 

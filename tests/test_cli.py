@@ -29,11 +29,11 @@ from jobs.data import Dataset
 from jobs.prepare import blocks, prepare
 from jobs.tokenizer import build_tokenizer
 from launch.cli import COMMANDS, main
-from pipeline.lower import lower
-from pipeline.model import FAMILIES, LayeredModel
-from pipeline.schedule import loads
-from pipeline.verify import verify
-from pipeline.weights import PRESETS, finish_export, preset, write_shard
+from pipeline.model.layered import FAMILIES, LayeredModel
+from pipeline.model.weights import PRESETS, finish_export, preset, write_shard
+from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import loads
+from pipeline.schedule.verify import verify
 from schedulers import PLANNERS
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from launch.worker_main import connect
-from pipeline.groups import Group, GroupBuilder, Work, sum_over
-from pipeline.schedule import Op, Span
-from pipeline.transport import LinkError, Transport
+from pipeline.runtime.groups import Group, GroupBuilder, Work, sum_over
+from pipeline.runtime.transport import LinkError, Transport
+from pipeline.schedule.ops import Op, Span
 from recovery.communicator import Communicator
 from tests.harness import hosted_store
 

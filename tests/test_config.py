@@ -19,10 +19,10 @@ from jobs.corpus import CorpusError
 from jobs.plan import layer_costs, make_plan, model_fingerprint, open_dataset, schedules, set_dropout
 from launch.cli import main
 from launch.config import config_from_dict, read_toml, to_toml
-from pipeline.model import LayeredModel, ModelError
-from pipeline.schedule import B, F, W, loads
-from pipeline.verify import verify
-from pipeline.weights import preset
+from pipeline.model.layered import LayeredModel, ModelError
+from pipeline.model.weights import preset
+from pipeline.schedule.ops import B, F, W, loads
+from pipeline.schedule.verify import verify
 from recovery import checkpoint
 from recovery.checkpoint import CheckpointError
 from recovery.inject import InjectionError

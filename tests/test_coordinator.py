@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from pipeline.schedule import dumps
+from pipeline.schedule.ops import dumps
 from recovery import checkpoint, keys
 from recovery.commit import COMMIT, decide
 from recovery.coordinator import Coordinator

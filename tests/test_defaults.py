@@ -11,7 +11,7 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.remarks import remarks
 from launch.config import read_toml
 from launch.nursery import Nursery
-from pipeline.optimizer import OptimizerConfig, learning_rate
+from pipeline.state.optimizer import OptimizerConfig, learning_rate
 from tests.harness import run_command
 from tests.test_cli import exported
 

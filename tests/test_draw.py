@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 from rich.text import Text
 
-from pipeline.draw import compare_svg, perfetto, svg, terminal
-from pipeline.schedule import LOAD, REDUCE, STEP, B, F, I, Op, W
-from pipeline.timeline import Event, Timeline, Transfer
+from pipeline.drawing.draw import compare_svg, perfetto, svg, terminal
+from pipeline.schedule.ops import LOAD, REDUCE, STEP, B, F, I, Op, W
+from pipeline.schedule.timeline import Event, Timeline, Transfer
 
 NS = "{http://www.w3.org/2000/svg}"
 

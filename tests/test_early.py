@@ -11,8 +11,8 @@ import pytest
 from jobs.config import ConfigError, TrainConfig
 from jobs.early import check_early, tokenizer_kind
 from jobs.plan import make_plan
-from pipeline.model import LayeredModel
-from pipeline.weights import PRESETS, preset
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import PRESETS, preset
 from recovery.inject import InjectionError
 from tests.test_cli import exported
 

@@ -15,17 +15,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from jobs.config import TrainConfig
-from pipeline.backward import WeightGradients, defer_weights
-from pipeline.footprint import Live, footprints, measure, state_bytes
-from pipeline.holdings import bounds
-from pipeline.lower import add_redundant, lower
-from pipeline.model import LayeredModel
-from pipeline.optimizer import OptimizerConfig
-from pipeline.rng import RngKey
-from pipeline.schedule import Span
-from pipeline.store import ResidentStore
-from pipeline.transport import HEADER_BYTES
-from pipeline.worker import Settings
+from pipeline.model.backward import WeightGradients, defer_weights
+from pipeline.model.layered import LayeredModel
+from pipeline.model.rng import RngKey
+from pipeline.runtime.footprint import Live, footprints, measure, state_bytes
+from pipeline.runtime.transport import HEADER_BYTES
+from pipeline.runtime.worker import Settings
+from pipeline.schedule.graph import compiled
+from pipeline.schedule.holdings import bounds
+from pipeline.schedule.lower import add_redundant, lower
+from pipeline.schedule.ops import Span
+from pipeline.state.optimizer import OptimizerConfig
+from pipeline.state.resident import ResidentStore
 from schedulers import build, evaluation, gpipe, one_f_one_b, zero_bubble
 from tests.harness import make_job
 
@@ -118,7 +119,7 @@ def test_live_storages_count_once_and_until_they_are_freed() -> None:
 def test_a_worker_is_the_sum_of_its_kinds() -> None:
     schedule = lower(one_f_one_b(SPANS, 4))
     found, spans = footprints(model("llama"), schedule, JOB, CPU), measure(model("llama"), schedule, JOB, CPU)
-    count = {w: bound.most for w, bound in bounds(schedule.graph).items()}
+    count = {w: bound.most for w, bound in bounds(compiled(schedule)).items()}
     for w, span in enumerate(SPANS):
         each, message = found[w], SIZE + HEADER_BYTES
         assert each.most.activations == count[w].activations * spans[span].activation

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.holdings import KINDS, Bound, Held, Sizes, bounds, levels
-from pipeline.lower import add_redundant, lower
-from pipeline.memory import lane_peaks
-from pipeline.schedule import Schedule, Span
+from pipeline.schedule.graph import compiled
+from pipeline.schedule.holdings import KINDS, Bound, Held, Sizes, bounds, levels
+from pipeline.schedule.lower import add_redundant, lower
+from pipeline.schedule.memory import lane_peaks
+from pipeline.schedule.ops import Schedule, Span
 from schedulers import PLANNERS, build, evaluation, gpipe, head_with_embedding, one_f_one_b, plan, swapped, zero_bubble
 from schedulers.skippipe import skippipe
 from tests.lane_model import ACTIVATIONS, OUTPUTS, RECEIVED, SENT, Model, Most
@@ -27,7 +28,7 @@ def chain(count: int) -> list[Span]:
 
 def proved(schedule: Schedule) -> Most:
     """In the form of the model: all kinds, and their sum."""
-    return {w: np.vstack([level, level.sum(0)]) for w, level in levels(schedule.graph)}
+    return {w: np.vstack([level, level.sum(0)]) for w, level in levels(compiled(schedule))}
 
 
 def check(schedule: Schedule, found: Most, expected: Most, what: slice | list[int] = slice(None)) -> None:
@@ -115,7 +116,7 @@ def test_sizes_weigh_each_kind_and_half_of_a_backward() -> None:
         buffer=32, posted=64, working=lambda kind, _: {"F": 128, "I": 256, "W": 512}[kind],
     )  # fmt: skip
     schedule = lower(zero_bubble([A, C], 1))
-    found = {worker: level.sum(0).tolist() for worker, level in levels(schedule.graph, sizes)}
+    found = {worker: level.sum(0).tolist() for worker, level in levels(compiled(schedule), sizes)}
     assert [str(op) for op in schedule.lanes[0]][2:] == ["RECV(I[1:2]#0)<1", "I[0:1]#0", "W[0:1]#0", "REDUCE[0:1]",
                                                          "STEP[0:1]"]  # fmt: skip
     assert found[0] == [
@@ -128,25 +129,25 @@ def test_sizes_weigh_each_kind_and_half_of_a_backward() -> None:
         64 + 32, 64 + 2 + 128, 64 + 2 + gradient + 256, 64 + 4 + gradient + kept, 64 + 4 + gradient + kept + 512,
         64 + kept, 64 + kept + 32, 64 + 32,
     ]  # fmt: skip
-    assert bounds(schedule.graph, sizes)[0] == Bound(
+    assert bounds(compiled(schedule), sizes)[0] == Bound(
         Held(4, 32, 0, 8, 64, 512), Held(activations=4, posted=64, working=512), 4, 40
     )
 
 
 def test_activations_are_those_of_the_lanes_alone() -> None:
     for name, schedule in SMALL.items():
-        graph = lower(schedule).graph
+        graph = compiled(lower(schedule))
         assert {w: bound.most.activations for w, bound in bounds(graph).items()} == lane_peaks(graph), name
 
 
 def test_what_is_sent_is_bounded_by_the_stages_and_not_by_the_microbatches() -> None:
     for microbatches in (8, 32):
-        found = bounds(lower(one_f_one_b(chain(4), microbatches)).graph)
+        found = bounds(compiled(lower(one_f_one_b(chain(4), microbatches))))
         assert [found[w].most.sent for w in range(4)] == [4, 4, 3, 2]
 
 
 def test_messages_of_a_schedule_that_sends_nothing_are_not_known() -> None:
     with pytest.raises(ValueError, match="schedule 'one_f_one_b' has no SEND and RECV; lower it"):
-        bounds(one_f_one_b([A, C], 2).graph)
-    (alone,) = bounds(one_f_one_b([A], 2).graph).values()
+        bounds(compiled(one_f_one_b([A, C], 2)))
+    (alone,) = bounds(compiled(one_f_one_b([A], 2))).values()
     assert (alone.most, alone.messages) == (Held(activations=1), 0)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from pipeline.host_optimizer import HostOptimizer
-from pipeline.host_store import HostMemoryError, HostStore, Layout, store_path
-from pipeline.model import LayeredModel
-from pipeline.mover import LATER, URGENT, Mover, chunks
-from pipeline.optimizer import OptimizerConfig
-from pipeline.slots import Cut
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.mover import LATER, URGENT, Mover, chunks
+from pipeline.schedule.work_units import Cut
+from pipeline.state.host_optimizer import HostOptimizer
+from pipeline.state.host_store import HostMemoryError, HostStore, Layout, store_path
+from pipeline.state.optimizer import OptimizerConfig
 
 CUT = Cut(((0, 2),), (2, 4), ((0, 2),))
 

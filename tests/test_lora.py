@@ -19,10 +19,10 @@ from jobs.plan import make_plan
 from launch.config import read_toml
 from launch.nursery import Nursery
 from launch.round_train import make_layout
-from pipeline.lora import Lora, is_adapter
-from pipeline.model import LayeredModel, ModelError
-from pipeline.slots import Cut
-from pipeline.weights import read_config
+from pipeline.model.layered import LayeredModel, ModelError
+from pipeline.model.lora import Lora, is_adapter
+from pipeline.model.weights import read_config
+from pipeline.schedule.work_units import Cut
 from recovery.checkpoint import CheckpointError
 from tests.harness import Outcome, plain_training, relative_difference, run_command, run_pool
 from tests.test_parity import MODELS, TOLERANCE, settings

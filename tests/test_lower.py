@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.lower import add_reduce_step, add_redundant, add_send_recv, lower
-from pipeline.merge import bare, merge
-from pipeline.schedule import RECV, SEND, B, F, Op, Route, Schedule, ScheduleError, loads
-from pipeline.verify import verify
+from pipeline.schedule.lower import add_reduce_step, add_redundant, add_send_recv, lower
+from pipeline.schedule.merge import bare, merge
+from pipeline.schedule.ops import RECV, SEND, B, F, Op, Route, Schedule, ScheduleError, loads
+from pipeline.schedule.verify import verify
 from schedulers import SCHEDULERS, build, evaluation, interleaved, one_f_one_b
 
 A, C = (0, 1), (1, 2)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from jobs.config import TrainConfig
 from jobs.train import Trainer
-from pipeline.mailbox import Mailbox
-from pipeline.schedule import dumps
+from pipeline.runtime.mailbox import Mailbox
+from pipeline.schedule.ops import dumps
 from recovery import keys
 from recovery.member import Joined, Member, Watcher
 from recovery.membership import View, publish, substitute

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from pipeline.model import FAMILIES, LayeredModel, ModelError, SpanModule
-from pipeline.rng import RngKey, keyed_dropout
+from pipeline.model.layered import FAMILIES, LayeredModel, ModelError, SpanModule
+from pipeline.model.rng import RngKey, keyed_dropout
 
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

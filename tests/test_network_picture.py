@@ -10,8 +10,8 @@ from itertools import combinations
 
 import pytest
 
-from pipeline.network_picture import network_svg
-from pipeline.svg import text_width
+from pipeline.drawing.network_picture import network_svg
+from pipeline.drawing.svg import text_width
 
 NS = "{http://www.w3.org/2000/svg}"
 Case = tuple[list[list[float]], list[list[int]], list[tuple[int, ...]]]

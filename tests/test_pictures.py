@@ -18,7 +18,7 @@ from jobs.train import STOPPED
 from launch.progress import Display
 from launch.run_folder import RunFolder, read_jsonl
 from launch.story import Story
-from pipeline.schedule import dumps
+from pipeline.schedule.ops import dumps
 from recovery.membership import View
 from schedulers import gpipe
 

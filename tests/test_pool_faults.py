@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.schedule import Span
-from pipeline.slots import Cut, slots
+from pipeline.schedule.ops import Span
+from pipeline.schedule.work_units import Cut, slots
 from recovery.losses import TooManyFailures
 from recovery.pool import NoWorkerLeft, Pool
 from recovery.runs import Run

@@ -13,13 +13,13 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.network import read_network
 from jobs.pipelines import find_routes
 from launch.cli import main
-from pipeline.costs import CostError, Costs, Network
-from pipeline.model import LayeredModel
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import preset
 from pipeline.reading import FileError, numbers, read_json, read_toml
-from pipeline.weights import preset
-from schedulers.paths.problem import NetworkError
-from schedulers.paths.problem import from_json as network_problem
-from schedulers.rounds.problem import from_json as costs_problem
+from pipeline.schedule.costs import CostError, Costs, Network
+from schedulers.roundpipe_search.problem import from_json as costs_problem
+from schedulers.skippipe_search.problem import NetworkError
+from schedulers.skippipe_search.problem import from_json as network_problem
 from tests.test_cli import exported
 
 DEEP = "[" * 100_000

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from jobs.data import Dataset
 from launch.nursery import Nursery
-from pipeline.optimizer import OptimizerConfig, decay_groups, learning_rate
-from pipeline.weights import preset
+from pipeline.model.weights import preset
+from pipeline.state.optimizer import OptimizerConfig, decay_groups, learning_rate
 from recovery import checkpoint
 from tests.harness import Command, Started, run_command
 

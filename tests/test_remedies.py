@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.lower import add_redundant, lower
-from pipeline.schedule import Schedule, Span, dumps
+from pipeline.schedule.lower import add_redundant, lower
+from pipeline.schedule.ops import Schedule, Span, dumps
 from recovery import redundant
 from recovery.membership import Restore, View, replace_workers, substitute
 from recovery.neighbours import Average

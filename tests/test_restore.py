@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from pipeline.model import LayeredModel
-from pipeline.optimizer import OptimizerConfig
-from pipeline.store import ResidentStore
-from pipeline.transport import LinkError
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.transport import LinkError
+from pipeline.state.optimizer import OptimizerConfig
+from pipeline.state.resident import ResidentStore
 from recovery.membership import START, Restore, View
 from recovery.policy import remedies
 from recovery.restore import restore, roll_back

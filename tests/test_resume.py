@@ -16,7 +16,7 @@ from jobs.resume import FIXED, NUMBERS, OF_THE_DATA, OF_THE_START, check_resumed
 from launch.config import read_toml
 from launch.nursery import Nursery
 from launch.resume import kept
-from pipeline.optimizer import learning_rate
+from pipeline.state.optimizer import learning_rate
 from tests.harness import Command, run_command
 
 FREE = {

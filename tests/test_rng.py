@@ -12,14 +12,14 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.rng import RngKey, derive, keyed_dropout, keyed_mask, random_words
+from pipeline.model.rng import RngKey, derive, keyed_dropout, keyed_mask, random_words
 
 KEY = RngKey(seed=1, step=2, sample_ids=(10, 11, 12, 13))
 CPU = torch.device("cpu")
 
 
 def test_derive_is_the_same_in_another_process_and_separates_its_words():
-    code = "from pipeline.rng import derive; print(derive(7, 'init', 3))"
+    code = "from pipeline.model.rng import derive; print(derive(7, 'init', 3))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert derive(7, "init", 3) == int(there)
     different = {derive(7, "init", 3), derive(7, "init", "3"), derive(7, "ini", "t3"), derive(8, "init", 3), derive(7)}

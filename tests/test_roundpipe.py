@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.cli import main
-from pipeline.costs import CostError
-from pipeline.schedule import COMPUTE, LOAD, OFFLOAD, dumps, loads
-from pipeline.simulate import Costs, simulate
-from pipeline.slots import BACKWARD, FORWARD, FUSED, Cut, forward_slots, schedule_of, slots
-from pipeline.verify import verify
+from pipeline.schedule.costs import CostError
+from pipeline.schedule.ops import COMPUTE, LOAD, OFFLOAD, dumps, loads
+from pipeline.schedule.simulate import Costs, simulate
+from pipeline.schedule.verify import verify
+from pipeline.schedule.work_units import BACKWARD, FORWARD, FUSED, Cut, forward_slots, schedule_of, slots
 from schedulers.roundpipe import ORDERS, RULES, Clock, Problem, dealt, ideal_bubble, repeated, search
-from schedulers.rounds.problem import cut_from, from_json
+from schedulers.roundpipe_search.problem import cut_from, from_json
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "data" / "roundpipe_costs.json"
 PUBLISHED = json.loads(FILE.read_text())

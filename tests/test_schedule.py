@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.schedule import (
+from pipeline.schedule.ops import (
     LOAD,
     OFFLOAD,
     RECV,

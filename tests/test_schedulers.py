@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.lower import lower
-from pipeline.schedule import B, F, I, Op, Route, Schedule, Span, W, dumps, loads
-from pipeline.simulate import Costs, simulate
-from pipeline.verify import verify
+from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import B, F, I, Op, Route, Schedule, Span, W, dumps, loads
+from pipeline.schedule.simulate import Costs, simulate
+from pipeline.schedule.verify import verify
 from schedulers import PLANNERS, SCHEDULERS, build, evaluation, greedy, head_with_embedding, interleaved, plan
 from schedulers.balanced import deal, pieces
 

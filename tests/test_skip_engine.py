@@ -11,9 +11,9 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.plan import layer_costs, schedules, stage_at
 from jobs.routes import Routes
 from launch.nursery import Nursery
-from pipeline.model import LayeredModel
-from pipeline.schedule import F, Schedule, dumps
-from pipeline.verify import verify
+from pipeline.model.layered import LayeredModel
+from pipeline.schedule.ops import F, Schedule, dumps
+from pipeline.schedule.verify import verify
 from recovery.membership import View
 from recovery.remedy import CannotRestore
 from tests.harness import plain_training, run_workers

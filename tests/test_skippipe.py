@@ -12,17 +12,17 @@ from random import Random
 import pytest
 
 from launch.nursery import Nursery
-from pipeline.costs import Network
-from pipeline.lower import lower
-from pipeline.schedule import F, Op, Route, Schedule, ScheduleError, loads
-from pipeline.simulate import simulate
-from pipeline.verify import verify
-from schedulers.paths.bounds import any_cut, lower_bounds
-from schedulers.paths.clock import RULES, clock
-from schedulers.paths.conflicts import conflict_based, dealt, prioritised
-from schedulers.paths.problem import NetworkError, Problem, check_paths, from_json
-from schedulers.paths.router import Router
+from pipeline.schedule.costs import Network
+from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import F, Op, Route, Schedule, ScheduleError, loads
+from pipeline.schedule.simulate import simulate
+from pipeline.schedule.verify import verify
 from schedulers.skippipe import SkipPlan, replan, replay, skippipe, without
+from schedulers.skippipe_search.bounds import any_cut, lower_bounds
+from schedulers.skippipe_search.clock import RULES, clock
+from schedulers.skippipe_search.conflicts import conflict_based, dealt, prioritised
+from schedulers.skippipe_search.problem import NetworkError, Problem, check_paths, from_json
+from schedulers.skippipe_search.router import Router
 from tests.harness import run_command
 
 DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "skippipe_gcp20.json"

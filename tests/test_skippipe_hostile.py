@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.plan_command import published
-from pipeline.simulate import simulate
-from pipeline.verify import verify
-from schedulers.paths.clock import RULES, STUCK, clock
-from schedulers.paths.problem import NetworkError, Problem, check_paths, from_json
-from schedulers.paths.problem import Path as Nodes
+from pipeline.schedule.simulate import simulate
+from pipeline.schedule.verify import verify
 from schedulers.skippipe import SkipPlan, replan, replay, skippipe, without
+from schedulers.skippipe_search.clock import RULES, STUCK, clock
+from schedulers.skippipe_search.problem import NetworkError, Problem, check_paths, from_json
+from schedulers.skippipe_search.problem import Path as Nodes
 from tests.test_skippipe import GCP
 
 SECONDS = st.sampled_from([0.0, 1e-6, 0.1, 0.25, 1.0, 7.5])

@@ -15,9 +15,9 @@ from jobs.plan import make_plan
 from jobs.space import check_space, in_words, space_needed
 from jobs.tokenizer import build_tokenizer
 from launch.nursery import Nursery
-from pipeline.lora import Lora
-from pipeline.model import LayeredModel
-from pipeline.weights import preset
+from pipeline.model.layered import LayeredModel
+from pipeline.model.lora import Lora
+from pipeline.model.weights import preset
 from tests.harness import run_command
 
 TINY = LayeredModel(preset("llama-tiny", vocab_size=258))

@@ -14,14 +14,14 @@ import torch
 from transformers import LlamaConfig
 
 from jobs.text import TextJob
-from pipeline.channel import Channel
-from pipeline.host_optimizer import HostOptimizer
-from pipeline.host_store import HostStore, Layout, store_path
-from pipeline.model import LayeredModel
-from pipeline.optimizer import OptimizerConfig
-from pipeline.slots import FUSED, Cut
-from pipeline.stateless import StatelessWorker
-from pipeline.worker import Settings
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.channel import Channel
+from pipeline.runtime.stateless import StatelessWorker
+from pipeline.runtime.worker import Settings
+from pipeline.schedule.work_units import FUSED, Cut
+from pipeline.state.host_optimizer import HostOptimizer
+from pipeline.state.host_store import HostStore, Layout, store_path
+from pipeline.state.optimizer import OptimizerConfig
 from tests.harness import random_tokens
 
 CUT = Cut(((0, 2),), (2, 4), ((0, 2),))

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from pipeline.svg import coord, data_size, document, duration, figure, mix, oklch, tag, text, ticks, time_unit
+from pipeline.drawing.svg import coord, data_size, document, duration, figure, mix, oklch, tag, text, ticks, time_unit
 
 
 @pytest.mark.parametrize(

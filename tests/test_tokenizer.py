@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from jobs import tokenizer as module
 from jobs.corpus import CorpusError
 from jobs.tokenizer import END, PAD, TokenizerError, build_tokenizer
-from pipeline.weights import PRESETS, preset
+from pipeline.model.weights import PRESETS, preset
 
 TEXTS = [(Path(os.__file__).parent / name).read_text(encoding="utf-8") for name in ("os.py", "ast.py", "glob.py")]
 STRANGE = f"def f(x):\n\treturn  x  # é 漢字 🎉 don 't , ok . {END}\r\n\0 \n\n  end "

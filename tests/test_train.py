@@ -44,10 +44,10 @@ from launch.config import read_toml
 from launch.nursery import Nursery
 from launch.run_folder import METRICS, standing
 from launch.warm import warm_up
-from pipeline.model import LayeredModel
-from pipeline.optimizer import learning_rate
-from pipeline.simulate import Costs, Network, simulate
-from pipeline.weights import preset, read_config
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import preset, read_config
+from pipeline.schedule.simulate import Costs, Network, simulate
+from pipeline.state.optimizer import learning_rate
 from recovery import checkpoint
 
 ROOT = Path(__file__).parents[1]

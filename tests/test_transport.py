@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from launch.worker_main import connect
-from pipeline.groups import GroupBuilder
-from pipeline.schedule import Op
-from pipeline.transport import HEADER_BYTES, Link, LinkError, Mailbox, Shape, Transport, pack, unpack
+from pipeline.runtime.groups import GroupBuilder
+from pipeline.runtime.transport import HEADER_BYTES, Link, LinkError, Mailbox, Shape, Transport, pack, unpack
+from pipeline.schedule.ops import Op
 from tests.harness import hosted_store
 
 X = Op("F", (0, 2), 3)

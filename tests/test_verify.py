@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.lower import lower
-from pipeline.schedule import (
+from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import (
     ALL,
     LOAD,
     OFFLOAD,
@@ -28,8 +28,8 @@ from pipeline.schedule import (
     W,
     loads,
 )  # fmt: skip
-from pipeline.simulate import Costs, simulate
-from pipeline.verify import verify
+from pipeline.schedule.simulate import Costs, simulate
+from pipeline.schedule.verify import verify
 from schedulers import SCHEDULERS, build, evaluation, gpipe, one_f_one_b, zero_bubble
 
 A, C, D = (0, 1), (1, 2), (2, 3)

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pipeline import weights
-from pipeline.model import LayeredModel
-from pipeline.weights import (
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import (
     PRESETS,
     ModelError,
     Weights,

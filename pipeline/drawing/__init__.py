@@ -1,0 +1,1 @@
+"""A timeline or a network as a picture."""

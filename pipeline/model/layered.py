@@ -1,0 +1,398 @@
+"""A transformers model as layers that can be built, placed and run apart from each other.
+
+Layer 0 is the embedding, 1 to n are the decoder blocks, n + 1 is the final norm and the head. The modules are those of
+transformers, located by path and never subclassed or rewritten; only the few lines that tie them together in a
+`forward` are written anew here, and the tests hold them against the originals. A worker builds the layers of its spans
+and nothing else. Initial weights depend on (seed, layer) alone, so whoever builds a layer gets the same one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from pipeline.model.lora import Lora, first_value, is_adapter, plain_name
+from pipeline.model.rng import RngKey, derive, keyed_dropout
+from pipeline.model.weights import ModelError as ModelError
+from pipeline.model.weights import Weights
+from pipeline.schedule.ops import Span
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family's parts are in its causal LM, and which of its blocks see a sliding window only."""
+
+    tokens: str = "model.embed_tokens"
+    positions: str | None = None
+    dropout: str | None = None
+    blocks: str = "model.layers"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    rotary: str | None = "model.rotary_emb"
+    window: Literal["never", "if set", "by layer"] = "never"
+    rotary_by_type: bool = False
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "qwen2": Family(window="by layer"),
+    "qwen3": Family(window="by layer"),
+    "mistral": Family(window="if set"),
+    "gpt2": Family(
+        tokens="transformer.wte", positions="transformer.wpe", dropout="transformer.drop", blocks="transformer.h",
+        norm="transformer.ln_f", rotary=None,
+    ),
+    "gemma": Family(),
+    "gemma2": Family(window="by layer", attentions=("eager",)),
+    "gemma3_text": Family(window="by layer", rotary_by_type=True),
+}  # fmt: skip
+"""Supported families by `model_type`."""
+
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+class Embedding(nn.Module):
+    """Layer 0: ids [batch, sequence] -> hidden [batch, sequence, hidden]."""
+
+    def __init__(self, tokens: nn.Module, positions: nn.Embedding | None = None, dropout: nn.Module | None = None):
+        super().__init__()
+        self.tokens, self.positions, self.dropout = tokens, positions, dropout
+
+    def forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.tokens(ids)
+        if self.positions is not None:
+            if ids.shape[1] > (limit := self.positions.num_embeddings):
+                raise ModelError(f"a sequence has {ids.shape[1]} tokens; this model allows up to {limit}")
+            hidden = hidden + self.positions(position_ids)
+        return hidden if self.dropout is None else self.dropout(hidden)
+
+
+class Head(nn.Module):
+    """The last layer: hidden [batch, sequence, hidden] -> logits [batch, sequence, vocabulary]."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module, cap: float | None = None):
+        super().__init__()
+        self.norm, self.head, self.cap = norm, head, cap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.head(self.norm(hidden))
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class LayeredModel:
+    """The blueprint of a model: it knows every layer's parameters and can build any span, and holds no weights.
+
+    `attention` is "sdpa" or "eager"; None takes sdpa where the family has it and attention drops nothing, because
+    dropout inside sdpa cannot be keyed by sample. With `lora`, decoder blocks have adapters, and these alone are
+    trained. Raises ModelError for a config that is not supported.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *, attention: str | None = None, lora: Lora | None = None) -> None:
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            supported = ", ".join(sorted(FAMILIES))
+            raise ModelError(f"model_type {config.model_type!r} is not supported; supported: {supported}")
+        for option in ("add_cross_attention", "use_bidirectional_attention", "quantization_config"):
+            if value := getattr(config, option, None):
+                raise ModelError(f"{config.model_type} with {option} = {value!r} is not supported; leave it unset")
+        self.family = family
+        self.has_dropout = any(getattr(config, name, 0.0) for name in _DROPOUTS)
+        allowed = ("eager",) if any(getattr(config, name, 0.0) for name in _DROPOUTS[:2]) else family.attentions
+        if attention is not None and attention not in allowed:
+            raise ModelError(f"attention {attention!r} for this {config.model_type}; allowed: {', '.join(allowed)}")
+        self.config = copy.deepcopy(config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=torch.float32, attn_implementation=attention or allowed[0]
+                )
+        except Exception as error:  # what a model is built of raises errors of many unrelated classes
+            told = f"{type(error).__name__}: {error}"
+            raise ModelError(f"transformers cannot build this {config.model_type} config: {told}") from error
+        self._skeleton = cast(PreTrainedModel, model)
+        self.hidden_size: int = self.config.hidden_size
+        self.num_layers: int = self.config.num_hidden_layers + 2
+        tokens, head = f"{family.tokens}.weight", f"{family.head}.weight"
+        self.tied: bool = self._skeleton.get_parameter(tokens) is self._skeleton.get_parameter(head)
+        self.aliases: Mapping[str, str] = {head: tokens} if self.tied else {}
+        self.tied_keys: tuple[str, ...] = tuple(self.aliases.values())
+        """Parameters that the head holds too: layer 0 owns them, and both gradients must be summed."""
+        if other := {self.attention_type(layer) for layer in range(1, self.num_layers - 1)} - {_FULL, _SLIDING}:
+            raise ModelError(f"layer_types has {', '.join(sorted(other))}; supported: {_FULL}, {_SLIDING}")
+        self.lora = lora
+        self._adapted: dict[str, nn.Module] = {}
+        if lora is not None:
+            for number in range(self.config.num_hidden_layers):
+                path = f"{family.blocks}.{number}"
+                self._adapted[path] = copy.deepcopy(self.module(path), {id(self.config): self.config})
+                lora.adapt(self._adapted[path])
+
+    # ---- what a layer is made of ----
+
+    def paths(self, layer: int) -> dict[str, str]:
+        """Part -> path of its module in the transformers model."""
+        family = self.family
+        if layer == 0:
+            found = {"tokens": family.tokens, "positions": family.positions, "dropout": family.dropout}
+            return {part: path for part, path in found.items() if path is not None}
+        if layer == self.num_layers - 1:
+            return {"norm": family.norm, "head": family.head}
+        if 0 < layer < self.num_layers:
+            return {"block": f"{family.blocks}.{layer - 1}"}
+        raise ModelError(f"layer {layer}; the model has layers 0 to {self.num_layers - 1}")
+
+    def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Full name -> shape of every parameter the layer computes with, a tied head's weight included."""
+        return {
+            self.full_name(path, name): tuple(parameter.shape)
+            for path in self.paths(layer).values()
+            for name, parameter in self._adapted.get(path, self.module(path)).named_parameters()
+        }
+
+    def keys(self, layer: int) -> tuple[str, ...]:
+        """Full state-dict names of the parameters the layer owns; every parameter is owned by exactly one layer."""
+        return tuple(name for name in self.shapes(layer) if layer == 0 or name not in self.tied_keys)
+
+    def trainable(self, layer: int) -> tuple[str, ...]:
+        """Those of `keys` that are trained: all of them, or with LoRA the adapters alone."""
+        return tuple(name for name in self.keys(layer) if self.lora is None or is_adapter(name))
+
+    def differentiated(self, layer: int) -> tuple[str, ...]:
+        """The trained parameters that the layer computes with, a tied head's weight included unless it is frozen."""
+        return tuple(self.shapes(layer)) if self.lora is None else self.trainable(layer)
+
+    def parameter_count(self, layer: int) -> int:
+        """Number of parameters the layer owns; the sum over layers is that of the model."""
+        shapes = self.shapes(layer)
+        return sum(math.prod(shapes[name]) for name in self.keys(layer))
+
+    def trained_count(self, layer: int) -> int:
+        """Number of those among them that are trained."""
+        shapes = self.shapes(layer)
+        return sum(math.prod(shapes[name]) for name in self.trainable(layer))
+
+    def parameter_bytes(self, layer: int) -> int:
+        """Bytes of fp32 weights that a worker with this layer alone holds, a tied head's copy included."""
+        return 4 * sum(math.prod(shape) for shape in self.shapes(layer).values())
+
+    def full_name(self, path: str, local: str) -> str:
+        """The state-dict name of parameter `local` of the module at `path`; a tied head's is the embedding's."""
+        name = f"{path}.{local}" if self.lora is None else plain_name(f"{path}.{local}")
+        return self.aliases.get(name, name)
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path of the transformers model, on the meta device. Raises AttributeError."""
+        return self._skeleton.get_submodule(path)
+
+    def attention_type(self, layer: int) -> str:
+        """What a decoder block sees: "full_attention" or "sliding_attention"."""
+        if self.family.window == "by layer":
+            return self.config.layer_types[layer - 1]
+        return _SLIDING if self.family.window == "if set" and self.config.sliding_window is not None else _FULL
+
+    # ---- building ----
+
+    def build(
+        self, span: Span, *, seed: int, device: torch.device | str = "cpu", source: Path | None = None,
+        share: Mapping[str, nn.Parameter] | None = None,
+    ) -> SpanModule:  # fmt: skip
+        """The layers of `span` in fp32 on `device`, and nothing of the others.
+
+        Weights are drawn from (seed, layer), the same on every device, or read from the safetensors in the directory
+        `source`. Parameters in `share`, by full name, are used instead of new ones; an embedding and its tied head
+        inside one span share without being asked. Adapters change nothing about the other weights. Raises ModelError.
+        """
+        lo, hi = span
+        if not 0 <= lo < hi <= self.num_layers:
+            raise ModelError(f"span {span}; expected 0 <= lo < hi <= {self.num_layers}")
+        weights = None if source is None else Weights(source)
+        held = dict(share or {})
+        layers: dict[str, nn.Module] = {}
+        for layer in range(lo, hi):
+            parts: dict[str, Any] = {}
+            for part, path in self.paths(layer).items():
+                module = self._part(path, layer, seed, torch.device(device), weights, held)
+                if self.lora is not None:
+                    self._adapt(module, path, seed, torch.device(device), held)
+                parts[part] = module
+            if layer == 0:
+                layers["0"] = Embedding(**parts)
+            elif layer == self.num_layers - 1:
+                layers[str(layer)] = Head(**parts, cap=getattr(self.config, "final_logit_softcapping", None))
+            else:
+                layers[str(layer)] = parts["block"]
+        return SpanModule(self, span, layers, self._rotary().to(device) if self.family.rotary else None)
+
+    def _part(
+        self, path: str, layer: int, seed: int, device: torch.device, weights: Weights | None,
+        held: dict[str, nn.Parameter],
+    ) -> nn.Module:  # fmt: skip
+        """The module at `path`, with weights; `held` gives shared parameters and receives the new ones."""
+        module = copy.deepcopy(self.module(path), {id(self.config): self.config})
+        names = {local: self.full_name(path, local) for local, _ in module.named_parameters()}
+        if layer > 0 and set(names.values()) & set(self.tied_keys) - set(held):
+            self._part(self.family.tokens, 0, seed, device, weights, held)  # a lone tied head gets what layer 0 gets
+        fresh = {local: name for local, name in names.items() if name not in held}
+        if fresh or any(True for _ in module.buffers()):  # else nothing of it is kept
+            module = module.to_empty(device="cpu")
+        # The same call computes buffers that no file holds, so modules with buffers need it in any case.
+        drawn = weights is None and bool(fresh)
+        modules = [m for m in module.modules() if drawn or any(True for _ in m.buffers(recurse=False))]
+        self._initialise(modules, derive(seed, "init", layer, path))
+        if weights is not None:
+            tensors = weights.read({name: self._stored_names(name) for name in fresh.values()})
+            for local, name in fresh.items():
+                _copy(module.get_parameter(local), tensors[name], name, weights)
+        module = module.to(device) if fresh or any(True for _ in module.buffers()) else module
+        for local, name in names.items():
+            owner, _, attribute = local.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, held.setdefault(name, module.get_parameter(local)))
+        return module
+
+    def _adapt(
+        self, module: nn.Module, path: str, seed: int, device: torch.device, held: dict[str, nn.Parameter]
+    ) -> None:
+        """Freeze the module at `path`; a block gets adapters, those that are held or new ones."""
+        if self.lora is not None and path in self._adapted:
+            self.lora.adapt(module)
+        for local, parameter in list(module.named_parameters()):
+            name = self.full_name(path, local)
+            if is_adapter(name) and name not in held:
+                held[name] = nn.Parameter(first_value(name, tuple(parameter.shape), seed).to(device))
+            owner, _, attribute = local.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, held[name].requires_grad_(is_adapter(name)))
+
+    @torch.no_grad()
+    def _initialise(self, modules: Sequence[nn.Module], seed: int) -> None:
+        """Fill parameters and buffers as transformers would, children first, from a generator state of their own."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            for module in reversed(modules):
+                self._skeleton._init_weights(module)
+
+    def _rotary(self) -> nn.Module:
+        assert self.family.rotary is not None
+        return type(self._skeleton.get_submodule(self.family.rotary))(self.config)
+
+    def _stored_names(self, name: str) -> tuple[str, ...]:
+        """What a checkpoint may call a parameter: its name, the name without the base model's prefix, a tied name."""
+        names = (name, *(alias for alias, owner in self.aliases.items() if owner == name))
+        prefix = f"{self._skeleton.base_model_prefix}."
+        return (*names, *(other.removeprefix(prefix) for other in names if other.startswith(prefix)))
+
+
+@torch.no_grad()
+def _copy(parameter: nn.Parameter, tensor: Tensor, name: str, weights: Weights) -> None:
+    if parameter.shape != tensor.shape:
+        raise ModelError(
+            f"{weights.directory}: {name} has shape {tuple(tensor.shape)}; the config asks for {tuple(parameter.shape)}"
+        )
+    parameter.copy_(tensor)
+
+
+class SpanModule(nn.Module):
+    """A run of layers, ready to compute. `layers` is keyed by str(layer)."""
+
+    def __init__(self, model: LayeredModel, span: Span, layers: dict[str, nn.Module], rotary: nn.Module | None) -> None:
+        super().__init__()
+        self.span, self.model = span, model
+        self.layers = nn.ModuleDict(layers)
+        self.rotary = rotary
+
+    def named_layer_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        """Full name -> every parameter the layer computes with; a tied head's weight has the embedding's name."""
+        module = self.layers[str(layer)]
+        found: dict[str, nn.Parameter] = {}
+        for part, path in self.model.paths(layer).items():
+            for name, parameter in (module if part == "block" else module.get_submodule(part)).named_parameters():
+                found[self.model.full_name(path, name)] = parameter
+        return found
+
+    def adopt(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+        """Make `tensors` (full name -> weight, not copied) the layer's parameters; returns those. Raises KeyError."""
+        module, trained = self.layers[str(layer)], set(self.model.differentiated(layer))
+        found: dict[str, nn.Parameter] = {}
+        for part, path in self.model.paths(layer).items():
+            root = module if part == "block" else module.get_submodule(part)
+            for local in [local for local, _ in root.named_parameters()]:
+                owner, _, attribute = local.rpartition(".")
+                name = self.model.full_name(path, local)
+                found[name] = nn.Parameter(tensors[name], requires_grad=name in trained)
+                setattr(root.get_submodule(owner), attribute, found[name])
+        return found
+
+    def forward(
+        self, x: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        rng: RngKey | None = None, recompute: bool = False, taps: dict[int, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Ids [batch, sequence] if the span holds layer 0, else hidden [batch, sequence, hidden] -> hidden, or logits.
+
+        `attention_mask` [batch, sequence] is 1 for tokens and 0 for padding. `position_ids` [batch or 1, sequence]
+        that start again inside a row, without a mask, separate packed samples. In training, a model with dropout
+        needs `rng`. With `recompute`, decoder blocks keep their input only and run again in the backward pass.
+        `taps` has layers of the span as keys and receives what goes into them. Raises ModelError.
+        """
+        if x.dim() != (2 if self.span[0] == 0 else 3):
+            wanted = "ids [batch, sequence]" if self.span[0] == 0 else "hidden states [batch, sequence, hidden]"
+            raise ModelError(f"span {self.span} takes {wanted}; got a tensor of shape {tuple(x.shape)}")
+        drops = self.training and self.model.has_dropout
+        if drops and rng is None:
+            raise ModelError(f"span {self.span} trains with dropout and got no rng; pass the RngKey of the microbatch")
+        places = torch.arange(x.shape[1], device=x.device)[None] if position_ids is None else position_ids
+        inputs: Callable[[int], dict[str, Any]] | None = None
+        for layer in range(*self.span):
+            if taps is not None and layer in taps:
+                taps[layer] = x
+            module = self.layers[str(layer)]
+            is_block = 0 < layer < self.model.num_layers - 1
+            if layer == 0:
+                run = partial(module, position_ids=places)
+            elif is_block:
+                inputs = inputs or self._block_inputs(x, attention_mask, position_ids, places)
+                run = partial(module, **inputs(layer))
+            else:
+                run = module
+            keyed = partial(_run_keyed, run, rng if drops else None, layer)
+            if recompute and is_block and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(keyed, x, use_reentrant=False, preserve_rng_state=False))
+            else:
+                x = keyed(x)
+        return x
+
+    def _block_inputs(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, places: Tensor
+    ) -> Callable[[int], dict[str, Any]]:
+        """Block -> its arguments; masks and rotary embeddings are made once for all blocks of an attention type."""
+        model = self.model
+        blocks = range(max(1, self.span[0]), min(self.span[1], model.num_layers - 1))
+        made: dict[str, dict[str, Any]] = {}
+        for kind in {model.attention_type(layer) for layer in blocks}:
+            create = create_sliding_window_causal_mask if kind == _SLIDING else create_causal_mask
+            # The fourth argument, no cache, has another name in every few releases of transformers.
+            made[kind] = {
+                "attention_mask": create(model.config, hidden, attention_mask, None, position_ids),
+                "position_ids": places,
+            }
+            if self.rotary is not None:
+                by_type = (kind,) if model.family.rotary_by_type else ()
+                made[kind]["position_embeddings"] = self.rotary(hidden, places, *by_type)
+        return lambda layer: made[model.attention_type(layer)]
+
+
+def _run_keyed(run: Callable[[Tensor], Tensor], rng: RngKey | None, layer: int, x: Tensor) -> Tensor:
+    with nullcontext() if rng is None else keyed_dropout(rng, layer):
+        return run(x)

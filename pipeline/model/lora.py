@@ -1,0 +1,123 @@
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685, section 4.1) on the linear layers of decoder blocks.
+
+A linear layer with frozen weight W computes W x + (alpha / rank) B A x, and only A and B are trained. The modules are
+those of the library peft. Here are their names, which leave out what peft adds to them, their first values, the merge
+into W, and the folder that `PeftModel.from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.model.rng import derive
+from pipeline.model.weights import ModelError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ALL_LINEAR = "all-linear"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_KEPT_AS = "base_model.model."  # what peft puts before a name in a file
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapters of a model. `targets` is "all-linear", or the last words of paths, e.g. "q_proj,v_proj"."""
+
+    rank: int
+    alpha: float = 16.0
+    targets: str = ALL_LINEAR
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def names(self, block: nn.Module) -> tuple[str, ...]:
+        """The linear layers of a decoder block that are adapted. Raises ModelError for a name that it does not have."""
+        linear = [path for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        allowed = tuple(dict.fromkeys(path.rpartition(".")[2] for path in linear))
+        if self.targets == ALL_LINEAR:
+            return allowed
+        asked = tuple(dict.fromkeys(name.strip() for name in self.targets.split(",")))
+        if unknown := [name for name in asked if name not in allowed]:
+            raise ModelError(
+                f"lora_targets has {', '.join(map(repr, unknown))}; allowed: {ALL_LINEAR}, or some of "
+                f"{', '.join(allowed)}"
+            )
+        return asked
+
+    def config(self, block: nn.Module) -> LoraConfig:
+        """The settings as peft has them, for models with such blocks. Raises ModelError where peft is missing."""
+        if importlib.util.find_spec("peft") is None:
+            raise ModelError(f"lora_rank is {self.rank}: LoRA needs peft; pip install 'unbroken[lora]'")
+        from peft import LoraConfig  # an extra: only those who train adapters need it
+
+        return LoraConfig(
+            r=self.rank, lora_alpha=cast(Any, self.alpha), target_modules=list(self.names(block)), lora_dropout=0.0,
+            bias="none", task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in block.modules()),
+        )  # fmt: skip
+
+    def adapt(self, block: nn.Module) -> None:
+        """Put adapters without values (they lie on the meta device) into a decoder block. Raises ModelError."""
+        config = self.config(block)
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, block, low_cpu_mem_usage=True)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is A or B of an adapter, by its full name."""
+    return name.endswith((_A, _B))
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what peft adds: a frozen weight has its ordinary one."""
+    return name.replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """An adapter's parameter before training, from (seed, name) alone: A as peft draws it, B zero."""
+    value = torch.zeros(shape)
+    if name.endswith(_A):
+        generator = torch.Generator().manual_seed(derive(seed, "lora", name))
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    return value
+
+
+@torch.no_grad()
+def merge(lora: Lora, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module]) -> dict[str, Tensor]:
+    """Full name -> weight with the adapters of `tensors` added and left out; `module` gives the one at a path."""
+    merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+    for name in filter(is_adapter, tensors):
+        if name.endswith(_A):
+            path = name.removesuffix(_A)
+            change = lora.scale * (tensors[path + _B] @ tensors[name])
+            weight = f"{path}.weight"
+            merged[weight] = merged[weight] + (change.T if isinstance(module(path), Conv1D) else change)
+    return merged
+
+
+def save_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], base: str | None) -> None:
+    """Write the adapters among `tensors` as a folder that peft loads onto `base`. Raises OSError."""
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(unfinished))
+    held: dict[str, Any] = {_KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
+    save_file(held, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

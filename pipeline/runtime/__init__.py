@@ -1,0 +1,1 @@
+"""What runs a schedule: workers, the links between them, and the commit of a step."""

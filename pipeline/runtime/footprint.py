@@ -1,0 +1,208 @@
+"""The bytes of a worker at its fullest, by kind: state, activations, messages, buffers, and what an op takes meanwhile.
+
+How many of each thing there may be is proved from the schedule alone (`holdings.py`). What each is worth in bytes is
+measured here, on real modules: the lane executor runs one forward and one backward of each kind of span, and every
+storage that an operator makes meanwhile is followed until it is freed. What operators and libraries keep to themselves
+is not seen; a device's allocator rounds up; and a sum over replicas has buffers of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.batch import Batch, Job
+from pipeline.runtime.lane import Pass
+from pipeline.runtime.transport import HEADER_BYTES, Transport, span_bytes
+from pipeline.runtime.worker import Settings, Worker
+from pipeline.schedule.graph import compiled
+from pipeline.schedule.holdings import Held, Sizes, bounds
+from pipeline.schedule.ops import COMPUTE, B, F, I, Op, R, Schedule, Span, W
+from pipeline.state.optimizer import OptimizerConfig
+from pipeline.state.resident import ResidentStore
+
+_BUFFERS = 2
+"""Per link: the one that is posted, and a sent one that has left while the thread that lets go of it is about to."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one worker in one iteration of a schedule, at most."""
+
+    state: int
+    """Weights, gradients and two moments."""
+    tokens: int
+    """The microbatches themselves, kept to the end of the step."""
+    held: Held
+    """At the fullest moment of the lane."""
+    most: Held
+    """Of each kind by itself, at whatever moment."""
+
+    @property
+    def total(self) -> float:
+        return self.state + self.tokens + self.held.total
+
+    @property
+    def activations_alone(self) -> float:
+        """State and activations, without all that lies beside them."""
+        return self.state + self.most.activations
+
+
+@dataclass(frozen=True)
+class SpanBytes:
+    """What one microbatch takes on a span, as measured. `working` by kind of op: beside input, output and what is left
+    behind."""
+
+    activation: int
+    half: int
+    working: Mapping[str, int]
+
+
+def footprints(model: LayeredModel, schedule: Schedule, job: Job, settings: Settings) -> dict[int, Footprint]:
+    """Worker -> its bytes at most, whatever the times and the network, under a lowered schedule of resident workers.
+
+    All microbatches are taken to be of the size of the first one of step 0.
+    Raises ValueError where outputs cross workers and no SEND says when.
+    """
+    batch = job.batch(0, 0)
+    samples, sequence = batch.input_ids.shape
+    message = HEADER_BYTES + span_bytes(samples, sequence, model.hidden_size, torch.float32)
+    spans = measure(model, schedule, job, settings)
+    sizes = Sizes(
+        activation=lambda span: spans[span].activation, half=lambda span: spans[span].half, message=lambda _: message,
+        buffer=message, posted=_BUFFERS * message, working=lambda kind, span: spans[span].working.get(kind, 0),
+    )  # fmt: skip
+    found: dict[int, Footprint] = {}
+    for worker, bound in bounds(compiled(schedule), sizes).items():
+        lane = schedule.lanes[worker]
+        held = {op.span for op in lane if op.kind in COMPUTE}
+        microbatches = {op.microbatch for op in lane if op.kind in COMPUTE}
+        found[worker] = Footprint(
+            state_bytes(model, held), len(microbatches) * _batch_bytes(batch), bound.fullest, bound.most
+        )
+    return found
+
+
+def state_bytes(model: LayeredModel, spans: Iterable[Span]) -> int:
+    """What a worker keeps for `spans` from step to step, in fp32: weights, gradients and two moments. A weight that
+    both ends of the model share counts once."""
+    shapes = {
+        (None if name in model.tied_keys else span, name): shape
+        for span in spans
+        for layer in range(*span)
+        for name, shape in model.shapes(layer).items()
+    }
+    return 4 * 4 * sum(math.prod(shape) for shape in shapes.values())
+
+
+def _batch_bytes(batch: Batch) -> int:
+    tensors = (batch.input_ids, batch.labels, batch.attention_mask)
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+
+# ---- what a microbatch takes on a span ----
+
+
+def measure(model: LayeredModel, schedule: Schedule, job: Job, settings: Settings) -> dict[Span, SpanBytes]:
+    """Span -> what it takes, by running each kind of span once; of those that are alike, layer by layer, one."""
+    found: dict[Any, SpanBytes] = {}
+    result: dict[Span, SpanBytes] = {}
+    for (kind, span, m), worker in schedule.home.items():
+        if kind == F and span not in result:
+            alike = _layers(model, span), span in schedule.routes[m].forward[1:-1], (W, span, m) in schedule.home
+            if alike not in found:
+                found[alike] = _measure(model, schedule, job, settings, worker, span, m)
+            result[span] = found[alike]
+    return result
+
+
+def _layers(model: LayeredModel, span: Span) -> tuple[Any, ...]:
+    """What tells spans apart that take different amounts."""
+    blocks = range(1, model.num_layers - 1)
+    return tuple((*model.shapes(n).values(), model.attention_type(n) if n in blocks else n) for n in range(*span))
+
+
+def _measure(
+    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, worker: int, span: Span, m: int
+) -> SpanBytes:
+    """Run the forward of microbatch m, and its backward if it has one, in the lane of `worker`, on made-up inputs."""
+    store = ResidentStore(model, [span], OptimizerConfig(), seed=0, device=settings.device)
+    pass_ = Pass(Worker(worker, store, Transport(worker), {}, _nobody, settings), schedule, job, 0, {})
+    store.train(pass_.trains)
+    (forward, back), values = schedule.routes[m], pass_.values
+    samples, sequence = pass_.batch(m).input_ids.shape
+    shape = samples, sequence, model.hidden_size
+    size = span_bytes(*shape, torch.float32)
+    with torch.set_grad_enabled(pass_.trains), Live() as live:
+        before = forward[: forward.index(span)][-1:]
+        values.update({(F, each, m): torch.zeros(shape, device=settings.device) for each in before})
+        given = live.now  # the input, which really lies in the buffer that it came in
+        rise = live.rise(lambda: pass_.forward(Op(F, span, m)))
+        if not back:
+            return SpanBytes(0, 0, {F: max(0, rise - (size if span != forward[-1] else 0))})
+        values.clear()
+        unseen = len(before) * (size + HEADER_BYTES) - given
+        activation, left = live.now + unseen, live.now - given
+        working = {F: rise - left, R: rise - left}
+        halves = (W, span, m) in schedule.home
+        before = back[: back.index(span)][-1:]
+        kinds = [I if (I, each, m) in schedule.home else B for each in before]
+        values.update({(k, each, m): torch.zeros(shape, device=settings.device) for k, each in zip(kinds, before)})
+        rise = live.rise(lambda: pass_.backward(Op(I if halves else B, span, m)))
+        out = size if span != back[-1] else 0
+        working[I if halves else B] = max(0, rise - out)
+        values.clear()
+        half = live.now + unseen - out if halves else 0
+        if halves:
+            working[W] = live.rise(lambda: pass_.weights(Op(W, span, m)))
+    return SpanBytes(activation, half, working)
+
+
+def _nobody(*_: Any) -> Mapping[int, dict[str, Any]]:
+    return {}
+
+
+class Live(TorchDispatchMode):
+    """Inside, `now` is the bytes of all storages that operators have made and that are still there; `peak` the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, tuple[int, Any]] = {}
+
+    def rise(self, work: Callable[[], None]) -> int:
+        """How far `now` rises above where it is while `work` is done."""
+        before = self.peak = self.now
+        work()
+        return self.peak - before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage(), made=False)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage(), made=True)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, made: bool) -> None:
+        """What comes in without having been made here was there before, and counts nothing."""
+        key = storage._cdata
+        if key not in self._known:
+            size = storage.nbytes() if made else 0
+            self._known[key] = size, weakref.ref(storage, lambda _: self._gone(key))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._known.pop(key)[0]

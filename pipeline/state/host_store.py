@@ -1,0 +1,214 @@
+"""The state of a model in named shared memory of the host: it outlives every worker, and no worker has a copy of it.
+
+One file in /dev/shm holds weights, fp32 gradients, AdamW's moments, the hidden states between spans and the blocks into
+which workers write gradients before they count. Where each lies follows from the model and the settings alone, so a
+worker that attaches needs the path and nothing else. The file is reserved whole before anything is written, and it goes
+with the process that made it; what a killed one has left is found by its name and removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import Tensor
+
+from pipeline.locks import lock, unlock
+from pipeline.model.layered import LayeredModel
+from pipeline.schedule.ops import Span
+from pipeline.schedule.work_units import Cut
+
+_ALIGN = 64  # bytes: a cache line, and what vector loads want
+_SHARED = Path("/dev/shm")
+
+
+class HostMemoryError(RuntimeError):
+    """The host has not enough memory, or the store of a run is in use or gone. Says what was needed and found."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Name -> place of every tensor of a store. All are fp32 but `version/*` and `tally/*`, which are int64.
+
+    `batch` x `sequence` is the shape of a microbatch; `blocks` how many gradient blocks there are. `tally/B` says what
+    block B holds: the order that it was written for, and how often each microbatch was added to it. With `behind`, two
+    iterations may be under way: there are two sets of hidden states, and beside the weights that the optimizer writes
+    two copies that workers read, in turn. What is not trained has one place, and neither gradient nor moments.
+    """
+
+    model: LayeredModel
+    cut: Cut
+    microbatches: int
+    batch: int
+    sequence: int
+    blocks: int
+    behind: bool = False
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """The layers whose input must be kept: where a forward or a backward span begins, layer 0 aside."""
+        starts = {lo for lo, _ in (*self.cut.forward, self.cut.fused, *self.cut.backward)}
+        return tuple(sorted(starts - {0}))
+
+    @cached_property
+    def block_size(self) -> int:
+        """Elements of the largest gradient of a span."""
+        return max(self.gradient_size(span) for span in (self.cut.fused, *self.cut.backward))
+
+    def weight_size(self, span: Span) -> int:
+        """Elements of all that the layers of a span compute with, a tied head's weight included."""
+        return sum(math.prod(shape) for layer in range(*span) for shape in self.model.shapes(layer).values())
+
+    def gradient_size(self, span: Span) -> int:
+        """Elements of the gradient of what is trained among that."""
+        return sum(math.prod(shape) for layer in range(*span) for shape in self._differentiated(layer).values())
+
+    def _differentiated(self, layer: int) -> dict[str, tuple[int, ...]]:
+        shapes = self.model.shapes(layer)
+        return {name: shapes[name] for name in self.model.differentiated(layer)}
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Name -> (offset in bytes, shape)."""
+        found: dict[str, tuple[int, tuple[int, ...]]] = {}
+        at = 0
+
+        def place(name: str, shape: tuple[int, ...], width: int = 4) -> None:
+            nonlocal at
+            found[name] = at, shape
+            at += -(-width * math.prod(shape) // _ALIGN) * _ALIGN
+
+        model, layers = self.model, range(self.model.num_layers)
+        kinds = ("param", *(("read0", "read1") if self.behind else ()), "exp_avg", "exp_avg_sq")
+        for kind in kinds[:-2]:
+            place(f"version/{kind}", (model.num_layers,), 8)
+        for kind in kinds:
+            for layer in layers:
+                shapes = model.shapes(layer)
+                for key in model.keys(layer) if kind == "param" else model.trainable(layer):
+                    place(f"{kind}/{key}", shapes[key])
+        for layer in layers:
+            place(f"grad/{layer}", (self.gradient_size((layer, layer + 1)),))
+        for block in range(self.blocks):
+            place(f"block/{block}", (self.block_size,))
+            place(f"tally/{block}", (1 + self.microbatches,), 8)
+        hidden = (self.batch, self.sequence, model.hidden_size)
+        for side in range(2 if self.behind else 1):
+            for m in range(self.microbatches):
+                for boundary in self.boundaries:
+                    place(f"x{side}/{m}/{boundary}", hidden)
+                    place(f"dx{side}/{m}/{boundary}", hidden)
+        found[""] = at, ()
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole store."""
+        return self.places[""][0]
+
+    def weight_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
+        """Layer -> name -> its part of the flat weights that begin with those of the first of `layers`."""
+        return _views({layer: self.model.shapes(layer) for layer in layers}, flat)
+
+    def gradient_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
+        """Layer -> name of what is trained -> its part of a flat gradient that begins with the first of `layers`."""
+        return _views({layer: self._differentiated(layer) for layer in layers}, flat)
+
+
+def _views(shapes: Mapping[int, Mapping[str, tuple[int, ...]]], flat: Tensor) -> dict[int, dict[str, Tensor]]:
+    views: dict[int, dict[str, Tensor]] = {}
+    at = 0
+    for layer, named in shapes.items():
+        views[layer] = {}
+        for name, shape in named.items():
+            views[layer][name] = flat[at : at + math.prod(shape)].view(shape)
+            at += math.prod(shape)
+    return views
+
+
+def store_path(out: Path) -> Path:
+    """Where the store of a run folder lies: in shared memory where there is some, under a name made of the folder's."""
+    digest = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
+    root = _SHARED if _SHARED.is_dir() else out
+    return root / f"unbroken-{os.getuid()}-{digest}"
+
+
+class HostStore:
+    """A store, made by `create` or attached to."""
+
+    def __init__(self, layout: Layout, path: Path) -> None:
+        """Attach. Raises HostMemoryError where there is no such store or it is of another layout."""
+        self.layout, self.path = layout, path
+        size = path.stat().st_size if path.is_file() else -1
+        if size != layout.num_bytes:
+            found = "nothing" if size < 0 else f"{size} bytes"
+            raise HostMemoryError(f"host store {path}: found {found}; this run's has {layout.num_bytes} bytes")
+        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+        self._whole = torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage))
+        self._lock = -1
+
+    @classmethod
+    def create(cls, layout: Layout, path: Path) -> HostStore:
+        """Reserve the memory, all zeros, and hold it until `close`. Raises HostMemoryError, naming needed and found."""
+        try:
+            descriptor = lock(path, 0o600)
+        except BlockingIOError as error:
+            raise HostMemoryError(f"host store {path} is in use: another run trains in the same folder") from error
+        try:
+            os.ftruncate(descriptor, 0)  # of a run that was killed
+            needed = layout.num_bytes
+            free = min(shutil.disk_usage(path.parent).free, psutil.virtual_memory().available)
+            if needed > free:
+                raise HostMemoryError(
+                    f"host memory: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are available in "
+                    f"{path.parent}; fewer or smaller microbatches need less, as do fewer workers"
+                )
+            os.posix_fallocate(descriptor, 0, needed)  # else a full host would end a worker with SIGBUS much later
+            store = cls(layout, path)
+        except BaseException:
+            unlock(path, descriptor)
+            raise
+        store._lock = descriptor
+        return store
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name, where it lies. Raises KeyError."""
+        offset, shape = self.layout.places[name]
+        kind = torch.int64 if name.startswith(("version/", "tally/")) else torch.float32
+        return self._whole[offset : offset + kind.itemsize * math.prod(shape)].view(kind).view(shape)
+
+    def weights(self, layer: int, kind: str = "param") -> dict[str, Tensor]:
+        """Full name -> weight of all that a layer computes with; `kind`, of what is trained: param, read0 or read1."""
+        trained = self.layout.model.differentiated(layer)
+        return {n: self[f"{kind if n in trained else 'param'}/{n}"] for n in self.layout.model.shapes(layer)}
+
+    def lacks(self, block: int, order: int, microbatches: Sequence[int]) -> str:
+        """What is wrong with a gradient block that was written for an order, or "": every one of its microbatches must
+        have been added to it once, and no other."""
+        written, *counts = self[f"tally/{block}"].tolist()
+        if written != order:
+            return f"block {block} was not written for order {order}, but for {written}"
+        wrong = [m for m, count in enumerate(counts) if count != (m in microbatches)]
+        return f"block {block} of order {order} has microbatches {wrong} not once each" if wrong else ""
+
+    def pin(self) -> None:
+        """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""
+        runtime: Any = torch.cuda.cudart()
+        result = runtime.cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
+        if int(result) != 0:
+            raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {int(result)}")
+
+    def close(self) -> None:
+        """Give the memory back, if this process made it; views must not be used any more."""
+        if self._lock >= 0:
+            unlock(self.path, self._lock)
+            self._lock = -1
