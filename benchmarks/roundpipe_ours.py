@@ -34,7 +34,8 @@ from jobs.plan import layer_costs
 from jobs.round_train import RoundTrainer
 from jobs.rounds import plan_rounds
 from launch.nursery import Nursery
-from launch.round_train import hosting, make_layout, pool_worker
+from launch.pool_worker import pool_worker
+from launch.round_train import hosting, make_layout
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 from pipeline.state.host_store import HostStore, store_path

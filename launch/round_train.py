@@ -1,13 +1,10 @@
-"""`unbroken train --scheduler roundpipe`: the host of a run, and what a worker of its pool does."""
+"""`unbroken train --scheduler roundpipe`: the host of a run."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,39 +16,31 @@ import torch
 import transformers
 
 from jobs.config import TrainConfig, require
-from jobs.plan import Plan, evaluation_samples, make_plan, open_dataset
+from jobs.plan import Plan, make_plan, open_dataset
 from jobs.round_train import RoundTrainer
 from jobs.rounds import Rounds
-from jobs.text import TextJob
 from launch.agent import RunFailed
 from launch.claim import Claim
-from launch.config import config_from_dict, to_toml
+from launch.config import to_toml
 from launch.devices import Devices, find_devices
+from launch.introduction import introduce
 from launch.machine import check_machine
 from launch.nursery import Nursery
+from launch.pool_worker import make_jobs, pool_worker
 from launch.progress import Display
 from launch.resume import kept
 from launch.run_folder import RunFolder
 from launch.signals import Stopping
 from launch.story import Story
-from launch.train import introduce
 from launch.warm import warm_up
-from launch.worker_main import blueprint, default_threads, last_words, worker_main
+from launch.worker_main import default_threads
 from pipeline.model.layered import LayeredModel
-from pipeline.runtime.batch import Job
-from pipeline.runtime.channel import Channel
-from pipeline.runtime.mover import CHUNK
-from pipeline.runtime.stateless import TRAIN, PoolClosed, StatelessWorker
-from pipeline.runtime.worker import Settings
+from pipeline.runtime.stateless import TRAIN
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, Layout, store_path
 from recovery.dealing import ROOM
-from recovery.inject import Fault, Injector
-from recovery.pool import LEFT, NoWorkerLeft, Pool
-
-log = logging.getLogger(__name__)
-_LAST_WORDS_S = 5.0
+from recovery.pool import NoWorkerLeft, Pool
 
 
 def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
@@ -63,7 +52,7 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     devices = find_devices(config.device, config.workers)
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)
-    nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
+    nursery = Nursery(pool_worker)  # forked now: nothing below has started a thread yet
     try:
         claim = Claim(config.out)
         with Display(config.steps, quiet=as_json) as display:
@@ -138,8 +127,6 @@ def _host(
     assert plan.rounds is not None
     stop = threading.Event()
     signals.trains(_asks(stop))
-    for name, reason in plan.notes:
-        display.say(f"checkpoint {name} is skipped: {reason}", "yellow")
     introduce(config, plan, display)
     display.say(f"host memory: {store.layout.num_bytes / 2**30:.2f} GiB in {store.path}")
     view = plan.view
@@ -183,86 +170,3 @@ def _asks(stop: threading.Event) -> Callable[[int], None]:
         stop.set()
 
     return handle
-
-
-def make_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
-    """The microbatches of training and of evaluation, the same in the host and in every worker."""
-    dataset = open_dataset(config.out)
-    evaluated = evaluation_samples(config, dataset)
-    return {
-        TRAIN: TextJob(
-            dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size, first_step,
-            first_sample,
-        ),
-        "evaluate": TextJob(
-            dataset.held_out_spread(evaluated), config.sequence_length, config.microbatches, config.microbatch_size,
-            limit=evaluated,
-        ),
-    }  # fmt: skip
-
-
-# ---- a worker ----
-
-
-Jobs = Callable[[TrainConfig, int, int], dict[str, TextJob]]
-"""(settings, first step, first sample) -> the jobs of a run, by name."""
-
-
-def pool_worker(payload: dict[str, Any], jobs: Jobs = make_jobs) -> int:
-    """What a forked worker of a pool does. Returns its exit code; an error is told to the host before it ends."""
-    torch.set_num_threads(int(payload["threads"]))
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    end.connect(payload["pool"])
-    channel = Channel(end)
-    try:
-        config = config_from_dict(TrainConfig, payload["config"])
-        made = jobs(config, int(payload["step"]), int(payload["sample"]))
-        make_worker(payload, config, made, channel).serve()
-    except PoolClosed:
-        return LEFT
-    except Exception as error:
-        log.debug("worker %d failed", payload["worker"], exc_info=True)
-        said = last_words(error)
-        with contextlib.suppress(RuntimeError, OSError):
-            channel.send({"error": said.text, "fatal": said.fatal}, _LAST_WORDS_S)
-        return 1
-    return 0
-
-
-def make_worker(
-    payload: dict[str, Any], config: TrainConfig, jobs: dict[str, TextJob], channel: Channel
-) -> StatelessWorker:
-    """A worker that is attached to the host store."""
-    id = int(payload["worker"])
-    forward, fused, backward = payload["cut"]
-    cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
-    layout = Layout(
-        blueprint(config.out / "model-config", lora=config.lora()), cut, config.microbatches, config.microbatch_size,
-        config.sequence_length, int(payload["blocks"]), config.optimizer_async,
-    )  # fmt: skip
-    device = torch.device(payload["device"])
-    store = HostStore(layout, store_path(config.out))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        store.pin()
-    settings = Settings(
-        device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None,
-        deadline_s=2 * config.deadline,  # the host, who knows whom all wait for, comes first
-    )  # fmt: skip
-    named: dict[str, Job] = dict(jobs)
-    worker = StatelessWorker(id, store, named, settings, channel, chunk=CHUNK)
-
-    claimed: set[str] = set()
-
-    def claim(name: str) -> bool:
-        new = name not in claimed
-        claimed.add(name)
-        return new
-
-    def told(fault: Fault) -> None:
-        worker.tell(event={"step": fault.step, "fault": fault.kind, "at": fault.at})
-
-    worker.probe = Injector(
-        config.faults(), id, id, claim, told, worker.poison, lambda: channel.socket.shutdown(socket.SHUT_RDWR)
-    )
-    return worker

@@ -20,10 +20,12 @@ from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.forecast import forecast
+from launch.introduction import introduce
 from launch.machine import check_machine
 from launch.nursery import Nursery
 from launch.progress import Display
 from launch.resume import kept
+from launch.round_train import train_rounds
 from launch.run_folder import RunFolder
 from launch.signals import Stopping, stopping
 from launch.slots import Slot, StoreHandle, find_slot, open_store
@@ -58,8 +60,6 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
 def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     config.validate()
     if config.scheduler == "roundpipe":
-        from launch.round_train import train_rounds  # built on this module
-
         return train_rounds(config, as_json, signals)
     slot = find_slot(config)
     if slot.attempt and any_saved(config.out / "checkpoints"):
@@ -142,8 +142,6 @@ def _follow(
     config: TrainConfig, plan: Plan, display: Display, agent: Agent, store: dist.Store, slot: Slot, signals: Stopping
 ) -> tuple[int, Story]:
     """The run from its first view to its end."""
-    for name, reason in plan.notes:
-        display.say(f"checkpoint {name} is skipped: {reason}", "yellow")
     introduce(config, plan, display)
     folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard, display.warn)
     folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
@@ -192,33 +190,3 @@ def _await_agents(coordinator: Coordinator, store: dist.Store) -> None:
         not all(keys.has_confirmed(store, agent) for agent in coordinator.alive - {0}) and time.monotonic() < deadline
     ):
         time.sleep(0.05)
-
-
-def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
-    model = plan.model
-    count = sum(model.parameter_count(layer) for layer in range(model.num_layers))
-    adapters = ""
-    if model.lora is not None:
-        trained = sum(model.trained_count(layer) for layer in range(model.num_layers))
-        adapters = f" ({trained / 1e6:.2f}M of them trained, in adapters of rank {model.lora.rank})"
-    view = plan.view
-    spans = " ".join(f"{lo}:{hi}" for lo, hi in view.schedule("train").holders)
-    parallel = f"{config.replicas} replica(s)" if config.scheduler != "skippipe" else f"skip {config.skip:g}"
-    if plan.rounds is not None:
-        cut = plan.rounds.cut
-        said = [" ".join(f"{lo}:{hi}" for lo, hi in side) for side in (cut.forward, [cut.fused], cut.backward)]
-        spans = f"{said[0]}, with the loss {said[1]}, back {said[2]}"
-        parallel = f"{config.round_size} microbatches at once, {config.rule}"
-    display.say(
-        f"{model.config.model_type}, {count / 1e6:.1f}M parameters{adapters}, {model.num_layers} layers in spans "
-        f"{spans}; {config.workers} workers, {parallel}, {config.scheduler}"
-    )
-    samples = config.samples_per_step
-    display.say(
-        f"global batch: {samples:,} samples of {config.sequence_length:,} tokens, so "
-        f"{samples * config.sequence_length:,} tokens a step"
-    )
-    for line in plan.said:
-        display.say(line)
-    if view.checkpoint:
-        display.say(f"resuming at step {view.first_step} from {Path(view.checkpoint).name}")

@@ -62,10 +62,6 @@ def connect(store: dict[str, Any], timeout_s: float) -> dist.Store:
 
 def worker_main(payload: dict[str, Any]) -> int:
     """The entry of a worker process. Returns its exit code; an error is left in the store for the agent to tell."""
-    if "pool" in payload:
-        from launch.round_train import pool_worker  # built on this module
-
-        return pool_worker(payload)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     torch.set_num_threads(int(payload["threads"]))

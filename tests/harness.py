@@ -33,7 +33,8 @@ from jobs.rounds import plan_rounds
 from jobs.text import TextJob
 from launch.config import config_from_dict
 from launch.nursery import Nursery
-from launch.round_train import hosting, make_jobs, make_layout, pool_worker
+from launch.pool_worker import make_jobs, pool_worker
+from launch.round_train import hosting, make_layout
 from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey, keyed_dropout

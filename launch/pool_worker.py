@@ -1,0 +1,109 @@
+"""What a forked worker of a pool does: attach to the host store, and serve the slots that it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jobs.config import TrainConfig
+from jobs.plan import evaluation_samples, open_dataset
+from jobs.text import TextJob
+from launch.config import config_from_dict
+from launch.worker_main import blueprint, last_words
+from pipeline.runtime.batch import Job
+from pipeline.runtime.channel import Channel
+from pipeline.runtime.mover import CHUNK
+from pipeline.runtime.stateless import TRAIN, PoolClosed, StatelessWorker
+from pipeline.runtime.worker import Settings
+from pipeline.schedule.work_units import Cut
+from pipeline.state.host_store import HostStore, Layout, store_path
+from recovery.inject import Fault, Injector
+from recovery.pool import LEFT
+
+log = logging.getLogger(__name__)
+_LAST_WORDS_S = 5.0
+
+
+def make_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
+    """The microbatches of training and of evaluation, the same in the host and in every worker."""
+    dataset = open_dataset(config.out)
+    evaluated = evaluation_samples(config, dataset)
+    return {
+        TRAIN: TextJob(
+            dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size, first_step,
+            first_sample,
+        ),
+        "evaluate": TextJob(
+            dataset.held_out_spread(evaluated), config.sequence_length, config.microbatches, config.microbatch_size,
+            limit=evaluated,
+        ),
+    }  # fmt: skip
+
+
+Jobs = Callable[[TrainConfig, int, int], dict[str, TextJob]]
+"""(settings, first step, first sample) -> the jobs of a run, by name."""
+
+
+def pool_worker(payload: dict[str, Any], jobs: Jobs = make_jobs) -> int:
+    """What a forked worker of a pool does. Returns its exit code; an error is told to the host before it ends."""
+    torch.set_num_threads(int(payload["threads"]))
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    end.connect(payload["pool"])
+    channel = Channel(end)
+    try:
+        config = config_from_dict(TrainConfig, payload["config"])
+        made = jobs(config, int(payload["step"]), int(payload["sample"]))
+        make_worker(payload, config, made, channel).serve()
+    except PoolClosed:
+        return LEFT
+    except Exception as error:
+        log.debug("worker %d failed", payload["worker"], exc_info=True)
+        said = last_words(error)
+        with contextlib.suppress(RuntimeError, OSError):
+            channel.send({"error": said.text, "fatal": said.fatal}, _LAST_WORDS_S)
+        return 1
+    return 0
+
+
+def make_worker(
+    payload: dict[str, Any], config: TrainConfig, jobs: dict[str, TextJob], channel: Channel
+) -> StatelessWorker:
+    """A worker that is attached to the host store."""
+    id = int(payload["worker"])
+    forward, fused, backward = payload["cut"]
+    cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
+    layout = Layout(
+        blueprint(config.out / "model-config", lora=config.lora()), cut, config.microbatches, config.microbatch_size,
+        config.sequence_length, int(payload["blocks"]), config.optimizer_async,
+    )  # fmt: skip
+    device = torch.device(payload["device"])
+    store = HostStore(layout, store_path(config.out))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        store.pin()
+    settings = Settings(
+        device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None,
+        deadline_s=2 * config.deadline,  # the host, who knows whom all wait for, comes first
+    )  # fmt: skip
+    named: dict[str, Job] = dict(jobs)
+    worker = StatelessWorker(id, store, named, settings, channel, chunk=CHUNK)
+
+    claimed: set[str] = set()
+
+    def claim(name: str) -> bool:
+        new = name not in claimed
+        claimed.add(name)
+        return new
+
+    def told(fault: Fault) -> None:
+        worker.tell(event={"step": fault.step, "fault": fault.kind, "at": fault.at})
+
+    worker.probe = Injector(
+        config.faults(), id, id, claim, told, worker.poison, lambda: channel.socket.shutdown(socket.SHUT_RDWR)
+    )
+    return worker
