@@ -51,8 +51,9 @@ from transformers.utils import logging
 from launch.nursery import Nursery
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
+from pipeline.runtime.compute import Settings
 from pipeline.runtime.footprint import footprints
-from pipeline.runtime.worker import Settings, Worker
+from pipeline.runtime.worker import Worker
 from pipeline.schedule.verify import verify
 from recovery.membership import View, publish
 from schedulers import PLANNERS

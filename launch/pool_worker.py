@@ -17,9 +17,9 @@ from launch.config import config_from_dict
 from launch.worker_main import blueprint, last_words
 from pipeline.runtime.batch import Job
 from pipeline.runtime.channel import Channel
+from pipeline.runtime.compute import Settings
 from pipeline.runtime.mover import CHUNK
 from pipeline.runtime.stateless import TRAIN, PoolClosed, StatelessWorker
-from pipeline.runtime.worker import Settings
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_store import HostStore, Layout, store_path
 from recovery.inject import Fault, Injector

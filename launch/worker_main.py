@@ -27,10 +27,11 @@ from launch.config import config_from_dict
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Lora
 from pipeline.model.weights import ModelError, read_config
+from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
 from pipeline.runtime.settle import NonFiniteLoss
 from pipeline.runtime.transport import Shape, Transport, span_bytes
-from pipeline.runtime.worker import Settings, Worker
+from pipeline.runtime.worker import Worker
 from pipeline.state.resident import ResidentStore
 from pipeline.wire import checked, parse
 from recovery import keys

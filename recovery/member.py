@@ -17,8 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.runtime.probe import Pulse
 from pipeline.runtime.transport import LinkError, link_pairs
-from pipeline.runtime.worker import Pulse, Worker, connections
+from pipeline.runtime.worker import Worker, connections
 from pipeline.schedule.ops import Schedule, Span, parse_span, span_text
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes

@@ -18,9 +18,9 @@ from jobs.config import TrainConfig
 from pipeline.model.backward import WeightGradients, defer_weights
 from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey
+from pipeline.runtime.compute import Settings
 from pipeline.runtime.footprint import Live, footprints, measure, state_bytes
 from pipeline.runtime.transport import HEADER_BYTES
-from pipeline.runtime.worker import Settings
 from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import bounds
 from pipeline.schedule.lower import add_redundant, lower

@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 from jobs.text import TextJob
 from pipeline.model.layered import LayeredModel
 from pipeline.runtime.channel import Channel
+from pipeline.runtime.compute import Settings
 from pipeline.runtime.stateless import StatelessWorker
-from pipeline.runtime.worker import Settings
 from pipeline.schedule.work_units import FUSED, Cut
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, Layout, store_path

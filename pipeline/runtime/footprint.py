@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Batch, Job
+from pipeline.runtime.compute import Settings
 from pipeline.runtime.lane import Pass
 from pipeline.runtime.transport import HEADER_BYTES, Transport, span_bytes
-from pipeline.runtime.worker import Settings, Worker
+from pipeline.runtime.worker import Worker
 from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import Held, Sizes, bounds
 from pipeline.schedule.ops import COMPUTE, B, F, I, Op, R, Schedule, Span, W

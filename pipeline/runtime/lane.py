@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model.backward import WeightGradients, defer_weights
-from pipeline.model.rng import RngKey
 from pipeline.runtime.batch import Batch, Job
+from pipeline.runtime.compute import compute, on_device
 from pipeline.runtime.settle import Settled, settle, visits
 from pipeline.runtime.transport import LinkError
 from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Schedule, Span, W
@@ -127,14 +127,14 @@ class Pass:
 
     def compute(self, op: Op, x: Tensor | None, later: WeightGradients | None) -> Saved:
         """The forward of a span on `x` (None: on the tokens), up to the loss where it is the last."""
-        batch, backward = self.batch(op.microbatch), bool(self.schedule.routes[op.microbatch].backward)
+        batch, settings = self.batch(op.microbatch), self.worker.settings
         x = batch.input_ids if x is None else x.detach().requires_grad_(torch.is_grad_enabled())
-        with defer_weights(later) if later else nullcontext(), self.autocast():
-            y = self.worker.store.modules[op.span](
-                x, attention_mask=batch.attention_mask, recompute=self.worker.settings.recompute and backward,
-                rng=RngKey(self.worker.settings.seed, self.step, batch.sample_ids),
+        recompute = settings.recompute and bool(self.schedule.routes[op.microbatch].backward)
+        with defer_weights(later) if later else nullcontext():
+            y = compute(
+                self.worker.store.modules[op.span], x, self.job, batch, self.step, settings, recompute=recompute
             )  # fmt: skip
-        return Saved(x, self.job.loss(y, batch) if op.span[1] == self.model.num_layers else y, later)
+        return Saved(x, y, later)
 
     def backward(self, op: Op) -> None:
         """B, or I: there the products with weights were put off by `defer_weights` and W computes them."""
@@ -214,16 +214,5 @@ class Pass:
 
     def batch(self, microbatch: int) -> Batch:
         if microbatch not in self.batches:
-            batch, device = self.job.batch(self.step, microbatch), self.worker.settings.device
-            mask = batch.attention_mask
-            self.batches[microbatch] = Batch(
-                batch.sample_ids, batch.input_ids.to(device), batch.labels.to(device),
-                None if mask is None else mask.to(device),
-            )  # fmt: skip
+            self.batches[microbatch] = on_device(self.job.batch(self.step, microbatch), self.worker.settings.device)
         return self.batches[microbatch]
-
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        settings = self.worker.settings
-        with torch.autocast(settings.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
-            yield

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.layered import SpanModule
-from pipeline.model.rng import RngKey
 from pipeline.runtime.batch import Batch, Job
 from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
+from pipeline.runtime.compute import Settings, compute, on_device
 from pipeline.runtime.mover import LATER, URGENT, Mover
 from pipeline.runtime.orders import Gradient, Loaded, Order
-from pipeline.runtime.worker import Probe, Settings, Unprobed
+from pipeline.runtime.probe import Probe, Unprobed
 from pipeline.schedule.ops import LOAD, B, F, Op, R
 from pipeline.schedule.work_units import BACKWARD, FORWARD
 from pipeline.state.host_store import HostStore
@@ -286,12 +286,10 @@ class StatelessWorker:
         lo = order.span[0]
         return self.fetch(order, "x", m, lo, len(batch.sample_ids)) if lo else batch.input_ids
 
-    def compute(self, order: Order, batch: Batch, x: Tensor, taps: dict[int, Tensor] | None = None) -> Tensor:
+    def output(self, order: Order, batch: Batch, x: Tensor, taps: dict[int, Tensor] | None = None) -> Tensor:
         assert order.loaded is not None
-        rng = RngKey(self.settings.seed, order.step, batch.sample_ids)
-        with self.autocast():
-            y = order.loaded.module(x, attention_mask=batch.attention_mask, rng=rng, taps=taps)
-        return self.jobs[order.job].loss(y, batch) if order.span[1] == self.model.num_layers else y
+        job = self.jobs[order.job]
+        return compute(order.loaded.module, x, job, batch, order.step, self.settings, taps=taps)
 
     def forward(self, order: Order, m: int) -> tuple[float, float | None]:
         """A forward; returns the seconds that it took without waiting, and the loss where there is one."""
@@ -301,7 +299,7 @@ class StatelessWorker:
         inside = [layer for layer in self.layout.boundaries if lo < layer < hi and order.job == TRAIN]
         taps = dict.fromkeys(inside, x)
         with self.timed(order, F, m) as taken, torch.no_grad():
-            y = self.compute(order, batch, x, taps)
+            y = self.output(order, batch, x, taps)
             loss = float(y.detach()) if hi == self.model.num_layers else None
         if m not in order.skip:
             self.give(order, "x", m, {**taps, **({hi: y} if loss is None else {})})
@@ -313,7 +311,7 @@ class StatelessWorker:
         x = self.input(order, batch, m)
         x = x.requires_grad_() if lo else x
         with self.timed(order, R if order.kinds == BACKWARD else F, m) as first:
-            y = self.compute(order, batch, x)
+            y = self.output(order, batch, x)
         gradient: Tensor | None = None
         loss = None
         if hi < self.model.num_layers:
@@ -342,15 +340,4 @@ class StatelessWorker:
             order.events.append((str(Op(kind, order.span, m)), began, end))
 
     def batch(self, order: Order, m: int) -> Batch:
-        made, device = self.jobs[order.job].batch(order.step, m), self.device
-        mask = made.attention_mask
-        return Batch(
-            made.sample_ids,
-            made.input_ids.to(device),
-            made.labels.to(device),
-            None if mask is None else mask.to(device),
-        )
-
-    def autocast(self) -> Any:
-        dtype = self.settings.autocast
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        return on_device(self.jobs[order.job].batch(order.step, m), self.device)

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.runtime.batch import Job
+from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import Group, Work, sum_over
 from pipeline.runtime.lane import Pass, Saved
+from pipeline.runtime.probe import Probe, Pulse, Unprobed
 from pipeline.runtime.transport import LinkError, Transport
 from pipeline.schedule.ops import SEND, Schedule, Span
 from pipeline.schedule.timeline import Event
@@ -38,45 +40,6 @@ class Exchange(Protocol):
         `deadline` is in time.monotonic seconds, or infinite: then the wait is as long as the run is guided.
         """
         ...
-
-
-class Probe(Protocol):
-    """Called at named points of a step (forward, backward, reduce, commit, optimizer): to inject faults."""
-
-    slowdown: float
-    """How many times as long every compute op is to take."""
-
-    def __call__(self, point: str, step: int, /) -> None: ...
-
-
-class Unprobed:
-    """Nothing happens."""
-
-    slowdown = 1.0
-
-    def __call__(self, point: str, step: int, /) -> None:
-        return None
-
-
-@dataclass
-class Pulse:
-    """Counts what comes on in long work (a layer written, read or received), for who watches that it does come on."""
-
-    count: int = 0
-
-    def __call__(self) -> None:
-        self.count += 1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a worker computes, whatever it computes."""
-
-    device: torch.device
-    seed: int = 0
-    autocast: torch.dtype | None = None
-    recompute: bool = False
-    deadline_s: float = 300.0
 
 
 @dataclass(frozen=True)
