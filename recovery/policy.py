@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from recovery import redundant, reroute
+from recovery.baselines import Copy, Random
+from recovery.checkfree import Average
+from recovery.checkfree_plus import Twin
 from recovery.checkpoint import Found, Verifier
 from recovery.membership import START, Restore, View, come, leave, replace_workers
-from recovery.neighbours import Average, Copy, Random, Twin
 from recovery.remedy import CannotRestore, Loss, Remedy, losses
 from recovery.replica import Replica
 
@@ -29,7 +31,7 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
 
 
 def remedies(weights: str = "norm") -> dict[str, Remedy]:
-    """Every remedy that works span by span, by name; `weights` as in `neighbours.WEIGHTS`."""
+    """Every remedy that works span by span, by name; `weights` as in `checkfree.WEIGHTS`."""
     return {remedy.name: remedy for remedy in (Replica(), Average(weights), Twin(), Copy(), Random())}
 
 

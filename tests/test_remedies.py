@@ -11,8 +11,8 @@ import torch
 from pipeline.schedule.lower import add_redundant, lower
 from pipeline.schedule.ops import Schedule, Span, dumps
 from recovery import redundant
+from recovery.checkfree import Average
 from recovery.membership import Restore, View, replace_workers, substitute
-from recovery.neighbours import Average
 from recovery.policy import POLICIES, Recovery, cure, remedies
 from recovery.remedy import CannotRestore, losses, swaps
 from schedulers import plan, swapped

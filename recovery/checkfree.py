@@ -2,7 +2,7 @@
 
 W_i = (w- W_{i-1} + w+ W_{i+1}) / (w- + w+), where w is the norm of the neighbour's last gradient, before clipping (the
 reference takes it after, which makes both weights equal whenever clipping acts). Optimizer moments start anew and the
-learning rate of the stage is 1.1 times what the schedule says. `copy` and `random` are what it is compared with.
+learning rate of the stage is 1.1 times what the schedule says.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pipeline.schedule.ops import Span
 from recovery.membership import Restore
 from recovery.remedy import CannotRestore, Loss, State
 
@@ -49,60 +48,3 @@ class Average:
         raw = [(norm + _TINY) ** power for norm in norms]
         shares = [weight / sum(raw) for weight in raw]
         return {key: sum(s * state[key] for s, state in zip(shares, states, strict=True)) for key in states[0]}  # type: ignore[misc]
-
-
-class Twin(Average):
-    """CheckFree+ (section 4.3): the first or last block stage is a copy of the stage it changes places with."""
-
-    name = "checkfree+"
-
-    def plan(self, loss: Loss) -> Restore:
-        """From the twin, where a mean is not to be had."""
-        if loss.twin is None:
-            raise CannotRestore(f"span {loss.span[0]}:{loss.span[1]} has no twin that is left")
-        inner = all(found is not None and found[1][0] > 0 and found[1][1] < loss.num_layers for found in _sides(loss))
-        if inner:
-            raise CannotRestore(f"span {loss.span[0]}:{loss.span[1]} is neither the first nor the last of the blocks")
-        return Restore(loss.joiner, loss.span, self.name, (loss.twin,))
-
-    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
-        """The twin's weights."""
-        return states[0]
-
-
-def _sides(loss: Loss) -> tuple[tuple[int, Span] | None, ...]:
-    return loss.before, loss.after
-
-
-class Copy(Average):
-    """The weights of one neighbour: the one before, or, if that cannot be, the one after."""
-
-    name = "copy"
-
-    def plan(self, loss: Loss) -> Restore:
-        """From the neighbour whose layers are decoder blocks."""
-        name = f"span {loss.span[0]}:{loss.span[1]}"
-        if not loss.blocks:
-            raise CannotRestore(f"{name} holds the embedding or the head, which no neighbour resembles")
-        for found in (loss.before, loss.after):
-            if found is not None and any(0 < layer < loss.num_layers - 1 for layer in range(*found[1])):
-                return Restore(loss.joiner, loss.span, self.name, (found,))
-        raise CannotRestore(f"neither neighbour of {name} is left with a decoder block")
-
-    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
-        """That neighbour's weights."""
-        return states[0]
-
-
-class Random(Average):
-    """New weights from the seed, as at the start of the run."""
-
-    name = "random"
-
-    def plan(self, loss: Loss) -> Restore:
-        """Needs nobody."""
-        return Restore(loss.joiner, loss.span, self.name)
-
-    def combine(self, states: Sequence[State], norms: Sequence[float]) -> None:
-        """As it was drawn."""
-        return

@@ -1,0 +1,43 @@
+"""What CheckFree is compared with: the weights of one neighbour, and new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recovery.checkfree import Average
+from recovery.membership import Restore
+from recovery.remedy import CannotRestore, Loss, State
+
+
+class Copy(Average):
+    """The weights of one neighbour: the one before, or, if that cannot be, the one after."""
+
+    name = "copy"
+
+    def plan(self, loss: Loss) -> Restore:
+        """From the neighbour whose layers are decoder blocks."""
+        name = f"span {loss.span[0]}:{loss.span[1]}"
+        if not loss.blocks:
+            raise CannotRestore(f"{name} holds the embedding or the head, which no neighbour resembles")
+        for found in (loss.before, loss.after):
+            if found is not None and any(0 < layer < loss.num_layers - 1 for layer in range(*found[1])):
+                return Restore(loss.joiner, loss.span, self.name, (found,))
+        raise CannotRestore(f"neither neighbour of {name} is left with a decoder block")
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
+        """That neighbour's weights."""
+        return states[0]
+
+
+class Random(Average):
+    """New weights from the seed, as at the start of the run."""
+
+    name = "random"
+
+    def plan(self, loss: Loss) -> Restore:
+        """Needs nobody."""
+        return Restore(loss.joiner, loss.span, self.name)
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> None:
+        """As it was drawn."""
+        return
