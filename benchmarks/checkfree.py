@@ -39,7 +39,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 
 from benchmarks.checkfree_report import picture, print_report, summarise  # noqa: E402
 from benchmarks.runs import command, finished, llama  # noqa: E402
-from launch.nursery import Nursery  # noqa: E402
+from launch.forkserver import ForkServer  # noqa: E402
 
 RATES = json.loads((Path(__file__).parent / "data" / "checkfree_paper.json").read_text())
 MIDDLE, ALL = "2-5", "1-6"
@@ -51,7 +51,7 @@ ARMS = {  # name -> (recovery, stages that are hit)
 JUMP = 10  # steps before the end
 
 
-def run(nursery: Nursery, folder: Path, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def run(forkserver: ForkServer, folder: Path, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run to its end: its curve, its failures and what it cost. Raises RuntimeError with what it said."""
     recovery, seed = job["recovery"], job["seed"]
     arguments = [
@@ -62,7 +62,7 @@ def run(nursery: Nursery, folder: Path, job: dict[str, Any], options: argparse.N
         "--seed", str(seed), "--checkpoint-every", str(options.checkpoint_every if recovery == "checkpoint" else 0),
         "--recovery", recovery, "--inject", job["inject"], "--max-failures", "1000", *job.get("more", ()),
     ]  # fmt: skip
-    with finished(nursery, folder, arguments) as (records, _):
+    with finished(forkserver, folder, arguments) as (records, _):
         losses = {"losses": [step["loss"] for step in records.metrics]} if job["arm"].startswith("jump") else {}
         return {
             "curve": records.curve, **losses, "seconds": records.curve[-1][1],
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    nursery = Nursery(command)
+    forkserver = ForkServer(command)
     console, runs, failed = Console(stderr=True), list[dict[str, Any]](), list[str]()
     columns = (
         SpinnerColumn(),
@@ -120,7 +120,7 @@ def main() -> int:
         for job in jobs:
             progress.update(task, description=f"seed {job['seed']}, {job['arm']}, rate {job['rate']}")
             try:
-                runs.append({**job, **run(nursery, Path(folder), job, options)})
+                runs.append({**job, **run(forkserver, Path(folder), job, options)})
             except RuntimeError as error:
                 failed.append(str(error))
                 console.print(f"[red]{error}")

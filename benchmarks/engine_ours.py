@@ -2,7 +2,7 @@
 
     python benchmarks/engine_ours.py --scheduler zero_bubble --workers 2 --steps 8 --warmup 2 --json
 
-A process is the agent: it forks the workers from a warm parent, hosts their store, and prints one JSON line of the form
+A process is the agent: it forks the workers from a forkserver, hosts their store, and prints one JSON line of the form
 that the peers print. Every op of the timed steps is recorded; from the median times of forwards, backwards and
 optimizer steps, by span, the simulator says what the schedule should have given with links and votes that cost nothing.
 `measured_over_predicted` is what the engine keeps of that. AdamW is the peers' but for norms, which do not decay here.
@@ -39,7 +39,7 @@ from jobs.config import TrainConfig
 from jobs.plan import schedules
 from jobs.text import token_loss
 from launch.config import config_from_dict
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
@@ -203,7 +203,7 @@ def hosted_store() -> Iterator[tuple[dist.Store, dict[str, Any]]]:
 
 
 def run(
-    scheduler: str, work: Work, workers: int, steps: int, warmup: int, deadline_s: float, nursery: Nursery
+    scheduler: str, work: Work, workers: int, steps: int, warmup: int, deadline_s: float, forkserver: ForkServer
 ) -> dict[str, Any]:
     """Train in forked workers and gather their figures. Raises OursError, or as the planner does."""
     deadline = time.monotonic() + deadline_s
@@ -214,12 +214,12 @@ def run(
         shared = {"threads": 1, "device": "cpu", "nccl": False, "folder": name, "work": asdict(work)}
         with hosted_store() as (store, address):
             payload = {**shared, "store": address, "steps": steps, "warmup": warmup}
-            running = {nursery.start({**payload, "worker": w}): w for w in view.workers}
+            running = {forkserver.start({**payload, "worker": w}): w for w in view.workers}
             publish(store, view)
             while running:
                 if time.monotonic() > deadline:
                     raise OursError(f"workers {sorted(running.values())} did not finish before the deadline")
-                for exit_ in nursery.poll(0.2):
+                for exit_ in forkserver.poll(0.2):
                     worker = running.pop(exit_.pid)
                     if exit_.code:
                         said = folder / f"{worker}.error"
@@ -256,19 +256,19 @@ def figures(name: str, work: Work, schedule: Schedule, found: Sequence[dict[str,
     }
 
 
-def alone(options: argparse.Namespace, name: str, entry: Entry, train: Callable[[Nursery], dict[str, Any]]) -> int:
+def alone(options: argparse.Namespace, name: str, entry: Entry, train: Callable[[ForkServer], dict[str, Any]]) -> int:
     """Train with forked workers that run `entry`, and print the figures, or the error, as the peers do."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     stop_well(options.parent)
-    nursery = Nursery(entry)  # before anything starts threads
+    forkserver = ForkServer(entry)  # before anything starts threads
     try:
-        found = train(nursery)
+        found = train(forkserver)
     except (ValueError, RuntimeError) as error:
         print(json.dumps({"peer": name, "workers": options.workers, "error": f"{type(error).__name__}: {error}"}))
         return 1
     finally:
-        nursery.close()
+        forkserver.close()
     show(found, options.json)
     return 0
 
@@ -278,9 +278,9 @@ def main() -> int:
     parser.add_argument("--scheduler", required=True, choices=PLANNERS)
     options, work = parse(parser)
 
-    def train(nursery: Nursery) -> dict[str, Any]:
+    def train(forkserver: ForkServer) -> dict[str, Any]:
         sizes = options.workers, options.steps, options.warmup, options.deadline
-        return run(options.scheduler, work, *sizes, nursery)
+        return run(options.scheduler, work, *sizes, forkserver)
 
     return alone(options, f"{PREFIX}{options.scheduler}", entry, train)
 

@@ -48,7 +48,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from transformers.utils import logging
 
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 from pipeline.runtime.compute import Settings
@@ -143,7 +143,7 @@ def watch(worker: Worker) -> dict[str, int]:
 
 
 def run(
-    scheduler: str, workers: int, recompute: bool, work: Work, options: argparse.Namespace, nursery: Nursery
+    scheduler: str, workers: int, recompute: bool, work: Work, options: argparse.Namespace, forkserver: ForkServer
 ) -> Run:
     """Train in forked workers under each malloc; what is proved and measured of each. Raises OursError."""
     with tempfile.TemporaryDirectory() as name:
@@ -152,7 +152,7 @@ def run(
         steps = options.warmup + options.steps
         config = make_config(scheduler, work, workers, steps, folder, options.deadline)
         view, schedule = make_view(replace(config, recompute=recompute))
-        figures = {malloc: trained(folder, work, view, malloc, options, nursery) for malloc in options.malloc}
+        figures = {malloc: trained(folder, work, view, malloc, options, forkserver) for malloc in options.malloc}
         model, job = LayeredModel(read_config(folder / "model-config")), WorkJob(work)
     settings = Settings(torch.device("cpu"), recompute=recompute)
     proved = footprints(model, schedule, job, settings)
@@ -173,7 +173,7 @@ def run(
 
 
 def trained(
-    folder: Path, work: Work, view: View, malloc: str, options: argparse.Namespace, nursery: Nursery
+    folder: Path, work: Work, view: View, malloc: str, options: argparse.Namespace, forkserver: ForkServer
 ) -> list[dict[str, int]]:
     """The figures of each worker of a view. Raises OursError for one that fails or does not come to an end."""
     deadline = time.monotonic() + options.deadline
@@ -182,13 +182,13 @@ def trained(
             "threads": 1, "device": "cpu", "nccl": False, "folder": str(folder), "work": asdict(work),
             "store": address, "steps": options.steps, "warmup": options.warmup, "malloc": malloc,
         }  # fmt: skip
-        running = {nursery.start({**payload, "worker": w}): w for w in view.workers}
+        running = {forkserver.start({**payload, "worker": w}): w for w in view.workers}
         try:
             publish(store, view)
             while running:
                 if time.monotonic() > deadline:
                     raise OursError(f"workers {sorted(running.values())} did not finish before the deadline")
-                for exit_ in nursery.poll(0.2):
+                for exit_ in forkserver.poll(0.2):
                     worker = running.pop(exit_.pid)
                     if exit_.code:
                         said = folder / f"{worker}.error"
@@ -271,7 +271,7 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    nursery = Nursery(entry)  # before anything starts threads
+    forkserver = ForkServer(entry)  # before anything starts threads
     work = TINY if options.quick else SIZE
     console = Console(width=None if sys.stdout.isatty() else 160)
     recompute = {"no": (False,), "yes": (True,), "both": (False, True)}[options.recompute]
@@ -285,10 +285,10 @@ def main() -> int:
             for workers, scheduler, again in cases:
                 said = f"{scheduler}, {workers} workers{', recomputing' if again else ''}"
                 progress.update(task, description=said)
-                runs.append(run(scheduler, workers, again, work, options, nursery))
+                runs.append(run(scheduler, workers, again, work, options, forkserver))
                 progress.advance(task)
     finally:
-        nursery.close()
+        forkserver.close()
     found = verdict(runs)
     holds = not found["above_proved"] and not found["counts_above_proved"]
     holds &= found["rest_beside_state_bytes"][1] <= REST

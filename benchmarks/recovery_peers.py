@@ -42,7 +42,7 @@ from typing import Any
 
 import psutil
 
-from launch.nursery import die_with_parent
+from launch.forkserver import die_with_parent
 
 MODEL = {  # preset llama-2m, with the vocabulary of --tokenizer bytes
     "hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4,

@@ -3,7 +3,7 @@
     python benchmarks/roundpipe_ours.py --workers 2 --steps 4 --warmup 1 --json
     python benchmarks/roundpipe_ours.py --workers 4 --slow 4 4 4 16 --rule round_robin     # a slow worker, by sleeping
 
-This process is the host: it owns the state, forks the workers from a warm parent, and prints one JSON line of the form
+This process is the host: it owns the state, forks the workers from a forkserver, and prints one JSON line of the form
 that the peers print. Memory is told in two parts: the host store, which all share, and what each worker has for itself
 alone (USS, sampled), less what it had before its first slot.
 """
@@ -33,7 +33,7 @@ from jobs.config import TrainConfig
 from jobs.plan import layer_costs
 from jobs.round_train import RoundTrainer
 from jobs.rounds import plan_rounds
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.pool_worker import pool_worker
 from launch.round_train import hosting, make_layout
 from pipeline.model.layered import LayeredModel
@@ -91,7 +91,7 @@ class Memory(threading.Thread):
         self.join()
 
 
-def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, Any]:
+def run(work: Work, options: argparse.Namespace, forkserver: ForkServer) -> dict[str, Any]:
     """Train with a pool and gather its figures."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
@@ -121,7 +121,7 @@ def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, 
             events.append({"event": name, **fields})
 
         try:
-            with hosting(config, store, rounds, nursery, event, lambda _: options.device) as (optimizer, pool):
+            with hosting(config, store, rounds, forkserver, event, lambda _: options.device) as (optimizer, pool):
                 optimizer.initialise(0, out / "model-config")
                 trainer = RoundTrainer(
                     config, optimizer, pool, rounds.cut, rounds.row, job, job, "", report,  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def run(work: Work, options: argparse.Namespace, nursery: Nursery) -> dict[str, 
                     seconds.append(time.perf_counter() - began)
                 optimizer.drain(options.deadline)
                 memory.close()
-                speeds = pool.dealing.speeds
+                speeds = pool.dispatcher.speeds
         finally:
             store.close()
     timed = seconds[options.warmup :]
@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--slow", type=float, nargs="*", help="per worker, how many times as long its ops take")
     parser.add_argument("--device", default="cpu")
     options, work = parse(parser)
-    return alone(options, options.name, entry, lambda nursery: run(work, options, nursery))
+    return alone(options, options.name, entry, lambda forkserver: run(work, options, forkserver))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training runs of their own that benchmarks start: forked from a warm parent, waited for, read and cleared away."""
+"""Training runs of their own that benchmarks start: forked from a forkserver, waited for, read and cleared away."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 import launch.train  # noqa: F401  (what a run imports is there before it is forked)
 from launch import cli
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.run_folder import read_jsonl, standing
 from pipeline.model.weights import preset
 
@@ -64,7 +64,7 @@ def earlier_runs(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def command(payload: dict[str, Any]) -> int:
-    """The command line, in a process that has imported everything before: the entry of a Nursery."""
+    """The command line, in a process that has imported everything before: the entry of a ForkServer."""
     with open(payload["log"], "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -72,13 +72,13 @@ def command(payload: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def finished(nursery: Nursery, folder: Path, arguments: Sequence[str]):
+def finished(forkserver: ForkServer, folder: Path, arguments: Sequence[str]):
     """`unbroken train` with these arguments, run to its end: its Records and its folder, which is gone afterwards.
     Raises RuntimeError with what it said where it fails or takes more than DEADLINE_S."""
     out, log = folder / "run", folder / "log"
-    pid = nursery.start({"arguments": ["train", "--json", "--out", str(out), *arguments], "log": str(log)})
+    pid = forkserver.start({"arguments": ["train", "--json", "--out", str(out), *arguments], "log": str(log)})
     try:
-        ended = nursery.poll(DEADLINE_S)
+        ended = forkserver.poll(DEADLINE_S)
         if [exit_.code for exit_ in ended] != [0]:
             raise RuntimeError(f"{' '.join(arguments)} ended: {log.read_text()[-600:]}")
         times = [line["time"] for line in read_jsonl(out / "ledger.jsonl")]
@@ -86,7 +86,7 @@ def finished(nursery: Nursery, folder: Path, arguments: Sequence[str]):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # and with it go its workers
-            nursery.poll(5.0)
+            forkserver.poll(5.0)
         shutil.rmtree(out, ignore_errors=True)
 
 

@@ -33,7 +33,7 @@ from benchmarks.skippipe_report import results_table  # noqa: E402
 from jobs.config import TrainConfig  # noqa: E402
 from jobs.plan import layer_costs  # noqa: E402
 from jobs.routes import Routes  # noqa: E402
-from launch.nursery import Nursery  # noqa: E402
+from launch.forkserver import ForkServer  # noqa: E402
 from pipeline.model.layered import LayeredModel  # noqa: E402
 
 STAGES = [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -80,9 +80,9 @@ def arguments(folder: Path, network: Path, skip: float, steps: int, seed: int) -
     ]  # fmt: skip
 
 
-def measured(nursery: Nursery, folder: Path, network: Path, skip: float, steps: int, seed: int) -> dict[str, Any]:
+def measured(forkserver: ForkServer, folder: Path, network: Path, skip: float, steps: int, seed: int) -> dict[str, Any]:
     """One run: its iteration, the last loss, and the seconds of its ops."""
-    with finished(nursery, folder, arguments(folder, network, skip, steps, seed)) as (records, out):
+    with finished(forkserver, folder, arguments(folder, network, skip, steps, seed)) as (records, out):
         steps_s = records.steps_s[WARM:]
         return {
             "iteration_s": statistics.median(steps_s), "least_s": min(steps_s), "most_s": max(steps_s),
@@ -129,19 +129,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    nursery, console, runs = Nursery(command), Console(stderr=True), list[dict[str, Any]]()
+    forkserver, console, runs = ForkServer(command), Console(stderr=True), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as name, Progress(console=console) as progress:
         folder, hops = Path(name), links(options.seed, 8)
         task = progress.add_task("times of the ops", total=1 + options.rounds * len(SKIPS))
         network = write_network(folder / "network.json", hops, STAGES, SLOTS, {})
-        times = measured(nursery, folder, network, 0.0, 20, options.seed)["ops"]
+        times = measured(forkserver, folder, network, 0.0, 20, options.seed)["ops"]
         write_network(network, hops, STAGES, SLOTS, times)
         plans = {arm: foretold(network, skip, options.seed) for arm, skip in SKIPS.items()}
         progress.advance(task)
         for turn in range(options.rounds):
             for arm in [*SKIPS] if turn % 2 == 0 else [*reversed(SKIPS)]:
                 progress.update(task, description=f"round {turn + 1}, {arm}")
-                found = measured(nursery, folder, network, SKIPS[arm], options.steps, options.seed)
+                found = measured(forkserver, folder, network, SKIPS[arm], options.steps, options.seed)
                 runs.append({"round": turn, "arm": arm, **found, **plans[arm]})
                 progress.advance(task)
     summary = summarise(runs)

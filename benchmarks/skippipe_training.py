@@ -37,7 +37,7 @@ from benchmarks.runs import command, earlier_runs, finished, llama  # noqa: E402
 from benchmarks.skippipe_run import links, op_times, write_network  # noqa: E402
 from benchmarks.skippipe_training_report import ARMS, picture, print_report, summarise  # noqa: E402
 from jobs.data import Dataset  # noqa: E402
-from launch.nursery import Nursery  # noqa: E402
+from launch.forkserver import ForkServer  # noqa: E402
 
 SETTINGS = {4: (8, 0.25, 8), 6: (12, 0.33, 6)}  # stages -> processes, share skipped, blocks
 SLOTS = 4  # microbatches of a home: none waits for another to come back
@@ -74,10 +74,10 @@ def omitted(out: Path, stages: int, blocks: int) -> dict[str, float]:
     return found
 
 
-def run(nursery: Nursery, folder: Path, network: Path, job: dict[str, Any], options: argparse.Namespace) -> Any:
+def run(forkserver: ForkServer, folder: Path, network: Path, job: dict[str, Any], options: argparse.Namespace) -> Any:
     """One run to its end: its curve, its step and its perplexities. Raises RuntimeError with what it said."""
     stages, blocks = job["stages"], SETTINGS[job["stages"]][2]
-    with finished(nursery, folder, arguments(folder, network, job, options)) as (records, out):
+    with finished(forkserver, folder, arguments(folder, network, job, options)) as (records, out):
         return {
             "curve": records.curve, "step_s": statistics.median(records.steps_s),
             "tokens": sum(step["tokens"] for step in records.metrics),
@@ -107,7 +107,7 @@ def main() -> int:
                 for stages in options.stages for arm in ARMS]  # fmt: skip
         random.Random(seed).shuffle(turn)
         jobs += [job for job in turn if (job["stages"], job["arm"], job["seed"]) not in done]
-    nursery, console = Nursery(command), Console(stderr=True)
+    forkserver, console = ForkServer(command), Console(stderr=True)
     with tempfile.TemporaryDirectory() as name:
         folder, networks = Path(name), dict[int, Path]()
         for stages in sorted({job["stages"] for job in jobs}):
@@ -116,11 +116,11 @@ def main() -> int:
             cut = [[2 * k, 2 * k + 1] for k in range(stages)]
             networks[stages] = write_network(where, hops, cut, SLOTS, {})
             trial = {"stages": stages, "arm": "full", "seed": 0, "steps": 10}
-            with finished(nursery, folder, arguments(folder, where, trial, options)) as (_, out):
+            with finished(forkserver, folder, arguments(folder, where, trial, options)) as (_, out):
                 times = op_times(out, blocks)
             write_network(where, hops, cut, SLOTS, times)
         for job in track(jobs, "training", console=console):
-            runs.append({**job, **run(nursery, folder, networks[job["stages"]], job, options)})
+            runs.append({**job, **run(forkserver, folder, networks[job["stages"]], job, options)})
             found = {"command": ["benchmarks/skippipe_training.py", *sys.argv[1:]], "settings": settings,
                      "summary": summarise(runs), "runs": runs}  # fmt: skip
             path.write_text(json.dumps(found) + "\n")

@@ -54,7 +54,7 @@ def schedules(
             evaluated=count, ends=ends, swap=config.recovery == "checkfree+",
         )  # fmt: skip
         if config.recovery == "redundant" and count is None:
-            schedule = add_redundant(schedule, shadows(config, schedule))
+            schedule = add_redundant(schedule, backups(config, schedule))
         made[purpose] = lower(schedule)
         verify(made[purpose])
     return made, None
@@ -86,7 +86,7 @@ def where_ends_go(config: TrainConfig) -> Ends:
     return config.ends
 
 
-def shadows(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], ...]:
+def backups(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], ...]:
     """Copies that are kept for recovery alone, as (span, worker): under checkfree+ both ends on the second worker,
     under redundant each stage on the one before it."""
     holders, found = schedule.holders, list[tuple[Span, int]]()

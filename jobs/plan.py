@@ -20,7 +20,7 @@ from jobs.corpus import Corpus, documents
 from jobs.data import Dataset
 from jobs.early import check_early, set_dropout, tokenizer_kind
 from jobs.network import read_network
-from jobs.pipelines import layer_costs, schedules, shadows
+from jobs.pipelines import backups, layer_costs, schedules
 from jobs.pipelines import stage_at as stage_at
 from jobs.prepare import prepare
 from jobs.remarks import remarks
@@ -127,7 +127,7 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         first_sample=first_sample,
         checkpoint=None if found.path is None else str(found.path),
         places={worker: worker for worker in range(config.workers)},
-        shadows=() if rounds else shadows(config, made["train"]),
+        backups=() if rounds else backups(config, made["train"]),
         next_worker=config.workers,
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),

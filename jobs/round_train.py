@@ -23,8 +23,8 @@ from jobs.text import TextJob
 from jobs.train import STOPPED, Report, evaluated_when
 from pipeline.model.lora import merge, save_adapter
 from pipeline.model.weights import ModelError, finish_export, write_shard
-from pipeline.runtime.settle import NonFiniteLoss
 from pipeline.runtime.stateless import TRAIN
+from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.schedule.work_units import Cut, Slot, forward_slots
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.optimizer import learning_rate
@@ -82,7 +82,7 @@ class RoundTrainer:
         source, version, side = "param", step, 0
         if self.behind:
             source, version, side = f"read{(step + 1) % 2}", max(0, step - 1), step % 2
-        return self.pool.dealing.submit(
+        return self.pool.dispatcher.submit(
             self.row, self.optimizer.store.layout.boundaries, step=step, job=TRAIN, source=source, version=version,
             side=side,
         )  # fmt: skip
@@ -109,14 +109,14 @@ class RoundTrainer:
         lr = learning_rate(config.optimizer(), step)
         self.optimizer.update(step, 1.0 / max(1, tokens), norm, lr)
         for later in self.runs.values():
-            self.pool.dealing.count(later)
+            self.pool.dispatcher.count(later)
         self.step = step + 1
         self.report(
             {
                 "kind": "step", "step": self.step, "loss": loss, "tokens": tokens,
                 "tokens_per_s": tokens / max(time.monotonic() - began, 1e-9), "grad_norm": norm, "lr": lr, "view": 1,
                 "first_sample": self.job.next_sample(step), "samples": config.samples_per_step,
-                "version": run.version, "workers": len(self.pool.dealing.ready),
+                "version": run.version, "workers": len(self.pool.dispatcher.ready),
             }
         )  # fmt: skip
         if record:
@@ -160,7 +160,7 @@ class RoundTrainer:
         count = -(-(self.held_out.limit or 0) // self.config.microbatch_size)
         for part, lo in enumerate(range(0, count, size)):
             many = min(size, count - lo)
-            run = self.pool.dealing.submit(
+            run = self.pool.dispatcher.submit(
                 forward_slots(self.cut, many, self.config.round_size), self.optimizer.store.layout.boundaries,
                 step=part, job="evaluate", source="param", version=self.optimizer.updates,
             )  # fmt: skip

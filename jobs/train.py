@@ -20,7 +20,7 @@ from jobs.config import TrainConfig
 from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
 from pipeline.model.weights import ModelError, finish_export, write_shard
-from pipeline.runtime.settle import NonFiniteLoss
+from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.worker import StepResult, Worker
 from pipeline.schedule.ops import Schedule
 from pipeline.wire import WireError, checked

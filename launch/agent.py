@@ -1,6 +1,6 @@
 """Supervises the workers of one machine, or the one worker of a torchrun slot. Holds no model.
 
-It starts them from the warm parent, sees a death as the operating system reports it, makes a signal that asks it to
+It starts them from the forkserver, sees a death as the operating system reports it, makes a signal that asks it to
 stop a state of the whole run, and ends every worker it started, whatever happens.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from jobs.train import STOPPED
-from launch.nursery import Exit, Nursery, NurseryGone, StartError
+from launch.forkserver import Exit, ForkServer, ForkServerGone, StartError
 from recovery import keys
 from recovery.membership import EVICTED, read_view
 
@@ -53,7 +53,7 @@ class Agent:
     """
 
     rank: int
-    nursery: Nursery
+    forkserver: ForkServer
     store: dist.Store
     places: Sequence[int]
     payload: Callable[[int, int, int, bool], dict[str, Any]]
@@ -90,7 +90,7 @@ class Agent:
     def _fork(self, one: _Unstarted) -> None:
         """Start a worker, or put it off: the machine may have room again in a moment."""
         try:
-            self.pids[self.nursery.start(one.payload)] = one.worker
+            self.pids[self.forkserver.start(one.payload)] = one.worker
         except StartError as error:
             one.tries += 1
             if one.tries == _TRIES:
@@ -112,7 +112,7 @@ class Agent:
             self._spares_made += 1
             payload = self.payload(-1, self.places[0], 1, True)
             try:
-                self._spares[self.nursery.start({**payload, "spare": key})] = key
+                self._spares[self.forkserver.start({**payload, "spare": key})] = key
             except StartError:
                 return  # there is no room for one: the next view change tries again
 
@@ -125,7 +125,7 @@ class Agent:
         code, ended = None, math.inf
         # Once one has ended well, all is committed and saved: nobody is worth a long wait any more.
         while (self.pids or code is None) and time.monotonic() < ended + _LAST_S:
-            for exit_ in self.nursery.poll(_POLL_S):
+            for exit_ in self.forkserver.poll(_POLL_S):
                 self._spares.pop(exit_.pid, None)
                 worker = self.pids.pop(exit_.pid, None)
                 if worker is None or exit_.code == EVICTED:
@@ -183,7 +183,7 @@ class Agent:
 
     def end(self) -> None:
         """End the workers that still run, gently first, and the spare ones."""
-        with contextlib.suppress(NurseryGone):  # then all of them have ended with it
+        with contextlib.suppress(ForkServerGone):  # then all of them have ended with it
             self._end(self._spares, signal.SIGKILL, 2.0)
             self._end(self.pids, signal.SIGTERM, _GRACE_S if self._stopping else 0.0)
             self._end(self.pids, signal.SIGKILL, 2.0)
@@ -192,7 +192,7 @@ class Agent:
         _send(pids, signum)
         deadline = time.monotonic() + grace_s
         while pids and time.monotonic() < deadline:
-            for exit_ in self.nursery.poll(0.05):
+            for exit_ in self.forkserver.poll(0.05):
                 self._spares.pop(exit_.pid, None)
                 self.pids.pop(exit_.pid, None)
 

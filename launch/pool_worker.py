@@ -18,7 +18,7 @@ from launch.worker_main import blueprint, last_words
 from pipeline.runtime.batch import Job
 from pipeline.runtime.channel import Channel
 from pipeline.runtime.compute import Settings
-from pipeline.runtime.mover import CHUNK
+from pipeline.runtime.copy_engine import CHUNK
 from pipeline.runtime.stateless import TRAIN, PoolClosed, StatelessWorker
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_store import HostStore, Layout, store_path

@@ -20,16 +20,16 @@ from jobs.plan import Plan, make_plan, open_dataset
 from jobs.round_train import RoundTrainer
 from jobs.rounds import Rounds
 from launch.agent import RunFailed
-from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
+from launch.forkserver import ForkServer
 from launch.introduction import introduce
 from launch.machine import check_machine
-from launch.nursery import Nursery
 from launch.pool_worker import make_jobs, pool_worker
 from launch.progress import Display
 from launch.resume import kept
 from launch.run_folder import RunFolder
+from launch.run_lock import RunLock
 from launch.signals import Stopping
 from launch.story import Story
 from launch.warm import warm_up
@@ -39,7 +39,7 @@ from pipeline.runtime.stateless import TRAIN
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, Layout, store_path
-from recovery.dealing import ROOM
+from recovery.dispatcher import ROOM
 from recovery.pool import NoWorkerLeft, Pool
 
 
@@ -52,9 +52,9 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     devices = find_devices(config.device, config.workers)
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)
-    nursery = Nursery(pool_worker)  # forked now: nothing below has started a thread yet
+    forkserver = ForkServer(pool_worker)  # forked now: nothing below has started a thread yet
     try:
-        claim = Claim(config.out)
+        claim = RunLock(config.out)
         with Display(config.steps, quiet=as_json) as display:
             try:
                 plan = make_plan(config, display.preparing, kept(config))
@@ -65,7 +65,7 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
                 claim.undo()
                 raise
             try:
-                code, story = _host(config, plan, display, nursery, store, devices, signals)
+                code, story = _host(config, plan, display, forkserver, store, devices, signals)
                 signals.over()
             finally:
                 store.close()
@@ -73,7 +73,7 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
         story.close(code, as_json)
         return code
     finally:
-        nursery.close()
+        forkserver.close()
 
 
 def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int) -> Layout:
@@ -87,7 +87,7 @@ def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int
 
 @contextmanager
 def hosting(
-    config: TrainConfig, store: HostStore, rounds: Rounds, nursery: Nursery, event: Callable[..., None],
+    config: TrainConfig, store: HostStore, rounds: Rounds, forkserver: ForkServer, event: Callable[..., None],
     device: Callable[[int], str], *, step: int = 0, sample: int = 0, stopping: Callable[[], bool] = bool,
 ) -> Iterator[tuple[HostOptimizer, Pool]]:  # fmt: skip
     """The optimizer of a store and a pool without workers yet; both end with the context."""
@@ -101,7 +101,7 @@ def hosting(
     address = f"\0unbroken-{os.getpid()}-{store.path.name}"
 
     def start(worker: int) -> int:
-        return nursery.start(
+        return forkserver.start(
             {
                 "pool": address, "worker": worker, "config": json.loads(json.dumps(asdict(config), default=str)),
                 "cut": rounds.cut, "blocks": store.layout.blocks, "device": device(worker),
@@ -112,7 +112,7 @@ def hosting(
     with ExitStack() as stack:
         stack.callback(optimizer.close)
         pool = Pool(
-            address, start, nursery.poll, optimizer, store.layout.blocks, rounds.cost, rounds.dealer, event,
+            address, start, forkserver.poll, optimizer, store.layout.blocks, rounds.cost, rounds.dealer, event,
             deadline_s=config.deadline, max_failures=config.max_failures, stopping=stopping,
         )  # fmt: skip
         stack.callback(pool.close)
@@ -120,7 +120,7 @@ def hosting(
 
 
 def _host(
-    config: TrainConfig, plan: Plan, display: Display, nursery: Nursery, store: HostStore, devices: Devices,
+    config: TrainConfig, plan: Plan, display: Display, forkserver: ForkServer, store: HostStore, devices: Devices,
     signals: Stopping,
 ) -> tuple[int, Story]:  # fmt: skip
     """The run, from its first worker to its end."""
@@ -137,7 +137,7 @@ def _host(
     jobs = make_jobs(config, view.first_step, view.first_sample)
     try:
         with hosting(
-            config, store, rounds, nursery, story.event, devices.of, step=view.first_step,
+            config, store, rounds, forkserver, story.event, devices.of, step=view.first_step,
             sample=view.first_sample, stopping=stop.is_set,
         ) as (optimizer, pool):  # fmt: skip
             trainer = RoundTrainer(

@@ -16,17 +16,17 @@ import transformers
 from jobs.config import TrainConfig
 from jobs.plan import Plan, make_plan
 from launch.agent import Agent, RunFailed
-from launch.claim import Claim
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.forecast import forecast
+from launch.forkserver import ForkServer
 from launch.introduction import introduce
 from launch.machine import check_machine
-from launch.nursery import Nursery
 from launch.progress import Display
 from launch.resume import kept
 from launch.round_train import train_rounds
 from launch.run_folder import RunFolder
+from launch.run_lock import RunLock
 from launch.signals import Stopping, stopping
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
@@ -69,11 +69,16 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     devices = find_devices(config.device, slot.workers_here(config.workers))
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)
-    nursery = Nursery(worker_main)  # forked now: nothing below has started a thread yet
+    forkserver = ForkServer(worker_main)  # forked now: nothing below has started a thread yet
     try:
         handle = open_store(slot)
         agent = Agent(
-            slot.rank, nursery, handle.store, workers, partial(_payload, config, slot, handle, devices), config.spares
+            slot.rank,
+            forkserver,
+            handle.store,
+            workers,
+            partial(_payload, config, slot, handle, devices),
+            config.spares,
         )
         try:
             agent.start()
@@ -93,7 +98,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
         finally:
             agent.end()
     finally:
-        nursery.close()
+        forkserver.close()
 
 
 def _payload(
@@ -121,7 +126,7 @@ def _payload(
 def _coordinate(
     config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool, signals: Stopping
 ) -> int:
-    claim = Claim(config.out)
+    claim = RunLock(config.out)
     with Display(config.steps, quiet=as_json) as display:
         try:
             plan = make_plan(config, display.preparing, kept(config))

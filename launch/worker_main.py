@@ -29,7 +29,7 @@ from pipeline.model.lora import Lora
 from pipeline.model.weights import ModelError, read_config
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
-from pipeline.runtime.settle import NonFiniteLoss
+from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.transport import Shape, Transport, span_bytes
 from pipeline.runtime.worker import Worker
 from pipeline.state.resident import ResidentStore
@@ -158,7 +158,7 @@ def build_member(
     model = blueprint(config.out / "model-config", payload.get("attention"))
     source = view.details["source"]
     spans = {span for span, workers in view.schedule("train").holders.items() if place in workers}
-    spans |= {span for span, worker in view.shadows if worker == place}
+    spans |= {span for span, worker in view.backups if worker == place}
     held = ResidentStore(
         model, spans, config.optimizer(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source),

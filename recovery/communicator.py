@@ -66,7 +66,7 @@ class Communicator:
             except RuntimeError:
                 return
 
-    def settle(self, workers: set[int], deadline: float) -> None:
+    def quiesce(self, workers: set[int], deadline: float) -> None:
         """Leave the old view: drop what is broken or touches a worker that is not in `workers`. Raises nothing.
 
         Over groups that are kept a sum is started, so that nobody goes on waiting for this worker in one.

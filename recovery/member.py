@@ -102,7 +102,7 @@ class Member:
         times = {"view": time.monotonic()}
         worker.transport.view = view.number
         worker.transport.mailbox.advance(view.number, 0)
-        self.communicator.settle(set(view.workers), deadline)
+        self.communicator.quiesce(set(view.workers), deadline)
         worker.iteration = 0
         worker.exchange = Ballot(self.store, view.number, worker.id, view.workers, self.guided)
         schedules = {purpose: view.schedule(purpose) for purpose in view.schedules}

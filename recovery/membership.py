@@ -59,9 +59,9 @@ def _source(value: Any) -> tuple[int, Span]:
     return whole(worker, "a source"), _span(span)
 
 
-def _shadow(value: Any) -> tuple[Span, int]:
-    span, worker = _pair(value, "a shadow")
-    return _span(span), whole(worker, "a shadow")
+def _backup(value: Any) -> tuple[Span, int]:
+    span, worker = _pair(value, "a backup")
+    return _span(span), whole(worker, "a backup")
 
 
 def _pair(value: Any, what: str) -> Sequence[Any]:
@@ -92,7 +92,7 @@ class View:
     joined: Mapping[int, int] = field(default_factory=dict)
     restores: tuple[Restore, ...] = ()
     rollback: str | None = None
-    shadows: tuple[tuple[Span, int], ...] = ()
+    backups: tuple[tuple[Span, int], ...] = ()
     """(span, worker): copies of a span's state that are kept up to date for recovery, and compute nothing."""
     awaited: Mapping[int, int] = field(default_factory=dict)
     """Workers that are being started and join a later view -> whose place they will take; `places` has them already."""
@@ -105,9 +105,9 @@ class View:
 
 
 def shards_of(view: View, num_layers: int, tied: bool) -> dict[Span, tuple[int, ...]]:
-    """Shard -> all workers that hold its state in `view`: those that compute with it, and its shadows."""
+    """Shard -> all workers that hold its state in `view`: those that compute with it, and its backups."""
     holders = {span: set(workers) for span, workers in view.schedule("train").holders.items()}
-    for span, worker in view.shadows:
+    for span, worker in view.backups:
         holders[span].add(worker)
     return shard_holders({span: tuple(sorted(workers)) for span, workers in holders.items()}, num_layers, tied)
 
@@ -134,7 +134,7 @@ def replace_workers(view: View, lost: tuple[int, ...]) -> View:
         workers=tuple(sorted(moved.get(worker, worker) for worker in view.workers)),
         schedules={purpose: dumps(substitute(loads(text), moved)) for purpose, text in view.schedules.items()},
         joined={**after.joined, **new},
-        shadows=tuple((span, moved.get(worker, worker)) for span, worker in view.shadows),
+        backups=tuple((span, moved.get(worker, worker)) for span, worker in view.backups),
     )
 
 
@@ -193,13 +193,13 @@ def _view(values: Mapping[str, Any], number: int) -> View:
     found = checked(
         values, what, number=int, workers=list, schedules=dict, first_step=int, first_sample=int,
         checkpoint=str | None, details=dict, places=dict, agents=dict, joined=dict, restores=list,
-        rollback=str | None, shadows=list, awaited=dict, next_worker=int,
+        rollback=str | None, backups=list, awaited=dict, next_worker=int,
     )  # fmt: skip
     checked(found["schedules"], f"the schedules of {what}", **dict.fromkeys(found["schedules"], str))
     found["workers"] = listed(found["workers"], f"the workers of {what}", lambda each: whole(each, "a worker"))
     for name in ("places", "agents", "joined", "awaited"):
         found[name] = numbered(found[name], f"{name} of {what}")
-    found["shadows"] = listed(found["shadows"], f"the shadows of {what}", _shadow)
+    found["backups"] = listed(found["backups"], f"the backups of {what}", _backup)
     found["restores"] = listed(found["restores"], f"the restores of {what}", Restore.from_json)
     if found["number"] != number or not set(found["workers"]) <= set(found["places"]):
         raise WireError(f"{what} has number {found['number']}, or workers without a place")

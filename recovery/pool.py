@@ -24,7 +24,7 @@ from pipeline.schedule.ops import B
 from pipeline.schedule.work_units import Slot
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.wire import WireError, checked
-from recovery.dealing import Deal, Dealing
+from recovery.dispatcher import Deal, Dispatcher
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
 from recovery.processes import Exit, Processes, kill
 from recovery.runs import Given, Member, Run
@@ -66,7 +66,7 @@ class Pool:
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._inbox: deque[tuple[str, Any]] = deque()
         self.members: dict[int, Member] = {}
-        self.dealing = Dealing(self.members, self._tell, optimizer, blocks, cost, deal)
+        self.dispatcher = Dispatcher(self.members, self._tell, optimizer, blocks, cost, deal)
         self._losses = Losses(math.inf)
         self._next_worker = 0
         self._reasons: dict[int, tuple[str, bool]] = {}  # why a worker goes, and whether it has said so itself
@@ -92,7 +92,7 @@ class Pool:
         deadline = time.monotonic() + self._deadline_s
         while self._starting and time.monotonic() < deadline:
             self.turn()
-        if not self.dealing.ready:
+        if not self.dispatcher.ready:
             raise NoWorkerLeft(f"no worker came up: {self.last_reason}")
         self._opened = True
 
@@ -120,7 +120,7 @@ class Pool:
             self.turn()
             if time.monotonic() > self._heard + 2 * self._deadline_s:
                 raise TimeoutError(f"nothing was heard for {2 * self._deadline_s:g} s; {self._what_is_left(run)}")
-        self.dealing.active.remove(run)
+        self.dispatcher.active.remove(run)
         self._losses.progress()
         wanted = {(slot.span, m) for slot in run.row if B in slot.kinds for m in slot.microbatches}
         if set(run.committed) != wanted or set(run.committed.values()) - {1}:
@@ -158,11 +158,11 @@ class Pool:
                 raise about
             self._heard = time.monotonic()
             if what == "added":
-                self.dealing.blocks.append(about)
+                self.dispatcher.blocks.append(about)
             else:
                 self.heard[what] = about
         self._look_after()
-        self.dealing.dispatch()
+        self.dispatcher.dispatch()
 
     # ---- messages ----
 
@@ -219,10 +219,10 @@ class Pool:
             told = checked(message, "a result", op=int, m=int, loss=float | None, busy=float)
             if given := member.given.get(told["op"]):
                 self._losses.progress(member.place)
-                self.dealing.op_done(member, given, told["m"], told["loss"], told["busy"])
+                self.dispatcher.op_done(member, given, told["m"], told["loss"], told["busy"])
         elif "recalled" in message:
             if given := member.given.pop(checked(message, "an answer", recalled=int)["recalled"], None):
-                self.dealing.take_back(given)
+                self.dispatcher.take_back(given)
         else:
             told = checked(message, "a result", slot=int, version=int, events=list, held=int)
             if given := member.given.get(told["slot"]):
@@ -230,13 +230,13 @@ class Pool:
 
     def _slot_done(self, member: Member, given: Given, told: dict[str, Any]) -> None:
         """A slot's gradient counts if its block holds what it should; else its writer is not to be trusted."""
-        if lacks := self.dealing.lacks(given):
+        if lacks := self.dispatcher.lacks(given):
             self._reasons[member.id] = f"gave back a gradient that does not count: {lacks}", True
             self._lost(member)
             return
         del member.given[given.id]
         member.most_held = max(member.most_held, told["held"])
-        self.dealing.slot_done(member, given, told["version"], told["events"])
+        self.dispatcher.slot_done(member, given, told["version"], told["events"])
 
     def _tell(self, member: Member, **message: Any) -> None:
         if member.channel is None:
@@ -275,7 +275,7 @@ class Pool:
                 self._reasons.setdefault(member.id, (reason, False))
                 self._lost(member)
         if blocks := self._processes.seen():
-            self.dealing.blocks.extend(blocks)
+            self.dispatcher.blocks.extend(blocks)
             self._heard = time.monotonic()
         for each in self._processes.due():
             self._add_member(each.place, each.tries)
@@ -319,9 +319,9 @@ class Pool:
             replacement=self._next_worker if replaced else None,
         )  # fmt: skip
         if seen is not None:
-            self.dealing.blocks.extend(blocks)
+            self.dispatcher.blocks.extend(blocks)
         for given in member.given.values():
-            self.dealing.put_back(given)
+            self.dispatcher.put_back(given)
         if replaced:
             self._add_member(member.place)
 

@@ -51,9 +51,9 @@ def arrange(home: View, view: View) -> View:
         into[place] = holder
     merged = merge(train, into)
     computed = {(span, worker) for span, workers in merged.holders.items() for worker in workers}
-    shadows = tuple((span, place) for span, place in home.shadows if place in at and (span, place) not in computed)
+    backups = tuple((span, place) for span, place in home.backups if place in at and (span, place) not in computed)
     made = {
-        "train": lower(add_redundant(merged, shadows)),
+        "train": lower(add_redundant(merged, backups)),
         "evaluate": lower(merge(home.schedule("evaluate"), into)),
     }
     for schedule in made.values():
@@ -61,5 +61,5 @@ def arrange(home: View, view: View) -> View:
     return replace(
         view,
         schedules={purpose: dumps(substitute(schedule, at)) for purpose, schedule in made.items()},
-        shadows=tuple((span, at[place]) for span, place in shadows),
+        backups=tuple((span, at[place]) for span, place in backups),
     )

@@ -1,4 +1,4 @@
-"""One warm parent for the whole session, forked before any test has started a thread, and a check for leftovers."""
+"""One forkserver for the whole session, forked before any test has started a thread, and a check for leftovers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import torch
 from hypothesis import settings
 
 from jobs.config import TrainConfig
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.warm import warm_up
 from tests.harness import entry
 
@@ -33,17 +33,17 @@ settings.load_profile("tests")
 
 for _model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
     warm_up(TrainConfig(model=_model))
-_NURSERY = Nursery(entry)
+_FORKSERVER = ForkServer(entry)
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Nursery:
+def forkserver() -> ForkServer:
     """Forks workers that run a function of tests.harness."""
-    return _NURSERY
+    return _FORKSERVER
 
 
 def pytest_unconfigure() -> None:
-    _NURSERY.close()
+    _FORKSERVER.close()
     shutil.rmtree(os.environ["UNBROKEN_CACHE"], ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Real workers for tests: processes forked from a warm parent, joined over a real store and real gloo links.
+"""Real workers for tests: processes forked from a forkserver, joined over a real store and real gloo links.
 
 `run_workers` is the one way in. The reference that results are held against, `plain_training`, is transformers and
 torch in one process; of the engine it uses the initial weights and the mask function, nothing else.
@@ -32,7 +32,7 @@ from jobs.round_train import RoundTrainer
 from jobs.rounds import plan_rounds
 from jobs.text import TextJob
 from launch.config import config_from_dict
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.pool_worker import make_jobs, pool_worker
 from launch.round_train import hosting, make_layout
 from launch.worker_main import build_member, connect
@@ -77,7 +77,7 @@ class Outcome:
 
 
 def entry(payload: dict[str, Any]) -> int:
-    """What a process forked from the warm parent does: run the command line, or be a worker of `run_workers`."""
+    """What a process forked from the forkserver does: run the command line, or be a worker of `run_workers`."""
     if "argv" in payload:
         return _command(payload["argv"], Path(payload["log"]))
     if "pool" in payload:
@@ -138,12 +138,12 @@ class Command:
 
 
 class Started:
-    """`unbroken ...` in a process of its own, forked from the warm parent: no time is lost on imports."""
+    """`unbroken ...` in a process of its own, forked from the forkserver: no time is lost on imports."""
 
-    def __init__(self, nursery: Nursery, log: Path, *argv: str) -> None:
-        self._nursery, self._log = nursery, log
+    def __init__(self, forkserver: ForkServer, log: Path, *argv: str) -> None:
+        self._forkserver, self._log = forkserver, log
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.pid = nursery.start({"argv": list(argv), "log": str(log)})
+        self.pid = forkserver.start({"argv": list(argv), "log": str(log)})
         self._code: int | None = None
 
     def __enter__(self) -> Started:
@@ -151,21 +151,21 @@ class Started:
 
     def __exit__(self, *_: object) -> None:
         if self._code is None:
-            stop(self._nursery, {self.pid: 0})
+            stop(self._forkserver, {self.pid: 0})
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> Command:
         """Its end. Raises AssertionError, with what it said, if that does not come in time."""
         deadline = time.monotonic() + timeout_s
         while self._code is None and time.monotonic() < deadline:
-            self._code = next((e.code for e in self._nursery.poll(0.05) if e.pid == self.pid), None)
+            self._code = next((e.code for e in self._forkserver.poll(0.05) if e.pid == self.pid), None)
         output = self._log.read_text()
         assert self._code is not None, f"not over after {timeout_s:.0f} s; it said: {output[-2000:]}"
         return Command(self._code, output)
 
 
-def run_command(nursery: Nursery, log: Path, *argv: str, timeout_s: float = TIMEOUT_S) -> Command:
+def run_command(forkserver: ForkServer, log: Path, *argv: str, timeout_s: float = TIMEOUT_S) -> Command:
     """Run `unbroken ...` to its end."""
-    with Started(nursery, log, *argv) as started:
+    with Started(forkserver, log, *argv) as started:
         return started.wait(timeout_s)
 
 
@@ -177,7 +177,12 @@ def hosted_store() -> Iterator[tuple[dist.Store, dict[str, Any]]]:
 
 
 def run_workers(
-    nursery: Nursery, config: TrainConfig, model_config: PreTrainedConfig, out: Path, device: str = "cpu", **more: Any
+    forkserver: ForkServer,
+    config: TrainConfig,
+    model_config: PreTrainedConfig,
+    out: Path,
+    device: str = "cpu",
+    **more: Any,
 ) -> Outcome:
     """Train `model_config` for config.steps with real workers. Raises AssertionError when one fails or hangs."""
     out.mkdir(parents=True, exist_ok=True)
@@ -194,28 +199,28 @@ def run_workers(
     )
     with hosted_store() as (store, address):
         payload = {"store": address, "threads": 1, "device": device, "nccl": False, "out": str(out), **more}
-        running = {nursery.start({**payload, "worker": w}): w for w in view.workers}
+        running = {forkserver.start({**payload, "worker": w}): w for w in view.workers}
         publish(store, view)
         deadline = time.monotonic() + TIMEOUT_S
         try:
             while running and time.monotonic() < deadline:
-                for exit_ in nursery.poll(0.05):
+                for exit_ in forkserver.poll(0.05):
                     worker = running.pop(exit_.pid)
                     assert exit_.code == 0, f"worker {worker} {exit_}"
             assert not running, f"workers {sorted(running.values())} did not end"
         finally:
-            stop(nursery, running)
+            stop(forkserver, running)
     return _collect(out, view.workers)
 
 
-def stop(nursery: Nursery, running: dict[int, int]) -> None:
+def stop(forkserver: ForkServer, running: dict[int, int]) -> None:
     """End what still runs."""
     for pid in running:
         with suppress(ProcessLookupError):  # it has ended, and is about to be reported
             os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 5
     while running and time.monotonic() < deadline:
-        for exit_ in nursery.poll(0.05):
+        for exit_ in forkserver.poll(0.05):
             running.pop(exit_.pid, None)
 
 
@@ -240,7 +245,7 @@ def pool_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[s
 
 
 def run_pool(
-    nursery: Nursery, config: TrainConfig, model_config: PreTrainedConfig, out: Path, evaluate: bool = False
+    forkserver: ForkServer, config: TrainConfig, model_config: PreTrainedConfig, out: Path, evaluate: bool = False
 ) -> Outcome:
     """Train `model_config` for config.steps with a pool of stateless workers, hosted by this process."""
     out.mkdir(parents=True, exist_ok=True)
@@ -264,7 +269,7 @@ def run_pool(
         events.append({"event": record["kind"], **record})
 
     try:
-        with hosting(config, store, rounds, nursery, event, lambda _: "cpu") as (optimizer, pool):
+        with hosting(config, store, rounds, forkserver, event, lambda _: "cpu") as (optimizer, pool):
             optimizer.initialise(config.seed, None)
             update = optimizer.update
 
@@ -295,7 +300,7 @@ def run_pool(
                 "events": events,
                 "most_held": most,
                 "rounds": rounds,
-                "speeds": pool.dealing.speeds,
+                "speeds": pool.dispatcher.speeds,
             }
     finally:
         store.close()

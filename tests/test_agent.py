@@ -1,4 +1,4 @@
-"""The supervisor of a machine's workers, alone with a store and a warm parent that does what a test says."""
+"""The supervisor of a machine's workers, alone with a store and a forkserver that does what a test says."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch.distributed as dist
 
 from jobs.train import STOPPED
 from launch.agent import Agent, RunFailed
-from launch.nursery import Exit, NurseryGone, StartError
+from launch.forkserver import Exit, ForkServerGone, StartError
 from launch.signals import stop_signals
 from recovery import keys
 from recovery.membership import EVICTED, View, publish
 
 
 class Full:
-    """A nursery whose machine has no room for a while."""
+    """A forkserver whose machine has no room for a while."""
 
     def __init__(self, refusals: int) -> None:
         self.refusals, self.started = refusals, list[dict[str, Any]]()
@@ -80,7 +80,7 @@ def test_a_worker_for_which_there_is_no_room_at_all_is_a_loss() -> None:
 
 
 class Scripted(Full):
-    """A nursery that tells of the ends that a test puts into it."""
+    """A forkserver that tells of the ends that a test puts into it."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -93,13 +93,13 @@ class Scripted(Full):
 
 
 def watched(tick: Callable[[Agent, Scripted, dist.Store], None]) -> tuple[dist.Store, Callable[[], int]]:
-    nursery, store = Scripted(), dist.HashStore()
-    agent = Agent(0, nursery, store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
+    forkserver, store = Scripted(), dist.HashStore()
+    agent = Agent(0, forkserver, store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
     agent.start()
 
     def run() -> int:
         with stop_signals(agent.asked_to_stop):
-            return agent.supervise(lambda: tick(agent, nursery, store))
+            return agent.supervise(lambda: tick(agent, forkserver, store))
 
     return store, run
 
@@ -111,17 +111,17 @@ def pid_of(agent: Agent, worker: int) -> int:
 def test_an_error_that_others_would_meet_ends_the_run_and_any_other_is_a_loss() -> None:
     ticks = [0]
 
-    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
         ticks[0] += 1
         if ticks[0] == 1:
             keys.report_error(store, 0, keys.ErrorReport("ValueError: here alone", fatal=False))
-            nursery.ends.append(Exit(pid_of(agent, 0), 1))
+            forkserver.ends.append(Exit(pid_of(agent, 0), 1))
         if ticks[0] == 3:
             report = keys.read_loss(store, 0)
             assert report is not None
             assert (report.worker, report.reason, report.told) == (0, "ValueError: here alone", True)
             keys.report_error(store, 1, keys.ErrorReport("NonFiniteLoss: everywhere", fatal=True))
-            nursery.ends.append(Exit(pid_of(agent, 1), 1))
+            forkserver.ends.append(Exit(pid_of(agent, 1), 1))
 
     _, run = watched(tick)
     with pytest.raises(RunFailed, match="worker 1: NonFiniteLoss: everywhere"):
@@ -132,12 +132,12 @@ def test_who_was_evicted_is_nobody_s_loss() -> None:
     """It lives on for a while beside the one that has its place; what it says and how it ends counts for nothing."""
     ticks = [0]
 
-    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
         ticks[0] += 1
         if ticks[0] == 1:
-            nursery.ends.append(Exit(pid_of(agent, 1), EVICTED))
+            forkserver.ends.append(Exit(pid_of(agent, 1), EVICTED))
         if ticks[0] == 4:
-            nursery.ends.append(Exit(pid_of(agent, 0), 0))
+            forkserver.ends.append(Exit(pid_of(agent, 0), 0))
 
     store, run = watched(tick)
     assert run() == 0
@@ -151,14 +151,14 @@ def test_a_signal_becomes_a_state_of_the_run(monkeypatch: pytest.MonkeyPatch, si
     monkeypatch.setattr("launch.agent._send", lambda pids, number: None)  # they are nobody's
     ticks = [0]
 
-    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
         ticks[0] += 1
         if ticks[0] == 2:
             assert not keys.stop_asked(store)
             os.kill(os.getpid(), signum)
         if ticks[0] == 5:
             assert keys.stop_asked(store)
-            nursery.ends += [Exit(pid, STOPPED) for pid in agent.pids]
+            forkserver.ends += [Exit(pid, STOPPED) for pid in agent.pids]
 
     before = signal.signal(signum, signal.default_int_handler)  # it may be ignored here, as under nohup
     try:
@@ -174,13 +174,13 @@ def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ticks = [0]
 
-    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
         ticks[0] += 1
         if ticks[0] == 2:
             os.kill(os.getpid(), signal.SIGHUP)
         if ticks[0] == 4:
             assert not keys.stop_asked(store)
-            nursery.ends += [Exit(pid, 0) for pid in agent.pids]
+            forkserver.ends += [Exit(pid, 0) for pid in agent.pids]
 
     try:
         _, run = watched(tick)
@@ -195,15 +195,15 @@ def test_who_joins_as_the_run_ends_is_not_waited_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("launch.agent._send", lambda pids, number: killed.extend(pids))
     ticks = [0]
 
-    def tick(agent: Agent, nursery: Scripted, store: dist.Store) -> None:
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
         ticks[0] += 1
         if ticks[0] == 1:
             places = {0: 0, 2: 1}
             publish(store, View(2, (0, 2), {}, places=places, agents={0: 0, 1: 0}, joined={2: 1}, next_worker=3))
         if ticks[0] == 3:
-            nursery.ends.append(Exit(pid_of(agent, 0), 0))
+            forkserver.ends.append(Exit(pid_of(agent, 0), 0))
         if ticks[0] > 3 and 2 in (agent.pids.get(pid) for pid in killed):
-            nursery.ends += [Exit(pid, -9) for pid in agent.pids]
+            forkserver.ends += [Exit(pid, -9) for pid in agent.pids]
 
     began = time.monotonic()
     store, run = watched(tick)
@@ -212,10 +212,10 @@ def test_who_joins_as_the_run_ends_is_not_waited_for(monkeypatch: pytest.MonkeyP
     assert keys.newest_loss(store) == b""
 
 
-def test_an_agent_ends_though_its_warm_parent_is_gone() -> None:
+def test_an_agent_ends_though_its_forkserver_is_gone() -> None:
     class Gone(Scripted):
         def poll(self, timeout_s: float) -> list[Exit]:
-            raise NurseryGone("the warm parent has ended unexpectedly")
+            raise ForkServerGone("the forkserver has ended unexpectedly")
 
     agent = Agent(0, Gone(), dist.HashStore(), [], lambda worker, *_: {})  # type: ignore[arg-type]
     agent.pids[2_000_000_000] = 0

@@ -94,7 +94,7 @@ def test_only_what_touches_a_changed_worker_is_rebuilt() -> None:
 
         alive = {0, 1, 2, 4}
         survivors = [a, b, c]
-        together(survivors, lambda m: m.communicator.settle(alive, time.monotonic() + 10))
+        together(survivors, lambda m: m.communicator.quiesce(alive, time.monotonic() + 10))
         new = Member(4, address)
         votes = {m.id: m.communicator.kept() for m in [*survivors, new]}
         assert set(together(survivors, lambda m: m.communicator.agree(votes, time.monotonic() + 10)).values()) == {None}
@@ -128,11 +128,11 @@ def test_a_kept_group_comes_in_step_whoever_saw_a_view_that_the_other_did_not(ah
     with hosted_store() as (_, address):
         members = [Member(w, address) for w in range(2)]
         together(members, enter(1, set(), {(0, 1): (0, 1)}))
-        together(members, lambda m: m.communicator.settle({0, 1}, time.monotonic() + 10))
+        together(members, lambda m: m.communicator.quiesce({0, 1}, time.monotonic() + 10))
         members[ahead].communicator._end((0, 1), time.monotonic() + 10)
         members[ahead].reduced.clear()
         for _ in range(2):  # a view that ends before anybody agrees, and one that does not
-            together(members, lambda m: m.communicator.settle({0, 1}, time.monotonic() + 10))
+            together(members, lambda m: m.communicator.quiesce({0, 1}, time.monotonic() + 10))
         votes = {m.id: m.communicator.kept() for m in members}
         found = together(members, lambda m: m.communicator.agree(votes, time.monotonic() + 10))
         assert set(found.values()) == {None}
@@ -156,7 +156,7 @@ def test_waiting_for_a_member_that_never_comes_is_ended_by_the_next_view() -> No
             assert isinstance(error, LinkError)
             assert "view 2 has begun" in str(error)
         for member in members:
-            together([member], lambda m: m.communicator.settle({0, 1}, time.monotonic() + 5))
+            together([member], lambda m: m.communicator.quiesce({0, 1}, time.monotonic() + 5))
             assert not member.transport.links, "what a view built that was never ready is still there"
 
 

@@ -10,7 +10,7 @@ import pytest
 from jobs.config import ConfigError, TrainConfig
 from jobs.remarks import remarks
 from launch.config import read_toml
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from pipeline.state.optimizer import OptimizerConfig, learning_rate
 from tests.harness import run_command
 from tests.test_cli import exported
@@ -70,13 +70,13 @@ def test_trained_weights_are_not_silently_trained_on_the_standard_library(traine
         TrainConfig(model=str(tmp_path / "model.gguf")).resolved().validate()
 
 
-def test_what_was_resolved_is_kept(nursery: Nursery, trained: str, tmp_path: Path) -> None:
+def test_what_was_resolved_is_kept(forkserver: ForkServer, trained: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a pipeline of workers trains on this. " * 400)
     flags = ["train", "--model", trained, "--workers", "2", "--microbatches", "2", "--sequence-length", "32"]
     flags += ["--steps", "2", "--sample-tokens", "0", "--threads", "1", "--out", str(tmp_path / "run")]
-    refused = run_command(nursery, tmp_path / "log", *flags)
+    refused = run_command(forkserver, tmp_path / "log", *flags)
     assert (refused.code, "unbroken train: data is unset; allowed" in refused.output) == (2, True)
-    done = run_command(nursery, tmp_path / "log", *flags, "--data", str(tmp_path / "text.txt"))
+    done = run_command(forkserver, tmp_path / "log", *flags, "--data", str(tmp_path / "text.txt"))
     assert done.code == 0, done.output
     kept = read_toml(tmp_path / "run" / "config.toml", TrainConfig)
     assert (kept.lr, kept.warmup, kept.data) == (2e-5, 1, str(tmp_path / "text.txt"))

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from pipeline.model.layered import LayeredModel
-from pipeline.runtime.mover import LATER, URGENT, Mover, chunks
+from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine, chunks
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostMemoryError, HostStore, Layout, store_path
@@ -99,7 +99,7 @@ def test_too_little_memory_is_refused_by_numbers(
 
 
 def test_urgent_copies_wait_for_one_chunk_at_most() -> None:
-    mover = Mover(torch.device("cpu"), "test", chunk=1 << 20)
+    mover = CopyEngine(torch.device("cpu"), "test", chunk=1 << 20)
     try:
         source, target = torch.randn(8 << 20), torch.empty(8 << 20)
         small = torch.randn(16), torch.empty(16)
@@ -117,7 +117,7 @@ def test_urgent_copies_wait_for_one_chunk_at_most() -> None:
 
 
 def test_a_copy_that_fails_is_told_where_it_is_waited_for() -> None:
-    mover = Mover(torch.device("cpu"), "test")
+    mover = CopyEngine(torch.device("cpu"), "test")
     try:
         with pytest.raises(RuntimeError, match="size of tensor"):
             mover.move([(torch.empty(3), torch.empty(4))], URGENT).wait(10)

@@ -50,7 +50,7 @@ def test_bytes_of_a_stranger_are_no_value(key: str, data: bytes) -> None:
 @pytest.mark.parametrize("key", READERS)
 @given(values=st.dictionaries(
     st.sampled_from(["worker", "reason", "told", "time", "number", "waiting", "progress", "built", "text", "fatal",
-                     "workers", "schedules", "places", "joined", "restores", "shadows", "error", "kind", "step"]),
+                     "workers", "schedules", "places", "joined", "restores", "backups", "error", "kind", "step"]),
     JSON,
 ))  # fmt: skip
 def test_json_of_a_stranger_is_no_value(key: str, values: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def test_a_view_is_read_as_it_was_written_or_not_at_all() -> None:
     publish(store, view)
     assert read_view(store, 2) == view
     for name, wrong in {
-        "workers": [0, 9], "number": 3, "places": {"a": 0}, "restores": [{"worker": 0}], "shadows": [[[0, 1]]],
+        "workers": [0, 9], "number": 3, "places": {"a": 0}, "restores": [{"worker": 0}], "backups": [[[0, 1]]],
         "schedules": {"train": 7}, "details": None, "next_worker": "4",
     }.items():  # fmt: skip
         fields = {**json.loads(store.get("view/2")), name: wrong}

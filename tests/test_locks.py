@@ -11,7 +11,7 @@ import pytest
 
 import pipeline.locks
 from jobs.config import ConfigError
-from launch.claim import Claim
+from launch.run_lock import RunLock
 from pipeline.locks import lock, unlock
 
 
@@ -55,7 +55,7 @@ def test_a_run_folder_is_claimed_by_one_at_a_time_under_a_rush(tmp_path: Path) -
     def rush() -> None:
         for _ in range(60):
             try:
-                claim = Claim(tmp_path / "run")
+                claim = RunLock(tmp_path / "run")
             except ConfigError:
                 continue
             with guard:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedConfi
 from jobs.config import ConfigError, TrainConfig
 from jobs.plan import make_plan
 from launch.config import read_toml
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.round_train import make_layout
 from pipeline.model.layered import LayeredModel, ModelError
 from pipeline.model.lora import Lora, is_adapter
@@ -74,20 +74,20 @@ def check(found: Outcome, expected: Outcome, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.long)])
-def test_equals_peft_with_every_number_of_workers(nursery: Nursery, tmp_path: Path, model: str) -> None:
-    one, three = (run_pool(nursery, config(workers=n), MODELS[model], tmp_path / str(n), True) for n in (1, 3))
+def test_equals_peft_with_every_number_of_workers(forkserver: ForkServer, tmp_path: Path, model: str) -> None:
+    one, three = (run_pool(forkserver, config(workers=n), MODELS[model], tmp_path / str(n), True) for n in (1, 3))
     check(one, reference(model), model)
     assert same_bits(one, three)
     evaluated = [[e["loss"] for e in run.details[0]["events"] if e["event"] == "evaluation"] for run in (one, three)]
     assert evaluated[0] == evaluated[1]
 
 
-def test_small_spans_down_to_the_frozen_embedding(nursery: Nursery, tmp_path: Path) -> None:
+def test_small_spans_down_to_the_frozen_embedding(forkserver: ForkServer, tmp_path: Path) -> None:
     """The lowest backward span and the fused one hold nothing that is trained."""
     wide = LayeredModel(MODELS["llama"]).config
     wide.vocab_size = 8000  # no other layer fits into a MiB beside the embedding, or the head
     small = config(workers=2, span_mib=1, lora_targets="q_proj,v_proj")
-    found = run_pool(nursery, small, wide, tmp_path)
+    found = run_pool(forkserver, small, wide, tmp_path)
     cut = found.details[0]["rounds"].cut
     assert (cut.fused, cut.backward[-1]) == ((7, 8), (0, 1))
     expected = plain_training(small, wide)
@@ -95,16 +95,16 @@ def test_small_spans_down_to_the_frozen_embedding(nursery: Nursery, tmp_path: Pa
     assert relative_difference(adapters(found.weights), expected.weights) <= TOLERANCE
 
 
-def test_one_step_behind_equals_a_delayed_reference(nursery: Nursery, tmp_path: Path) -> None:
-    found = run_pool(nursery, config(workers=2, optimizer_async=True), MODELS["gpt2"], tmp_path)
+def test_one_step_behind_equals_a_delayed_reference(forkserver: ForkServer, tmp_path: Path) -> None:
+    found = run_pool(forkserver, config(workers=2, optimizer_async=True), MODELS["gpt2"], tmp_path)
     check(found, reference("gpt2", behind=True), "gpt2")
 
 
 @pytest.mark.parametrize("fault", ["kill:worker=1,step=3,at=backward", "nan:worker=1,step=3,at=backward"])
-def test_a_fault_changes_no_bit(nursery: Nursery, tmp_path: Path, fault: str) -> None:
-    hurt = run_pool(nursery, config(workers=2, rule="round_robin", inject=fault), MODELS["llama"], tmp_path / "hurt")
+def test_a_fault_changes_no_bit(forkserver: ForkServer, tmp_path: Path, fault: str) -> None:
+    hurt = run_pool(forkserver, config(workers=2, rule="round_robin", inject=fault), MODELS["llama"], tmp_path / "hurt")
     assert {"detected", "not_finite"} & {event["event"] for event in hurt.details[0]["events"]}
-    assert same_bits(hurt, run_pool(nursery, config(workers=2), MODELS["llama"], tmp_path / "calm"))
+    assert same_bits(hurt, run_pool(forkserver, config(workers=2), MODELS["llama"], tmp_path / "calm"))
 
 
 # ---- names, places and first values ----
@@ -160,10 +160,10 @@ def lora_arguments(out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run without failures."""
     out = tmp_path_factory.mktemp("lora") / "whole"
-    done = run_command(nursery, out.with_name("log"), *lora_arguments(out))
+    done = run_command(forkserver, out.with_name("log"), *lora_arguments(out))
     assert done.code == 0, done.output
     assert "in adapters of rank 4" in done.output
     return out
@@ -185,12 +185,12 @@ def test_what_is_exported_is_what_peft_computes(whole: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(nursery: Nursery, tmp_path: Path, whole: Path) -> None:
+def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(forkserver: ForkServer, tmp_path: Path, whole: Path) -> None:
     kills = ";".join(f"kill:worker={w},step=6,at=order" for w in range(2))
     lost = lora_arguments(tmp_path / "lost", "--rule", "round_robin", "--max-failures", "0")
-    ended = run_command(nursery, tmp_path / "log", *lost, "--inject", kills)
+    ended = run_command(forkserver, tmp_path / "log", *lost, "--inject", kills)
     assert ended.code == 1, ended.output
-    again = run_command(nursery, tmp_path / "log", *lost, "--resume")
+    again = run_command(forkserver, tmp_path / "log", *lost, "--resume")
     assert again.code == 0, again.output
     assert equal(weights_of(whole), weights_of(tmp_path / "lost"))
     saved = read_toml(tmp_path / "lost" / "config.toml", TrainConfig)

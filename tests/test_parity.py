@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from jobs.config import TrainConfig
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from schedulers import PLANNERS
 from tests.harness import Outcome, plain_training, relative_difference, run_workers
 
@@ -64,16 +64,16 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("scheduler", "workers", "replicas", "model"), LAYOUTS)
 def test_equals_plain_torch(
-    nursery: Nursery, tmp_path: Path, scheduler: str, workers: int, replicas: int, model: str
+    forkserver: ForkServer, tmp_path: Path, scheduler: str, workers: int, replicas: int, model: str
 ) -> None:
     config = settings(scheduler=scheduler, workers=workers, replicas=replicas)
-    check(run_workers(nursery, config, MODELS[model], tmp_path), reference(model))
+    check(run_workers(forkserver, config, MODELS[model], tmp_path), reference(model))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_head_with_embedding(nursery: Nursery, tmp_path: Path, model: str) -> None:
+def test_head_with_embedding(forkserver: ForkServer, tmp_path: Path, model: str) -> None:
     config = settings(workers=4, replicas=2, ends="home")
-    check(run_workers(nursery, config, MODELS[model], tmp_path), reference(model))
+    check(run_workers(forkserver, config, MODELS[model], tmp_path), reference(model))
 
 
 @pytest.mark.parametrize(
@@ -84,26 +84,26 @@ def test_head_with_embedding(nursery: Nursery, tmp_path: Path, model: str) -> No
         pytest.param("balanced", "gpt2", marks=pytest.mark.long),
     ],
 )  # fmt: skip
-def test_recomputation_changes_nothing(nursery: Nursery, tmp_path: Path, scheduler: str, model: str) -> None:
+def test_recomputation_changes_nothing(forkserver: ForkServer, tmp_path: Path, scheduler: str, model: str) -> None:
     config = settings(scheduler=scheduler, recompute=True)
-    check(run_workers(nursery, config, MODELS[model], tmp_path), reference(model))
+    check(run_workers(forkserver, config, MODELS[model], tmp_path), reference(model))
 
 
-def test_microbatches_that_are_no_multiple_of_the_stages(nursery: Nursery, tmp_path: Path) -> None:
+def test_microbatches_that_are_no_multiple_of_the_stages(forkserver: ForkServer, tmp_path: Path) -> None:
     config = settings(scheduler="interleaved", workers=4, microbatches=5)
-    check(run_workers(nursery, config, MODELS["llama"], tmp_path), reference("llama", microbatches=5))
+    check(run_workers(forkserver, config, MODELS["llama"], tmp_path), reference("llama", microbatches=5))
 
 
-def test_a_rerun_is_bitwise_equal(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_rerun_is_bitwise_equal(forkserver: ForkServer, tmp_path: Path) -> None:
     config = settings(workers=4, replicas=2)
-    runs = [run_workers(nursery, config, MODELS["gpt2"], tmp_path / str(n)) for n in range(2)]
+    runs = [run_workers(forkserver, config, MODELS["gpt2"], tmp_path / str(n)) for n in range(2)]
     assert runs[0].losses == runs[1].losses
     assert all(torch.equal(runs[0].weights[n], runs[1].weights[n]) for n in runs[0].weights)
 
 
-def test_bfloat16_keeps_float32_masters(nursery: Nursery, tmp_path: Path) -> None:
+def test_bfloat16_keeps_float32_masters(forkserver: ForkServer, tmp_path: Path) -> None:
     """Autocast rounds activations to 8 bits, so this stays near fp32 and moves weights by less than bf16 can."""
-    found = run_workers(nursery, settings(dtype="bfloat16"), MODELS["llama"], tmp_path)
+    found = run_workers(forkserver, settings(dtype="bfloat16"), MODELS["llama"], tmp_path)
     assert all(t.dtype == torch.float32 for t in found.weights.values())
     assert any(not torch.equal(t, t.bfloat16().float()) for t in found.weights.values())
     expected = reference("llama")
@@ -119,9 +119,9 @@ def test_bfloat16_keeps_float32_masters(nursery: Nursery, tmp_path: Path) -> Non
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("scheduler", PLANNERS)
 def test_equals_plain_torch_on_cuda(
-    nursery: Nursery, tmp_path: Path, scheduler: str, workers: int, replicas: int, model: str
+    forkserver: ForkServer, tmp_path: Path, scheduler: str, workers: int, replicas: int, model: str
 ) -> None:
     """Workers share the first device; links go through pinned host memory."""
     config = settings(scheduler=scheduler, workers=workers, replicas=replicas)
-    found = run_workers(nursery, config, MODELS[model], tmp_path, device="cuda:0")
+    found = run_workers(forkserver, config, MODELS[model], tmp_path, device="cuda:0")
     check(found, reference(model, "cuda"), tolerance=2e-5)

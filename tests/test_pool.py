@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.config import TrainConfig
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from recovery.pool import NoWorkerLeft
 from tests.harness import Outcome, Started, plain_training, run_command, run_pool
 from tests.test_parity import MODELS, check, settings
@@ -36,11 +36,11 @@ def reference(model: str, behind: bool = False) -> Outcome:
 _calm: dict[tuple[Any, ...], Outcome] = {}
 
 
-def calm(nursery: Nursery, out: Path, model: str = "llama", **changes: Any) -> Outcome:
+def calm(forkserver: ForkServer, out: Path, model: str = "llama", **changes: Any) -> Outcome:
     """The run without failures, made once."""
     key = (model, *sorted(changes.items()))
     if key not in _calm:
-        _calm[key] = run_pool(nursery, config(**changes), MODELS[model], out / "calm")
+        _calm[key] = run_pool(forkserver, config(**changes), MODELS[model], out / "calm")
     return _calm[key]
 
 
@@ -62,17 +62,17 @@ CHOSEN = {(1, "llama"), (2, "gpt2"), (4, "llama")}
     ],
 )
 def test_equals_plain_torch_and_every_other_number_of_workers(
-    nursery: Nursery, tmp_path: Path, workers: int, model: str
+    forkserver: ForkServer, tmp_path: Path, workers: int, model: str
 ) -> None:
-    found = run_pool(nursery, config(workers=workers), MODELS[model], tmp_path / "run")
+    found = run_pool(forkserver, config(workers=workers), MODELS[model], tmp_path / "run")
     check(found, reference(model))
-    assert same_bits(found, calm(nursery, tmp_path, model))
+    assert same_bits(found, calm(forkserver, tmp_path, model))
     assert found.details[0]["most_held"] <= 2
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_one_step_behind_equals_a_delayed_reference(nursery: Nursery, tmp_path: Path, workers: int) -> None:
-    found = run_pool(nursery, config(workers=workers, optimizer_async=True), MODELS["llama"], tmp_path)
+def test_one_step_behind_equals_a_delayed_reference(forkserver: ForkServer, tmp_path: Path, workers: int) -> None:
+    found = run_pool(forkserver, config(workers=workers, optimizer_async=True), MODELS["llama"], tmp_path)
     check(found, reference("llama", behind=True))
     steps = [event for event in found.details[0]["events"] if event["event"] == "step"]
     assert [event["version"] for event in steps] == [max(0, step - 1) for step in range(STEPS)]
@@ -82,16 +82,16 @@ POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "commi
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_killed_workers_change_no_bit(nursery: Nursery, tmp_path: Path, behind: bool) -> None:
+def test_killed_workers_change_no_bit(forkserver: ForkServer, tmp_path: Path, behind: bool) -> None:
     """One at every point of its work, each in a step of its own; the later ones have taken the places of others."""
     kills = ";".join(f"kill:worker={w},step={3 * w + 1},at={at}" for w, at in enumerate(POINTS))
     changes: dict[str, Any] = {"steps": 3 * len(POINTS) + 1, "optimizer_async": behind}
     killed = config(workers=3, rule="round_robin", inject=kills, **changes)
-    found = run_pool(nursery, killed, MODELS["llama"], tmp_path / "killed")
+    found = run_pool(forkserver, killed, MODELS["llama"], tmp_path / "killed")
     events = found.details[0]["events"]
     assert [event["at"] for event in events if event["event"] == "fault"] == list(POINTS)
     assert sum(event["event"] == "detected" for event in events) == len(POINTS)
-    assert same_bits(found, calm(nursery, tmp_path, **changes))
+    assert same_bits(found, calm(forkserver, tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -102,34 +102,36 @@ def test_killed_workers_change_no_bit(nursery: Nursery, tmp_path: Path, behind: 
         ("cut:worker=1,step=3,at=forward", "closed its connection"),
     ],
 )
-def test_other_ways_to_be_lost_change_no_bit(nursery: Nursery, tmp_path: Path, inject: str, reason: str) -> None:
+def test_other_ways_to_be_lost_change_no_bit(forkserver: ForkServer, tmp_path: Path, inject: str, reason: str) -> None:
     lost = config(workers=3, rule="round_robin", inject=inject, deadline=4.0)
-    found = run_pool(nursery, lost, MODELS["llama"], tmp_path / "lost")
+    found = run_pool(forkserver, lost, MODELS["llama"], tmp_path / "lost")
     detected = [event for event in found.details[0]["events"] if event["event"] == "detected"]
     assert len(detected) == 1
     assert reason in detected[0]["reason"]
-    assert same_bits(found, calm(nursery, tmp_path))
+    assert same_bits(found, calm(forkserver, tmp_path))
 
 
-def test_two_at_once_and_the_last_one_but_one(nursery: Nursery, tmp_path: Path) -> None:
+def test_two_at_once_and_the_last_one_but_one(forkserver: ForkServer, tmp_path: Path) -> None:
     kills = ";".join(f"kill:worker={w},step={2 + w // 2},at=backward" for w in range(3))
-    found = run_pool(nursery, config(workers=4, rule="round_robin", inject=kills), MODELS["llama"], tmp_path / "killed")
+    found = run_pool(
+        forkserver, config(workers=4, rule="round_robin", inject=kills), MODELS["llama"], tmp_path / "killed"
+    )
     assert sum(event["event"] == "detected" for event in found.details[0]["events"]) == 3
-    assert same_bits(found, calm(nursery, tmp_path))
+    assert same_bits(found, calm(forkserver, tmp_path))
 
 
-def test_a_gradient_that_is_not_a_number_is_computed_again(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_a_number_is_computed_again(forkserver: ForkServer, tmp_path: Path) -> None:
     poisoned = config(workers=2, rule="round_robin", inject="nan:worker=1,step=3,at=backward")
-    found = run_pool(nursery, poisoned, MODELS["llama"], tmp_path / "poisoned")
+    found = run_pool(forkserver, poisoned, MODELS["llama"], tmp_path / "poisoned")
     assert "not_finite" in [event["event"] for event in found.details[0]["events"]]
-    assert same_bits(found, calm(nursery, tmp_path))
+    assert same_bits(found, calm(forkserver, tmp_path))
 
 
-def test_who_joins_is_used_from_the_next_iteration(nursery: Nursery, tmp_path: Path) -> None:
+def test_who_joins_is_used_from_the_next_iteration(forkserver: ForkServer, tmp_path: Path) -> None:
     killed = config(
         workers=2, rule="round_robin", steps=60, inject="kill:worker=1,step=2,at=forward", data="random-tokens, late"
     )
-    found = run_pool(nursery, killed, MODELS["llama"], tmp_path)
+    found = run_pool(forkserver, killed, MODELS["llama"], tmp_path)
     events = found.details[0]["events"]
     names = [event["event"] for event in events]
     first = names.index("joined")
@@ -138,24 +140,24 @@ def test_who_joins_is_used_from_the_next_iteration(nursery: Nursery, tmp_path: P
     assert {"0"} in [set(event["lanes"]) for event in events[:first] if event["event"] == "timeline"]
 
 
-def test_with_no_worker_left_the_run_ends_by_name(nursery: Nursery, tmp_path: Path) -> None:
+def test_with_no_worker_left_the_run_ends_by_name(forkserver: ForkServer, tmp_path: Path) -> None:
     kills = "kill:worker=0,step=2,at=forward;kill:worker=1,step=2,at=forward"
     lost = config(workers=2, rule="round_robin", max_failures=0, inject=kills)
     with pytest.raises(NoWorkerLeft, match=r"no worker is left: the last one, \d, was killed by SIGKILL; --resume"):
-        run_pool(nursery, lost, MODELS["llama"], tmp_path)
+        run_pool(forkserver, lost, MODELS["llama"], tmp_path)
 
 
-def test_a_slow_worker_is_known_and_changes_no_bit(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_slow_worker_is_known_and_changes_no_bit(forkserver: ForkServer, tmp_path: Path) -> None:
     slow = config(workers=3, inject="slow:worker=2,step=0,at=order,factor=6")
-    found = run_pool(nursery, slow, MODELS["llama"], tmp_path / "slow")
+    found = run_pool(forkserver, slow, MODELS["llama"], tmp_path / "slow")
     speeds = found.details[0]["speeds"]
     assert speeds[2] < 0.5 * min(speeds[0], speeds[1])
-    assert same_bits(found, calm(nursery, tmp_path))
+    assert same_bits(found, calm(forkserver, tmp_path))
 
 
-def test_bfloat16_and_many_small_spans(nursery: Nursery, tmp_path: Path) -> None:
+def test_bfloat16_and_many_small_spans(forkserver: ForkServer, tmp_path: Path) -> None:
     small = config(workers=2, dtype="bfloat16", span_mib=1, at_once=1)
-    found = run_pool(nursery, small, MODELS["gpt2"], tmp_path, evaluate=True)
+    found = run_pool(forkserver, small, MODELS["gpt2"], tmp_path, evaluate=True)
     plain = reference("gpt2")
     assert found.losses == pytest.approx(plain.losses, rel=2e-2)
     held_out = [event for event in found.details[0]["events"] if event["event"] == "evaluation"]
@@ -183,16 +185,16 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("behind", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(nursery: Nursery, tmp_path: Path, behind: bool) -> None:
+def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(forkserver: ForkServer, tmp_path: Path, behind: bool) -> None:
     flags = ["--optimizer-async"] if behind else []
-    whole = run_command(nursery, tmp_path / "log", *arguments(tmp_path / "whole", *flags))
+    whole = run_command(forkserver, tmp_path / "log", *arguments(tmp_path / "whole", *flags))
     assert whole.code == 0, whole.output
     kills = ";".join(f"kill:worker={w},step=6,at=order" for w in range(2))
     lost = arguments(tmp_path / "lost", *flags, "--rule", "round_robin", "--max-failures", "0")
-    ended = run_command(nursery, tmp_path / "log", *lost, "--inject", kills)
+    ended = run_command(forkserver, tmp_path / "log", *lost, "--inject", kills)
     assert ended.code == 1
     assert "no worker is left" in ended.output
-    again = run_command(nursery, tmp_path / "log", *lost, "--resume")
+    again = run_command(forkserver, tmp_path / "log", *lost, "--resume")
     assert again.code == 0, again.output
     assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "lost"))
     metrics = [json.loads(line) for line in (tmp_path / "lost" / "metrics.jsonl").read_text().splitlines()]
@@ -203,22 +205,22 @@ def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(nursery: Nursery, tmp_p
     assert (tmp_path / "lost" / "timeline.svg").is_file()
 
 
-def test_checkpoints_are_those_of_every_scheduler(nursery: Nursery, tmp_path: Path) -> None:
+def test_checkpoints_are_those_of_every_scheduler(forkserver: ForkServer, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for number, scheduler in enumerate(("roundpipe", "one_f_one_b", "roundpipe")):
         flags = arguments(out, "--scheduler", scheduler, "--steps", str(4 * (number + 1)))
-        done = run_command(nursery, tmp_path / "log", *flags, *(["--resume"] if number else []))
+        done = run_command(forkserver, tmp_path / "log", *flags, *(["--resume"] if number else []))
         assert done.code == 0, done.output
-    whole = run_command(nursery, tmp_path / "log", *arguments(tmp_path / "whole", "--lr", "0.002"))
+    whole = run_command(forkserver, tmp_path / "log", *arguments(tmp_path / "whole", "--lr", "0.002"))
     assert whole.code == 0, whole.output
     ours, theirs = weights_of(out), weights_of(tmp_path / "whole")
     # the rate's schedule depends on the steps that were asked for, so the weights are near and not the same
     assert all((ours[name] - theirs[name]).abs().max() < 0.05 for name in ours)
 
 
-def test_sigterm_saves_and_resume_goes_on(nursery: Nursery, tmp_path: Path) -> None:
+def test_sigterm_saves_and_resume_goes_on(forkserver: ForkServer, tmp_path: Path) -> None:
     flags = arguments(tmp_path / "run", "--steps", "400", "--checkpoint-every", "0", "--evaluate-every", "0")
-    with Started(nursery, tmp_path / "log", *flags) as started:
+    with Started(forkserver, tmp_path / "log", *flags) as started:
         deadline = time.monotonic() + 60
         while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -230,13 +232,13 @@ def test_sigterm_saves_and_resume_goes_on(nursery: Nursery, tmp_path: Path) -> N
     assert len(saved) == 1
     step = int(saved[0].name.split("-")[1])
     flags[flags.index("400")] = str(step + 2)
-    again = run_command(nursery, tmp_path / "log", *flags, "--resume")
+    again = run_command(forkserver, tmp_path / "log", *flags, "--resume")
     assert again.code == 0, again.output
 
 
-def test_the_end_of_the_warm_parent_ends_the_run_by_name(nursery: Nursery, tmp_path: Path) -> None:
+def test_the_end_of_the_forkserver_ends_the_run_by_name(forkserver: ForkServer, tmp_path: Path) -> None:
     flags = arguments(tmp_path / "run", "--steps", "400", "--checkpoint-every", "0", "--evaluate-every", "0")
-    with Started(nursery, tmp_path / "log", *flags) as started:
+    with Started(forkserver, tmp_path / "log", *flags) as started:
         deadline = time.monotonic() + 60
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
@@ -245,7 +247,7 @@ def test_the_end_of_the_warm_parent_ends_the_run_by_name(nursery: Nursery, tmp_p
         warm.kill()
         ended = started.wait()
     assert ended.code == 1, ended.output
-    assert "the warm parent has ended unexpectedly" in ended.output
+    assert "the forkserver has ended unexpectedly" in ended.output
     assert "Traceback" not in ended.output
 
 
@@ -260,14 +262,14 @@ def test_the_end_of_the_warm_parent_ends_the_run_by_name(nursery: Nursery, tmp_p
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
-    nursery: Nursery, tmp_path: Path, flags: list[str], said: str
+    forkserver: ForkServer, tmp_path: Path, flags: list[str], said: str
 ) -> None:
-    refused = run_command(nursery, tmp_path / "log", *arguments(tmp_path / "run", *flags))
+    refused = run_command(forkserver, tmp_path / "log", *arguments(tmp_path / "run", *flags))
     assert refused.code == 2
     assert said in refused.output
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeeds_adam_equals_plain_torch(nursery: Nursery, tmp_path: Path) -> None:
+def test_deepspeeds_adam_equals_plain_torch(forkserver: ForkServer, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    check(run_pool(nursery, config(workers=2, cpu_adam="deepspeed"), MODELS["llama"], tmp_path), reference("llama"))
+    check(run_pool(forkserver, config(workers=2, cpu_adam="deepspeed"), MODELS["llama"], tmp_path), reference("llama"))

@@ -133,7 +133,7 @@ class Host:
 
     def iteration(self, microbatches: int = 4, step: int = 0) -> Run:
         row = slots(CUT, microbatches, 2, by_stage=True)
-        run = self.pool.dealing.submit(row, (2,), step=step, job="train", source="param", version=0)
+        run = self.pool.dispatcher.submit(row, (2,), step=step, job="train", source="param", version=0)
         self.pool.finish(run)
         return run
 
@@ -199,7 +199,7 @@ def test_a_block_whose_writer_was_not_seen_to_end_goes_to_nobody(hosts: Any, mon
     lost = host.pool.members[0]
     host.machine.hidden.add(lost.pid)
     row = slots(Cut((), (0, 4), ()), 12, 2, by_stage=True)  # every slot has a block, and each worker two of them
-    run = host.pool.dealing.submit(row, (2,), step=0, job="train", source="param", version=0)
+    run = host.pool.dispatcher.submit(row, (2,), step=0, job="train", source="param", version=0)
     processes, deadline = host.pool._processes, time.monotonic() + 10
     while not processes.unseen and time.monotonic() < deadline:
         host.pool.turn()
@@ -208,7 +208,7 @@ def test_a_block_whose_writer_was_not_seen_to_end_goes_to_nobody(hosts: Any, mon
     while run.left and time.monotonic() < deadline:
         host.pool.turn()
         given = {g.block for member in host.pool.members.values() for g in member.given.values()}
-        assert not held & {*host.pool.dealing.blocks, *given, *host.added[before:]}
+        assert not held & {*host.pool.dispatcher.blocks, *given, *host.added[before:]}
     host.pool._deadline_s = 0.2
     with pytest.raises(TimeoutError, match=rf"processes \[{lost.pid}\] were ended, and have not been seen to end"):
         host.pool.finish(run)
@@ -216,7 +216,7 @@ def test_a_block_whose_writer_was_not_seen_to_end_goes_to_nobody(hosts: Any, mon
     host.machine.hidden.clear()
     host.pool.finish(run)
     assert not processes.unseen
-    assert len(host.pool.dealing.blocks) == 12, "in the end they are all there again"
+    assert len(host.pool.dispatcher.blocks) == 12, "in the end they are all there again"
 
 
 def test_a_gradient_that_lacks_a_microbatch_does_not_count_and_its_writer_is_ended(hosts: Any) -> None:
@@ -276,7 +276,7 @@ def test_workers_that_are_killed_while_they_have_nothing_to_do_prove_nothing(hos
     host = hosts({"deaf": True}, {}, deadline_s=60.0)
     host.pool.open(2)
     row = slots(CUT, 4, 2, by_stage=True)
-    host.pool.dealing.submit(row, (2,), step=0, job="train", source="param", version=0)
+    host.pool.dispatcher.submit(row, (2,), step=0, job="train", source="param", version=0)
 
     def idle() -> Any:
         return next((m for m in host.pool.members.values() if m.id > 0 and m.channel is not None and not m.given), None)
@@ -296,7 +296,7 @@ def test_a_machine_without_room_is_asked_again_and_the_others_go_on(hosts: Any) 
     host = hosts({})
     host.machine.refusals = 2
     host.pool.open(2)
-    assert len(host.pool.dealing.ready) == 2
+    assert len(host.pool.dispatcher.ready) == 2
     assert [each["reason"] for each in host.named("not_started")] == [
         "could not be started: Cannot allocate memory"
     ] * 2

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from jobs.data import Dataset
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from pipeline.model.weights import preset
 from pipeline.state.optimizer import OptimizerConfig, decay_groups, learning_rate
 from recovery import checkpoint
@@ -60,8 +60,8 @@ def same_weights(a: Path, b: Path) -> bool:
     return set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def train(nursery: Nursery, out: Path, *more: str, timeout_s: float = 60.0) -> Command:
-    done = run_command(nursery, out.with_suffix(".log"), *settings(out, *more), timeout_s=timeout_s)
+def train(forkserver: ForkServer, out: Path, *more: str, timeout_s: float = 60.0) -> Command:
+    done = run_command(forkserver, out.with_suffix(".log"), *settings(out, *more), timeout_s=timeout_s)
     assert done.code == 0, done.output
     return done
 
@@ -77,13 +77,13 @@ def whole_ledger(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def calm(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def calm(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The runs without a failure, by layout."""
     root = tmp_path_factory.mktemp("calm")
     layouts = {"line": ["--workers", "4"], "replicas": ["--workers", "4", "--replicas", "2"]}
     layouts["plus"] = ["--workers", "5", "--recovery", "checkfree+", "--model", str(_eight_blocks(root))]
     for name, flags in layouts.items():
-        train(nursery, root / name, *flags)
+        train(forkserver, root / name, *flags)
     return {name: root / name for name in layouts}
 
 
@@ -96,11 +96,11 @@ def _eight_blocks(root: Path) -> Path:
 
 
 def test_killed_replicas_are_replaced_and_nothing_of_the_run_changes(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path
 ) -> None:
     """One at every point of a step, the last of them one that has taken another's place."""
     kills = ";".join(f"kill:worker={worker},step={3 + 2 * worker},at={at}" for worker, at in enumerate(POINTS))
-    done = train(nursery, out := tmp_path / "run", "--workers", "4", "--replicas", "2", "--inject", kills)
+    done = train(forkserver, out := tmp_path / "run", "--workers", "4", "--replicas", "2", "--inject", kills)
     assert done.output.count("was killed by SIGKILL") == len(POINTS)
     assert [event["remedy"] for event in events(out, "remedy")] == ["replica"] * len(POINTS)
     assert [event["at"] for event in events(out, "fault")] == list(POINTS)
@@ -110,26 +110,26 @@ def test_killed_replicas_are_replaced_and_nothing_of_the_run_changes(
 
 
 def test_a_loss_after_the_checkpoint_that_a_run_began_with_is_gone_is_like_any_other(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path
 ) -> None:
     flags = ["--workers", "4", "--replicas", "2", "--keep", "1"]
     once = ["--max-failures", "0", "--inject", "kill:worker=0,step=7"]
-    done = run_command(nursery, tmp_path / "log", *settings(out := tmp_path / "run", *flags, *once), timeout_s=60.0)
+    done = run_command(forkserver, tmp_path / "log", *settings(out := tmp_path / "run", *flags, *once), timeout_s=60.0)
     assert done.code == 1, done.output
     kills = "kill:worker=1,step=9,at=backward;kill:worker=2,step=11,at=forward"
     more = ["--resume", "--checkpoint-every", "2", "--max-failures", "9", "--inject", kills]
-    assert "resuming at step 5" in train(nursery, out, *flags, *more).output
+    assert "resuming at step 5" in train(forkserver, out, *flags, *more).output
     assert [event["remedy"] for event in events(out, "remedy")][-2:] == ["replica"] * 2
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000014"]
     whole_ledger(out)
     assert same_weights(out, calm["replicas"])
 
 
-def test_rollbacks_replay_to_the_same_weights(nursery: Nursery, calm: dict[str, Path], tmp_path: Path) -> None:
+def test_rollbacks_replay_to_the_same_weights(forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path) -> None:
     """To the start of the run and to checkpoints, from every point of a step; one of them comes while they replay."""
     steps = (3, 6, 7, 11, 12)
     kills = ";".join(f"kill:worker={w},step={s},at={at}" for w, (s, at) in enumerate(zip(steps, POINTS, strict=True)))
-    done = train(nursery, out := tmp_path / "run", "--workers", "4", "--recovery", "checkpoint", "--inject", kills)
+    done = train(forkserver, out := tmp_path / "run", "--workers", "4", "--recovery", "checkpoint", "--inject", kills)
     to = [event["to"] for event in events(out, "rolled_back")]
     assert to == ["start", "step-00000005", "step-00000005", "step-00000010", "step-00000010"]
     assert done.output.count("timeline.svg") == 1, "a picture that was drawn again is one picture"
@@ -144,12 +144,12 @@ def test_rollbacks_replay_to_the_same_weights(nursery: Nursery, calm: dict[str, 
 
 @pytest.mark.parametrize("worker", [0, 1])
 def test_the_embedding_and_the_head_come_back_bit_for_bit(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, worker: int
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path, worker: int
 ) -> None:
     """Worker 0 computes them, worker 1 keeps a copy (and its own blocks become those of its twin)."""
     model = str(_eight_blocks(tmp_path))
     flags = ["--workers", "5", "--recovery", "checkfree+", "--model", model]
-    train(nursery, out := tmp_path / "run", *flags, "--inject", f"kill:worker={worker},step=7,at=backward")
+    train(forkserver, out := tmp_path / "run", *flags, "--inject", f"kill:worker={worker},step=7,at=backward")
     (resumed,) = events(out, "resumed")
     restored = {tuple(span): remedy for _, span, remedy in resumed["restores"]}
     assert restored[0, 1] == restored[9, 10] == "replica"
@@ -170,10 +170,10 @@ def test_the_embedding_and_the_head_come_back_bit_for_bit(
     ],
 )
 def test_every_fault_ends_in_the_weights_of_the_run_without_it(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, fault: str, more: list[str], detected: str | None
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path, fault: str, more: list[str], detected: str | None
 ) -> None:
     flags = ["--workers", "4", "--recovery", "checkpoint", "--inject", fault, *more]
-    done = train(nursery, out := tmp_path / "run", *flags)
+    done = train(forkserver, out := tmp_path / "run", *flags)
     assert len(events(out, "fault")) == fault.count(";") + 1, "not every fault has happened"
     if detected is None:
         assert not events(out, "detected")
@@ -185,10 +185,10 @@ def test_every_fault_ends_in_the_weights_of_the_run_without_it(
 
 @pytest.mark.parametrize(("at", "worker"), [("forward", 0), ("commit", 3)])
 def test_redundancy_takes_over_without_waiting_and_nothing_of_the_run_changes(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path, at: str, worker: int
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path, at: str, worker: int
 ) -> None:
     flags = ["--workers", "4", "--recovery", "redundant", "--inject", f"kill:worker={worker},step=7,at={at}"]
-    train(nursery, out := tmp_path / "run", *flags)
+    train(forkserver, out := tmp_path / "run", *flags)
     (taken,) = events(out, "taken_over")
     assert taken["worker"] == worker
     assert events(out, "resumed")[0]["restores"] == [], "who takes over had to be given state first"
@@ -198,12 +198,14 @@ def test_redundancy_takes_over_without_waiting_and_nothing_of_the_run_changes(
     assert same_weights(out, calm["line"])
 
 
-def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(nursery: Nursery, tmp_path: Path) -> None:
+def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(
+    forkserver: ForkServer, tmp_path: Path
+) -> None:
     """Twice, the second time the one that took over; the replacement of a replacement; two replicas."""
     flags = ["--workers", "4", "--replicas", "2", "--steps", "72"]
-    train(nursery, calm := tmp_path / "calm", *flags)
+    train(forkserver, calm := tmp_path / "calm", *flags)
     faults = "kill:worker=1,step=7;kill:worker=0,step=27,at=reduce;kill:worker=4,step=47,at=forward"
-    train(nursery, out := tmp_path / "run", *flags, "--recovery", "redundant", "--inject", faults)
+    train(forkserver, out := tmp_path / "run", *flags, "--recovery", "redundant", "--inject", faults)
     assert [event["worker"] for event in events(out, "taken_over")] == [1, 0, 4]
     assert [(e["worker"], e["replacement"], e["remedy"]) for e in events(out, "rejoined")] == [
         (1, 4, "replica"), (0, 5, "replica"), (4, 6, "replica"),
@@ -215,20 +217,20 @@ def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(nursery
 
 
 def test_a_stage_and_the_one_that_keeps_its_copy_are_restored_from_a_checkpoint(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path
 ) -> None:
     flags = ["--workers", "4", "--recovery", "redundant", "--inject", "kill:worker=1,step=7;kill:worker=2,step=7"]
-    train(nursery, out := tmp_path / "run", *flags)
+    train(forkserver, out := tmp_path / "run", *flags)
     assert [event["to"] for event in events(out, "rolled_back")] == ["step-00000005"]
     whole_ledger(out)
     assert same_weights(out, calm["line"])
 
 
 def test_links_that_break_with_nobody_lost_are_built_anew(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path
 ) -> None:
     flags = ["--workers", "4", "--replicas", "2", "--inject", "cut:worker=1,step=7,at=backward"]
-    train(nursery, out := tmp_path / "run", *flags)
+    train(forkserver, out := tmp_path / "run", *flags)
     assert events(out, "link")
     assert not events(out, "detected")
     whole_ledger(out)
@@ -236,21 +238,21 @@ def test_links_that_break_with_nobody_lost_are_built_anew(
 
 
 def test_a_spare_worker_takes_a_place_and_the_next_spare_the_next(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path
 ) -> None:
     flags = ["--workers", "4", "--recovery", "checkpoint", "--spares", "1"]
     flags += ["--inject", "kill:worker=1,step=6;kill:worker=0,step=9"]
-    train(nursery, out := tmp_path / "run", *flags)
+    train(forkserver, out := tmp_path / "run", *flags)
     assert {event["worker"] for event in events(out, "remedy")} == {0, 1}
     whole_ledger(out)
     assert same_weights(out, calm["line"])
 
 
-def test_two_at_once_from_outside(nursery: Nursery, calm: dict[str, Path], tmp_path: Path) -> None:
+def test_two_at_once_from_outside(forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path) -> None:
     """Both workers of a stage's neighbours, killed by somebody else in the same moment, at no particular point."""
     out = tmp_path / "run"
     flags = settings(out, "--workers", "4", "--recovery", "checkpoint")
-    with Started(nursery, tmp_path / "log", *flags) as run:
+    with Started(forkserver, tmp_path / "log", *flags) as run:
         workers = _workers(run.pid, out, step=6)
         for pid in workers[1:3]:
             os.kill(pid, signal.SIGKILL)
@@ -271,7 +273,7 @@ def test_two_at_once_from_outside(nursery: Nursery, calm: dict[str, Path], tmp_p
     ],
 )
 def test_every_kind_of_stage_is_lost_under_checkfree_plus(
-    nursery: Nursery, tmp_path: Path, blocks: int, torchrun: bool
+    forkserver: ForkServer, tmp_path: Path, blocks: int, torchrun: bool
 ) -> None:
     """The first block stage, an inner one, the last, and the one with both ends, each at another point of a step."""
     faults = f"kill:stage=1,step=4,at=backward;kill:stage=2,step=6,at=forward;kill:stage={blocks},step=8,at=optimizer"
@@ -281,7 +283,7 @@ def test_every_kind_of_stage_is_lost_under_checkfree_plus(
     if torchrun:
         _under_torchrun(blocks + 1, settings(out, *flags))
     else:
-        train(nursery, out, *flags)
+        train(forkserver, out, *flags)
     restored = [{(tuple(s), remedy) for _, s, remedy in e["restores"]} for e in events(out, "resumed")]
     assert [{remedy for _, remedy in each} for each in restored] == [
         {"checkfree+", "replica"}, {"checkfree"}, {"checkfree+"}, {"replica"},
@@ -291,10 +293,12 @@ def test_every_kind_of_stage_is_lost_under_checkfree_plus(
     whole_ledger(out)
 
 
-def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(nursery: Nursery, tmp_path: Path) -> None:
+def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(
+    forkserver: ForkServer, tmp_path: Path
+) -> None:
     """Each slot is an agent with one worker: torchrun starts nobody again; the weights are those of the calm run."""
     flags = ["--workers", "2", "--recovery", "checkpoint"]
-    train(nursery, calm := tmp_path / "calm", *flags)
+    train(forkserver, calm := tmp_path / "calm", *flags)
     out = tmp_path / "run"
     _under_torchrun(2, settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit"))
     assert [event["worker"] for event in events(out, "remedy")] == [1, 0]
@@ -325,10 +329,10 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_lost_machine_is_replaced_by_the_others(nursery: Nursery, tmp_path: Path, torchrun: bool) -> None:
+def test_a_lost_machine_is_replaced_by_the_others(forkserver: ForkServer, tmp_path: Path, torchrun: bool) -> None:
     """Two agents, or two torchruns, with a store of their own; one is killed with all that it has started."""
     flags = ["--workers", "4", "--replicas", "2", "--recovery", "replica", "--steps", "40"]
-    train(nursery, calm := tmp_path / "calm", *flags)
+    train(forkserver, calm := tmp_path / "calm", *flags)
     out = tmp_path / "run"
     flags += ["--nodes", "2", "--store", f"127.0.0.1:{free_port()}", "--heartbeat", "2"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"] if torchrun else []
@@ -407,31 +411,31 @@ def _workers(pid: int, out: Path, step: int) -> list[int]:
 
 
 def test_events_that_cannot_be_written_cost_the_events_alone(
-    nursery: Nursery, calm: dict[str, Path], tmp_path: Path
+    forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path
 ) -> None:
     (out := tmp_path / "run").mkdir()
     (out / "events.jsonl").symlink_to("/dev/full")
-    done = train(nursery, out, "--workers", "4", "--inject", "kill:worker=1,step=7")
+    done = train(forkserver, out, "--workers", "4", "--inject", "kill:worker=1,step=7")
     said = "events.jsonl cannot be written: No space left on device; training goes on, and it is tried again"
     assert done.output.count(said) == 1
     whole_ledger(out)
     assert len(metrics(out)) == STEPS
 
 
-def test_too_many_failures_end_the_run_by_name(nursery: Nursery, tmp_path: Path) -> None:
+def test_too_many_failures_end_the_run_by_name(forkserver: ForkServer, tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = settings(
         out, "--workers", "2", "--max-failures", "1", "--inject", "kill:worker=1,step=5;kill:worker=2,step=6"
     )
-    done = run_command(nursery, tmp_path / "log", *flags)
+    done = run_command(forkserver, tmp_path / "log", *flags)
     assert done.code == 1
     assert "2 workers were lost, the last: worker 2 was killed by SIGKILL; allowed by max_failures: 1" in done.output
 
 
-def test_what_nothing_brings_back_ends_the_run_with_every_reason(nursery: Nursery, tmp_path: Path) -> None:
+def test_what_nothing_brings_back_ends_the_run_with_every_reason(forkserver: ForkServer, tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = settings(out, "--workers", "4", "--recovery", "checkfree", "--inject", "kill:worker=0,step=5")
-    done = run_command(nursery, tmp_path / "log", *flags)
+    done = run_command(forkserver, tmp_path / "log", *flags)
     assert done.code == 1
     assert "holds the embedding or the head, which no neighbour resembles" in done.output
     assert events(out, "failed")
@@ -440,12 +444,12 @@ def test_what_nothing_brings_back_ends_the_run_with_every_reason(nursery: Nurser
 # ---- CheckFree against plain PyTorch ----
 
 
-def test_a_lost_middle_stage_is_the_weighted_mean_of_its_neighbours(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_lost_middle_stage_is_the_weighted_mean_of_its_neighbours(forkserver: ForkServer, tmp_path: Path) -> None:
     """Steps 12 and 13 again, by hand: norms, mean, fresh moments and 1.1 times the learning rate for that stage."""
     out = tmp_path / "run"
     flags = ["--workers", "5", "--recovery", "checkfree", "--model", str(_eight_blocks(tmp_path))]
     flags += ["--checkpoint-every", "1", "--keep", "99", "--inject", "kill:worker=3,step=12,at=backward"]
-    train(nursery, out, *flags)
+    train(forkserver, out, *flags)
     spans = {2: (3, 5), 3: (5, 7), 4: (7, 9)}
     model = AutoModelForCausalLM.from_pretrained(out / "model").train()
     names = {layer: [n for n, _ in model.named_parameters() if f".layers.{layer - 1}." in n] for layer in range(1, 9)}

@@ -45,8 +45,8 @@ def in_line(stages: int = 4, replicas: int = 1) -> View:
 def apart(stages: int, swap: bool = False) -> View:
     made = plan("one_f_one_b", [1.0] * (2 * stages), stages, 4, ends="apart", swap=swap)
     last = 2 * stages
-    shadows = (((0, 1), 1), ((last - 1, last), 1)) if swap else ()
-    return view(made, shadows=shadows)
+    backups = (((0, 1), 1), ((last - 1, last), 1)) if swap else ()
+    return view(made, backups=backups)
 
 
 def test_a_new_worker_takes_each_place_and_ids_are_never_used_again() -> None:
@@ -168,7 +168,7 @@ def redundantly(stages: int, replicas: int = 1, ends: Ends = "in-line") -> View:
     texts = {"train": dumps(lower(add_redundant(made, copies))), "evaluate": dumps(lower(evaluated))}
     workers = tuple(range(stages * replicas))
     return View(
-        1, workers, texts, places={w: w for w in workers}, next_worker=len(workers), shadows=tuple(sorted(copies))
+        1, workers, texts, places={w: w for w in workers}, next_worker=len(workers), backups=tuple(sorted(copies))
     )
 
 
@@ -198,7 +198,7 @@ def test_the_stage_before_takes_over_and_gives_back(tmp_path: Path, stages: int,
         assert {r.remedy for r in back.restores} == {"replica"}
         assert {r.worker for r in back.restores} == {len(home.workers)}
         assert substitute(back.schedule("train"), {len(home.workers): lost}) == before
-        assert len(back.shadows) == len(home.shadows)
+        assert len(back.backups) == len(home.backups)
 
 
 def test_two_that_are_no_neighbours_are_taken_over_at_once_and_join_one_by_one(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from tests.harness import Command, relative_difference, run_command
 from tests.test_recovery import POINTS, STEPS, _eight_blocks, events, exported, metrics, settings, whole_ledger
 
@@ -29,10 +29,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _eight_blocks(tmp_path_factory.mktemp("model"))
 
 
-def train(nursery: Nursery, network: Path, model: Path, out: Path, *more: str, code: int = 0) -> Command:
+def train(forkserver: ForkServer, network: Path, model: Path, out: Path, *more: str, code: int = 0) -> Command:
     flags = ["--scheduler", "skippipe", "--network", str(network), "--workers", "6", "--model", str(model),
              "--search-moves", "300", *more]  # fmt: skip
-    done = run_command(nursery, out.with_suffix(".log"), *settings(out, *flags), timeout_s=60)
+    done = run_command(forkserver, out.with_suffix(".log"), *settings(out, *flags), timeout_s=60)
     assert done.code == code, done.output
     return done
 
@@ -45,11 +45,13 @@ def every_step_counts_once(out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def calm(nursery: Nursery, network: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def calm(
+    forkserver: ForkServer, network: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Runs without a loss, by what they skip."""
     root = tmp_path_factory.mktemp("calm")
     for skip in ("0", "0.25"):
-        train(nursery, network, model, root / skip, "--skip", skip)
+        train(forkserver, network, model, root / skip, "--skip", skip)
     return {skip: root / skip for skip in ("0", "0.25")}
 
 
@@ -57,11 +59,11 @@ def calm(nursery: Nursery, network: Path, model: Path, tmp_path_factory: pytest.
     "at", [at if at in ("backward", "commit") else pytest.param(at, marks=pytest.mark.long) for at in POINTS]
 )
 def test_a_replica_takes_over_and_the_loss_is_that_of_the_calm_run(
-    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
+    forkserver: ForkServer, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
 ) -> None:
     worker = POINTS.index(at) % 4
     out = tmp_path / "run"
-    done = train(nursery, network, model, out, "--inject", f"kill:worker={worker},step=7,at={at}")
+    done = train(forkserver, network, model, out, "--inject", f"kill:worker={worker},step=7,at={at}")
     assert "its microbatches take other routes" in done.output
     (rerouted,) = events(out, "rerouted")
     (back,) = events(out, "rejoined")
@@ -75,10 +77,10 @@ def test_a_replica_takes_over_and_the_loss_is_that_of_the_calm_run(
 
 @pytest.mark.parametrize("at", ["forward", pytest.param("backward", marks=pytest.mark.long), "commit"])
 def test_the_last_holder_of_a_stage_is_passed_by_until_it_is_rebuilt(
-    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
+    forkserver: ForkServer, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
 ) -> None:
     out = tmp_path / "run"
-    train(nursery, network, model, out, "--skip", "0.25", "--inject", f"kill:worker=4,step=7,at={at}")
+    train(forkserver, network, model, out, "--skip", "0.25", "--inject", f"kill:worker=4,step=7,at={at}")
     (rerouted,) = events(out, "rerouted")
     (back,) = events(out, "rejoined")
     assert (rerouted["worker"], back["worker"], back["remedy"]) == (4, 4, "checkfree")
@@ -90,10 +92,12 @@ def test_the_last_holder_of_a_stage_is_passed_by_until_it_is_rebuilt(
 
 
 def test_both_replicas_of_a_stage_and_a_node_of_the_first(
-    nursery: Nursery, network: Path, model: Path, tmp_path: Path
+    forkserver: ForkServer, network: Path, model: Path, tmp_path: Path
 ) -> None:
     faults = ";".join(f"kill:worker={w},step={s},at=backward" for w, s in ((2, 5), (3, 5), (0, 9)))
-    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--full-every", "4", "--inject", faults)
+    train(
+        forkserver, network, model, out := tmp_path / "run", "--skip", "0.25", "--full-every", "4", "--inject", faults
+    )
     assert sorted(event["worker"] for event in events(out, "rerouted")) == [0, 2, 3]
     assert len(events(out, "rejoined")) == 3
     every_step_counts_once(out)
@@ -101,20 +105,22 @@ def test_both_replicas_of_a_stage_and_a_node_of_the_first(
 
 @pytest.mark.parametrize("workers", [(0, 1), (5,)])
 def test_what_no_route_can_pass_by_comes_back_from_a_checkpoint(
-    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, workers: tuple[int, ...]
+    forkserver: ForkServer, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, workers: tuple[int, ...]
 ) -> None:
     """The last node of the first stage, and a stage that no remedy but a checkpoint can rebuild."""
     faults = ";".join(f"kill:worker={w},step=7,at=backward" for w in workers)
-    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
+    train(forkserver, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
     assert [event["to"] for event in events(out, "rolled_back")][-1] == "step-00000005"
     whole_ledger(out)
     ours, theirs = ([line["loss"] for line in metrics(run)] for run in (out, calm["0.25"]))
     assert ours[-1] == pytest.approx(theirs[-1], abs=2e-5)
 
 
-def test_a_replacement_that_dies_as_it_joins(nursery: Nursery, network: Path, model: Path, tmp_path: Path) -> None:
+def test_a_replacement_that_dies_as_it_joins(
+    forkserver: ForkServer, network: Path, model: Path, tmp_path: Path
+) -> None:
     faults = "kill:worker=4,step=7,at=backward;kill:worker=6,step=7,at=join;kill:worker=6,step=8,at=join"
-    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
+    train(forkserver, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
     every_step_counts_once(out)
     assert events(out, "rejoined")[-1]["worker"] in (4, 6)
     (rerouted, *_), (resumed, *_) = events(out, "rerouted"), events(out, "resumed")
@@ -123,12 +129,12 @@ def test_a_replacement_that_dies_as_it_joins(nursery: Nursery, network: Path, mo
 
 
 def test_the_end_of_a_run_waits_for_the_stage_that_is_missing(
-    nursery: Nursery, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path
+    forkserver: ForkServer, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path
 ) -> None:
     """The last step commits without the stage, whose first replacement dies too; what is saved is whole."""
     last = STEPS - 1
     deaths = [f"kill:worker=4,step={last},at=backward", *(f"kill:worker=6,step={s},at=join" for s in (last, STEPS))]
-    train(nursery, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", ";".join(deaths))
+    train(forkserver, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", ";".join(deaths))
     every_step_counts_once(out)
     ended, back = whole_ledger(out)[-1], events(out, "rejoined")[-1]
     assert ended["time"] < back["time"], "the last step did not wait"
@@ -137,8 +143,8 @@ def test_the_end_of_a_run_waits_for_the_stage_that_is_missing(
 
 
 def test_without_recovery_the_loss_ends_the_run_by_name(
-    nursery: Nursery, network: Path, model: Path, tmp_path: Path
+    forkserver: ForkServer, network: Path, model: Path, tmp_path: Path
 ) -> None:
     flags = ["--recovery", "none", "--inject", "kill:worker=2,step=3,at=forward"]
-    done = train(nursery, network, model, tmp_path / "run", *flags, code=1)
+    done = train(forkserver, network, model, tmp_path / "run", *flags, code=1)
     assert "cannot bring back what was lost: it is off" in done.output

@@ -14,7 +14,7 @@ import pytest
 from jobs.config import ConfigError, TrainConfig
 from jobs.resume import FIXED, NUMBERS, OF_THE_DATA, OF_THE_START, check_resumed
 from launch.config import read_toml
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.resume import kept
 from pipeline.state.optimizer import learning_rate
 from tests.harness import Command, run_command
@@ -78,11 +78,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(forkserver: ForkServer, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 4 steps, few of whose settings are defaults."""
     out = tmp_path_factory.mktemp("first") / "run"
     done = run_command(
-        nursery, out.with_name("log"), "train", "--model", "llama-tiny", "--data", str(corpus), "--tokenizer", "bytes",
+        forkserver, out.with_name("log"), "train", "--model", "llama-tiny", "--data", str(corpus),
+        "--tokenizer", "bytes",
         "--workers", "2", "--scheduler", "gpipe", "--microbatches", "4", "--microbatch-size", "2", "--sequence-length",
         "32", "--steps", "4", "--lr", "0.001", "--warmup", "3", "--held-out", "0.1", "--max-tokens", "6000",
         "--threads", "1", "--checkpoint-every", "2", "--evaluate-every", "0", "--sample-tokens", "0", "--device", "cpu",
@@ -93,13 +94,13 @@ def first(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def resume(nursery: Nursery, first: Path, tmp_path: Path) -> Callable[..., Command]:
+def resume(forkserver: ForkServer, first: Path, tmp_path: Path) -> Callable[..., Command]:
     """Resumes a copy of that run, in tmp_path / "run", with some flags."""
     shutil.copytree(first, tmp_path / "run")
 
     def start(*flags: str) -> Command:
         return run_command(
-            nursery, tmp_path / "log", "train", "--resume", "--out", str(tmp_path / "run"), *flags
+            forkserver, tmp_path / "log", "train", "--resume", "--out", str(tmp_path / "run"), *flags
         )  # fmt: skip
 
     return start

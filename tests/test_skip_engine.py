@@ -10,7 +10,7 @@ import pytest
 from jobs.config import ConfigError, TrainConfig
 from jobs.plan import layer_costs, schedules, stage_at
 from jobs.routes import Routes
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.ops import F, Schedule, dumps
 from pipeline.schedule.verify import verify
@@ -46,16 +46,18 @@ def train_schedule(config: TrainConfig) -> Schedule:
 
 
 @pytest.mark.parametrize(("skip", "swaps"), [(0.25, False), (0.5, True)])
-def test_equals_the_same_routes_in_one_process(nursery: Nursery, tmp_path: Path, skip: float, swaps: bool) -> None:
+def test_equals_the_same_routes_in_one_process(
+    forkserver: ForkServer, tmp_path: Path, skip: float, swaps: bool
+) -> None:
     config = skipping(tmp_path, skip=skip, swaps=swaps, seed=3, microbatches=6)
     routes = train_schedule(config).routes
     assert len(set(routes)) > 1, "all microbatches take one route: nothing is shown"
-    found = run_workers(nursery, config, LLAMA, tmp_path)
+    found = run_workers(forkserver, config, LLAMA, tmp_path)
     check(found, plain_training(config, LLAMA, routes=routes))
 
 
-def test_without_skips_equals_plain_torch(nursery: Nursery, tmp_path: Path) -> None:
-    check(run_workers(nursery, skipping(tmp_path, full_every=2), LLAMA, tmp_path), reference("llama"))
+def test_without_skips_equals_plain_torch(forkserver: ForkServer, tmp_path: Path) -> None:
+    check(run_workers(forkserver, skipping(tmp_path, full_every=2), LLAMA, tmp_path), reference("llama"))
 
 
 def test_a_stage_that_nobody_holds(tmp_path: Path) -> None:

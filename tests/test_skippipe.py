@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from pipeline.schedule.costs import Network
 from pipeline.schedule.lower import lower
 from pipeline.schedule.ops import F, Op, Route, Schedule, ScheduleError, loads
@@ -211,8 +211,8 @@ def test_links_of_a_file_hold_one_message_unless_it_says_otherwise() -> None:
     assert not Network.from_json({"hop_s": [[0, 1], [1, 0]], "contention": False}).exclusive
 
 
-def test_published_times_are_replayed_within_a_percent(nursery: Nursery, tmp_path: Path) -> None:
-    done = run_command(nursery, tmp_path / "log", "plan", "--network", str(DATA), "--replay", "--json")
+def test_published_times_are_replayed_within_a_percent(forkserver: ForkServer, tmp_path: Path) -> None:
+    done = run_command(forkserver, tmp_path / "log", "plan", "--network", str(DATA), "--replay", "--json")
     assert done.code == 0, done.output
     rows = json.loads(done.output)["replayed"]
     assert sorted(round(row["published_s"], 2) for row in rows) == [33.31, 35.43, 48.92, 79.94]
@@ -221,9 +221,9 @@ def test_published_times_are_replayed_within_a_percent(nursery: Nursery, tmp_pat
         assert row["completed"] == row["microbatches"]
 
 
-def test_the_plan_command(nursery: Nursery, tmp_path: Path) -> None:
+def test_the_plan_command(forkserver: ForkServer, tmp_path: Path) -> None:
     flags = ["plan", "--scheduler", "skippipe", "--network", str(DATA), "--skip", "0.33", "--swaps", "--budget", "20"]
-    done = run_command(nursery, tmp_path / "log", *flags, "--json", "--out", str(tmp_path / "out"))
+    done = run_command(forkserver, tmp_path / "log", *flags, "--json", "--out", str(tmp_path / "out"))
     assert done.code == 0, done.output
     found = json.loads(done.output)
     assert found["lower_bound_s"] <= found["iteration_s"] + 1e-6 <= 33.3
@@ -233,6 +233,6 @@ def test_the_plan_command(nursery: Nursery, tmp_path: Path) -> None:
     proved = verify(lower(loads((tmp_path / "out" / "schedule.txt").read_text())))
     for name in ("peak_activations", "peak_messages"):
         assert found[name] == {str(w): n for w, n in getattr(proved, name).items()}
-    refused = run_command(nursery, tmp_path / "log2", *flags[:5], "--skip", "0.4")
+    refused = run_command(forkserver, tmp_path / "log2", *flags[:5], "--skip", "0.4")
     assert refused.code == 2
     assert "which no route satisfies" in refused.output

@@ -14,7 +14,7 @@ from jobs.corpus import documents
 from jobs.plan import make_plan
 from jobs.space import check_space, in_words, space_needed
 from jobs.tokenizer import build_tokenizer
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Lora
 from pipeline.model.weights import preset
@@ -131,10 +131,10 @@ def test_it_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_takes_what_it_said(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_run_takes_what_it_said(forkserver: ForkServer, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a pipeline of workers trains on this. " * 400)
     done = run_command(
-        nursery, tmp_path / "log", "train", "--model", "llama-tiny", "--data", str(tmp_path / "text.txt"),
+        forkserver, tmp_path / "log", "train", "--model", "llama-tiny", "--data", str(tmp_path / "text.txt"),
         "--tokenizer", "bytes", "--workers", "2", "--microbatches", "2", "--sequence-length", "32", "--steps", "3",
         "--max-tokens", "9000", "--checkpoint-every", "1", "--evaluate-every", "0", "--sample-tokens", "0",
         "--threads", "1", "--recovery", "none", "--out", str(tmp_path / "run"),

@@ -41,7 +41,7 @@ from jobs.plan import schedules
 from jobs.text import token_loss
 from launch.cli import main
 from launch.config import read_toml
-from launch.nursery import Nursery
+from launch.forkserver import ForkServer
 from launch.run_folder import METRICS, standing
 from launch.warm import warm_up
 from pipeline.model.layered import LayeredModel
@@ -84,24 +84,24 @@ def serve(exits: str) -> None:
 
     for model in ("llama-tiny", "gpt2-tiny"):
         warm_up(TrainConfig(model=model))
-    nursery = Nursery(_launch)
+    forkserver = ForkServer(_launch)
     print("ready", flush=True)  # noqa: T201
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
-        selector.register(nursery, selectors.EVENT_READ)
+        selector.register(forkserver, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
                 if key.fd != 0:
-                    for ended in nursery.poll(0.0):
+                    for ended in forkserver.poll(0.0):
                         Path(exits, f"{ended.pid}.tmp").write_text(str(ended.code))
                         os.replace(Path(exits, f"{ended.pid}.tmp"), Path(exits, str(ended.pid)))
                 elif line := os.read(0, 1 << 16):
-                    print(nursery.start(json.loads(line)), flush=True)  # noqa: T201
+                    print(forkserver.start(json.loads(line)), flush=True)  # noqa: T201
                 else:
-                    return nursery.close()
+                    return forkserver.close()
 
 
-class WarmParent:
+class ParentProcess:
     """A process that has imported everything and forks runs. It is started afresh, since this one may hold threads."""
 
     def __init__(self, exits: Path) -> None:
@@ -193,10 +193,10 @@ def flags(**values: Any) -> list[str]:
 
 
 class Running:
-    """A run that has been started, forked from the warm parent or as a command of its own."""
+    """A run that has been started, forked from the forkserver or as a command of its own."""
 
     def __init__(
-        self, out: Path, arguments: Sequence[str], parent: WarmParent, *, command: Sequence[str] = (),
+        self, out: Path, arguments: Sequence[str], parent: ParentProcess, *, command: Sequence[str] = (),
         largest_file: int = 0,
     ) -> None:  # fmt: skip
         self._parent = parent
@@ -249,7 +249,7 @@ class Running:
         return [p for p in self.processes()[1:] if not p.children() and p.parent() != psutil.Process(self.pid)]
 
     def parents(self) -> list[psutil.Process]:
-        """The warm parents of the workers."""
+        """The forkservers of the workers."""
         return list({p.ppid(): psutil.Process(p.ppid()) for p in self.workers()}.values())
 
     def finish(self, timeout_s: float = TIMEOUT_S) -> Run:
@@ -307,7 +307,7 @@ class Launcher:
 
     folder: Path
     corpus: Path
-    parent: WarmParent
+    parent: ParentProcess
     number: int = 0
 
     def settings(self, **changes: Any) -> dict[str, Any]:
@@ -344,7 +344,7 @@ class Launcher:
 @pytest.fixture(scope="module")
 def launcher(folder: Path, corpus: Path) -> Iterator[Launcher]:
     (folder / "exits").mkdir()
-    parent = WarmParent(folder / "exits")
+    parent = ParentProcess(folder / "exits")
     yield Launcher(folder, corpus, parent)
     parent.close()
 
@@ -796,9 +796,9 @@ def _kill_parent(running: Running) -> None:
         (_kill_worker, r"worker [01] was killed by SIGKILL", 1),
         (_kill_worker, r"worker [01] was killed by SIGKILL", 2),
         (_suspend_worker, r"workers? \[?[01]\]?", 1),
-        (_kill_parent, r"the warm parent has ended unexpectedly", 1),
+        (_kill_parent, r"the forkserver has ended unexpectedly", 1),
     ],
-    ids=["a stage killed", "a replica killed", "a worker hangs", "the warm parent killed"],
+    ids=["a stage killed", "a replica killed", "a worker hangs", "the forkserver killed"],
 )
 def test_a_death_ends_the_run_with_its_name_and_leaves_nothing_running(
     launcher: Launcher, fault: Callable[[Running], None], message: str, replicas: int
@@ -806,7 +806,7 @@ def test_a_death_ends_the_run_with_its_name_and_leaves_nothing_running(
     running = launcher.start(**ENDLESS, replicas=replicas, deadline=2.0)
     running.until_step(2)
     processes = running.processes()
-    assert len(processes) == 4, "the agent, the warm parent and two workers"
+    assert len(processes) == 4, "the agent, the forkserver and two workers"
     fault(running)
     run = running.finish(PROMPT_S)
     assert run.code == 1
@@ -1055,7 +1055,7 @@ def test_a_death_under_torchrun_is_named_and_ends_every_slot(launcher: Launcher)
     running = launcher.start(command=torchrun("--standalone"), **ENDLESS)
     running.until_step(2)
     processes = running.processes()
-    assert len(running.parents()) == 2, "each slot has a warm parent with one worker"
+    assert len(running.parents()) == 2, "each slot has a forkserver with one worker"
     running.workers()[0].kill()
     run = running.finish(TIMEOUT_S)
     assert run.code == 1

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Batch, Job
 from pipeline.runtime.compute import Settings
-from pipeline.runtime.lane import Pass
+from pipeline.runtime.lane_executor import LaneExecutor
 from pipeline.runtime.transport import HEADER_BYTES, Transport, span_bytes
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.graph import compiled
@@ -137,17 +137,17 @@ def _measure(
 ) -> SpanBytes:
     """Run the forward of microbatch m, and its backward if it has one, in the lane of `worker`, on made-up inputs."""
     store = ResidentStore(model, [span], OptimizerConfig(), seed=0, device=settings.device)
-    pass_ = Pass(Worker(worker, store, Transport(worker), {}, _nobody, settings), schedule, job, 0, {})
-    store.train(pass_.trains)
-    (forward, back), values = schedule.routes[m], pass_.values
-    samples, sequence = pass_.batch(m).input_ids.shape
+    executor = LaneExecutor(Worker(worker, store, Transport(worker), {}, _nobody, settings), schedule, job, 0, {})
+    store.train(executor.trains)
+    (forward, back), values = schedule.routes[m], executor.values
+    samples, sequence = executor.batch(m).input_ids.shape
     shape = samples, sequence, model.hidden_size
     size = span_bytes(*shape, torch.float32)
-    with torch.set_grad_enabled(pass_.trains), Live() as live:
+    with torch.set_grad_enabled(executor.trains), Live() as live:
         before = forward[: forward.index(span)][-1:]
         values.update({(F, each, m): torch.zeros(shape, device=settings.device) for each in before})
         given = live.now  # the input, which really lies in the buffer that it came in
-        rise = live.rise(lambda: pass_.forward(Op(F, span, m)))
+        rise = live.rise(lambda: executor.forward(Op(F, span, m)))
         if not back:
             return SpanBytes(0, 0, {F: max(0, rise - (size if span != forward[-1] else 0))})
         values.clear()
@@ -158,13 +158,13 @@ def _measure(
         before = back[: back.index(span)][-1:]
         kinds = [I if (I, each, m) in schedule.home else B for each in before]
         values.update({(k, each, m): torch.zeros(shape, device=settings.device) for k, each in zip(kinds, before)})
-        rise = live.rise(lambda: pass_.backward(Op(I if halves else B, span, m)))
+        rise = live.rise(lambda: executor.backward(Op(I if halves else B, span, m)))
         out = size if span != back[-1] else 0
         working[I if halves else B] = max(0, rise - out)
         values.clear()
         half = live.now + unseen - out if halves else 0
         if halves:
-            working[W] = live.rise(lambda: pass_.weights(Op(W, span, m)))
+            working[W] = live.rise(lambda: executor.weights(Op(W, span, m)))
     return SpanBytes(activation, half, working)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.model.layered import SpanModule
-from pipeline.runtime.mover import Ticket
+from pipeline.runtime.copy_engine import Ticket
 from pipeline.schedule.ops import Span
 
 

@@ -21,7 +21,7 @@ from pipeline.model.layered import SpanModule
 from pipeline.runtime.batch import Batch, Job
 from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.runtime.compute import Settings, compute, on_device
-from pipeline.runtime.mover import LATER, URGENT, Mover
+from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine
 from pipeline.runtime.orders import Gradient, Loaded, Order
 from pipeline.runtime.probe import Probe, Unprobed
 from pipeline.schedule.ops import LOAD, B, F, Op, R
@@ -53,8 +53,8 @@ class StatelessWorker:
         self.probe = probe or Unprobed()
         self.layout, self.model, self.device = store.layout, store.layout.model, settings.device
         self.cuda = self.device.type == "cuda"
-        self.up = Mover(self.device, f"up-{id}", chunk)
-        self.down = Mover(self.device, f"down-{id}", chunk)
+        self.up = CopyEngine(self.device, f"up-{id}", chunk)
+        self.down = CopyEngine(self.device, f"down-{id}", chunk)
         cut = self.layout.cut
         largest = max(self.layout.weight_size(span) for span in (*cut.forward, cut.fused, *cut.backward))
         self.buffers = [torch.empty(largest, device=self.device) for _ in range(_HELD)]

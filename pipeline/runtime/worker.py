@@ -1,4 +1,4 @@
-"""One worker: its state, its links, its vote. `lane.py` runs a lane for it, `settle.py` ends a step.
+"""One worker: its state, its links, its vote. `lane_executor.py` runs a lane for it, `step_commit.py` ends a step.
 
 The worker knows no scheduler and no remedy. It counts iterations, so that every message and every vote has a number,
 and the sums over its replicas, so that they can be brought in step after an interruption.
@@ -19,7 +19,7 @@ import torch
 from pipeline.runtime.batch import Job
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import Group, Work, sum_over
-from pipeline.runtime.lane import Pass, Saved
+from pipeline.runtime.lane_executor import LaneExecutor, Saved
 from pipeline.runtime.probe import Probe, Pulse, Unprobed
 from pipeline.runtime.transport import LinkError, Transport
 from pipeline.schedule.ops import SEND, Schedule, Span
@@ -89,12 +89,12 @@ class Worker:
         """
         self.iteration += 1
         self.transport.mailbox.advance(self.transport.view, self.iteration)
-        pass_ = Pass(self, schedule, job, step, dict(wish or {}))
-        training = pass_.trains
+        executor = LaneExecutor(self, schedule, job, step, dict(wish or {}))
+        training = executor.trains
         self.store.train(training)
         with torch.set_grad_enabled(training):
-            events = pass_.execute(record)
-        settled = pass_.settled
+            events = executor.execute(record)
+        settled = executor.settled
         if training:
             self.norms = settled.norms
         return StepResult(

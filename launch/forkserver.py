@@ -1,8 +1,8 @@
-"""The warm parent: a process that has imported torch and transformers and forks workers on request.
+"""The forkserver: a process that has imported torch and transformers and forks workers on request.
 
-Importing them takes seconds, a fork takes milliseconds. The nursery is forked before its agent starts any thread
+Importing them takes seconds, a fork takes milliseconds. The forkserver is forked before its agent starts any thread
 (a store server, a progress bar), runs nothing but this loop, and tells the agent of every exit as the operating system
-reports it. If the agent dies the nursery dies, and with the nursery every worker: nothing is left behind.
+reports it. If the agent dies the forkserver dies, and with the forkserver every worker: nothing is left behind.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StartError(OSError):
-    """A worker could not be forked; the warm parent and all other workers live on. Says why."""
+    """A worker could not be forked; the forkserver and all other workers live on. Says why."""
 
 
-class NurseryGone(RuntimeError):
-    """The warm parent has ended, and every worker with it."""
+class ForkServerGone(RuntimeError):
+    """The forkserver has ended, and every worker with it."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-_OPEN: weakref.WeakSet[Nursery] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[ForkServer] = weakref.WeakSet()
 """The handles of this process: their sockets must not live on in a forked child, or closing them ends nothing."""
 
 
-class Nursery:
-    """The agent's handle on its warm parent. Forks it at construction, so construct it before starting threads."""
+class ForkServer:
+    """The agent's handle on its forkserver. Forks it at construction, so construct it before starting threads."""
 
     def __init__(self, entry: Callable[[dict[str, Any]], int]) -> None:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -101,7 +101,7 @@ class Nursery:
     def start(self, payload: dict[str, Any]) -> int:
         """Fork a worker that runs entry(payload) and ends with its result as exit code. Returns its pid.
 
-        Raises StartError where the machine has no room for another process, NurseryGone where the warm parent has
+        Raises StartError where the machine has no room for another process, ForkServerGone where the forkserver has
         ended, and TimeoutError where it does not answer.
         """
         deadline = time.monotonic() + _ANSWER_S
@@ -109,7 +109,7 @@ class Nursery:
         try:
             self._channel.send({"request": self._asked, "payload": payload}, _ANSWER_S)
         except ChannelClosed as error:
-            raise NurseryGone("the warm parent has ended unexpectedly") from error
+            raise ForkServerGone("the forkserver has ended unexpectedly") from error
         while (message := self._read(deadline - time.monotonic())) is not None:
             if message.get("request") != self._asked:
                 self._note(message)
@@ -117,7 +117,7 @@ class Nursery:
                 raise StartError(f"could not be started: {message['failed']}")
             else:
                 return int(message["started"])
-        raise TimeoutError(f"the warm parent did not answer within {_ANSWER_S:g} s")
+        raise TimeoutError(f"the forkserver did not answer within {_ANSWER_S:g} s")
 
     def _note(self, message: dict[str, Any]) -> None:
         """Keep an exit. An answer that nobody waits for any more is of a worker that nobody knows: it is ended."""
@@ -130,19 +130,19 @@ class Nursery:
     def poll(self, timeout_s: float) -> list[Exit]:
         """The workers that have ended since the last call, waiting up to `timeout_s` for the first.
 
-        Raises NurseryGone once the warm parent has ended and all that it has told was returned.
+        Raises ForkServerGone once the forkserver has ended and all that it has told was returned.
         """
         try:
             while (message := self._read(0.0 if self._exits else timeout_s)) is not None:
                 self._note(message)
-        except NurseryGone:
+        except ForkServerGone:
             if not self._exits:
                 raise
         exits, self._exits = self._exits, []
         return exits
 
     def close(self) -> None:
-        """End the warm parent and with it every worker that still runs."""
+        """End the forkserver and with it every worker that still runs."""
         self._channel.close()
         deadline = time.monotonic() + _ANSWER_S
         with contextlib.suppress(ChildProcessError):
@@ -156,7 +156,7 @@ class Nursery:
         try:
             return self._channel.receive(max(0.0, timeout_s))
         except ChannelClosed as error:
-            raise NurseryGone("the warm parent has ended unexpectedly") from error
+            raise ForkServerGone("the forkserver has ended unexpectedly") from error
 
 
 def _exit(message: dict[str, Any]) -> Exit:
@@ -164,7 +164,7 @@ def _exit(message: dict[str, Any]) -> Exit:
 
 
 class _Server:
-    """The warm parent's loop: forks on request, tells of exits, waits in neither."""
+    """The forkserver's loop: forks on request, tells of exits, waits in neither."""
 
     def __init__(self, channel: Channel, entry: Callable[[dict[str, Any]], int]) -> None:
         self._channel, self._entry = channel, entry

@@ -1,7 +1,7 @@
 """Runs one lane of a schedule: a table from the kind of an op to its handler.
 
 A lane takes its inputs from its own earlier ops or from the mailbox and leaves its outputs for its own later ops or on
-a link. It knows no scheduler and no remedy. At its first STEP it settles with all others (`settle.py`).
+a link. It knows no scheduler and no remedy. At its first STEP it settles with all others (`step_commit.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.model.backward import WeightGradients, defer_weights
 from pipeline.runtime.batch import Batch, Job
 from pipeline.runtime.compute import compute, on_device
-from pipeline.runtime.settle import Settled, settle, visits
+from pipeline.runtime.step_commit import Settled, settle, visits
 from pipeline.runtime.transport import LinkError
 from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Schedule, Span, W
 from pipeline.schedule.timeline import Event
@@ -41,7 +41,7 @@ class Saved:
     later: WeightGradients | None
 
 
-class Pass:
+class LaneExecutor:
     """One run of one lane."""
 
     def __init__(self, worker: Worker, schedule: Schedule, job: Job, step: int, wish: dict[str, Any]) -> None:

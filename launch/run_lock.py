@@ -13,7 +13,7 @@ from pipeline.locks import lock, unlock
 _LOCK = ".lock"
 
 
-class Claim:
+class RunLock:
     """Holds `out`, which is made if it is not there, from construction to `release`.
 
     Raises ConfigError where it cannot be made, or where another run works in it.

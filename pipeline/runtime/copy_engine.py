@@ -53,7 +53,7 @@ def chunks(target: Tensor, source: Tensor, size: int = CHUNK) -> list[tuple[Tens
     return list(zip(target.view(-1).split(length), source.reshape(-1).split(length), strict=True))
 
 
-class Mover:
+class CopyEngine:
     """The copies in one direction. `copied` has (bytes, urgency) of the last chunks, in the order of their turn."""
 
     def __init__(self, device: torch.device, name: str, chunk: int = CHUNK) -> None:

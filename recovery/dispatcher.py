@@ -27,7 +27,7 @@ class Deal(Protocol):
     def __call__(self, slot: Slot, free: Mapping[int, float], speeds: Mapping[int, float], /) -> int: ...
 
 
-class Dealing:
+class Dispatcher:
     """The runs under way, the free gradient blocks, and the workers in `members`, which its owner keeps.
 
     `tell(member, ...)` sends a message; `cost(slot)` is what a microbatch of a slot takes, in any unit.

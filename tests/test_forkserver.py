@@ -1,4 +1,4 @@
-"""The warm parent answers whatever happens: a fork that fails costs one worker, and the others live on."""
+"""The forkserver answers whatever happens: a fork that fails costs one worker, and the others live on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.nursery import Exit, Nursery, NurseryGone, StartError, signal_name
+from launch.forkserver import Exit, ForkServer, ForkServerGone, StartError, signal_name
 
 
 def entry(payload: dict[str, Any]) -> int:
@@ -22,23 +22,23 @@ def entry(payload: dict[str, Any]) -> int:
 
 
 @pytest.fixture
-def parent() -> Iterator[Nursery]:
-    nursery = Nursery(entry)
-    yield nursery
-    nursery.close()
+def parent() -> Iterator[ForkServer]:
+    forkserver = ForkServer(entry)
+    yield forkserver
+    forkserver.close()
 
 
-def ends(nursery: Nursery, pid: int, timeout_s: float = 10.0) -> int:
+def ends(forkserver: ForkServer, pid: int, timeout_s: float = 10.0) -> int:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        for exit_ in nursery.poll(0.05):
+        for exit_ in forkserver.poll(0.05):
             if exit_.pid == pid:
                 return exit_.code
     raise AssertionError(f"process {pid} did not end")
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int, number: int) -> None:
-    """os.fork fails so often, from the second call on: the first makes the warm parent, which inherits this."""
+    """os.fork fails so often, from the second call on: the first makes the forkserver, which inherits this."""
     fork, calls = os.fork, [0]
 
     def forking() -> int:
@@ -53,22 +53,24 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int, number: int) -> None:
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
 def test_a_fork_that_fails_is_answered_and_costs_nobody_else(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     failing(monkeypatch, 2, number)
-    nursery = Nursery(entry)
+    forkserver = ForkServer(entry)
     try:
         for _ in range(2):
             with pytest.raises(StartError, match=f"could not be started: {os.strerror(number)}"):
-                nursery.start({})
-        first = nursery.start({"sleep": 0.3, "code": 7})
-        assert ends(nursery, first) == 7
+                forkserver.start({})
+        first = forkserver.start({"sleep": 0.3, "code": 7})
+        assert ends(forkserver, first) == 7
     finally:
-        nursery.close()
+        forkserver.close()
 
 
-def test_an_answer_that_comes_too_late_is_taken_for_no_other(parent: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_comes_too_late_is_taken_for_no_other(
+    parent: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever asked has given it up, so the worker that was started after all is ended."""
     os.kill(parent.pid, signal.SIGSTOP)
     with monkeypatch.context() as patch:
-        patch.setattr("launch.nursery._ANSWER_S", 0.2)
+        patch.setattr("launch.forkserver._ANSWER_S", 0.2)
         with pytest.raises(TimeoutError, match=r"did not answer within 0\.2 s"):
             parent.start({"sleep": 60})
     os.kill(parent.pid, signal.SIGCONT)
@@ -79,7 +81,7 @@ def test_an_answer_that_comes_too_late_is_taken_for_no_other(parent: Nursery, mo
         parent.poll(0.01)
 
 
-def test_a_worker_that_could_not_be_watched_is_ended_and_answered(parent: Nursery) -> None:
+def test_a_worker_that_could_not_be_watched_is_ended_and_answered(parent: ForkServer) -> None:
     """No descriptor is left to see it end by: a real limit of a real process."""
     living = parent.start({"sleep": 60})
     open_ones = {int(name) for name in os.listdir(f"/proc/{parent.pid}/fd")}
@@ -93,39 +95,39 @@ def test_a_worker_that_could_not_be_watched_is_ended_and_answered(parent: Nurser
     assert ends(parent, parent.start({"code": 3})) == 3
 
 
-def test_a_payload_of_any_size_arrives(parent: Nursery) -> None:
+def test_a_payload_of_any_size_arrives(parent: ForkServer) -> None:
     assert ends(parent, parent.start({"code": 5, "text": "x" * 3_000_000})) == 5
 
 
-def test_exits_that_nobody_asks_for_do_not_stop_the_warm_parent(parent: Nursery) -> None:
+def test_exits_that_nobody_asks_for_do_not_stop_the_forkserver(parent: ForkServer) -> None:
     pids = {parent.start({}) for _ in range(20)}
     time.sleep(0.3)
     assert {exit_.pid for exit_ in parent.poll(1.0)} | {exit_.pid for exit_ in parent.poll(1.0)} == pids
 
 
-def test_the_end_of_the_warm_parent_is_told_after_all_that_it_has_told() -> None:
-    nursery = Nursery(entry)
-    pid = nursery.start({"code": 9})
+def test_the_end_of_the_forkserver_is_told_after_all_that_it_has_told() -> None:
+    forkserver = ForkServer(entry)
+    pid = forkserver.start({"code": 9})
     time.sleep(0.3)
-    os.kill(nursery.pid, signal.SIGKILL)
+    os.kill(forkserver.pid, signal.SIGKILL)
     time.sleep(0.1)
-    assert nursery.poll(1.0) == [Exit(pid, 9)]
-    for call in (lambda: nursery.poll(1.0), lambda: nursery.start({})):
-        with pytest.raises(NurseryGone, match="the warm parent has ended unexpectedly"):
+    assert forkserver.poll(1.0) == [Exit(pid, 9)]
+    for call in (lambda: forkserver.poll(1.0), lambda: forkserver.start({})):
+        with pytest.raises(ForkServerGone, match="the forkserver has ended unexpectedly"):
             call()
-    nursery.close()
+    forkserver.close()
 
 
-def test_a_warm_parent_that_is_stopped_does_not_keep_its_agent_from_ending() -> None:
-    nursery = Nursery(entry)
-    os.kill(nursery.pid, signal.SIGSTOP)
+def test_a_forkserver_that_is_stopped_does_not_keep_its_agent_from_ending() -> None:
+    forkserver = ForkServer(entry)
+    os.kill(forkserver.pid, signal.SIGSTOP)
     began = time.monotonic()
-    nursery._channel.post({"never": "read"})
-    import launch.nursery as module
+    forkserver._channel.post({"never": "read"})
+    import launch.forkserver as module
 
     patience, module._ANSWER_S = module._ANSWER_S, 0.3
     try:
-        nursery.close()
+        forkserver.close()
     finally:
         module._ANSWER_S = patience
     assert time.monotonic() - began < 5.0
