@@ -31,7 +31,7 @@ from engine_peers import Work
 from rich.console import Console
 from rich.table import Table
 
-from launch.roundpipe_plan import plan_rounds
+from launch.roundpipe_plan import plan_roundpipe
 
 HERE = Path(__file__).parent
 TINY = Work(hidden=64, intermediate=128, layers=4, heads=4, vocabulary=256, sequence=32, microbatches=4, batch=2)
@@ -117,7 +117,7 @@ def published() -> dict[str, Any]:
     values = json.loads((HERE / "data" / "roundpipe_costs.json").read_text())
     rows: dict[str, Any] = {}
     for model, entry in values["models"].items():
-        found, _ = plan_rounds(values, model, "ready", None, None, None)
+        found, _ = plan_roundpipe(values, model, "ready", None, None, None)
         rows[model] = {
             "published_bubble_percent": entry["published_bubble_percent"],
             "searched_makespan_ms": entry["searched_makespan_ms"],

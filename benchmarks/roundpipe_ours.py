@@ -5,7 +5,7 @@
 
 This process is the host: it owns the state, forks the workers from a forkserver, and prints one JSON line of the form
 that the peers print. Memory is told in two parts: the host store, which all share, and what each worker has for itself
-alone (USS, sampled), less what it had before its first slot.
+alone (USS, sampled), less what it had before its first unit.
 """
 
 from __future__ import annotations

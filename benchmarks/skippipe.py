@@ -34,7 +34,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 from benchmarks.skippipe_report import gaps_svg, print_report  # noqa: E402
 from launch.plan_command import published, published_time  # noqa: E402
 from schedulers.skippipe import replay, skippipe  # noqa: E402
-from schedulers.skippipe_search.problem import Problem, from_json  # noqa: E402
+from schedulers.skippipe_search.problem import RoutingProblem, routing_from_json  # noqa: E402
 
 GCP = Path(__file__).parent / "data" / "skippipe_gcp20.json"
 SEARCHED = {  # name -> stages left out, swaps, joint
@@ -49,7 +49,7 @@ GOALS = {"two stages of six skipped": 33.3, "two stages of six skipped, cut sear
 PARTS = ("published", "unseen", "scale")
 
 
-def geography(seed: int, nodes: int, stages: int, skipped: int, per_home: int, swaps: bool = True) -> Problem:
+def geography(seed: int, nodes: int, stages: int, skipped: int, per_home: int, swaps: bool = True) -> RoutingProblem:
     """Nodes at sites on a globe, two to a site on average, dealt to stages of which the first is the largest.
 
     A hop is 20 ms, light in fibre along one and a half times the great circle, and 33.5 MB at a bandwidth that falls
@@ -68,17 +68,17 @@ def geography(seed: int, nodes: int, stages: int, skipped: int, per_home: int, s
     rest = nodes // (stages + 1) if stages < 10 else nodes // stages
     first = nodes - rest * (stages - 1)
     cut = [order[:first], *(order[first + i * rest : first + (i + 1) * rest] for i in range(stages - 1))]
-    return Problem(
+    return RoutingProblem(
         hop.tolist(), tuple(map(tuple, cut)), stages - skipped, per_home * first, 0.44, 0.66, 0.11, 0.16 * 0.44,
         (3,) * nodes, swaps=swaps,
     )  # fmt: skip
 
 
-def job_problem(job: dict[str, Any]) -> Problem:
+def job_problem(job: dict[str, Any]) -> RoutingProblem:
     """What a job is to plan."""
     if job["part"] == "published":
         skipped, swaps, _ = SEARCHED[job["name"]]
-        asked = from_json(json.loads(GCP.read_text()), swaps=swaps)
+        asked = routing_from_json(json.loads(GCP.read_text()), swaps=swaps)
         return replace(asked, path_length=len(asked.stages) - skipped)
     return geography(job["seed"], job["nodes"], job["stages"], job["skipped"], job["per_home"], job["swaps"])
 
@@ -98,7 +98,7 @@ def search(job: dict[str, Any]) -> dict[str, Any]:
 def replayed() -> list[dict[str, Any]]:
     """The published paths by our clock, and fixed pipelines for as many microbatches as the others have."""
     values = json.loads(GCP.read_text())
-    problem = from_json(values, swaps=True)
+    problem = routing_from_json(values, swaps=True)
     values["published_iteration_s"]["full pipeline, 30 microbatches on 3 fixed pipelines"] = None
     rows: list[dict[str, Any]] = []
     for name, paths in published(problem, values).items():

@@ -12,8 +12,7 @@ from jobs.fields import TrainFields
 from pipeline.model.lora import ALL_LINEAR, Lora
 from pipeline.model.weights import has_weights
 from pipeline.state.optimizer import OptimizerConfig
-from recovery.inject import Fault, Ground, Rate
-from recovery.inject import parse as parse_faults
+from recovery.inject import Fault, Ground, Rate, parse_faults
 from recovery.policy import POLICIES
 from schedulers import ENGINES
 from schedulers.swapped import LEAST

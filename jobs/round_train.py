@@ -21,16 +21,16 @@ from jobs.config import TrainConfig
 from jobs.plan import identity, model_fingerprint
 from jobs.text import TextJob
 from jobs.train import STOPPED, Report, evaluated_when
-from pipeline.model.lora import merge, save_adapter
+from pipeline.model.lora import merge_adapters, save_adapter
 from pipeline.model.weights import ModelError, finish_export, write_shard
 from pipeline.runtime.stateless import TRAIN
 from pipeline.runtime.step_commit import NonFiniteLoss
-from pipeline.schedule.work_units import Cut, Slot, forward_slots
+from pipeline.schedule.work_units import Cut, WorkUnit, forward_units
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.optimizer import learning_rate
 from recovery import checkpoint
 from recovery.pool import Pool
-from recovery.runs import Run
+from recovery.runs import Iteration
 
 
 @dataclass
@@ -41,7 +41,7 @@ class RoundTrainer:
     optimizer: HostOptimizer
     pool: Pool
     cut: Cut
-    row: tuple[Slot, ...]
+    row: tuple[WorkUnit, ...]
     job: TextJob
     held_out: TextJob
     data_fingerprint: str
@@ -53,7 +53,7 @@ class RoundTrainer:
     evaluate_first: bool = False
     """Whether the held-out loss before the first step is told: of weights that were trained before."""
     step: int = 0
-    runs: dict[int, Run] = field(default_factory=dict)
+    runs: dict[int, Iteration] = field(default_factory=dict)
     """The iterations under way, by step: with an optimizer that is one step behind, two."""
 
     @property
@@ -78,7 +78,7 @@ class RoundTrainer:
 
     # ---- one step ----
 
-    def _submit(self, step: int) -> Run:
+    def _submit(self, step: int) -> Iteration:
         source, version, side = "param", step, 0
         if self.behind:
             source, version, side = f"read{(step + 1) % 2}", max(0, step - 1), step % 2
@@ -126,7 +126,7 @@ class RoundTrainer:
             }
             self._say("timeline", lanes=lanes)
 
-    def _loss(self, run: Run, job: TextJob, step: int) -> tuple[float, int]:
+    def _loss(self, run: Iteration, job: TextJob, step: int) -> tuple[float, int]:
         """The mean loss over the tokens, summed in the order of the microbatches; and the tokens."""
         tokens = sum(job.tokens(step, m) for m in run.losses)
         return sum(run.losses[m] for m in sorted(run.losses)) / max(1, tokens), tokens
@@ -161,7 +161,7 @@ class RoundTrainer:
         for part, lo in enumerate(range(0, count, size)):
             many = min(size, count - lo)
             run = self.pool.dispatcher.submit(
-                forward_slots(self.cut, many, self.config.round_size), self.optimizer.store.layout.boundaries,
+                forward_units(self.cut, many, self.config.round_size), self.optimizer.store.layout.boundaries,
                 step=part, job="evaluate", source="param", version=self.optimizer.updates,
             )  # fmt: skip
             self.pool.finish(run)
@@ -226,7 +226,7 @@ class RoundTrainer:
             tensors = {n: t for layer in range(model.num_layers) for n, t in self.optimizer.parameters(layer).items()}
             if model.lora is not None:
                 self._export_adapter(path.with_name("adapter"), tensors)
-                tensors = merge(model.lora, tensors, model.module)
+                tensors = merge_adapters(model.lora, tensors, model.module)
             shards = write_shard(unfinished, 1, 1, tensors)
             tokenizer = AutoTokenizer.from_pretrained(self.config.out / "tokenizer")
             finish_export(unfinished, model.config, shards, keys=list(tensors), tokenizer=tokenizer, into=path)

@@ -1,4 +1,4 @@
-"""RoundPipe for a training job: from settings and the model's shape to a cut, its slots and the verified schedules.
+"""RoundPipe for a training job: from settings and the model's shape to a cut, its units and the verified schedules.
 
 The cut and the rounds are made once and stay, whoever comes and goes; only the dealing follows the workers. How
 microbatches are summed follows from the settings alone, so a run ends in the same bits with any number of workers.
@@ -14,9 +14,9 @@ from jobs.config import TrainConfig
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.ops import B, F, R, Schedule
 from pipeline.schedule.verify import verify
-from pipeline.schedule.work_units import Cut, Slot, forward_slots, schedule_of
+from pipeline.schedule.work_units import Cut, WorkUnit, forward_units, schedule_of
 from schedulers import PartitionError
-from schedulers.roundpipe import Problem, search
+from schedulers.roundpipe import RoundsProblem, search
 from schedulers.roundpipe_search.deal import Dealer
 
 _TRIES = 4000
@@ -30,21 +30,21 @@ _FROZEN_BACKWARD = 1.0
 class Rounds:
     """The plan of one job."""
 
-    problem: Problem
+    problem: RoundsProblem
     cut: Cut
-    row: tuple[Slot, ...]
+    row: tuple[WorkUnit, ...]
     schedules: Mapping[str, Schedule]
     rule: str
 
-    def cost(self, slot: Slot) -> float:
-        """What a microbatch of a slot takes, in the unit of the layers' costs."""
-        lo, hi = slot.span
+    def cost(self, unit: WorkUnit) -> float:
+        """What a microbatch of a unit takes, in the unit of the layers' costs."""
+        lo, hi = unit.span
         times = {F: self.problem.forward, R: self.problem.forward, B: self.problem.backward}
-        return math.fsum(math.fsum(times[kind][lo:hi]) for kind in slot.kinds)
+        return math.fsum(math.fsum(times[kind][lo:hi]) for kind in unit.kinds)
 
     @property
     def dealer(self) -> Dealer:
-        """Gives slots to workers that run."""
+        """Gives units to workers that run."""
         return Dealer(self.rule, self.cost)
 
 
@@ -55,13 +55,13 @@ def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[
     sizes = tuple(float(model.parameter_bytes(layer)) for layer in range(model.num_layers))
     room = config.span_mib * 2**20 if config.span_mib else math.inf
     backward = _BACKWARD if model.lora is None else _FROZEN_BACKWARD
-    problem = Problem(
+    problem = RoundsProblem(
         tuple(layer_costs), tuple(backward * cost for cost in layer_costs), config.workers, config.microbatches,
         config.round_size, sizes=sizes, room=room,
     )  # fmt: skip
     best = search(problem, tries=_TRIES).best
     count = -(-evaluated // config.microbatch_size)
-    row = forward_slots(best.cut, count, config.round_size)
+    row = forward_units(best.cut, count, config.round_size)
     homes = [i % config.workers for i in range(len(row))]
     made = {
         "train": best.schedule(),

@@ -19,7 +19,7 @@ from pipeline.schedule.verify import verify
 from recovery.remedy import CannotRestore
 from schedulers import PartitionError, partition
 from schedulers.skippipe import SkipPlan, replan, skippipe, without
-from schedulers.skippipe_search.problem import NetworkError, Problem, from_json, quotas
+from schedulers.skippipe_search.problem import NetworkError, RoutingProblem, quotas, routing_from_json
 
 _FLOPS = 2e10  # products and sums per second of a worker, where the network file does not say what a forward takes
 
@@ -35,7 +35,7 @@ class Routes:
         self.evaluated = -(-evaluated // config.microbatch_size)
         values = self._values(layer_costs)
         try:
-            asked = from_json(
+            asked = routing_from_json(
                 values, skip=config.skip, swaps=config.swaps, contention=values["contention"],
                 stages=None if "stages" in values else config.stages,
                 microbatches=config.microbatches,
@@ -118,7 +118,7 @@ class Routes:
     def _made(self, plan: SkipPlan, whole: SkipPlan | None) -> dict[str, Schedule]:
         first, head = self.spans[0], self.spans[-1]
         spans = self._spans_of(plan.problem)
-        made = {"train": plan.schedule(spans), "evaluate": evaluation(plan.problem, spans, self.evaluated)}
+        made = {"train": plan.schedule(spans), "evaluate": evaluation_routes(plan.problem, spans, self.evaluated)}
         if whole is not None:
             made["full"] = whole.schedule(spans, "skippipe, whole model")
         made = {purpose: lower(schedule) for purpose, schedule in made.items()}
@@ -132,7 +132,7 @@ class Routes:
             )
         return made
 
-    def _spans_of(self, problem: Problem) -> tuple[Span, ...]:
+    def _spans_of(self, problem: RoutingProblem) -> tuple[Span, ...]:
         """The spans of the stages that `problem` still has, and the head's."""
         names = [
             next(i for i, old in enumerate(self.plan.problem.stages) if stage[0] in old) for stage in problem.stages
@@ -140,7 +140,7 @@ class Routes:
         return (*(self.spans[i] for i in names), self.spans[-1])
 
 
-def evaluation(problem: Problem, spans: tuple[Span, ...], microbatches: int) -> Schedule:
+def evaluation_routes(problem: RoutingProblem, spans: tuple[Span, ...], microbatches: int) -> Schedule:
     """Forward through every stage that there is, microbatches dealt to the nodes of each in turn."""
     route = Route(spans, ())
     lanes: dict[int, list[Op]] = {n: [] for stage in problem.stages for n in stage}

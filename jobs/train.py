@@ -44,7 +44,7 @@ Report = Callable[[dict[str, Any]], None]
 """Takes a record {"kind": "step" | "evaluation" | "event" | "timeline" | ..., ...} to the coordinator."""
 
 
-class Reports(Protocol):
+class ReportSink(Protocol):
     """The way of a worker's records to the coordinator."""
 
     def put(self, record: dict[str, Any], /) -> None:
@@ -86,7 +86,7 @@ class Trainer:
     job: TextJob
     held_out: TextJob
     data_fingerprint: str
-    reports: Reports
+    reports: ReportSink
     stop_asked: Callable[[], bool]
     first_step: int = 0
     evaluate_first: bool = False

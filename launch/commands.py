@@ -83,7 +83,7 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline, Mapping[int,
     """The schedule, its simulated timeline, and what its workers may hold at most. Raises ConfigError,
     ScheduleError or the refusal of a file."""
     check_bounds(config)
-    values = None if config.costs is None else read_json(config.costs, "costs")
+    values = None if config.costs is None else read_setting(config.costs, "costs")
     if config.schedule is not None:
         schedule = loads(_read(config.schedule, "schedule"))
         spans = list(schedule.holders)
@@ -111,7 +111,7 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline, Mapping[int,
         )
         spans = list(schedule.holders)
     costs = Costs.uniform(schedule) if values is None else Costs.from_json(values, spans)
-    network = None if config.network is None else Network.from_json(read_json(config.network, "network"))
+    network = None if config.network is None else Network.from_json(read_setting(config.network, "network"))
     verify(schedule)
     held = message_bounds(schedule)
     messages = {worker: int(bound.messages) for worker, bound in held.items()}
@@ -192,7 +192,7 @@ def _read(path: Path, name: str) -> str:
         raise ConfigError(f"{name} is {str(path)!r}, which {error}") from error
 
 
-def read_json(path: Path, name: str) -> Any:
+def read_setting(path: Path, name: str) -> Any:
     """What a JSON file holds. Raises ConfigError, calling the setting by its `name`."""
     try:
         return reading.read_json(path)

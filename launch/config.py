@@ -74,7 +74,7 @@ def toml_values(path: Path, cls: type) -> dict[str, Any]:
     return _fitting(cls, {key.replace("-", "_"): value for key, value in values.items()})
 
 
-def read_toml(path: Path, cls: type[C]) -> C:
+def config_from_toml(path: Path, cls: type[C]) -> C:
     """Settings from a TOML file, and defaults for the others. Raises ConfigError."""
     return cls(**toml_values(path, cls))
 

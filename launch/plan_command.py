@@ -14,8 +14,8 @@ from rich.console import Console
 
 from jobs.bounds import ConfigError, Within, check_bounds, require
 from jobs.fields import WEEK_S
-from launch.commands import Result, message_bounds, read_json
-from launch.roundpipe_plan import plan_rounds
+from launch.commands import Result, message_bounds, read_setting
+from launch.roundpipe_plan import plan_roundpipe
 from launch.run_folder import write_whole
 from pipeline.drawing.draw import svg
 from pipeline.drawing.network_picture import network_svg
@@ -24,7 +24,7 @@ from pipeline.schedule.simulate import simulate
 from pipeline.schedule.verify import verify
 from schedulers.skippipe import SkipPlan, replay, skippipe
 from schedulers.skippipe_search.clock import STUCK
-from schedulers.skippipe_search.problem import NetworkError, Problem, from_json
+from schedulers.skippipe_search.problem import NetworkError, RoutingProblem, routing_from_json
 from schedulers.skippipe_search.problem import Path as Nodes
 
 
@@ -83,13 +83,13 @@ def plan_command(config: PlanConfig) -> Result:
         require(config.model is not None, "model", None, "the name of a model in costs, under scheduler roundpipe")
         assert config.costs is not None
         assert config.model is not None
-        return plan_rounds(
-            read_json(config.costs, "costs"), config.model, config.rule, config.at_once, config.workers, config.out
+        return plan_roundpipe(
+            read_setting(config.costs, "costs"), config.model, config.rule, config.at_once, config.workers, config.out
         )
     require(config.network is not None, "network", None, "a JSON file, under scheduler skippipe")
     assert config.network is not None
-    values = read_json(config.network, "network")
-    problem = from_json(
+    values = read_setting(config.network, "network")
+    problem = routing_from_json(
         values, skip=config.skip, swaps=config.swaps, contention=config.contention, stages=config.stages,
         microbatches=config.microbatches,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def names_in(values: Mapping[str, Any], size: int) -> list[str]:
     return [str(name) for name in names] if good else []
 
 
-def published(problem: Problem, values: Mapping[str, Any]) -> dict[str, list[Nodes]]:
+def published(problem: RoutingProblem, values: Mapping[str, Any]) -> dict[str, list[Nodes]]:
     """The paths that a file holds, by name, microbatch by microbatch: each path serves as many as the others, in turn.
 
     A published time of "full pipeline, N microbatches on K fixed pipelines" is that of the k-th nodes of all stages.
@@ -194,7 +194,7 @@ def _chain(name: str, following: Any) -> Nodes:
     return tuple(path)
 
 
-def _replayed(config: PlanConfig, problem: Problem, values: Mapping[str, Any], names: list[str]) -> Result:
+def _replayed(config: PlanConfig, problem: RoutingProblem, values: Mapping[str, Any], names: list[str]) -> Result:
     rows: list[dict[str, Any]] = []
     for name, paths in published(problem, values).items():
         plan = replay(replace(problem, swaps=True), paths)  # what was published may swap stages

@@ -1,4 +1,4 @@
-"""What a forked worker of a pool does: attach to the host store, and serve the slots that it is given."""
+"""What a forked worker of a pool does: attach to the host store, and serve the work units that it is given."""
 
 from __future__ import annotations
 

@@ -12,25 +12,25 @@ from pipeline.drawing.draw import svg
 from pipeline.schedule.ops import Span, dumps
 from pipeline.schedule.simulate import Costs, Network, simulate
 from pipeline.schedule.verify import verify
-from pipeline.schedule.work_units import slots
+from pipeline.schedule.work_units import units
 from schedulers import build
-from schedulers.roundpipe import Dealt, Problem, dealt, from_json, repeated, search
+from schedulers.roundpipe import Dealt, RoundsProblem, dealt, repeated, rounds_from_json, search
 from schedulers.roundpipe_search.problem import spans_from
 
 _ITERATIONS = 10
 """Of the asynchronous rows: enough for filling and draining to be a small part, which is counted."""
 
 
-def plan_rounds(
+def plan_roundpipe(
     values: Any, model: str, rule: str, at_once: int | None, workers: int | None, out: Path | None
 ) -> Result:
     """bubble and makespan_ms of the published partition and of the planned one. Raises CostError."""
-    problem, cut = from_json(values, model)
+    problem, cut = rounds_from_json(values, model)
     changes = {name: n for name, n in (("at_once", at_once), ("workers", workers)) if n is not None}
-    asked = Problem(**{**vars(problem), **changes})
+    asked = RoundsProblem(**{**vars(problem), **changes})
     rows: dict[str, dict[str, Any]] = {}
     if cut is not None:
-        row = slots(cut, problem.microbatches, problem.round, by_stage=False)
+        row = units(cut, problem.microbatches, problem.round, by_stage=False)
         rows["published"] = {
             **_row(dealt(problem, cut, row, "round_robin", early_head=True), "by_round"),
             "counted": "as its authors do: a loss' forward may begin before the last forward has ended",
@@ -73,7 +73,7 @@ def _row(plan: Dealt, order: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def baselines(problem: Problem, entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def baselines(problem: RoundsProblem, entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """GPipe, 1F1B and interleaved 1F1B on the partitions that were published for them: every stage recomputes its
     blocks before their backward, the head is not recomputed."""
     last = problem.num_layers - 1

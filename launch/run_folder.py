@@ -19,7 +19,7 @@ METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
 """Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it."""
 LEDGER = ("step", "view", "first_sample", "samples", "version")
 """Which samples a committed step was made of: `samples` global ids from `first_sample` on. `version`, under roundpipe,
-is how many updates the weights had seen that every slot of the step has read."""
+is how many updates the weights had seen that every unit of the step has read."""
 
 
 _LOSSES = ("remedy", "taken_over", "redealt")

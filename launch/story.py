@@ -29,7 +29,7 @@ _SAID = {
     "remedy": "worker {replacement} takes its place: {remedy}",
     "rejoined": "worker {replacement} is ready and takes the place of worker {worker}: {remedy}",
     "taken_over": "the one before it does its work as well: {remedy}; worker {replacement} is being started",
-    "redealt": "its {slots} slots go to the others",
+    "redealt": "its {units} work units go to the others",
     "not_started": "worker {worker} {reason}",
     "joined": "worker {worker} has joined: it is used from the next iteration on",
     "rerouted": "its microbatches take other routes; worker {replacement} is being started",

@@ -38,8 +38,7 @@ from recovery import keys
 from recovery.checkpoint import CheckpointError, last_attempt
 from recovery.commit import Ballot
 from recovery.communicator import Communicator
-from recovery.inject import Fault, Injector
-from recovery.inject import parse as parse_faults
+from recovery.inject import Fault, Injector, parse_faults
 from recovery.lifeline import Lifeline
 from recovery.member import Member, Watcher
 from recovery.membership import EVICTED, Evicted, MembershipError, View, await_view, read_view

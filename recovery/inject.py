@@ -22,7 +22,7 @@ from pipeline.model.rng import derive
 
 POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join")
 POOL_POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")
-"""What workers that hold nothing meet: a slot is there, its weights are being loaded, they are loaded, it is computed
+"""What workers that hold nothing meet: a unit is there, its weights are being loaded, they are loaded, it is computed
 forward or back, its gradient is told, it counts."""
 KINDS = ("kill", "term", "stop", "exception", "slow", "nan", "cut")
 _DRAWN = {False: POINTS[:5], True: ("order", "forward", "backward", "commit", "committed")}
@@ -84,7 +84,7 @@ class Ground:
     pool: bool = False
 
 
-def parse(text: str, ground: Ground | None = None) -> tuple[Fault | Rate, ...]:
+def parse_faults(text: str, ground: Ground | None = None) -> tuple[Fault | Rate, ...]:
     """The faults of a text, separated by semicolons. Raises InjectionError for what cannot be read, and for what never
     happens on `ground`, if that is given."""
     return tuple(_parse(part.strip(), f"{i}", ground) for i, part in enumerate(text.split(";")) if part.strip())

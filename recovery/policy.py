@@ -81,7 +81,11 @@ class Recovery:
 
     def _arranged(self, view: View) -> View:
         """`view` with the schedules for its workers. Raises CannotRestore."""
-        return redundant.arrange(self.home, view) if self.planner is None else reroute.arrange(self.planner, view)
+        return (
+            redundant.arrange_takeover(self.home, view)
+            if self.planner is None
+            else reroute.arrange_detour(self.planner, view)
+        )
 
     def _cured(self, view: View, reasons: Sequence[str] = ()) -> View:
         return cure(view, self.policy, self.num_layers, self.tied, self.rollback_target, reasons)

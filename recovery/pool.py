@@ -1,7 +1,7 @@
-"""Deals slots to stateless workers, and deals them again when a worker is lost.
+"""Deals work units to stateless workers, and deals them again when a worker is lost.
 
-The host of a run owns the pool: it starts the workers, tells each which slots are its own and which hidden states are
-there, and counts what they give back exactly once. A worker that dies takes nothing along: its slots go to the others.
+The host of a run owns the pool: it starts the workers, tells each which units are its own and which hidden states are
+there, and counts what they give back exactly once. A worker that dies takes nothing along: its units go to the others.
 A worker that joins is used from the next iteration on. The loop waits for no worker: what one does not take is kept,
 up to a bound, and then that worker is lost.
 """
@@ -21,13 +21,13 @@ from typing import Any
 
 from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.schedule.ops import B
-from pipeline.schedule.work_units import Slot
+from pipeline.schedule.work_units import WorkUnit
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.wire import WireError, checked
 from recovery.dispatcher import Deal, Dispatcher
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
-from recovery.processes import Exit, Processes, kill
-from recovery.runs import Given, Member, Run
+from recovery.processes import ProcessEnd, Processes, kill
+from recovery.runs import Given, Iteration, PoolMember
 
 _TICK_S = 0.25
 LEFT = 4
@@ -42,13 +42,13 @@ class Pool:
     """The workers of one run. `start(id)` forks a worker and returns its pid, or raises OSError; `exits` tells which
     have ended.
 
-    `cost(slot)` is what a microbatch of a slot takes, in any unit; `event(name, ...)` is told what happens. No gradient
+    `cost(unit)` is what a microbatch of a unit takes, in any unit; `event(name, ...)` is told what happens. No gradient
     block of a worker is given out again before that worker was seen to end, or has given it back itself.
     """
 
     def __init__(
-        self, address: str, start: Callable[[int], int], exits: Callable[[float], Sequence[Exit]],
-        optimizer: HostOptimizer, blocks: int, cost: Callable[[Slot], float], deal: Deal,
+        self, address: str, start: Callable[[int], int], exits: Callable[[float], Sequence[ProcessEnd]],
+        optimizer: HostOptimizer, blocks: int, cost: Callable[[WorkUnit], float], deal: Deal,
         event: Callable[..., None], *, deadline_s: float, max_failures: int,
         stopping: Callable[[], bool] = bool,
     ) -> None:  # fmt: skip
@@ -65,7 +65,7 @@ class Pool:
         self._wake.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._inbox: deque[tuple[str, Any]] = deque()
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, PoolMember] = {}
         self.dispatcher = Dispatcher(self.members, self._tell, optimizer, blocks, cost, deal)
         self._losses = Losses(math.inf)
         self._next_worker = 0
@@ -105,15 +105,15 @@ class Pool:
         member, self._next_worker = self._next_worker, self._next_worker + 1
         started = self._processes.start(member, place, tries)
         if isinstance(started, int):
-            self.members[member] = Member(member, place, started, time.monotonic())
+            self.members[member] = PoolMember(member, place, started, time.monotonic())
         else:
             self.last_reason, self._last = started, member
             self._event("not_started", worker=member, reason=started)
 
     # ---- iterations ----
 
-    def finish(self, run: Run) -> None:
-        """Return once a run is whole: every slot done and every gradient added exactly once, and nobody left who might
+    def finish(self, run: Iteration) -> None:
+        """Return once a run is whole: every unit done and every gradient added exactly once, and nobody left who might
         still write. Raises NoWorkerLeft, TooManyFailures, and TimeoutError where nothing comes on any more."""
         self._heard = time.monotonic()
         while run.left or self._processes.unseen:
@@ -122,16 +122,16 @@ class Pool:
                 raise TimeoutError(f"nothing was heard for {2 * self._deadline_s:g} s; {self._what_is_left(run)}")
         self.dispatcher.active.remove(run)
         self._losses.progress()
-        wanted = {(slot.span, m) for slot in run.row if B in slot.kinds for m in slot.microbatches}
+        wanted = {(unit.span, m) for unit in run.row if B in unit.kinds for m in unit.microbatches}
         if set(run.committed) != wanted or set(run.committed.values()) - {1}:
             raise RuntimeError(f"gradients were counted {dict(run.committed)}; expected once each")
 
-    def _what_is_left(self, run: Run) -> str:
+    def _what_is_left(self, run: Iteration) -> str:
         if unseen := self._processes.unseen:
             return f"processes {sorted(unseen)} were ended, and have not been seen to end"
         given = {member.id: len(member.given) for member in self.members.values()}
-        left = f"{run.left} slots of step {run.step} are left, {len(run.pending)} of them with nobody"
-        return f"{left}; slots by worker: {given}"
+        left = f"{run.left} units of step {run.step} are left, {len(run.pending)} of them with nobody"
+        return f"{left}; units by worker: {given}"
 
     def wait_for(self, what: str) -> Any:
         """The optimizer's next report of a kind. Raises TimeoutError."""
@@ -188,7 +188,7 @@ class Pool:
         elif member.id in self.members:
             self._await_room(member)
 
-    def _take(self, member: Member, channel: Channel) -> bool:
+    def _take(self, member: PoolMember, channel: Channel) -> bool:
         """Handle all that a worker has said; whether it is lost: gone, or saying what is nothing."""
         try:
             while member.id in self.members and (message := channel.receive(0.0)) is not None:
@@ -201,7 +201,7 @@ class Pool:
             self._reasons.setdefault(member.id, (f"has said what is no message: {error}", True))
             return True
 
-    def _handle(self, member: Member, channel: Channel, message: dict[str, Any]) -> None:
+    def _handle(self, member: PoolMember, channel: Channel, message: dict[str, Any]) -> None:
         if "hello" in message:
             member.channel = channel
             if self._opened:
@@ -224,21 +224,21 @@ class Pool:
             if given := member.given.pop(checked(message, "an answer", recalled=int)["recalled"], None):
                 self.dispatcher.take_back(given)
         else:
-            told = checked(message, "a result", slot=int, version=int, events=list, held=int)
-            if given := member.given.get(told["slot"]):
-                self._slot_done(member, given, told)
+            told = checked(message, "a result", unit=int, version=int, events=list, held=int)
+            if given := member.given.get(told["unit"]):
+                self._unit_done(member, given, told)
 
-    def _slot_done(self, member: Member, given: Given, told: dict[str, Any]) -> None:
-        """A slot's gradient counts if its block holds what it should; else its writer is not to be trusted."""
+    def _unit_done(self, member: PoolMember, given: Given, told: dict[str, Any]) -> None:
+        """A unit's gradient counts if its block holds what it should; else its writer is not to be trusted."""
         if lacks := self.dispatcher.lacks(given):
             self._reasons[member.id] = f"gave back a gradient that does not count: {lacks}", True
             self._lost(member)
             return
         del member.given[given.id]
         member.most_held = max(member.most_held, told["held"])
-        self.dispatcher.slot_done(member, given, told["version"], told["events"])
+        self.dispatcher.unit_done(member, given, told["version"], told["events"])
 
-    def _tell(self, member: Member, **message: Any) -> None:
+    def _tell(self, member: PoolMember, **message: Any) -> None:
         if member.channel is None:
             return
         try:
@@ -248,7 +248,7 @@ class Pool:
             member.stuck = True
         self._await_room(member)
 
-    def _await_room(self, member: Member) -> None:
+    def _await_room(self, member: PoolMember) -> None:
         """Have the loop wake when a worker takes more of what waits for it."""
         channel = member.channel
         if channel is not None and channel.socket.fileno() in self._selector.get_map():
@@ -285,18 +285,18 @@ class Pool:
                 "valid checkpoint"
             )
 
-    def _could_go_on(self, member: Member) -> bool:
+    def _could_go_on(self, member: PoolMember) -> bool:
         """Whether a worker has something to do for which it need not wait: then it should be heard of."""
         if member.channel is None:
             return True
         given = next(iter(member.given.values()), None)
         if given is None:
             return False
-        left = [m for m in given.slot.microbatches if m not in given.run.done[given.index]]
-        return not left or all(fact in given.run.facts for fact in given.run.needs(given.slot, left[0]))
+        left = [m for m in given.unit.microbatches if m not in given.run.done[given.index]]
+        return not left or all(fact in given.run.facts for fact in given.run.needs(given.unit, left[0]))
 
-    def _lost(self, member: Member) -> None:
-        """A worker is gone: its slots go back, and what waits for them is taken back as well."""
+    def _lost(self, member: PoolMember) -> None:
+        """A worker is gone: its units go back, and what waits for them is taken back as well."""
         if self.members.pop(member.id, None) is None:
             return
         blocks = [given.block for given in member.given.values() if given.block >= 0]
@@ -315,7 +315,7 @@ class Pool:
             self._losses.note(member.id, member.place, reason, told=told, when=self._next_worker, limit=limit)
         replaced = self.failures <= self._max_failures
         self._event(
-            "redealt", worker=member.id, slots=len(member.given), remedy="its slots are dealt to the others",
+            "redealt", worker=member.id, units=len(member.given), remedy="its units are dealt to the others",
             replacement=self._next_worker if replaced else None,
         )  # fmt: skip
         if seen is not None:

@@ -20,7 +20,7 @@ _TRIES = 5
 _TRY_AGAIN_S = 0.2  # doubled every time
 
 
-class Exit(Protocol):
+class ProcessEnd(Protocol):
     """How a worker process ended."""
 
     @property
@@ -46,9 +46,9 @@ class Processes:
     gradient blocks that they may still write to.
     """
 
-    def __init__(self, start: Callable[[int], int], exits: Callable[[float], Sequence[Exit]]) -> None:
+    def __init__(self, start: Callable[[int], int], exits: Callable[[float], Sequence[ProcessEnd]]) -> None:
         self._start, self._exits = start, exits
-        self._ended: dict[int, Exit] = {}
+        self._ended: dict[int, ProcessEnd] = {}
         self.vacancies: list[Vacancy] = []
         self.unseen: dict[int, list[int]] = {}
 
@@ -80,7 +80,7 @@ class Processes:
         """Whether a process was seen to end."""
         return pid in self._ended
 
-    def end(self, pid: int, blocks: Iterable[int], *, by_itself: bool) -> tuple[Exit | None, bool]:
+    def end(self, pid: int, blocks: Iterable[int], *, by_itself: bool) -> tuple[ProcessEnd | None, bool]:
         """Wait for a process to end, for a moment `by_itself`, then by SIGKILL: nothing of it may write any more when
         its `blocks` go to others. How it ended, None where that was not seen; and whether it did by itself."""
         self._await(pid, _BY_ITSELF_S if by_itself else 0.0)

@@ -34,7 +34,7 @@ def successors(train: Schedule) -> dict[int, int]:
     return {worker: holder for worker, (holder, *more) in found.items() if holder is not None and not more}
 
 
-def arrange(home: View, view: View) -> View:
+def arrange_takeover(home: View, view: View) -> View:
     """`view` with the schedules of `home` for the places that its workers have; the others' work is taken over.
 
     Raises CannotRestore where who could do that is not there, or has no state itself.

@@ -17,7 +17,7 @@ Planner = Callable[[Collection[int]], Mapping[str, Schedule]]
 """The places that have workers -> lowered schedules by purpose, by place. Raises CannotRestore."""
 
 
-def arrange(planner: Planner, view: View) -> View:
+def arrange_detour(planner: Planner, view: View) -> View:
     """`view` with schedules over the workers that it has. Raises CannotRestore."""
     at = {view.places[worker]: worker for worker in view.workers}
     made = planner(sorted(at))

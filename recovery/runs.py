@@ -1,4 +1,4 @@
-"""What a pool keeps in mind: runs over rows of slots, which slots each worker has, and what is there already."""
+"""What a pool keeps in mind: runs over rows of units, which units each worker has, and what is there already."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 
 from pipeline.runtime.channel import Channel
 from pipeline.schedule.ops import Span
-from pipeline.schedule.work_units import BACKWARD, FORWARD, Slot
+from pipeline.schedule.work_units import BACKWARD, FORWARD, WorkUnit
 
 Fact = tuple[str, int, int]
 """(x or dx, microbatch, layer): a hidden state, or the gradient of one, that is there."""
 
 
 @dataclass
-class Run:
-    """One pass over a row of slots: an iteration of training, or a part of an evaluation."""
+class Iteration:
+    """One pass over a row of units: an iteration of training, or a part of an evaluation."""
 
     number: int
     step: int
     job: str
-    row: Sequence[Slot]
+    row: Sequence[WorkUnit]
     boundaries: Sequence[int]
     source: str
     version: int
@@ -42,37 +42,37 @@ class Run:
     """Place -> what was done there: (op, start, end)."""
     began: float = 0.0
 
-    def needs(self, slot: Slot, m: int) -> list[Fact]:
-        """What must be there before a microbatch of a slot can run to its end."""
-        lo, hi = slot.span
+    def needs(self, unit: WorkUnit, m: int) -> list[Fact]:
+        """What must be there before a microbatch of a unit can run to its end."""
+        lo, hi = unit.span
         needed: list[Fact] = [("x", m, lo)] if lo else []
-        return [*needed, ("dx", m, hi)] if slot.kinds == BACKWARD else needed
+        return [*needed, ("dx", m, hi)] if unit.kinds == BACKWARD else needed
 
-    def makes(self, slot: Slot, m: int) -> list[Fact]:
-        """What is there once a microbatch of a slot is through."""
-        lo, hi = slot.span
-        if slot.kinds == FORWARD:
+    def makes(self, unit: WorkUnit, m: int) -> list[Fact]:
+        """What is there once a microbatch of a unit is through."""
+        lo, hi = unit.span
+        if unit.kinds == FORWARD:
             return [("x", m, layer) for layer in self.boundaries if lo < layer <= hi]
         return [("dx", m, lo)] if lo else []
 
 
 @dataclass
 class Given:
-    """A slot that a worker has."""
+    """A unit that a worker has."""
 
     id: int
-    run: Run
+    run: Iteration
     index: int
     block: int
     recalled: bool = False
 
     @property
-    def slot(self) -> Slot:
+    def unit(self) -> WorkUnit:
         return self.run.row[self.index]
 
 
 @dataclass
-class Member:
+class PoolMember:
     """A worker, from its start to its end. `place` is that of the worker which it has followed; `stuck` says that it
     does not take what it is told."""
 

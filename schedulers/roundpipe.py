@@ -8,12 +8,12 @@ stages and R rounds of N microbatches over N workers the bubble is (N - 1) / (R 
 from __future__ import annotations
 
 from schedulers.roundpipe_search.clock import RULES, Clock, Dealt, dealt, repeated
-from schedulers.roundpipe_search.problem import Problem, cut_from, from_json
-from schedulers.roundpipe_search.search import ORDERS, Found, search
+from schedulers.roundpipe_search.problem import RoundsProblem, cut_from, rounds_from_json
+from schedulers.roundpipe_search.search import ORDERS, search
 
 __all__ = [
-    "ORDERS", "RULES", "Clock", "Dealt", "Found", "Problem", "cut_from", "dealt", "from_json", "ideal_bubble",
-    "repeated", "search",
+    "ORDERS", "RULES", "Clock", "Dealt", "RoundsProblem", "cut_from", "dealt", "ideal_bubble", "repeated",
+    "rounds_from_json", "search",
 ]  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from functools import cached_property
 
 from pipeline.schedule.costs import Costs, Network
 from pipeline.schedule.ops import B, F, Op, Route, Schedule, Span
-from schedulers.skippipe_search.anneal import Budget, Found, anneal
+from schedulers.skippipe_search.anneal import Annealed, Budget, anneal
 from schedulers.skippipe_search.bounds import any_cut, lower_bounds
 from schedulers.skippipe_search.clock import STUCK, Rule, Run, clock
-from schedulers.skippipe_search.conflicts import TRIES, conflict_based, dealt, prioritised
-from schedulers.skippipe_search.problem import NetworkError, Path, Problem, check_paths, quotas
+from schedulers.skippipe_search.conflicts import TRIES, conflict_based, dealt_paths, prioritised
+from schedulers.skippipe_search.problem import NetworkError, Path, RoutingProblem, check_paths, quotas
 
 MOVES = 12_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
@@ -31,7 +31,7 @@ _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many 
 class SkipPlan:
     """Paths with their timing under `problem`, whose stages are those of the plan. `bounds`: see `lower_bounds`."""
 
-    problem: Problem
+    problem: RoutingProblem
     paths: tuple[Path, ...]
     rule: Rule
     run: Run
@@ -95,7 +95,7 @@ class SkipPlan:
 
 
 def skippipe(
-    problem: Problem, *, seed: int = 0, moves: int = MOVES, seconds: float | None = None, joint: bool = False,
+    problem: RoutingProblem, *, seed: int = 0, moves: int = MOVES, seconds: float | None = None, joint: bool = False,
     start: Sequence[Path] | None = None,
 ) -> SkipPlan:  # fmt: skip
     """The best plan found within `moves`, which the seed alone decides, or within `seconds`.
@@ -106,7 +106,7 @@ def skippipe(
     """
     began = time.monotonic()
     bounds = {"any stages": any_cut(problem)} if joint else lower_bounds(problem)
-    starts = [dealt(problem) if start is None else list(start)]
+    starts = [dealt_paths(problem) if start is None else list(start)]
     if start is None and problem.path_length > 1:
         end = None if seconds is None else began + _CONFLICTS * seconds
         starts += _starts(problem, seed, lambda: end is not None and time.monotonic() > end)
@@ -118,7 +118,7 @@ def skippipe(
     return _plan(problem, best, bounds)
 
 
-def _starts(problem: Problem, seed: int, over: Callable[[], bool]) -> list[list[Path]]:
+def _starts(problem: RoutingProblem, seed: int, over: Callable[[], bool]) -> list[list[Path]]:
     """By conflict-based search, unless the network is large, and by one home after another, until `over()`."""
     size = problem.num_microbatches * len(problem.hop_s)
     found = [conflict_based(problem, over=over) if size <= _LARGE else None]
@@ -126,7 +126,7 @@ def _starts(problem: Problem, seed: int, over: Callable[[], bool]) -> list[list[
     return [paths for paths in found if paths is not None]
 
 
-def replay(problem: Problem, paths: Sequence[Path], rule: Rule = "furthest") -> SkipPlan:
+def replay(problem: RoutingProblem, paths: Sequence[Path], rule: Rule = "furthest") -> SkipPlan:
     """Given paths, timed. Raises NetworkError for paths that are illegal, and where some microbatch never completes."""
     check_paths(problem, paths, balanced=False)
     run = clock(problem, paths, rule)
@@ -135,14 +135,14 @@ def replay(problem: Problem, paths: Sequence[Path], rule: Rule = "furthest") -> 
     return SkipPlan(problem, tuple(paths), rule, run, lower_bounds(problem))
 
 
-def replan(plan: SkipPlan, problem: Problem, *, seed: int = 0, moves: int = 2000) -> SkipPlan:
+def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int = 2000) -> SkipPlan:
     """The plan again for `problem`, in which links have changed or nodes are gone (`without`), from its paths as far as
     they hold: the visits of a lost node go to its replicas, or around its stage where it had none. Raises NetworkError
     as `skippipe` does."""
     return skippipe(problem, seed=seed, moves=moves, start=mended(plan.paths, plan.problem, problem))
 
 
-def without(problem: Problem, lost: Collection[int]) -> Problem:
+def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:
     """The problem without some nodes, with as many microbatches. A stage that has lost its last node is a stage no
     more; paths are as long as they were, or as there are stages. Raises NetworkError where no home is left."""
     stages = [tuple(n for n in stage if n not in lost) for stage in problem.stages]
@@ -152,7 +152,7 @@ def without(problem: Problem, lost: Collection[int]) -> Problem:
     return replace(problem, stages=kept, path_length=min(problem.path_length, len(kept)))
 
 
-def mended(paths: Sequence[Path], old: Problem, new: Problem) -> list[Path]:
+def mended(paths: Sequence[Path], old: RoutingProblem, new: RoutingProblem) -> list[Path]:
     """Legal and balanced paths for `new` that keep what they can of `paths`, which were for `old`."""
     stage_of, was = new.stage_of, old.stage_of
     now = {i: new.stages.index(stage) for i, each in enumerate(old.stages)
@@ -179,11 +179,11 @@ def mended(paths: Sequence[Path], old: Problem, new: Problem) -> list[Path]:
     try:
         check_paths(new, found)
     except NetworkError:
-        return dealt(new)
+        return dealt_paths(new)
     return found
 
 
-def _even(paths: list[list[int]], problem: Problem, visits: Counter[int]) -> None:
+def _even(paths: list[list[int]], problem: RoutingProblem, visits: Counter[int]) -> None:
     """Move visits from nodes that have too many to nodes that have too few, path by path, while that is possible."""
     stage_of = problem.stage_of
     nodes = quotas(problem)[1]
@@ -202,7 +202,7 @@ def _even(paths: list[list[int]], problem: Problem, visits: Counter[int]) -> Non
                     here[1:] = sorted(here[1:], key=stage_of.__getitem__)
 
 
-def _plan(problem: Problem, found: Found, bounds: dict[str, float]) -> SkipPlan:
+def _plan(problem: RoutingProblem, found: Annealed, bounds: dict[str, float]) -> SkipPlan:
     planned = problem.with_stages(found.stages)
     run = clock(planned, found.paths, found.rule)
     if run.iteration_s == STUCK:

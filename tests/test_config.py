@@ -18,7 +18,7 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.corpus import CorpusError
 from jobs.plan import layer_costs, make_plan, model_fingerprint, open_dataset, schedules, set_dropout
 from launch.cli import main
-from launch.config import config_from_dict, read_toml, to_toml
+from launch.config import config_from_dict, config_from_toml, to_toml
 from pipeline.model.layered import LayeredModel, ModelError
 from pipeline.model.weights import preset
 from pipeline.schedule.ops import B, F, W, loads
@@ -141,7 +141,7 @@ def test_the_edges_of_what_can_work_are_allowed(changes: dict[str, Any]) -> None
 def test_a_file_of_settings_is_read_with_dashes_or_underscores(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('microbatch-size = 3\nsequence_length = 64\nlr = 1\nout = "some/where"\nresume = true\n')
-    read = read_toml(file, TrainConfig)
+    read = config_from_toml(file, TrainConfig)
     assert read == TrainConfig(microbatch_size=3, sequence_length=64, lr=1.0, out=Path("some/where"), resume=True)
     assert isinstance(read.lr, float)
     assert isinstance(read.out, Path)
@@ -176,14 +176,14 @@ def test_a_file_of_settings_is_read_with_dashes_or_underscores(tmp_path: Path) -
 def test_a_setting_that_does_not_fit_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        read_toml(tmp_path / "run.toml", TrainConfig)
+        config_from_toml(tmp_path / "run.toml", TrainConfig)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'model = "\xe9"')
     for name, told in (("none.toml", "No such file"), (".", "Is a directory"), ("latin.toml", "utf-8")):
         with pytest.raises(ConfigError, match=rf"config is '{tmp_path / name}', which cannot be read: .*{told}"):
-            read_toml(tmp_path / name, TrainConfig)
+            config_from_toml(tmp_path / name, TrainConfig)
 
 
 CHANGED = TrainConfig(
@@ -195,7 +195,7 @@ CHANGED = TrainConfig(
 @pytest.mark.parametrize("config", [TrainConfig(), CHANGED])
 def test_settings_survive_toml_and_json(tmp_path: Path, config: TrainConfig) -> None:
     (tmp_path / "config.toml").write_text(to_toml(config))
-    assert read_toml(tmp_path / "config.toml", TrainConfig) == config
+    assert config_from_toml(tmp_path / "config.toml", TrainConfig) == config
     assert config_from_dict(TrainConfig, json.loads(json.dumps(asdict(config), default=str))) == config
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.remarks import remarks
-from launch.config import read_toml
+from launch.config import config_from_toml
 from launch.forkserver import ForkServer
 from pipeline.state.optimizer import OptimizerConfig, learning_rate
 from tests.harness import run_command
@@ -78,7 +78,7 @@ def test_what_was_resolved_is_kept(forkserver: ForkServer, trained: str, tmp_pat
     assert (refused.code, "unbroken train: data is unset; allowed" in refused.output) == (2, True)
     done = run_command(forkserver, tmp_path / "log", *flags, "--data", str(tmp_path / "text.txt"))
     assert done.code == 0, done.output
-    kept = read_toml(tmp_path / "run" / "config.toml", TrainConfig)
+    kept = config_from_toml(tmp_path / "run" / "config.toml", TrainConfig)
     assert (kept.lr, kept.warmup, kept.data) == (2e-5, 1, str(tmp_path / "text.txt"))
     assert "global batch: 8 samples of 32 tokens, so 256 tokens a step\n" in done.output
     assert "space: " in done.output

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from recovery.inject import POINTS, POOL_POINTS, Fault, Ground, InjectedFault, InjectionError, Injector, Rate, parse
+from recovery.inject import (
+    POINTS,
+    POOL_POINTS,
+    Fault,
+    Ground,
+    InjectedFault,
+    InjectionError,
+    Injector,
+    Rate,
+    parse_faults,
+)
 
 
 def test_texts_are_read_whole() -> None:
-    kill, slow, rate = parse(
+    kill, slow, rate = parse_faults(
         "kill:worker=2,step=30,at=reduce; slow:stage=1,step=4,factor=2.5;rate:p=0.5,stages=1-3,seed=9"
     )
     assert kill == Fault("kill", 30, "reduce", worker=2, factor=5.0, name="0")
     assert slow == Fault("slow", 4, "forward", stage=1, factor=2.5, name="1")
     assert rate == Rate(0.5, (1, 2, 3), 9)
-    assert parse("") == ()
+    assert parse_faults("") == ()
 
 
 @pytest.mark.parametrize(
@@ -46,7 +56,7 @@ def test_texts_are_read_whole() -> None:
 )
 def test_what_cannot_be_read_is_refused_by_name(text: str, said: str) -> None:
     with pytest.raises(InjectionError, match=said):
-        parse(text)
+        parse_faults(text)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +79,13 @@ def test_what_cannot_be_read_is_refused_by_name(text: str, said: str) -> None:
     ],
 )
 def test_what_can_never_happen_is_refused_by_name(text: str, ground: Ground, said: str) -> None:
-    parse(text)
+    parse_faults(text)
     with pytest.raises(InjectionError, match=said):
-        parse(text, ground)
+        parse_faults(text, ground)
 
 
 def test_a_rate_strikes_a_pool_where_every_worker_comes_by() -> None:
-    (rate,) = parse("rate:p=1", Ground(4, None, True))
+    (rate,) = parse_faults("rate:p=1", Ground(4, None, True))
     assert isinstance(rate, Rate)
     drawn = {fault.at for step in range(200) if (fault := rate.draw(step, 1))}
     assert drawn == {"order", "forward", "backward", "commit", "committed"} < set(POOL_POINTS)
@@ -101,7 +111,7 @@ def test_a_fault_is_met_once_by_whom_it_names() -> None:
 
     def injector(worker: int, stage: int, text: str) -> Injector:
         return Injector(
-            parse(text), worker, stage, claim, lambda fault: None, lambda: poisoned.append(worker), lambda: None
+            parse_faults(text), worker, stage, claim, lambda fault: None, lambda: poisoned.append(worker), lambda: None
         )
 
     named = injector(2, 0, "exception:worker=2,step=5,at=forward")

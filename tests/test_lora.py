@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedConfi
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.plan import make_plan
-from launch.config import read_toml
+from launch.config import config_from_toml
 from launch.forkserver import ForkServer
 from launch.round_train import make_layout
 from pipeline.model.layered import LayeredModel, ModelError
@@ -193,7 +193,7 @@ def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(forkserver: ForkServer,
     again = run_command(forkserver, tmp_path / "log", *lost, "--resume")
     assert again.code == 0, again.output
     assert equal(weights_of(whole), weights_of(tmp_path / "lost"))
-    saved = read_toml(tmp_path / "lost" / "config.toml", TrainConfig)
+    saved = config_from_toml(tmp_path / "lost" / "config.toml", TrainConfig)
     with pytest.raises(CheckpointError, match="cannot resume with another lora: rank was 4 and is 8"):
         make_plan(replace(saved, lora_rank=8, resume=True), lambda *_: None)
 

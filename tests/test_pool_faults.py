@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from pipeline.schedule.ops import Span
-from pipeline.schedule.work_units import Cut, slots
+from pipeline.schedule.work_units import Cut, units
 from recovery.losses import TooManyFailures
 from recovery.pool import NoWorkerLeft, Pool
-from recovery.runs import Run
+from recovery.runs import Iteration
 
 CUT = Cut(((0, 2),), (2, 4), ((0, 2),))
 WORKER = """
@@ -58,7 +58,7 @@ while True:
         time.sleep(60)
     for m in order["microbatches"]:
         say(op=order["id"], m=m, loss=1.0 if order["span"][1] == 4 else None, busy=0.01)
-    say(slot=order["id"], version=0, events=[], held=1)
+    say(unit=order["id"], version=0, events=[], held=1)
     done += 1
 """
 
@@ -118,7 +118,7 @@ class Host:
         settings = {"deadline_s": 20.0, "max_failures": 10, **changes}
         self.pool = Pool(
             machine.address.replace("@", "\0"), machine.start, machine.exits, optimizer, blocks,  # type: ignore[arg-type]
-            lambda _: 1.0, lambda slot, free, speeds: min(free, key=lambda w: (free[w], w)), self.event, **settings,
+            lambda _: 1.0, lambda unit, free, speeds: min(free, key=lambda w: (free[w], w)), self.event, **settings,
         )  # fmt: skip
 
     def event(self, name: str, **fields: Any) -> None:
@@ -131,8 +131,8 @@ class Host:
         self.added.append(block)
         self.pool.told("added", block)
 
-    def iteration(self, microbatches: int = 4, step: int = 0) -> Run:
-        row = slots(CUT, microbatches, 2, by_stage=True)
+    def iteration(self, microbatches: int = 4, step: int = 0) -> Iteration:
+        row = units(CUT, microbatches, 2, by_stage=True)
         run = self.pool.dispatcher.submit(row, (2,), step=step, job="train", source="param", version=0)
         self.pool.finish(run)
         return run
@@ -198,7 +198,7 @@ def test_a_block_whose_writer_was_not_seen_to_end_goes_to_nobody(hosts: Any, mon
     host.pool.open(2)
     lost = host.pool.members[0]
     host.machine.hidden.add(lost.pid)
-    row = slots(Cut((), (0, 4), ()), 12, 2, by_stage=True)  # every slot has a block, and each worker two of them
+    row = units(Cut((), (0, 4), ()), 12, 2, by_stage=True)  # every unit has a block, and each worker two of them
     run = host.pool.dispatcher.submit(row, (2,), step=0, job="train", source="param", version=0)
     processes, deadline = host.pool._processes, time.monotonic() + 10
     while not processes.unseen and time.monotonic() < deadline:
@@ -243,8 +243,8 @@ def test_a_gradient_that_lacks_a_microbatch_does_not_count_and_its_writer_is_end
     [
         ({"op": 1, "m": 77, "loss": None, "busy": 0.0}, "microbatch 77 is told of"),
         ({"op": 1, "m": "0", "loss": None, "busy": 0.0}, "m of a result is '0'"),
-        ({"slot": 1}, "a result has no version"),
-        ({"what": 1}, "a result has no slot"),
+        ({"unit": 1}, "a result has no version"),
+        ({"what": 1}, "a result has no unit"),
     ],
 )
 def test_a_worker_that_talks_nonsense_is_lost_and_the_run_goes_on(hosts: Any, garbage: Any, said: str) -> None:
@@ -259,7 +259,7 @@ def test_nothing_is_waited_for_without_end(hosts: Any) -> None:
     """All workers are there and none can go on, for want of a block: that ends by name."""
     host = hosts({}, blocks=0, deadline_s=0.3)
     host.pool.open(1)
-    with pytest.raises(TimeoutError, match=r"nothing was heard for 0\.6 s; 4 slots of step 0 are left"):
+    with pytest.raises(TimeoutError, match=r"nothing was heard for 0\.6 s; 4 units of step 0 are left"):
         host.iteration()
 
 
@@ -272,10 +272,10 @@ def test_an_error_that_every_worker_meets_ends_the_run_with_it(hosts: Any) -> No
 
 
 def test_workers_that_are_killed_while_they_have_nothing_to_do_prove_nothing(hosts: Any) -> None:
-    """Another one is stopped and holds its slots, so no step is made meanwhile, whoever is killed and how often."""
+    """Another one is stopped and holds its units, so no step is made meanwhile, whoever is killed and how often."""
     host = hosts({"deaf": True}, {}, deadline_s=60.0)
     host.pool.open(2)
-    row = slots(CUT, 4, 2, by_stage=True)
+    row = units(CUT, 4, 2, by_stage=True)
     host.pool.dispatcher.submit(row, (2,), step=0, job="train", source="param", version=0)
 
     def idle() -> Any:

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.resume import FIXED, NUMBERS, OF_THE_DATA, OF_THE_START, check_resumed
-from launch.config import read_toml
+from launch.config import config_from_toml
 from launch.forkserver import ForkServer
 from launch.resume import kept
 from pipeline.state.optimizer import learning_rate
@@ -107,7 +107,7 @@ def resume(forkserver: ForkServer, first: Path, tmp_path: Path) -> Callable[...,
 
 
 def settings(folder: Path) -> TrainConfig:
-    return read_toml(folder / "run" / "config.toml", TrainConfig)
+    return config_from_toml(folder / "run" / "config.toml", TrainConfig)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def test_a_run_is_resumed_with_nothing_but_its_folder(
     done = resume("--steps", "6")
     assert done.code == 0, done.output
     assert "changed since the last start: steps 4 -> 6\n" in done.output
-    before, now = read_toml(first / "config.toml", TrainConfig), settings(tmp_path)
+    before, now = config_from_toml(first / "config.toml", TrainConfig), settings(tmp_path)
     assert (now.lr, now.warmup, now.scheduler, now.workers, now.max_tokens) == (0.001, 3, "gpipe", 2, 6000)
     assert now == replace(before, steps=6, resume=True, out=tmp_path / "run", inject="")
     assert [m["lr"] for m in metrics(tmp_path)[4:]] == [learning_rate(now.optimizer(), step) for step in (4, 5)]

@@ -15,9 +15,9 @@ from pipeline.schedule.costs import CostError
 from pipeline.schedule.ops import COMPUTE, LOAD, OFFLOAD, dumps, loads
 from pipeline.schedule.simulate import Costs, simulate
 from pipeline.schedule.verify import verify
-from pipeline.schedule.work_units import BACKWARD, FORWARD, FUSED, Cut, forward_slots, schedule_of, slots
-from schedulers.roundpipe import ORDERS, RULES, Clock, Problem, dealt, ideal_bubble, repeated, search
-from schedulers.roundpipe_search.problem import cut_from, from_json
+from pipeline.schedule.work_units import BACKWARD, FORWARD, FUSED, Cut, forward_units, schedule_of, units
+from schedulers.roundpipe import ORDERS, RULES, Clock, RoundsProblem, dealt, ideal_bubble, repeated, search
+from schedulers.roundpipe_search.problem import cut_from, rounds_from_json
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "data" / "roundpipe_costs.json"
 PUBLISHED = json.loads(FILE.read_text())
@@ -29,11 +29,11 @@ def plan_json(capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Problem, Cut]:
+def problems(draw: st.DrawFn) -> tuple[RoundsProblem, Cut]:
     layers = draw(st.integers(2, 9))
     times = st.lists(st.floats(0, 5), min_size=layers, max_size=layers)
     microbatches = draw(st.integers(1, 7))
-    problem = Problem(
+    problem = RoundsProblem(
         tuple(draw(times)), tuple(draw(times)), draw(st.integers(1, 5)), microbatches,
         draw(st.integers(0, microbatches)), draw(st.sampled_from([0.0, 0.25])),
     )  # fmt: skip
@@ -49,11 +49,11 @@ def problems(draw: st.DrawFn) -> tuple[Problem, Cut]:
 @settings(max_examples=200)
 @given(problems(), st.booleans(), st.sampled_from(RULES), st.data())
 def test_the_clock_is_the_simulator_and_every_deal_is_a_sound_schedule(
-    case: tuple[Problem, Cut], by_stage: bool, rule: str, data: st.DataObject
+    case: tuple[RoundsProblem, Cut], by_stage: bool, rule: str, data: st.DataObject
 ) -> None:
     problem, cut = case
     speeds = [data.draw(st.sampled_from([0.25, 1.0, 2.0])) for _ in range(problem.workers)]
-    row = slots(cut, problem.microbatches, problem.round, by_stage=by_stage)
+    row = units(cut, problem.microbatches, problem.round, by_stage=by_stage)
     plan = dealt(problem, cut, row, rule, speeds=speeds)
     schedule = plan.schedule()
     verify(schedule)
@@ -64,9 +64,9 @@ def test_the_clock_is_the_simulator_and_every_deal_is_a_sound_schedule(
 
 
 @given(problems(), st.booleans())
-def test_a_worker_never_holds_more_than_two_spans(case: tuple[Problem, Cut], by_stage: bool) -> None:
+def test_a_worker_never_holds_more_than_two_spans(case: tuple[RoundsProblem, Cut], by_stage: bool) -> None:
     problem, cut = case
-    row = slots(cut, problem.microbatches, problem.round, by_stage=by_stage)
+    row = units(cut, problem.microbatches, problem.round, by_stage=by_stage)
     for lane in dealt(problem, cut, row, "ready").schedule().lanes.values():
         held: set[tuple[int, int]] = set()
         for op in lane:
@@ -81,15 +81,15 @@ def test_equal_stages_have_the_bubble_of_the_formula(workers: int, stages: int, 
     forward, ended = (stages - 1) // 2, rounds * stages + workers - 1
     back = stages - 1 - forward
     layers = forward * back  # a stage takes 1 s each way; of a backward one, next to nothing is the forward run again
-    problem = Problem(
+    problem = RoundsProblem(
         (*[1e-9 / back] * layers, 1e-9), (*[1 / forward] * layers, 1.0), workers, workers * rounds
     )  # fmt: skip
     cut = Cut(
         tuple((i * back, (i + 1) * back) for i in range(forward)), (layers, layers + 1),
         tuple((i * forward, (i + 1) * forward) for i in reversed(range(back))),
     )  # fmt: skip
-    row = slots(cut, workers * rounds, workers, by_stage=False)
-    alike = [slot._replace(span=cut.fused, kinds=FUSED if slot.span[0] == 0 else BACKWARD) for slot in row]
+    row = units(cut, workers * rounds, workers, by_stage=False)
+    alike = [unit._replace(span=cut.fused, kinds=FUSED if unit.span[0] == 0 else BACKWARD) for unit in row]
     assert Cut(*cut).stages[forward][0] == FUSED
     clock = Clock(problem)
     clock.deal(alike)
@@ -118,9 +118,9 @@ def test_published_figures(model: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_the_search_finds_what_trying_all_cuts_finds(seed: int) -> None:
     layers = 6
     costs = [[((seed + 1) * (3 * i + 7 * k + 1) * 37 % 11 + 1) / 4 for i in range(layers)] for k in range(2)]
-    problem = Problem(tuple(costs[0]), tuple(costs[1]), 2 + seed % 2, 4, 2, 0.1)
+    problem = RoundsProblem(tuple(costs[0]), tuple(costs[1]), 2 + seed % 2, 4, 2, 0.1)
     best = min(
-        dealt(problem, cut, slots(cut, 4, 2, by_stage=order == "by_stage"), "ready").makespan
+        dealt(problem, cut, units(cut, 4, 2, by_stage=order == "by_stage"), "ready").makespan
         for cut in all_cuts(layers)
         for order in ORDERS
     )
@@ -144,36 +144,38 @@ def all_cuts(layers: int) -> list[Cut]:
 
 
 def test_a_slow_worker_holds_up_strict_round_robin_and_not_the_ready_queue() -> None:
-    problem = Problem((0.0, *[1.0] * 24, 1.0), (0.0, *[2.0] * 24, 2.0), 4, 8, 4)
+    problem = RoundsProblem((0.0, *[1.0] * 24, 1.0), (0.0, *[2.0] * 24, 2.0), 4, 8, 4)
     cut = search(problem).best.cut
-    row = slots(cut, 8, 4, by_stage=True)
+    row = units(cut, 8, 4, by_stage=True)
     strict, ready = (dealt(problem, cut, row, rule, speeds=[1, 1, 1, 0.25]).makespan for rule in RULES)
     assert strict / ready >= 1.5
 
 
 def test_one_step_behind_is_filled_and_drained_once() -> None:
-    problem, cut = from_json(PUBLISHED, "8B")
+    problem, cut = rounds_from_json(PUBLISHED, "8B")
     assert cut is not None
-    row = slots(cut, 16, 8, by_stage=False)
+    row = units(cut, 16, 8, by_stage=False)
     one, many = repeated(problem, row, "round_robin", 1), repeated(problem, row, "round_robin", 30)
     assert one == dealt(problem, cut, row, "round_robin").makespan
     assert problem.work(cut) / 8 < many / 30 < one
 
 
 def test_spans_keep_to_the_room_of_a_device() -> None:
-    problem = Problem((0.0, *[1.0] * 8, 1.0), (0.0, *[2.0] * 8, 2.0), 2, 4, 2, sizes=(5.0, *[2.0] * 8, 6.0), room=7.0)
+    problem = RoundsProblem(
+        (0.0, *[1.0] * 8, 1.0), (0.0, *[2.0] * 8, 2.0), 2, 4, 2, sizes=(5.0, *[2.0] * 8, 6.0), room=7.0
+    )
     cut = search(problem).best.cut
     assert all(problem.fits(span) for span in (*cut.forward, cut.fused, *cut.backward))
-    alone = Problem((0.0, *[1.0] * 20, 1.0), (0.0, *[2.0] * 20, 2.0), 1, 2, 1, sizes=(1.0,) * 22, room=1.0)
+    alone = RoundsProblem((0.0, *[1.0] * 20, 1.0), (0.0, *[2.0] * 20, 2.0), 1, 2, 1, sizes=(1.0,) * 22, room=1.0)
     assert len(search(alone).best.cut.backward) == 21
     with pytest.raises(CostError, match=r"layer 9 takes 6 bytes; allowed: 5"):
-        Problem(problem.forward, problem.backward, 2, 4, 2, sizes=problem.sizes, room=5.0)
+        RoundsProblem(problem.forward, problem.backward, 2, 4, 2, sizes=problem.sizes, room=5.0)
 
 
 def test_an_evaluation_is_forward_alone() -> None:
     cut = cut_from([2, 2], [0, 1, 3], 6)
-    row = forward_slots(cut, 3, 2)
-    assert {slot.kinds for slot in row} == {FORWARD}
+    row = forward_units(cut, 3, 2)
+    assert {unit.kinds for unit in row} == {FORWARD}
     schedule = schedule_of(cut, row, [i % 2 for i in range(len(row))], range(2), 3, "evaluation")
     verify(schedule)
     assert BACKWARD[1] not in {op.kind for _, op in schedule.ops()}

@@ -20,8 +20,8 @@ from pipeline.schedule.verify import verify
 from schedulers.skippipe import SkipPlan, replan, replay, skippipe, without
 from schedulers.skippipe_search.bounds import any_cut, lower_bounds
 from schedulers.skippipe_search.clock import RULES, clock
-from schedulers.skippipe_search.conflicts import conflict_based, dealt, prioritised
-from schedulers.skippipe_search.problem import NetworkError, Problem, check_paths, from_json
+from schedulers.skippipe_search.conflicts import conflict_based, dealt_paths, prioritised
+from schedulers.skippipe_search.problem import NetworkError, RoutingProblem, check_paths, routing_from_json
 from schedulers.skippipe_search.router import Router
 from tests.harness import run_command
 
@@ -29,7 +29,7 @@ DATA = Path(__file__).parent.parent / "benchmarks" / "data" / "skippipe_gcp20.js
 GCP = json.loads(DATA.read_text())
 
 
-def network(seed: int, stages: tuple[int, ...], **changes: object) -> Problem:
+def network(seed: int, stages: tuple[int, ...], **changes: object) -> RoutingProblem:
     """A random network of sum(stages) nodes, cut in order."""
     draw, size = Random(seed), sum(stages)
     hops = [[0.0 if a == b else draw.uniform(0.2, 3.0) for b in range(size)] for a in range(size)]
@@ -39,10 +39,10 @@ def network(seed: int, stages: tuple[int, ...], **changes: object) -> Problem:
         "forward_s": 0.4, "backward_s": 0.6, "loss_s": 0.1, "gap_s": 0.05, "slots": (2,) * size,
         "speed": tuple(draw.choice((1.0, 0.5, 2.0)) for _ in range(size)),
     }  # fmt: skip
-    return Problem(hops, cut, **{"path_length": len(cut) - 1, "num_microbatches": 6, **values, **changes})  # type: ignore[arg-type]
+    return RoutingProblem(hops, cut, **{"path_length": len(cut) - 1, "num_microbatches": 6, **values, **changes})  # type: ignore[arg-type]
 
 
-def legal(problem: Problem, home: int) -> list[tuple[int, ...]]:
+def legal(problem: RoutingProblem, home: int) -> list[tuple[int, ...]]:
     """Every path of a home that the rules allow, found without the router."""
     found = []
     for stages in itertools.combinations(range(1, len(problem.stages)), problem.path_length - 1):
@@ -116,21 +116,21 @@ def test_a_plan_is_an_ordinary_schedule(stages: tuple[int, ...], length: int, ma
 
 @pytest.mark.parametrize("skip", [0.0, 0.17, 0.33, 0.5])
 def test_every_start_is_legal_and_balanced(skip: float) -> None:
-    problem = from_json(GCP, skip=skip, swaps=True)
-    for paths in (dealt(problem), conflict_based(problem), prioritised(problem, tries=5)):
+    problem = routing_from_json(GCP, skip=skip, swaps=True)
+    for paths in (dealt_paths(problem), conflict_based(problem), prioritised(problem, tries=5)):
         if paths is not None:
             check_paths(problem, paths)
 
 
 def test_published_partition_is_planned_to_its_bound() -> None:
-    plan = skippipe(from_json(GCP, skip=0.33, swaps=True), moves=2000)
+    plan = skippipe(routing_from_json(GCP, skip=0.33, swaps=True), moves=2000)
     assert plan.iteration_s <= 33.3
     assert plan.gap < 1e-6, "the plan is proved to be the best"
     assert plan.bounds["round trips"] == pytest.approx(30.28, abs=0.01)
 
 
 def test_the_cut_is_searched_too() -> None:
-    problem = from_json(GCP, skip=0.33, swaps=True)
+    problem = routing_from_json(GCP, skip=0.33, swaps=True)
     plan = skippipe(problem, moves=9000, joint=True)
     assert plan.iteration_s < 32
     assert [len(stage) for stage in plan.problem.stages] == [5, 3, 3, 3, 3, 3]
@@ -140,7 +140,7 @@ def test_the_cut_is_searched_too() -> None:
 
 @cache
 def gcp_plan() -> SkipPlan:
-    return skippipe(from_json(GCP, skip=0.33, swaps=True), moves=300)
+    return skippipe(routing_from_json(GCP, skip=0.33, swaps=True), moves=300)
 
 
 @pytest.mark.parametrize("lost", [{15}, {0}, {15, 8, 14}, {12, 13}, {0, 3, 4, 10}])
@@ -181,13 +181,13 @@ def test_paths_that_lock_each_other_out() -> None:
 )  # fmt: skip
 def test_files_that_cannot_be_planned_are_refused_by_name(change: dict[str, object], said: str) -> None:
     with pytest.raises(NetworkError, match=said):
-        from_json({**GCP, **change})
+        routing_from_json({**GCP, **change})
 
 
 @pytest.mark.parametrize("skip", [0.4, 1.0, -0.1, 0.9])
 def test_a_share_that_no_route_satisfies(skip: float) -> None:
     with pytest.raises(NetworkError, match="which no route satisfies"):
-        from_json(GCP, skip=skip)
+        routing_from_json(GCP, skip=skip)
 
 
 def test_the_verifier_demands_first_stages_and_balance() -> None:

@@ -16,7 +16,7 @@ from pipeline.schedule.simulate import simulate
 from pipeline.schedule.verify import verify
 from schedulers.skippipe import SkipPlan, replan, replay, skippipe, without
 from schedulers.skippipe_search.clock import RULES, STUCK, clock
-from schedulers.skippipe_search.problem import NetworkError, Problem, check_paths, from_json
+from schedulers.skippipe_search.problem import NetworkError, RoutingProblem, check_paths, routing_from_json
 from schedulers.skippipe_search.problem import Path as Nodes
 from tests.test_skippipe import GCP
 
@@ -24,7 +24,7 @@ SECONDS = st.sampled_from([0.0, 1e-6, 0.1, 0.25, 1.0, 7.5])
 
 
 @st.composite
-def routed(draw: st.DrawFn) -> tuple[Problem, list[Nodes]]:
+def routed(draw: st.DrawFn) -> tuple[RoutingProblem, list[Nodes]]:
     """A network with times from nothing to much, and legal paths through it, of any balance."""
     sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     size = sum(sizes)
@@ -33,7 +33,7 @@ def routed(draw: st.DrawFn) -> tuple[Problem, list[Nodes]]:
     stages = tuple(tuple(nodes[s : s + n]) for s, n in zip(starts, sizes, strict=True))
     length = draw(st.integers(1, len(stages)))
     swaps = draw(st.booleans())
-    problem = Problem(
+    problem = RoutingProblem(
         [[0.0 if a == b else draw(SECONDS) for b in range(size)] for a in range(size)], stages, length,
         draw(st.integers(sizes[0], sizes[0] + 5)), draw(SECONDS), draw(SECONDS), draw(SECONDS), draw(SECONDS),
         tuple(draw(st.integers(1, 3)) for _ in range(size)), tuple(draw(st.sampled_from([0.5, 1.0, 3.0]))
@@ -51,7 +51,7 @@ def routed(draw: st.DrawFn) -> tuple[Problem, list[Nodes]]:
 
 @settings(max_examples=200)
 @given(routed(), st.sampled_from(RULES))
-def test_the_clock_says_what_the_simulator_says(given_: tuple[Problem, list[Nodes]], rule: Any) -> None:
+def test_the_clock_says_what_the_simulator_says(given_: tuple[RoutingProblem, list[Nodes]], rule: Any) -> None:
     problem, paths = given_
     run = clock(problem, paths, rule)
     if run.iteration_s == STUCK:
@@ -66,7 +66,7 @@ def test_the_clock_says_what_the_simulator_says(given_: tuple[Problem, list[Node
 
 @settings(max_examples=60)
 @given(routed())
-def test_any_problem_is_planned_or_refused(given_: tuple[Problem, list[Nodes]]) -> None:
+def test_any_problem_is_planned_or_refused(given_: tuple[RoutingProblem, list[Nodes]]) -> None:
     problem = given_[0]
     try:
         plan = skippipe(problem, moves=30)
@@ -78,7 +78,7 @@ def test_any_problem_is_planned_or_refused(given_: tuple[Problem, list[Nodes]]) 
 
 
 def test_every_node_and_every_third_pair_of_nodes_is_lost() -> None:
-    problem = from_json(GCP, skip=0.33, swaps=True)
+    problem = routing_from_json(GCP, skip=0.33, swaps=True)
     plan = skippipe(problem, moves=200)
     nodes = sorted(problem.stage_of)
     for lost in [*((n,) for n in nodes), *[*itertools.combinations(nodes, 2)][::3]]:
@@ -90,7 +90,7 @@ def test_every_node_and_every_third_pair_of_nodes_is_lost() -> None:
 
 
 def test_a_whole_stage_is_lost_beside_a_home() -> None:
-    problem = from_json(GCP, skip=0.0)
+    problem = routing_from_json(GCP, skip=0.0)
     plan = skippipe(problem, moves=20)
     for stage in problem.stages[1:]:
         left = without(problem, {*stage, problem.homes[0]})
@@ -110,7 +110,7 @@ ODD = st.one_of(
 def test_a_broken_file_is_refused_or_is_a_problem(changes: dict[str, Any]) -> None:
     values = {**copy.deepcopy(GCP), **changes}
     try:
-        problem = from_json(values, skip=0.33)
+        problem = routing_from_json(values, skip=0.33)
         published(problem, values)
     except NetworkError:
         return
@@ -131,4 +131,4 @@ def test_a_broken_file_is_refused_or_is_a_problem(changes: dict[str, Any]) -> No
 )  # fmt: skip
 def test_published_paths_that_cannot_be_read_are_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(NetworkError, match=said):
-        published(from_json(GCP), {**GCP, **change})
+        published(routing_from_json(GCP), {**GCP, **change})

@@ -109,7 +109,7 @@ def test_an_order_that_is_taken_back_takes_nothing_from_the_one_that_shares_its_
     """Two orders of one span; the second waits and is recalled while the first is between two microbatches."""
     with working(store) as host:
         host.order(1, (0, 1, 2))
-        host.next("slot")
+        host.next("unit")
         whole = gradient(store, 1)
         assert whole.abs().sum() > 0
 
@@ -120,7 +120,7 @@ def test_an_order_that_is_taken_back_takes_nothing_from_the_one_that_shares_its_
         host.channel.send({"recall": 3}, PATIENCE_S)
         assert host.next("recalled")["recalled"] == 3
         host.channel.send({"facts": [[0, "x", 1, 2], [0, "x", 2, 2]]}, PATIENCE_S)
-        assert host.next("slot")["slot"] == 2
+        assert host.next("unit")["unit"] == 2
         assert torch.equal(gradient(store, 2), whole)
         assert store.lacks(2, 2, (0, 1, 2)) == ""
 
@@ -128,7 +128,7 @@ def test_an_order_that_is_taken_back_takes_nothing_from_the_one_that_shares_its_
 def test_a_block_tells_what_was_added_to_it(store: HostStore) -> None:
     with working(store) as host:
         host.order(1, (0, 2))
-        host.next("slot")
+        host.next("unit")
         assert store.lacks(1, 1, (0, 2)) == ""
         assert "microbatches [1] not once each" in store.lacks(1, 1, (0, 1, 2))
         assert "microbatches [2] not once each" in store.lacks(1, 1, (0,))
@@ -139,7 +139,7 @@ def test_a_block_tells_what_was_added_to_it(store: HostStore) -> None:
         host.next("op")
         assert "was not written for order 2, but for 0" in store.lacks(2, 2, (0, 1)), "it is not complete"
         host.channel.send({"facts": [[0, "x", 1, 2]]}, PATIENCE_S)
-        host.next("slot")
+        host.next("unit")
 
 
 def test_a_gradient_that_autograd_has_put_elsewhere_is_no_gradient(

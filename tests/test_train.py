@@ -40,7 +40,7 @@ from jobs.data import Dataset
 from jobs.plan import schedules
 from jobs.text import token_loss
 from launch.cli import main
-from launch.config import read_toml
+from launch.config import config_from_toml
 from launch.forkserver import ForkServer
 from launch.run_folder import METRICS, standing
 from launch.warm import warm_up
@@ -364,13 +364,13 @@ def test_a_run_folder_holds_all_that_a_run_leaves(reference: Run) -> None:
         "model-config", "timeline.svg", "tokenizer", "trace.json",
     ]  # fmt: skip
     assert not [p for p in reference.out.rglob("*") if p.suffix in (".tmp", ".partial")]
-    config = read_toml(reference.out / "config.toml", TrainConfig)
+    config = config_from_toml(reference.out / "config.toml", TrainConfig)
     assert (config.workers, config.steps, config.out, config.dropout) == (2, STEPS, reference.out, None)
     assert reference.stderr == ""
 
 
 def test_metrics_tell_of_every_step(reference: Run) -> None:
-    config = read_toml(reference.out / "config.toml", TrainConfig)
+    config = config_from_toml(reference.out / "config.toml", TrainConfig)
     assert [set(m) for m in reference.metrics] == [{*METRICS, "again"}] * STEPS
     assert [m["step"] for m in reference.metrics] == list(range(1, STEPS + 1))
     assert {m["tokens"] for m in reference.metrics} == {4 * 2 * 32}
@@ -638,7 +638,7 @@ def test_slow_links_slow_a_run_down_as_simulated_and_change_no_bit(
     """The simulator with compute that takes no time is a bound: no step can be faster than its transfers."""
     path = launcher.folder / "network.json"
     path.write_text(json.dumps(links))
-    config = read_toml(reference.out / "config.toml", TrainConfig)
+    config = config_from_toml(reference.out / "config.toml", TrainConfig)
     config = replace(config, scheduler="gpipe")  # its messages come in bursts
     schedule = schedules(config, LayeredModel(preset("llama-tiny", vocab_size=258)), 8)[0]["train"]
     costs = Costs(forward=0.0, backward=0.0, output_bytes=2 * 32 * 64 * 4)

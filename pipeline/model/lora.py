@@ -98,7 +98,7 @@ def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def merge(lora: Lora, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module]) -> dict[str, Tensor]:
+def merge_adapters(lora: Lora, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module]) -> dict[str, Tensor]:
     """Full name -> weight with the adapters of `tensors` added and left out; `module` gives the one at a path."""
     merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
     for name in filter(is_adapter, tensors):

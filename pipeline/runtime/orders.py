@@ -16,7 +16,7 @@ from pipeline.schedule.ops import Span
 
 @dataclass
 class Order:
-    """A slot as it was given to this worker. `skip` are the microbatches whose results others have made already."""
+    """A unit as it was given to this worker. `skip` are the microbatches whose results others have made already."""
 
     id: int
     run: int

@@ -1,4 +1,4 @@
-"""A worker that holds nothing: it takes slots, loads their spans from the host store, and gives back what it computes.
+"""A worker that holds nothing: it takes work units, loads their spans from the host store, and gives back results.
 
 It knows no other worker and no schedule. Orders and facts ("the input of layer 5 of microbatch 3 is there") come over
 one socket as JSON, and so do its answers; numbers move through the store alone. Whatever it has not answered for may be
@@ -28,7 +28,7 @@ from pipeline.schedule.ops import LOAD, B, F, Op, R
 from pipeline.schedule.work_units import BACKWARD, FORWARD
 from pipeline.state.host_store import HostStore
 
-_EVENTS = 1024  # that are told of one slot
+_EVENTS = 1024  # that are told of one unit
 _HELD = 2  # spans whose weights are here at once: one that is computed, one that is being loaded
 TRAIN = "train"
 """The name of the job that is trained; others are only evaluated."""
@@ -43,7 +43,7 @@ class PoolClosed(RuntimeError):
 
 
 class StatelessWorker:
-    """Serves slots until it is told to end. `jobs` gives the microbatches of each kind of run, by name."""
+    """Serves units until it is told to end. `jobs` gives the microbatches of each kind of run, by name."""
 
     def __init__(
         self, id: int, store: HostStore, jobs: Mapping[str, Job], settings: Settings, channel: Channel,
@@ -133,7 +133,7 @@ class StatelessWorker:
         """Take what has come meanwhile, so that the next span is loaded beside the work on this one."""
         while self.channel.ready:
             if self.listen(0.0):
-                raise PoolClosed("the host has ended the run in the middle of a slot")
+                raise PoolClosed("the host has ended the run in the middle of a unit")
 
     def wait_for(self, order: Order, kind: str, m: int, layer: int) -> None:
         """Return once a hidden state is there. Raises TimeoutError at the deadline."""
@@ -146,7 +146,7 @@ class StatelessWorker:
                     f"microbatch {m}, in step {order.step}"
                 )
             if self.listen(left):
-                raise PoolClosed("the host has ended the run in the middle of a slot")
+                raise PoolClosed("the host has ended the run in the middle of a unit")
 
     # ---- weights ----
 
@@ -201,7 +201,7 @@ class StatelessWorker:
     # ---- compute ----
 
     def run(self, order: Order) -> None:
-        """All microbatches of a slot, and its commit."""
+        """All microbatches of a unit, and its commit."""
         assert order.loaded is not None
         began = time.monotonic()
         order.loaded.ticket.wait(self.settings.deadline_s)
@@ -222,7 +222,7 @@ class StatelessWorker:
                 self.commit(order, gradient)
         self.probe("commit", order.step)
         self.running = None  # what has been told cannot be recalled
-        self.tell(slot=order.id, version=order.loaded.version, events=order.events, held=self.most_held)
+        self.tell(unit=order.id, version=order.loaded.version, events=order.events, held=self.most_held)
         self.probe("committed", order.step)
 
     @contextmanager

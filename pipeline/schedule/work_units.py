@@ -1,8 +1,8 @@
-"""Slots: the work of a pool whose workers hold nothing. A slot is one span and the microbatches that go through it at
-once: whoever takes it loads the span, runs them in turn, and lets go of the span.
+"""Work units: the work of a pool whose workers hold nothing. A unit is one span and the microbatches that go through
+it at once: whoever takes it loads the span, runs them in turn, and lets go of the span.
 
-A row of slots in which each depends only on earlier ones can be dealt to any number of workers, in any way, and dealt
-again when a worker is lost: that is why there are slots beside lanes. Nothing here imports torch.
+A row of units in which each depends only on earlier ones can be dealt to any number of workers, in any way, and dealt
+again when a worker is lost: that is why there are units beside lanes. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 from pipeline.schedule.ops import LOAD, OFFLOAD, B, F, Op, R, Route, Schedule, Span
 
 FORWARD, FUSED, BACKWARD = (F,), (F, B), (R, B)
-"""What a slot does with each of its microbatches: a forward; the last forward, the loss and the first backward; or a
+"""What a unit does with each of its microbatches: a forward; the last forward, the loss and the first backward; or a
 backward that first runs its forward again."""
 
 
-class Slot(NamedTuple):
+class WorkUnit(NamedTuple):
     """`kinds` is FORWARD, FUSED or BACKWARD."""
 
     kinds: tuple[str, ...]
@@ -51,45 +51,45 @@ class Cut(NamedTuple):
         return (*forward, (FUSED, self.fused), *((BACKWARD, span) for span in self.backward))
 
 
-def slots(cut: Cut, microbatches: int, at_once: int, *, by_stage: bool) -> tuple[Slot, ...]:
-    """All slots of an iteration, each after those that it depends on. `at_once` microbatches make a round.
+def units(cut: Cut, microbatches: int, at_once: int, *, by_stage: bool) -> tuple[WorkUnit, ...]:
+    """All units of an iteration, each after those that it depends on. `at_once` microbatches make a round.
 
     `by_stage`: every round goes through a stage before the next stage comes; else a round goes all the way first.
     """
     rounds = [tuple(range(lo, min(lo + at_once, microbatches))) for lo in range(0, microbatches, at_once)]
     stages = cut.stages
     if by_stage:
-        return tuple(Slot(*stage, chosen) for stage in stages for chosen in rounds)
-    return tuple(Slot(*stage, chosen) for chosen in rounds for stage in stages)
+        return tuple(WorkUnit(*stage, chosen) for stage in stages for chosen in rounds)
+    return tuple(WorkUnit(*stage, chosen) for chosen in rounds for stage in stages)
 
 
-def forward_slots(cut: Cut, microbatches: int, at_once: int) -> tuple[Slot, ...]:
-    """The slots of an evaluation: forward alone, the loss at the end."""
+def forward_units(cut: Cut, microbatches: int, at_once: int) -> tuple[WorkUnit, ...]:
+    """The units of an evaluation: forward alone, the loss at the end."""
     rounds = [tuple(range(lo, min(lo + at_once, microbatches))) for lo in range(0, microbatches, at_once)]
-    return tuple(Slot(FORWARD, span, chosen) for span in (*cut.forward, cut.fused) for chosen in rounds)
+    return tuple(WorkUnit(FORWARD, span, chosen) for span in (*cut.forward, cut.fused) for chosen in rounds)
 
 
 def schedule_of(
-    cut: Cut, row: Sequence[Slot], homes: Sequence[int], workers: Iterable[int], microbatches: int, name: str
+    cut: Cut, row: Sequence[WorkUnit], homes: Sequence[int], workers: Iterable[int], microbatches: int, name: str
 ) -> Schedule:
-    """The lanes of a row of slots, where `homes[i]` runs `row[i]`.
+    """The lanes of a row of units, where `homes[i]` runs `row[i]`.
 
-    A worker loads the span of its next slot before it begins with the one at hand, and lets go of a span after its last
+    A worker loads the span of its next unit before it begins with the one at hand, and lets go of a span after its last
     microbatch: it never holds more than two.
     """
     lanes: dict[int, tuple[Op, ...]] = {}
-    trains = any(B in slot.kinds for slot in row)
+    trains = any(B in unit.kinds for unit in row)
     for worker in workers:
-        held: list[list[Slot]] = []  # slots of one span that follow each other need it loaded once
-        for slot, home in zip(row, homes, strict=True):
-            if home == worker and held and held[-1][0].span == slot.span:
-                held[-1].append(slot)
+        held: list[list[WorkUnit]] = []  # units of one span that follow each other need it loaded once
+        for unit, home in zip(row, homes, strict=True):
+            if home == worker and held and held[-1][0].span == unit.span:
+                held[-1].append(unit)
             elif home == worker:
-                held.append([slot])
+                held.append([unit])
         ops: list[Op] = [Op(LOAD, held[0][0].span)] if held else []
         for i, group in enumerate(held):
             ops += [Op(LOAD, held[i + 1][0].span)] if i + 1 < len(held) else []
-            ops += [op for slot in group for op in slot.ops()]
+            ops += [op for unit in group for op in unit.ops()]
             ops.append(Op(OFFLOAD, group[0].span))
         lanes[worker] = tuple(ops)
     route = cut.route if trains else Route(cut.route.forward, ())

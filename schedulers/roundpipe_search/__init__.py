@@ -1,1 +1,1 @@
-"""RoundPipe's parts: the problem, the clock that times slots as they are dealt, the search for a cut."""
+"""RoundPipe's parts: the problem, the clock that times units as they are dealt, the search for a cut."""

@@ -1,7 +1,7 @@
-"""Deals slots to workers and times them as it goes: one pass, no event queue. The simulator gives the same times.
+"""Deals units to workers and times them as it goes: one pass, no event queue. The simulator gives the same times.
 
 `round_robin` is RoundPipe's order (arXiv, April 2026): a round begins with the worker that is free first and goes on
-with the next one in turn. `ready` gives a slot to the worker that will be through with it first, under the speeds that
+with the next one in turn. `ready` gives a unit to the worker that will be through with it first, under the speeds that
 were measured, so a slow worker gets what does not hold up the others, or nothing.
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.schedule.ops import Schedule, Span
-from pipeline.schedule.work_units import BACKWARD, FUSED, Cut, Slot, schedule_of
-from schedulers.roundpipe_search.problem import Problem, sums
+from pipeline.schedule.work_units import BACKWARD, FUSED, Cut, WorkUnit, schedule_of
+from schedulers.roundpipe_search.problem import RoundsProblem, sums
 
 RULES = ("round_robin", "ready")
-"""How slots are dealt."""
+"""How units are dealt."""
 
 
 @dataclass
 class Clock:
     """The times of the workers and microbatches, iteration after iteration: `deal` goes on where the last one ended."""
 
-    problem: Problem
+    problem: RoundsProblem
     rule: str = "round_robin"
     speeds: Sequence[float] = ()
     """How many times as fast each worker is; 1 each if empty."""
@@ -40,8 +40,8 @@ class Clock:
         self.free = [0.0] * self.problem.workers
         self._forward, self._backward = sums(self.problem.forward), sums(self.problem.backward)
 
-    def deal(self, row: Sequence[Slot], begin: float = 0.0) -> list[int]:
-        """The worker of each slot; `free` then says when each worker is through. Nothing starts before `begin`."""
+    def deal(self, row: Sequence[WorkUnit], begin: float = 0.0) -> list[int]:
+        """The worker of each unit; `free` then says when each worker is through. Nothing starts before `begin`."""
         problem, hop, free = self.problem, self.problem.hop_s, self.free
         speeds = self.speeds or [1.0] * problem.workers
         ended = [begin] * problem.microbatches
@@ -49,8 +49,8 @@ class Clock:
         homes: list[int] = []
         forwards: dict[Span, dict[int, tuple[float, int]]] = {}  # span -> microbatch -> its forward's end and worker
         ready = self.rule == "ready"
-        for slot in row:
-            kinds, (lo, hi), chosen = slot
+        for unit in row:
+            kinds, (lo, hi), chosen = unit
             before = self._forward[hi] - self._forward[lo]
             after = self._backward[hi] - self._backward[lo]
             # What an input is waited for with: a forward's all at once; before a backward its forward is run again.
@@ -85,7 +85,7 @@ class Clock:
             for m, end in zip(chosen, times, strict=True):
                 ended[m], at[m] = end, best
             if kinds != BACKWARD:
-                forwards.setdefault(slot.span, {}).update((m, (ended[m], best)) for m in chosen)
+                forwards.setdefault(unit.span, {}).update((m, (ended[m], best)) for m in chosen)
             free[best] = times[-1]
             self.last = best
             homes.append(best)
@@ -99,11 +99,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Dealt:
-    """A row of slots and who runs each."""
+    """A row of units and who runs each."""
 
-    problem: Problem
+    problem: RoundsProblem
     cut: Cut
-    row: tuple[Slot, ...]
+    row: tuple[WorkUnit, ...]
     homes: tuple[int, ...]
     makespan: float
 
@@ -118,7 +118,7 @@ class Dealt:
 
 
 def dealt(
-    problem: Problem, cut: Cut, row: Sequence[Slot], rule: str, *, speeds: Sequence[float] = (),
+    problem: RoundsProblem, cut: Cut, row: Sequence[WorkUnit], rule: str, *, speeds: Sequence[float] = (),
     early_head: bool = False,
 ) -> Dealt:  # fmt: skip
     """One iteration, by itself."""
@@ -127,7 +127,7 @@ def dealt(
     return Dealt(problem, cut, tuple(row), tuple(homes), clock.end)
 
 
-def repeated(problem: Problem, row: Sequence[Slot], rule: str, iterations: int) -> float:
+def repeated(problem: RoundsProblem, row: Sequence[WorkUnit], rule: str, iterations: int) -> float:
     """Seconds of so many iterations one after another where none waits for the one before it, as under an optimizer
     that is one step behind: filling before the first and draining after the last are in it, and nothing else is."""
     clock = Clock(problem, rule)

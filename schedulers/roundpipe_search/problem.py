@@ -17,7 +17,7 @@ _MOST_COUNT = 65536
 
 
 @dataclass(frozen=True)
-class Problem:
+class RoundsProblem:
     """Seconds are those of one microbatch on a worker of speed 1. Raises CostError for numbers that cannot be meant.
 
     Layer 0 is the embedding, the last one the head with the loss.
@@ -130,7 +130,7 @@ def spans_from(blocks: Sequence[int], end: int) -> tuple[Span, ...]:
     return tuple(pairwise(marks))
 
 
-def from_json(values: Any, model: str) -> tuple[Problem, Cut | None]:
+def rounds_from_json(values: Any, model: str) -> tuple[RoundsProblem, Cut | None]:
     """A model of a file of published costs, and its published cut if it has one. Raises CostError.
 
     The file has gpus, microbatches, round and models; a model has layers (blocks), forward_ms, backward_ms,
@@ -154,7 +154,7 @@ def from_json(values: Any, model: str) -> tuple[Problem, Cut | None]:
 
     blocks = number(entry, "layers", int)
     forward, backward = number(entry, "forward_ms") / 1e3, number(entry, "backward_ms") / 1e3
-    problem = Problem(
+    problem = RoundsProblem(
         (0.0, *[forward] * blocks, number(entry, "head_forward_ms") / 1e3),
         (0.0, *[backward] * blocks, number(entry, "head_backward_ms") / 1e3),
         number(values, "gpus", int), number(values, "microbatches", int), number(values, "round", int, 0),

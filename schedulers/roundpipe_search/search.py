@@ -1,4 +1,4 @@
-"""Searches the cut and the order of slots with the least makespan: the clock decides, not the slowest stage alone.
+"""Searches the cut and the order of units with the least makespan: the clock decides, not the slowest stage alone.
 
 First every number of forward stages, of backward stages and of blocks beside the head, each cut as evenly as can be;
 then, from the best few, single layers are moved over borders as long as that helps. Deterministic.
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from pipeline.schedule.ops import Span
-from pipeline.schedule.work_units import Cut, slots
+from pipeline.schedule.work_units import Cut, units
 from schedulers.partition import PartitionError, partition
 from schedulers.roundpipe_search.clock import Dealt, dealt
-from schedulers.roundpipe_search.problem import Problem
+from schedulers.roundpipe_search.problem import RoundsProblem
 
 _FUSED = 4  # blocks beside the head that are tried at most
 _STARTS = 6  # of the even cuts, how many are improved
@@ -23,7 +23,7 @@ ORDERS = ("by_stage", "by_round")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRounds:
     """A plan, and what there was to find."""
 
     best: Dealt
@@ -37,9 +37,9 @@ class Found:
 
 
 def search(
-    problem: Problem, *, rule: str = "round_robin", orders: Sequence[str] = ORDERS, speeds: Sequence[float] = (),
+    problem: RoundsProblem, *, rule: str = "round_robin", orders: Sequence[str] = ORDERS, speeds: Sequence[float] = (),
     tries: int = 20_000,
-) -> Found:  # fmt: skip
+) -> FoundRounds:  # fmt: skip
     """The best plan of at most `tries` that are timed. Raises PartitionError where no cut fits."""
     for order in orders:
         if order not in ORDERS:
@@ -49,7 +49,7 @@ def search(
     def timed(cut: Cut, order: str) -> Dealt:
         nonlocal tried
         tried += 1
-        row = slots(cut, problem.microbatches, problem.round, by_stage=order == "by_stage")
+        row = units(cut, problem.microbatches, problem.round, by_stage=order == "by_stage")
         return dealt(problem, cut, row, rule, speeds=speeds)
 
     even: list[tuple[float, int, str, Dealt]] = []
@@ -72,10 +72,10 @@ def search(
         if best is None or here.makespan < best[0].makespan:
             best = here, order
     assert best is not None
-    return Found(best[0], best[1], problem.lower_bound, tried)
+    return FoundRounds(best[0], best[1], problem.lower_bound, tried)
 
 
-def even_cuts(problem: Problem) -> Iterator[Cut]:
+def even_cuts(problem: RoundsProblem) -> Iterator[Cut]:
     """For each number of blocks beside the head and of stages each way, the cut with the least slowest stage."""
     last = problem.num_layers - 1
     again = [f + b for f, b in zip(problem.forward, problem.backward, strict=True)]
@@ -104,7 +104,7 @@ def even_cuts(problem: Problem) -> Iterator[Cut]:
                     yield Cut(forward, (lo, last + 1), backward[::-1])
 
 
-def _fewest(problem: Problem, layers: int) -> int:
+def _fewest(problem: RoundsProblem, layers: int) -> int:
     """The least number of spans of the first layers that all fit."""
     count, lo = 1, 0
     for layer in range(layers):
@@ -118,7 +118,7 @@ def _counts(fewest: int, usual: int, layers: int) -> range:
     return range(fewest, min(layers, max(usual, fewest + 4)) + 1)
 
 
-def _moved(problem: Problem, cut: Cut) -> Iterator[Cut]:
+def _moved(problem: RoundsProblem, cut: Cut) -> Iterator[Cut]:
     """Every cut that is one layer on one border away."""
     for name, spans in (("forward", cut.forward), ("backward", cut.backward[::-1])):
         for i in range(len(spans) - 1):

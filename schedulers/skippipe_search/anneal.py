@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from schedulers.skippipe_search.clock import Clock, Rule
-from schedulers.skippipe_search.problem import Path, Problem, quotas
+from schedulers.skippipe_search.clock import PathClock, Rule
+from schedulers.skippipe_search.problem import Path, RoutingProblem, quotas
 
 _ESTIMATED = 0.3  # of the budget
 _HOT, _COLD = 0.006, 0.0006  # temperatures, as shares of the iteration at the start
@@ -51,7 +51,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Found:
+class Annealed:
     """The best there was: its stages, its paths, whom idle nodes serve, and the seconds of its iteration."""
 
     stages: tuple[tuple[int, ...], ...]
@@ -61,9 +61,9 @@ class Found:
 
 
 def anneal(
-    problem: Problem, starts: Sequence[Sequence[Path]], budget: Budget, *, seed: int = 0, joint: bool = False,
+    problem: RoutingProblem, starts: Sequence[Sequence[Path]], budget: Budget, *, seed: int = 0, joint: bool = False,
     bound: float = 0.0,
-) -> Found:  # fmt: skip
+) -> Annealed:  # fmt: skip
     """The best paths found from `starts`; at `bound` the search ends at once. `joint` searches the stages too.
 
     Several chains, each with a seed of its own, as many as the budget leaves long enough; then one from the best.
@@ -88,12 +88,12 @@ def anneal(
     return best
 
 
-def _chains(problem: Problem, start: Sequence[Path], budget: Budget) -> int:
+def _chains(problem: RoutingProblem, start: Sequence[Path], budget: Budget) -> int:
     """How many chains before the last one; none where the budget is for one alone."""
     moves = budget.moves
     if moves is None:
         began = time.monotonic()
-        Clock(problem).finish(start)
+        PathClock(problem).finish(start)
         moves = int((budget.seconds or 0.0) / max(1e-5, time.monotonic() - began))
     return min(_MOST_CHAINS, moves // _CHAIN)
 
@@ -102,11 +102,16 @@ class _Search:
     """The current paths and stages, moves on them, and two ways to say what they are worth."""
 
     def __init__(
-        self, problem: Problem, start: Sequence[Path], seed: int, joint: bool, slope: tuple[float, float] = _SLOPES[0]
+        self,
+        problem: RoutingProblem,
+        start: Sequence[Path],
+        seed: int,
+        joint: bool,
+        slope: tuple[float, float] = _SLOPES[0],
     ) -> None:
         self.problem, self.joint, self.slope = problem, joint, slope
         self.random = random.Random(seed)
-        self.clock = Clock(problem)
+        self.clock = PathClock(problem)
         self.homes = len(problem.homes)
         self.nodes = [n for stage in problem.stages for n in stage]
         self.paths: list[Path] = list(start)
@@ -117,19 +122,19 @@ class _Search:
         self.own: list[float] = []  # by home, as estimated
         self.trips: list[float] = []
 
-    def load(self, found: Found) -> None:
+    def load(self, found: Annealed) -> None:
         self.paths = list(found.paths)
         cut = self.problem.with_stages(found.stages)
         self.stage_of, self.quota = cut.stage_of, quotas(cut)[1]
 
-    def judge(self) -> Found:
+    def judge(self) -> Annealed:
         """The current paths by the clock, under the better rule."""
         seconds, rule = self.clock.best(self.paths)
         others = (
             tuple(sorted(n for n in self.nodes if self.stage_of[n] == i)) for i in range(1, len(self.problem.stages))
         )
         homes = tuple(path[0] for path in self.paths[: self.homes])
-        return Found((homes, *others), tuple(self.paths), rule, seconds)
+        return Annealed((homes, *others), tuple(self.paths), rule, seconds)
 
     # ---- what paths are worth ----
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import networkx as nx
 import numpy as np
 
-from schedulers.skippipe_search.problem import Problem, quotas
+from schedulers.skippipe_search.problem import RoutingProblem, quotas
 from schedulers.skippipe_search.router import Router
 
 
-def lower_bounds(problem: Problem) -> dict[str, float]:
+def lower_bounds(problem: RoutingProblem) -> dict[str, float]:
     """By what it counts, for the given stages; the largest is the bound.
 
     "round trips": a home with M microbatches and K slots makes ceil(M / K) round trips one after another.
@@ -42,7 +42,7 @@ def lower_bounds(problem: Problem) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _home(problem: Problem, home: int, trip: float, many: int) -> float:
+def _home(problem: RoutingProblem, home: int, trip: float, many: int) -> float:
     """Of one home with M microbatches and K slots whose round trips take `trip` seconds at least.
 
     Number the microbatches by the start of their forward, S(1) <= S(2) <= ...; S(j + K) waits for j of the backwards,
@@ -60,7 +60,7 @@ def _home(problem: Problem, home: int, trip: float, many: int) -> float:
     return start + trip - backward + turn + trip
 
 
-def _held(problem: Problem) -> float:
+def _held(problem: RoutingProblem) -> float:
     """Of the nodes beside the first stage: one with V visits and K slots holds ceil(V / K) microbatches one after
     another, each from its forward until it has been home for its loss and is back; the first must get there before, and
     the last one's backward must get home after.
@@ -103,7 +103,7 @@ def _held(problem: Problem) -> float:
     return max(found)
 
 
-def any_cut(problem: Problem) -> float:
+def any_cut(problem: RoutingProblem) -> float:
     """A bound for every cut of the nodes into stages of the given sizes.
 
     Two things, the larger counts. Homes: each has a cheapest round trip through any other nodes, and as many homes are

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
 
-from schedulers.skippipe_search.problem import Path, Problem
+from schedulers.skippipe_search.problem import Path, RoutingProblem
 
 Rule = Literal["first come", "furthest"]
 """Whom an idle node serves: who has come first, or who is furthest along its path."""
@@ -36,17 +36,17 @@ class Run:
         return max(self.finish)
 
 
-def clock(problem: Problem, paths: Sequence[Path], rule: Rule = "first come") -> Run:
+def clock(problem: RoutingProblem, paths: Sequence[Path], rule: Rule = "first come") -> Run:
     """One iteration, with the order of every node."""
     lanes: list[list[tuple[int, int]]] = [[] for _ in problem.hop_s]
-    finish = Clock(problem).finish(paths, rule, lanes)
+    finish = PathClock(problem).finish(paths, rule, lanes)
     return Run(tuple(finish), tuple(map(tuple, lanes)))
 
 
-class Clock:
+class PathClock:
     """The event loop, with everything that does not change between two questions looked up before."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: RoutingProblem) -> None:
         self.hop, self.gap, self.slots = problem.hop_s, problem.gap_s, problem.slots
         self.times = [
             tuple(problem.seconds(kind, n) for kind in ("forward", "loss", "backward")) for n in range(len(self.hop))

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from schedulers.skippipe_search.clock import Clock
-from schedulers.skippipe_search.problem import NetworkError, Path, Problem, check_paths, quotas
+from schedulers.skippipe_search.clock import PathClock
+from schedulers.skippipe_search.problem import NetworkError, Path, RoutingProblem, check_paths, quotas
 from schedulers.skippipe_search.router import Router
 
 _SOLUTIONS = 4
@@ -35,11 +35,11 @@ class _Node:
 
 
 def conflict_based(
-    problem: Problem, expansions: int = 400, over: Callable[[], bool] = lambda: False
+    problem: RoutingProblem, expansions: int = 400, over: Callable[[], bool] = lambda: False
 ) -> list[Path] | None:
     """Paths that are legal and balanced, or None where none were found within so many expansions, or until `over()`."""
     (_, stage_most), node_quotas = quotas(problem)
-    router, clock = Router(problem), Clock(problem)
+    router, clock = Router(problem), PathClock(problem)
     known: dict[tuple[int, frozenset[int]], tuple[float, Path] | None] = {}
 
     def cheapest(home: int, banned: frozenset[int]) -> tuple[float, Path] | None:
@@ -99,12 +99,12 @@ def conflict_based(
 
 
 def prioritised(
-    problem: Problem, seed: int = 0, tries: int = TRIES, over: Callable[[], bool] = lambda: False
+    problem: RoutingProblem, seed: int = 0, tries: int = TRIES, over: Callable[[], bool] = lambda: False
 ) -> list[Path] | None:
     """One home after another takes the cheapest paths that are left, those with the longest round trips first; then
     in other orders, until `over()`. Legal and balanced paths, the best of all orders by the clock; None where all get
     stuck."""
-    router, clock, draw = Router(problem), Clock(problem), random.Random(seed)
+    router, clock, draw = Router(problem), PathClock(problem), random.Random(seed)
     trips = {home: (router.cheapest(home) or (0.0, ()))[0] for home in problem.homes}
     ranking, best = sorted(problem.homes, key=lambda home: -trips[home]), (float("inf"), None)
     for number in range(tries):
@@ -117,7 +117,7 @@ def prioritised(
     return best[1]
 
 
-def _in_turn(problem: Problem, router: Router, ranking: Sequence[int]) -> list[Path] | None:
+def _in_turn(problem: RoutingProblem, router: Router, ranking: Sequence[int]) -> list[Path] | None:
     """Home by home, the cheapest paths that leave room for the microbatches after them; None where one gets stuck."""
     (_, stage_most), node_quotas = quotas(problem)
     stage_of, visits, by_stage = problem.stage_of, Counter[int](), Counter[int]()
@@ -143,7 +143,7 @@ def _in_turn(problem: Problem, router: Router, ranking: Sequence[int]) -> list[P
     return whole
 
 
-def dealt(problem: Problem) -> list[Path]:
+def dealt_paths(problem: RoutingProblem) -> list[Path]:
     """Legal and balanced paths without any search: stages and their nodes in turn."""
     others = len(problem.stages) - 1
     visits, at, paths = problem.path_length - 1, [0] * len(problem.stages), list[Path]()

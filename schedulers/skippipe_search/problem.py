@@ -27,7 +27,7 @@ class NetworkError(ValueError):
 
 
 @dataclass(frozen=True)
-class Problem:
+class RoutingProblem:
     """`hop_s[a][b]`: seconds from the end of an op on node a until its output is on node b.
 
     `forward_s`, `backward_s` and `loss_s` (head, loss and their backward) are of one microbatch on a node of speed 1;
@@ -121,12 +121,12 @@ class Problem:
         """Microbatches are dealt to the nodes of the first stage in turn."""
         return self.stages[0][microbatch % len(self.stages[0])]
 
-    def with_stages(self, stages: Sequence[Sequence[int]]) -> Problem:
+    def with_stages(self, stages: Sequence[Sequence[int]]) -> RoutingProblem:
         """The same network, otherwise cut."""
         return replace(self, stages=tuple(map(tuple, stages)))
 
 
-def quotas(problem: Problem) -> tuple[tuple[int, int], dict[int, tuple[int, int]]]:
+def quotas(problem: RoutingProblem) -> tuple[tuple[int, int], dict[int, tuple[int, int]]]:
     """The fewest and the most visits of each stage but the first, and of each of its nodes: as even as whole numbers
     allow. A stage that two counts are possible for has nodes for which both are. Raises NetworkError."""
     others = problem.stages[1:]
@@ -138,7 +138,7 @@ def quotas(problem: Problem) -> tuple[tuple[int, int], dict[int, tuple[int, int]
     return (low, high), nodes
 
 
-def check_paths(problem: Problem, paths: Sequence[Path], *, balanced: bool = True) -> None:
+def check_paths(problem: RoutingProblem, paths: Sequence[Path], *, balanced: bool = True) -> None:
     """That paths are legal and visits balanced. Raises NetworkError, naming the path and the constraint."""
     stage_of = problem.stage_of
     for m, path in enumerate(paths):
@@ -176,10 +176,10 @@ def check_paths(problem: Problem, paths: Sequence[Path], *, balanced: bool = Tru
 # ---- files ----
 
 
-def from_json(
+def routing_from_json(
     values: Any, *, skip: float | None = None, swaps: bool = False, contention: bool = False,
     stages: int | None = None, microbatches: int | None = None,
-) -> Problem:  # fmt: skip
+) -> RoutingProblem:  # fmt: skip
     """The problem that a network file holds.
 
     "hop_s" (a matrix of seconds) is needed; "stages" (lists of nodes) or `stages` (how many, of equal size) too.
@@ -215,7 +215,7 @@ def from_json(
     for name, value in (("microbatches_per_first_stage_node", per_home), ("path_length", length)):
         if not _whole(value) or not 0 <= value <= MOST_MICROBATCHES:
             raise NetworkError(f"{name} is {value!r:.40}; allowed: a whole number of 0 to {MOST_MICROBATCHES}")
-    return Problem(
+    return RoutingProblem(
         hops, cut, length, per_home * len(cut[0]) if microbatches is None else microbatches,
         forward, _seconds(values, "backward_s", 1.5 * forward),
         _seconds(values, "loss_s", 0.25 * forward), _seconds(values, "gap_s", _GAP * forward), tuple(slots),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from schedulers.skippipe_search.problem import Path, Problem
+from schedulers.skippipe_search.problem import Path, RoutingProblem
 
 _Key = tuple[int, int, int, bool]
 """(stages visited beside the home's, the highest of them, the last of them, whether two have changed places)."""
@@ -28,7 +28,7 @@ class _Front:
 class Router:
     """Answers for one problem. A hop counts both ways, a node its forward and its backward."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: RoutingProblem) -> None:
         self.problem = problem
         hops = np.array(problem.hop_s, dtype=float)
         self._both = hops + hops.T
