@@ -19,7 +19,7 @@ from pipeline.reading import FileError, numbers, read_json, read_toml
 from pipeline.schedule.costs import CostError, Costs, Network
 from schedulers.roundpipe_search.problem import rounds_from_json as costs_problem
 from schedulers.skippipe_search.problem import NetworkError
-from schedulers.skippipe_search.problem import from_json as network_problem
+from schedulers.skippipe_search.problem import routing_from_json as network_problem
 from tests.test_cli import exported
 
 DEEP = "[" * 100_000
