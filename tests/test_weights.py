@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from pipeline import weights
+from pipeline.model import weights
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import (
     PRESETS,
