@@ -44,6 +44,7 @@ from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import Batch
+from pipeline.runtime.probe import Pulse
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.ops import Schedule, dumps
 from recovery.membership import View, await_view, publish, within
@@ -113,7 +114,8 @@ def join(payload: dict[str, Any]) -> tuple[Worker, Schedule]:
     """In a worker process: its spans, links and schedule."""
     store, me = connect(payload["store"], JOIN_S), int(payload["worker"])
     view = await_view(store, 1, within(JOIN_S))
-    member = build_member(me, config_from_dict(TrainConfig, view.details["config"]), view, me, store, payload)
+    config = config_from_dict(TrainConfig, view.details["config"])
+    member = build_member(me, config, view, me, store, payload, Pulse())
     member.enter(1, None)
     return member.worker, member.train
 

@@ -26,7 +26,7 @@ from pipeline.schedule.ops import Schedule
 from pipeline.wire import WireError, checked
 from recovery import checkpoint
 from recovery.member import INTERRUPTIONS, Joined, Member
-from recovery.membership import START, MembershipError, View
+from recovery.membership import MembershipError, View
 
 _WAIT_S = 0.05
 _FILE_BYTES = 2 << 30
@@ -110,10 +110,6 @@ class Trainer:
         return self.member.view
 
     @property
-    def _fence(self) -> checkpoint.Fence:
-        return int(self.view.details["attempt"]), self.view.number
-
-    @property
     def leads(self) -> bool:
         """Whether this worker reports for all: the lowest id of the view."""
         return self.worker.id == min(self.view.workers)
@@ -148,14 +144,7 @@ class Trainer:
                 "resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores, woken=woken
             )
             if joined.view.rollback is not None:
-                self._gave_up(joined.view.rollback)
-
-    def _gave_up(self, target: str) -> None:
-        """Who leads drops what was saved after `target`, and tells of it. Who was about to save it is here, or lost."""
-        if self.leads:
-            than = None if target == START else Path(target)
-            checkpoint.drop_newer(self.config.out / "checkpoints", than, self._fence)
-        self._event("rolled_back", step=self.step, to=Path(target).name)
+                self._event("rolled_back", step=self.step, to=Path(joined.view.rollback).name)
 
     def _train(self) -> int:
         config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)
@@ -270,7 +259,7 @@ class Trainer:
 
     def _save(self, done: int) -> bool:
         """Write a checkpoint together; returns whether it is whole. A disk that fails costs it, not the run."""
-        root, fence = self.config.out / "checkpoints", self._fence
+        root, fence = self.config.out / "checkpoints", self.view.fence
         error, records = None, []
         try:
             if self.leads:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from jobs.train import STOPPED
 from launch.forkserver import Exit, ForkServer, ForkServerGone, StartError
+from launch.signals import NotStarted
 from recovery import keys
 from recovery.membership import EVICTED, read_view
 
@@ -29,6 +30,9 @@ _GRACE_S = 3.0
 _LAST_S = 15.0
 _TRIES = 5
 _TRY_AGAIN_S = 0.2  # doubled every time
+
+
+_NOT_STARTED = "the run was asked to stop before its first step"
 
 
 class RunFailed(RuntimeError):
@@ -68,6 +72,8 @@ class Agent:
     """Workers that may find nobody any more when the run is over: those that are awaited, and those who joined last."""
     _stopping: int = 0
     _told_to_stop: bool = False
+    _saved: bool = False
+    """A worker has ended well: there is nothing left to be asked for."""
     _beats: int = 0
     _beaten: float = -math.inf
 
@@ -131,6 +137,7 @@ class Agent:
                 if worker is None or exit_.code == EVICTED:
                     continue
                 if exit_.code in (0, STOPPED):
+                    self._saved = True
                     code, ended = max(code or 0, exit_.code), time.monotonic()
                 elif code is None:  # once one has ended well, all have committed all there is
                     self._lost(worker, exit_)
@@ -143,7 +150,7 @@ class Agent:
             if not self.pids and code is None and over is not None:
                 return over  # its places have gone to others
             if (reason := keys.failure(self.store)) is not None:
-                raise RunFailed(reason)
+                raise NotStarted if reason == _NOT_STARTED else RunFailed(reason)
         assert code is not None
         return code
 
@@ -198,10 +205,17 @@ class Agent:
 
     def asked_to_stop(self, signum: int) -> None:
         """A handler of signals: each asks the run to save itself and stop; a second Ctrl-C does not wait."""
+        if self._saved:
+            return
         self._stopping += 1
         if signum == signal.SIGINT and self._stopping > 1:
             raise KeyboardInterrupt
         _send(self.pids, signal.SIGTERM)  # at once; the store is no place for a signal handler to wait in
+
+
+def fail(store: dist.Store, error: BaseException) -> None:
+    """End the run on every agent before its first step, for what one of them has met."""
+    keys.fail(store, _NOT_STARTED if isinstance(error, NotStarted) else f"{type(error).__name__}: {error}")
 
 
 def _send(pids: Iterable[int], signum: int) -> None:

@@ -104,7 +104,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 error, 2 usage, 75 stopped after saving."""
+    """Run one command; returns its exit code: 0 done, 1 error, 2 usage, 75 stopped, with all saved that there was."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if (found := foreign()) is not None:
         return _refuse("unbroken", found)

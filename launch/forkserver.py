@@ -93,6 +93,7 @@ class ForkServer:
         _OPEN.add(self)
         self._exits: list[Exit] = []
         self._asked = 0
+        self._disowned: set[int] = set()
 
     def fileno(self) -> int:
         """For selectors: readable when an exit is to be polled."""
@@ -122,10 +123,13 @@ class ForkServer:
     def _note(self, message: dict[str, Any]) -> None:
         """Keep an exit. An answer that nobody waits for any more is of a worker that nobody knows: it is ended."""
         if "request" not in message:
-            self._exits.append(_exit(message))
+            if (ended := _exit(message)).pid not in self._disowned:
+                self._exits.append(ended)
+            self._disowned.discard(ended.pid)
         elif "started" in message:
+            self._disowned.add(pid := int(message["started"]))
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(message["started"]), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
     def poll(self, timeout_s: float) -> list[Exit]:
         """The workers that have ended since the last call, waiting up to `timeout_s` for the first.

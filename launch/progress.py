@@ -13,6 +13,11 @@ _PLAIN_EVERY_S = 5.0
 _TOLD = object()
 
 
+def _gone() -> suppress:
+    """The terminal may be closed, or its reader gone, at any time: what is shown is nobody's loss."""
+    return suppress(SystemExit, OSError)
+
+
 class Display:
     """Progress of preparation and of training. With `quiet` nothing is shown at all (--json)."""
 
@@ -32,12 +37,13 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        with _gone():
+            self._bar.stop()
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line above the bar."""
         if not self._quiet:
-            with suppress(SystemExit, OSError):  # nobody reads any more: rich says nothing from now on
+            with _gone():
                 self._bar.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -50,10 +56,11 @@ class Display:
             self._tasks[what] = _TOLD
             self.say(what)
         elif self._live:
-            if what not in self._tasks:
-                self._tasks[what] = self._bar.add_task(what, total=100, note="")
-            if (task := self._tasks[what]) is not _TOLD:
-                self._bar.update(task, completed=round(100 * share))
+            with _gone():
+                if what not in self._tasks:
+                    self._tasks[what] = self._bar.add_task(what, total=100, note="")
+                if (task := self._tasks[what]) is not _TOLD:
+                    self._bar.update(task, completed=round(100 * share))
         elif share < 1.0:
             self._tasks.setdefault(what, None)
         elif self._tasks[what] is not _TOLD:
@@ -65,10 +72,10 @@ class Display:
         note = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
         more = f"grad_norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}"
         if self._live:
-            task = self._tasks.get("training")
-            if task is None:
-                task = self._tasks["training"] = self._bar.add_task("training", total=self._total, note="")
-            self._bar.update(task, completed=record["step"], note=note)
+            with _gone():
+                if "training" not in self._tasks:
+                    self._tasks["training"] = self._bar.add_task("training", total=self._total, note="")
+                self._bar.update(self._tasks["training"], completed=record["step"], note=note)
         elif time.monotonic() - self._said > _PLAIN_EVERY_S or record["step"] == self._total:
             self._said = time.monotonic()
             self.say(f"step {record['step']}/{self._total}  {note}  {more}")

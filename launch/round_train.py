@@ -66,7 +66,6 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
                 raise
             try:
                 code, story = _host(config, plan, display, forkserver, store, devices, signals)
-                signals.over()
             finally:
                 store.close()
                 claim.release()
@@ -125,7 +124,7 @@ def _host(
 ) -> tuple[int, Story]:  # fmt: skip
     """The run, from its first worker to its end."""
     assert plan.rounds is not None
-    stop = threading.Event()
+    stop, began = threading.Event(), False
     signals.trains(_asks(stop))
     introduce(config, plan, display)
     display.say(f"host memory: {store.layout.num_bytes / 2**30:.2f} GiB in {store.path}")
@@ -151,10 +150,14 @@ def _host(
                 source = view.details["source"]
                 optimizer.initialise(config.seed, None if source is None else Path(source))
             pool.open(config.workers)
-            return trainer.train(), story
+            began = True
+            code = trainer.train()
+            signals.over()
+            return code, story
     except Exception as error:
         folder.event("failed", error=str(error), step=story.step)
-        if isinstance(error, NoWorkerLeft):
+        # once it trains the settings were right
+        if isinstance(error, NoWorkerLeft) or (began and isinstance(error, ValueError)):
             raise RunFailed(str(error)) from error
         raise
     finally:

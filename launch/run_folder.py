@@ -79,6 +79,8 @@ class RunFolder:
             "ledger",
             {**{name: record[name] for name in LEDGER if name in record}, "time": record.get("time", time.time())},
         )
+        if metrics["step"] in self._in_ledger:  # what came after it the last time is undone with it
+            self._in_ledger = {step for step in self._in_ledger if step < metrics["step"]}
         self._in_ledger.add(metrics["step"])
         self._plot({name: metrics[name] for name in ("loss", "tokens_per_s", "grad_norm", "lr")}, metrics["step"])
 

@@ -128,6 +128,15 @@ class Story:
                 self.step, record["steps_lost"] = record["step"], self.step - record["step"]
             self.event(**record)
 
+    def _sample(self) -> Continuation | None:
+        """What the model goes on with. The run is done, and stays so: who does not want to wait goes without."""
+        try:
+            with skippable():
+                return continue_text(self._config.out / "model", None, self._config.sample_tokens, self._config.seed)
+        except Exception as error:  # of a model that is exported and whole
+            self._display.warn(f"there is no sample: {error}")
+        return None
+
     def close(self, code: int, as_json: bool) -> None:
         """The end: pictures, the loss curve, a sample, and where everything is."""
         self._pictures.loss()
@@ -140,10 +149,9 @@ class Story:
         sample: Continuation | None = None
         if code != STOPPED:
             summary["model"] = str(out / "model")
-            if self._config.sample_tokens:
-                with skippable():  # the run is done: who does not want to wait goes without
-                    sample = continue_text(out / "model", None, self._config.sample_tokens, self._config.seed)
-                    summary["sample"] = sample.text
+            sample = self._sample() if self._config.sample_tokens else None
+            if sample is not None:
+                summary["sample"] = sample.text
         if as_json:
             self._display.console.file = os.sys.stdout  # type: ignore[attr-defined]
             with suppress(SystemExit):  # rich's, where nobody reads any more: the run has a code of its own

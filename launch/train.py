@@ -15,7 +15,8 @@ import transformers
 
 from jobs.config import TrainConfig
 from jobs.plan import Plan, make_plan
-from launch.agent import Agent, RunFailed
+from jobs.train import STOPPED
+from launch.agent import Agent, RunFailed, fail
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.forecast import forecast
@@ -27,7 +28,7 @@ from launch.resume import kept
 from launch.round_train import train_rounds
 from launch.run_folder import RunFolder
 from launch.run_lock import RunLock
-from launch.signals import Stopping, stopping
+from launch.signals import NotStarted, Stopping, stopping
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
 from launch.warm import warm_up
@@ -50,6 +51,10 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
     try:
         with stopping() as signals:
             return _train(config.resolved(), as_json, signals)
+    except NotStarted:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        return STOPPED
     except (ValueError, RuntimeError, OSError) as error:
         shared = isinstance(error, ValueError | RunFailed)
         if os.environ.get("LOCAL_RANK", "0") == "0" or not shared:
@@ -132,7 +137,7 @@ def _coordinate(
             plan = make_plan(config, display.preparing, kept(config))
             signals.trains(agent.asked_to_stop)
         except BaseException as error:
-            keys.fail(store, f"{type(error).__name__}: {error}")
+            fail(store, error)
             claim.undo()
             raise
         try:
@@ -149,27 +154,14 @@ def _follow(
     """The run from its first view to its end."""
     introduce(config, plan, display)
     folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard, display.warn)
-    folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
-    for name, reason in plan.notes:
-        folder.event("checkpoint_skipped", step=plan.view.first_step, checkpoint=name, reason=reason)
-    story, model = Story(config, plan, folder, display, store), plan.model
-    first = replace(plan.view, agents=slot.dealt(config.workers))
-    source = plan.view.details["source"]
-    recovery = Recovery(
-        config.recovery, first, model.num_layers, model.tied, config.out / "checkpoints", plan.around,
-        watch(None if source is None else Path(source)),
-    )  # fmt: skip
-    for line in forecast(config, recovery):
-        display.say(line)
-    coordinator = Coordinator(
-        store, first, recovery, story.event, config.heartbeat, config.deadline, config.max_failures
-    )
-
-    def tick() -> None:
-        coordinator.tick()
-        story.tick(coordinator.view.workers, coordinator.valid)
-
+    story = Story(config, plan, folder, display, store)
     try:
+        coordinator = _coordinator(config, plan, folder, story, display, store, slot)
+
+        def tick() -> None:
+            coordinator.tick()
+            story.tick(coordinator.view.workers, coordinator.valid)
+
         code = agent.supervise(tick)
         signals.over()
         keys.end(store, code)
@@ -178,7 +170,7 @@ def _follow(
     except Exception as error:
         with suppress(RuntimeError):  # the store may be what failed
             keys.fail(store, str(error))
-            story.tick(coordinator.view.workers, None)
+            story.tick((), None)
         folder.event("failed", error=str(error), step=story.step)
         if isinstance(error, ValueError):  # the settings were right, or nothing would have begun
             raise RunFailed(str(error)) from error
@@ -186,6 +178,24 @@ def _follow(
     finally:
         folder.close()
     return code, story
+
+
+def _coordinator(
+    config: TrainConfig, plan: Plan, folder: RunFolder, story: Story, display: Display, store: dist.Store, slot: Slot
+) -> Coordinator:
+    """Tell what begins, and publish the first view."""
+    folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
+    for name, reason in plan.notes:
+        folder.event("checkpoint_skipped", step=plan.view.first_step, checkpoint=name, reason=reason)
+    first, model = replace(plan.view, agents=slot.dealt(config.workers)), plan.model
+    source = plan.view.details["source"]
+    recovery = Recovery(
+        config.recovery, first, model.num_layers, model.tied, config.out / "checkpoints", plan.around,
+        watch(None if source is None else Path(source)),
+    )  # fmt: skip
+    for line in forecast(config, recovery):
+        display.say(line)
+    return Coordinator(store, first, recovery, story.event, config.heartbeat, config.deadline, config.max_failures)
 
 
 def _await_agents(coordinator: Coordinator, store: dist.Store) -> None:

@@ -29,6 +29,7 @@ from pipeline.model.lora import Lora
 from pipeline.model.weights import ModelError, read_config
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
+from pipeline.runtime.probe import Pulse
 from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.transport import Shape, Transport, span_bytes
 from pipeline.runtime.worker import Worker
@@ -108,8 +109,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
     place = int(payload["place"])
     watcher = Watcher(connect(payload["store"], 60.0), worker_id, number, stop)
     try:
-        member = build_member(worker_id, config, view, place, store, payload)
-        member.worker.pulse = watcher.pulse
+        member = build_member(worker_id, config, view, place, store, payload, watcher.pulse)
         if view.checkpoint is not None:
             load_start(member.worker, view, config.out / "checkpoints", joins)
         dataset = open_dataset(config.out)
@@ -148,9 +148,11 @@ def load_start(worker: Worker, view: View, checkpoints: Path, joins: bool) -> No
 
 
 def build_member(
-    worker_id: int, config: TrainConfig, view: View, place: int, store: dist.Store, payload: dict[str, Any]
-) -> Member:
-    """A worker with the spans of its place, and no links yet. `view` is the first of the run."""
+    worker_id: int, config: TrainConfig, view: View, place: int, store: dist.Store, payload: dict[str, Any],
+    pulse: Pulse,
+) -> Member:  # fmt: skip
+    """A worker with the spans of its place, and no links yet. `view` is the first of the run; `pulse` tells of every
+    layer that is built."""
     device = torch.device(payload["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -160,13 +162,13 @@ def build_member(
     spans |= {span for span, worker in view.backups if worker == place}
     held = ResidentStore(
         model, spans, config.optimizer(), seed=config.seed, device=device,
-        source=None if source is None or view.checkpoint else Path(source),
+        source=None if source is None or view.checkpoint else Path(source), came_on=pulse,
     )  # fmt: skip
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,
         2 * config.deadline,  # the coordinator, who knows whom all wait for, comes first
     )  # fmt: skip
-    worker = Worker(worker_id, held, Transport(worker_id), {}, Ballot(store, 0, worker_id, ()), settings)
+    worker = Worker(worker_id, held, Transport(worker_id), {}, Ballot(store, 0, worker_id, ()), settings, pulse=pulse)
     address = address_towards(payload["store"]["host"], payload["store"]["port"])
     communicator = Communicator(
         worker, GroupBuilder(store, worker_id, address, device, 2 * config.deadline, worker.transport.mailbox.woken),
@@ -179,7 +181,10 @@ def build_member(
         at = {place: worker for worker, place in now.places.items()}
         return None if network is None else {(at[a], at[b]): shape for (a, b), shape in network.items()}
 
-    return Member(worker, communicator, store, remedies(config.checkfree_weights), shapes, Lifeline(store))
+    return Member(
+        worker, communicator, store, remedies(config.checkfree_weights), shapes, Lifeline(store),
+        config.out / "checkpoints",
+    )  # fmt: skip
 
 
 def make_injector(

@@ -12,6 +12,7 @@ view has saved or is saving is never touched by one that is over, however late i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ _NAME = re.compile(r"step-(\d{8})(\.old)?")
 _FILE = re.compile(r"layer-\d{5}\.safetensors")
 _UNFINISHED = re.compile(r"step-\d{8}\.(\d+)-(\d+)\.tmp")
 _CHUNK = 1 << 22
+_LOOKS = 3  # at a folder in which something is being saved
 
 Fence = tuple[int, int]
 """(attempt, view): attempts are the starts of a run, one after another; views begin anew in each."""
@@ -153,6 +155,8 @@ def commit(
     _flush_directory(folder)
     if later := [path.name for path in _committed(root) if _fence_of(path) > fence]:
         raise CheckpointError(f"{max(later)} was saved by a later view than {fence[1]}, which is over")
+    if not (folder / MANIFEST).exists():  # who comes back late sets nothing aside
+        raise CheckpointError(f"{folder.name} was removed by a later view than {fence[1]}, which is over")
     aside = final.with_name(f"{final.name}.old")
     if final.exists():
         if aside.exists():
@@ -160,8 +164,6 @@ def commit(
         os.rename(final, aside)
     os.rename(folder, final)
     _flush_directory(root)
-    if aside.exists():
-        shutil.rmtree(aside, ignore_errors=True)
     drop_newer(root, final, fence)
     return final
 
@@ -175,8 +177,10 @@ def drop_newer(root: Path, than: Path | None, fence: Fence = (0, 0)) -> None:
 def prune(root: Path, step: int, keep: int, fence: Fence = (0, 0)) -> None:
     """Drop all but the `keep` newest up to that of `step`; call it when nobody can go back to an older one any more."""
     final = directory(root, step)
-    past = sorted((path for path in _committed(root) if _order(path) <= _order(final)), key=_order, reverse=True)
-    _remove(past[max(1, keep) :], fence)
+    past = [path for path in _committed(root) if _order(path) <= _order(final)]
+    aside = [path for path in past if path.name.endswith(".old") and path.with_suffix("").exists()]
+    whole = sorted(set(past) - set(aside), key=_order, reverse=True)
+    _remove(aside + whole[max(1, keep) :], fence)
 
 
 def _remove(paths: Sequence[Path], fence: Fence) -> None:
@@ -205,9 +209,15 @@ class Verifier:
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def find(self, root: Path) -> Found:
-        """The newest checkpoint under `root` that is whole, every file's length and checksum verified."""
+        """The newest checkpoint under `root` that is whole, every file's length and checksum verified.
+
+        Where something was saved meanwhile, what was damaged may have been replaced: then it looks again.
+        """
         with self._turn:
-            return self._find(root)
+            looks, before, found = 1, _listing(root), self._find(root)
+            while found.skipped and looks < _LOOKS and _listing(root) != before:
+                looks, before, found = looks + 1, _listing(root), self._find(root)
+            return found
 
     def _find(self, root: Path) -> Found:
         skipped: list[tuple[Path, str]] = []
@@ -232,6 +242,15 @@ class Verifier:
 def find(root: Path) -> Found:
     """The newest checkpoint that is whole, every file's length and checksum verified."""
     return Verifier().find(root)
+
+
+def _listing(root: Path) -> list[tuple[str, int]]:
+    """What changes when a checkpoint comes, goes or is replaced: names and inodes."""
+    found: list[tuple[str, int]] = []
+    for path in sorted(_committed(root)):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path.name, path.stat().st_ino))
+    return found
 
 
 def _identity(path: Path, records: Sequence[FileRecord]) -> tuple[tuple[int, ...], ...]:

@@ -63,7 +63,8 @@ class Coordinator:
     """Publishes `view` at once; `recovery` says what comes after it.
 
     A worker whose heart has not beaten for `heartbeat_s` is lost, and so is one that neither votes nor waits while
-    nothing is settled and its own work does not come on for `deadline_s`. After a complaint about a link a view of the
+    nothing is settled and its own work does not come on for `deadline_s`; one that is awaited, if it does not come up
+    and its own work does not come on for as long. After a complaint about a link a view of the
     same workers gives them new ones; after three without a step between them who complained is replaced. More than
     `max_failures` losses end the run, and so do three of one place without a step between.
     """

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -60,6 +61,8 @@ class Member:
     remedies: Mapping[str, Remedy]
     shapes: Callable[[View], Shapes | None]
     guided: Lifeline
+    checkpoints: Path
+    """Where the run saves."""
     view: View | None = None
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
     """Those of the view, by purpose."""
@@ -130,7 +133,7 @@ class Member:
         if view.restores or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
         if view.rollback is not None:
-            where["step"] = roll_back(worker, view)
+            where["step"] = roll_back(worker, view, self.checkpoints)
             known = {}
         else:
             restore(worker, view, self.communicator, self.remedies, known)

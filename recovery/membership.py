@@ -99,6 +99,11 @@ class View:
     next_worker: int = 0
     """The id of the next worker that is started; ids are never used again."""
 
+    @property
+    def fence(self) -> tuple[int, int]:
+        """(attempt, view), of `checkpoint.Fence`: what is saved in this view."""
+        return int(self.details["attempt"]), self.number
+
     def schedule(self, purpose: str) -> Schedule:
         """The schedule for a purpose, parsed. Raises KeyError, or ScheduleError for a text it cannot read."""
         return loads(self.schedules[purpose])

@@ -110,10 +110,16 @@ def _take(
             mine[key].copy_(tensor)
 
 
-def roll_back(worker: Worker, view: View) -> int:
-    """Go back to where `view` says; returns the step. Raises CheckpointError, ModelError."""
-    if view.rollback != START:
-        return load_checkpoint(worker, Path(view.rollback or ""))
+def roll_back(worker: Worker, view: View, checkpoints: Path) -> int:
+    """Go back to where `view` says; returns the step. Raises CheckpointError, ModelError.
+
+    Who leads drops what was saved after it: who was about to save more is a member of `view` as well, or lost.
+    """
+    target = None if view.rollback == START else Path(view.rollback or "")
+    if worker.id == min(view.workers):
+        checkpoint.drop_newer(checkpoints, target, view.fence)
+    if target is not None:
+        return load_checkpoint(worker, target)
     _start_again(worker, view, worker.store.shards.values())
     return view.first_step
 

@@ -39,6 +39,7 @@ from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import read_config
+from pipeline.runtime.probe import Pulse
 from pipeline.schedule.ops import Route, dumps
 from pipeline.state.host_store import HostStore, store_path
 from pipeline.state.optimizer import decay_groups, learning_rate
@@ -90,7 +91,7 @@ def entry(payload: dict[str, Any]) -> int:
     view = await_view(store, 1, within(TIMEOUT_S))
     config = config_from_dict(TrainConfig, view.details["config"])
     me = int(payload["worker"])
-    member = build_member(me, config, view, me, store, payload)
+    member = build_member(me, config, view, me, store, payload, Pulse())
     worker = member.worker
     member.enter(1, None)
     train = member.train

@@ -12,9 +12,9 @@ import pytest
 import torch.distributed as dist
 
 from jobs.train import STOPPED
-from launch.agent import Agent, RunFailed
+from launch.agent import Agent, RunFailed, fail
 from launch.forkserver import Exit, ForkServerGone, StartError
-from launch.signals import stop_signals
+from launch.signals import NotStarted, stop_signals
 from recovery import keys
 from recovery.membership import EVICTED, View, publish
 
@@ -210,6 +210,34 @@ def test_who_joins_as_the_run_ends_is_not_waited_for(monkeypatch: pytest.MonkeyP
     assert run() == 0
     assert time.monotonic() - began < 5.0
     assert keys.newest_loss(store) == b""
+
+
+def test_who_never_began_is_told_from_who_failed_on_every_agent() -> None:
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
+        fail(store, NotStarted())
+
+    _, run = watched(tick)
+    with pytest.raises(NotStarted):
+        run()
+
+
+def test_once_a_worker_has_ended_well_a_signal_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr("launch.agent._send", lambda pids, number: told.append(number))
+    ticks = [0]
+
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            forkserver.ends.append(Exit(pid_of(agent, 0), 0))
+        if ticks[0] == 3:
+            agent.asked_to_stop(signal.SIGINT)
+            agent.asked_to_stop(signal.SIGINT)
+            forkserver.ends.append(Exit(pid_of(agent, 1), 0))
+
+    _, run = watched(tick)
+    assert run() == 0
+    assert signal.SIGTERM not in told
 
 
 def test_an_agent_ends_though_its_forkserver_is_gone() -> None:

@@ -419,7 +419,9 @@ def test_a_long_difference_is_cut(tmp_path: Path) -> None:
 def saved_by(root: Path, step: int, fence: checkpoint.Fence) -> Path:
     folder = checkpoint.begin(root, step, fence)
     records = [checkpoint.write_layer(folder, layer, tensors(step, layer)) for layer in range(LAYERS)]
-    return checkpoint.commit(root, step, records, {"step": step}, fence=fence)
+    path = checkpoint.commit(root, step, records, {"step": step}, fence=fence)
+    checkpoint.prune(root, step, 9, fence)
+    return path
 
 
 def test_who_comes_back_late_deletes_nothing_newer_and_saves_nothing(tmp_path: Path) -> None:
@@ -433,6 +435,42 @@ def test_who_comes_back_late_deletes_nothing_newer_and_saves_nothing(tmp_path: P
     with pytest.raises(CheckpointError, match="step-00000008 was saved by a later view than 3, which is over"):
         checkpoint.commit(tmp_path, 5, records, {"step": 5}, fence=(1, 3))
     check_whole(checkpoint.find(tmp_path), 8)
+
+
+def test_who_comes_back_late_sets_nothing_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was stopped after it had looked for later views: the next one removes what it wrote, and saves the step."""
+    folder = checkpoint.begin(tmp_path, 5, (1, 3))
+    records = [checkpoint.write_layer(folder, n, tensors(5, n)) for n in range(LAYERS)]
+
+    def looks_and_is_stopped(path: Path) -> list[Path]:
+        monkeypatch.undo()
+        found = committed(path)
+        saved_by(tmp_path, 5, (1, 4))
+        return found
+
+    committed = checkpoint._committed
+    monkeypatch.setattr(checkpoint, "_committed", looks_and_is_stopped)
+    with pytest.raises(CheckpointError, match=r"step-00000005\.1-3\.tmp was removed by a later view than 3"):
+        checkpoint.commit(tmp_path, 5, records, {"step": 5}, fence=(1, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    check_whole(checkpoint.find(tmp_path), 5)
+
+
+def test_what_is_saved_again_while_it_is_verified_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2, run="first")
+    verifier, again = checkpoint.Verifier(), [True]
+
+    def come_on() -> None:
+        if again and again.pop():
+            folder = checkpoint.begin(tmp_path, 2)
+            records = [checkpoint.write_layer(folder, n, tensors(7, n)) for n in range(LAYERS)]
+            checkpoint.commit(tmp_path, 2, records, {"step": 2})
+
+    verifier._come_on = come_on  # type: ignore[method-assign]
+    found = verifier.find(tmp_path)
+    assert found.path == checkpoint.directory(tmp_path, 2)
+    assert found.skipped == ()
 
 
 def test_a_view_that_is_over_does_not_disturb_one_that_is_saving(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_an_answer_that_comes_too_late_is_taken_for_no_other(
     deadline = time.monotonic() + 10.0
     while children := psutil.Process(parent.pid).children():
         assert time.monotonic() < deadline, children
-        parent.poll(0.01)
+        assert parent.poll(0.01) == [], "of a worker that nobody has"
+    assert parent.poll(0.1) == []
 
 
 def test_a_worker_that_could_not_be_watched_is_ended_and_answered(parent: ForkServer) -> None:

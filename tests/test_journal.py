@@ -145,6 +145,11 @@ def test_a_ledger_with_a_gap_is_not_safe(tmp_path: Path) -> None:
     folder.step(record(2, view=2))
     assert folder.save_ledger(2) == ""
     assert folder.save_ledger(3) == "the ledger lacks 1 steps up to step 3, the first: 3", "that line was undone"
+    for step in (3, 4, 5):
+        folder.step(record(step, view=2))
+    folder.step(record(4, view=3))  # who was to tell of the rollback was lost
+    assert folder.save_ledger(4) == ""
+    assert folder.save_ledger(5) == "the ledger lacks 1 steps up to step 5, the first: 5"
     folder.close()
 
 

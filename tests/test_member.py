@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -69,7 +70,7 @@ def entered(mine: dict[str, Any] | None, others: dict[int, dict[str, Any]]) -> J
         {w: {"norms": {}, **vote} for w, vote in {**others, 3: {"position": None, "last": mine}}.items()},
         {0: {"copies": {}}, 3: {"copies": {}}},
     ]  # fmt: skip
-    member = Member(worker, communicator, store, {}, lambda _: None, lambda: True)  # type: ignore[arg-type]
+    member = Member(worker, communicator, store, {}, lambda _: None, lambda: True, Path())  # type: ignore[arg-type]
     return member.enter(2, None, mine)
 
 

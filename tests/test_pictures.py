@@ -77,6 +77,20 @@ def test_a_loss_curve_that_cannot_be_drawn_at_the_end_is_said(tmp_path: Path, mo
     assert "loss.svg is not drawn: division by zero" in told.out.getvalue()
 
 
+def test_a_run_that_is_done_stays_done_though_there_is_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("model is too large for this machine")
+
+    told = Told(tmp_path)
+    told.put(STEP)
+    told.folder.close()
+    monkeypatch.setattr("launch.story.continue_text", fails)
+    told.story.close(0, as_json=False)
+    assert "there is no sample: model is too large for this machine" in told.out.getvalue()
+
+
 def test_a_reader_of_the_report_that_is_gone_does_not_change_how_the_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

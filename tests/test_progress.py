@@ -28,6 +28,31 @@ def test_what_was_done_at_once_is_one_line_and_what_took_time_is_progress(termin
         assert lines == ["tokenising: done", "tokens taken from the cache"]
 
 
+class Closed(io.StringIO):
+    """A terminal that was closed."""
+
+    closed_now = False
+
+    def write(self, text: str) -> int:
+        if self.closed_now:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_a_terminal_that_is_closed_ends_nothing() -> None:
+    out = Closed()
+    record = {"step": 1, "loss": 1.0, "tokens_per_s": 1.0, "grad_norm": 1.0, "lr": 1.0}
+    with Display(5, console=Console(file=out, force_terminal=True)) as display:
+        display.step(record)
+        out.closed_now = True
+        display.preparing("tokenising", 0.5)
+        display.step({**record, "step": 2})
+        display.say("a line")
+
+
 def test_nothing_is_told_when_an_object_is_to_be_printed() -> None:
     out = io.StringIO()
     with Display(5, quiet=True, console=Console(file=out, force_terminal=True)) as display:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_what_an_interrupted_replica_has_left_is_no_part_of_what_follows(remedy:
     assert same(state(fresh.store), state(hurt.store))
 
 
-def test_to_start_again_is_to_be_as_one_has_been_built() -> None:
+def test_to_start_again_is_to_be_as_one_has_been_built(tmp_path: Path) -> None:
     worker = joiner(seed=3)
     built = state(worker.store)
     for shard in worker.store.shards.values():
@@ -115,10 +116,20 @@ def test_to_start_again_is_to_be_as_one_has_been_built() -> None:
         shard.apply(1.0, 0.1)
         shard.gradient.fill_(1.0)
     assert not same(state(worker.store), built)
-    view = View(3, (7,), {}, first_step=0, details={"source": None}, rollback=START)
-    assert roll_back(worker, view) == 0
+    view = View(3, (7,), {}, first_step=0, details={"source": None, "attempt": 1}, rollback=START)
+    (tmp_path / "step-00000009").mkdir()
+    assert roll_back(worker, view, tmp_path) == 0
+    assert list(tmp_path.iterdir()) == [], "what was saved after it is of a future that is given up"
     assert same(state(worker.store), built)
     assert all(float(shard.gradient.abs().sum()) == 0 for shard in worker.store.shards.values())
+
+
+def test_who_builds_a_large_model_is_seen_to_come_on() -> None:
+    layers: list[None] = []
+    ResidentStore(
+        LayeredModel(CONFIG), [MIDDLE], OptimizerConfig(), seed=0, device=CPU, came_on=lambda: layers.append(None)
+    )
+    assert len(layers) == MIDDLE[1] - MIDDLE[0]
 
 
 def test_a_remedy_that_is_not_known_is_named() -> None:

@@ -208,13 +208,14 @@ class LayeredModel:
 
     def build(
         self, span: Span, *, seed: int, device: torch.device | str = "cpu", source: Path | None = None,
-        share: Mapping[str, nn.Parameter] | None = None,
+        share: Mapping[str, nn.Parameter] | None = None, came_on: Callable[[], None] = lambda: None,
     ) -> SpanModule:  # fmt: skip
         """The layers of `span` in fp32 on `device`, and nothing of the others.
 
         Weights are drawn from (seed, layer), the same on every device, or read from the safetensors in the directory
         `source`. Parameters in `share`, by full name, are used instead of new ones; an embedding and its tied head
-        inside one span share without being asked. Adapters change nothing about the other weights. Raises ModelError.
+        inside one span share without being asked. Adapters change nothing about the other weights. `came_on` is called
+        after each layer. Raises ModelError.
         """
         lo, hi = span
         if not 0 <= lo < hi <= self.num_layers:
@@ -235,6 +236,7 @@ class LayeredModel:
                 layers[str(layer)] = Head(**parts, cap=getattr(self.config, "final_logit_softcapping", None))
             else:
                 layers[str(layer)] = parts["block"]
+            came_on()
         return SpanModule(self, span, layers, self._rotary().to(device) if self.family.rotary else None)
 
     def _part(

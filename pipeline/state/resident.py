@@ -37,14 +37,15 @@ class ResidentStore:
 
     def __init__(
         self, model: LayeredModel, spans: Iterable[Span], config: OptimizerConfig, *, seed: int,
-        device: torch.device, source: Path | None = None,
+        device: torch.device, source: Path | None = None, came_on: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        """`came_on` is called after each layer: a large model takes long."""
         self.model = model
         self.modules: dict[Span, SpanModule] = {}
         self.shards: dict[Span, SpanOptimizer] = {}
         shared: dict[str, nn.Parameter] = {}
         for span in sorted(spans):
-            module = model.build(span, seed=seed, device=device, source=source, share=shared)
+            module = model.build(span, seed=seed, device=device, source=source, share=shared, came_on=came_on)
             self.modules[span] = module
             named = {n: p for layer in range(*span) for n, p in module.named_layer_parameters(layer).items()}
             for name in set(named) & set(model.tied_keys):
