@@ -213,7 +213,7 @@ class Agent:
         _send(self.pids, signal.SIGTERM)  # at once; the store is no place for a signal handler to wait in
 
 
-def fail(store: dist.Store, error: BaseException) -> None:
+def fail_before_start(store: dist.Store, error: BaseException) -> None:
     """End the run on every agent before its first step, for what one of them has met."""
     keys.fail(store, _NOT_STARTED if isinstance(error, NotStarted) else f"{type(error).__name__}: {error}")
 

@@ -16,7 +16,7 @@ import transformers
 from jobs.config import TrainConfig
 from jobs.plan import Plan, make_plan
 from jobs.train import STOPPED
-from launch.agent import Agent, RunFailed, fail
+from launch.agent import Agent, RunFailed, fail_before_start
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.forecast import forecast
@@ -137,7 +137,7 @@ def _coordinate(
             plan = make_plan(config, display.preparing, kept(config))
             signals.trains(agent.asked_to_stop)
         except BaseException as error:
-            fail(store, error)
+            fail_before_start(store, error)
             claim.undo()
             raise
         try:

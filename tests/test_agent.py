@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from jobs.train import STOPPED
-from launch.agent import Agent, RunFailed, fail
+from launch.agent import Agent, RunFailed, fail_before_start
 from launch.forkserver import Exit, ForkServerGone, StartError
 from launch.signals import NotStarted, stop_signals
 from recovery import keys
@@ -214,7 +214,7 @@ def test_who_joins_as_the_run_ends_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 def test_who_never_began_is_told_from_who_failed_on_every_agent() -> None:
     def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
-        fail(store, NotStarted())
+        fail_before_start(store, NotStarted())
 
     _, run = watched(tick)
     with pytest.raises(NotStarted):
