@@ -54,11 +54,11 @@ class RunFolder:
             say(f"ledger.jsonl lacks {len(gap)} of the steps that were taken before, the first: {gap[0]}")
             self._in_ledger |= set(gap)  # nobody can fill it any more: it must not keep later steps from being saved
         self._taken = Counter(m["step"] for m in self.metrics)
-        events = path / "events.jsonl"
-        held_out = read_jsonl(events, event=str, step=int, loss=float, perplexity=float)
-        losses = read_jsonl(events, event=str, step=int, worker=int, remedy=str)
-        self.evaluations = [e for e in held_out if e["event"] == "evaluation" and e["step"] <= first_step]
-        self.marks = [_marked(e) for e in losses if e["event"] in _LOSSES and e["step"] <= first_step]
+        past = [e for e in read_jsonl(path / "events.jsonl", event=str, step=int) if e["step"] <= first_step]
+        held_out = [e for e in past if e["event"] == "evaluation"]
+        losses = [e for e in past if e["event"] in _LOSSES]
+        self.evaluations = [e for e in held_out if _has(e, loss=float, perplexity=float)]
+        self.marks = [_marked(e) for e in losses if _has(e, worker=int, remedy=str)]
         self._files = {name: Journal(path / f"{name}.jsonl") for name in ("metrics", "events", "ledger")}
         self._board = None
         if tensorboard:
@@ -162,6 +162,15 @@ def read_jsonl(path: Path, **kinds: Kind) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(WireError):  # a crash, or a disk, has damaged it; those after it are none the worse
-            checked(line := parse(text, path.name), path.name, **kinds)
-            lines.append(line)
+            if _has(line := parse(text, path.name), **kinds):
+                lines.append(line)
     return lines
+
+
+def _has(line: dict[str, Any], **kinds: Kind) -> bool:
+    """Whether every field of `kinds` is there and of its kind."""
+    try:
+        checked(line, "a line", **kinds)
+    except WireError:
+        return False
+    return True

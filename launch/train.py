@@ -77,14 +77,8 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     forkserver = ForkServer(worker_main)  # forked now: nothing below has started a thread yet
     try:
         handle = open_store(slot)
-        agent = Agent(
-            slot.rank,
-            forkserver,
-            handle.store,
-            workers,
-            partial(_payload, config, slot, handle, devices),
-            config.spares,
-        )
+        payload = partial(_payload, config, slot, handle, devices)
+        agent = Agent(slot.rank, forkserver, handle.store, workers, payload, config.spares)
         try:
             agent.start()
             if slot.coordinates:

@@ -167,15 +167,21 @@ def test_a_report_whose_writer_died_in_the_middle_of_it_is_found_and_hides_none(
 # ---- agents ----
 
 
-def test_a_worker_that_was_told_of_keeps_its_agent_and_no_id_is_started_twice() -> None:
-    """Worker 3 was to be started by agent 1, which then is silent, perhaps for a moment alone."""
-    run = Run(heartbeat_s=0.6)
+def lost_on_agent_1(heartbeat_s: float) -> Run:
+    """The view in which worker 3 takes the place of worker 1, at an agent that has given one sign of life."""
+    run = Run(heartbeat_s=heartbeat_s)
     run.recovery.go.set()
     run.coordinator.view = replace(run.view, agents={0: 0, 1: 1, 2: 0})
     run.train()
     keys.beat_agent(run.store, 1, 1)
     keys.report_loss(run.store, 1, "was killed by SIGKILL")
     run.coordinator.tick()
+    return run
+
+
+def test_a_worker_that_was_told_of_keeps_its_agent_and_no_id_is_started_twice() -> None:
+    """Worker 3 was to be started by agent 1, which then is silent, perhaps for a moment alone."""
+    run = lost_on_agent_1(heartbeat_s=0.6)
     assert run.view.agents[1] == 1
     told = run.view.number
     number = 0
@@ -198,13 +204,7 @@ def test_a_worker_that_was_told_of_keeps_its_agent_and_no_id_is_started_twice() 
 
 
 def test_a_worker_that_lives_keeps_its_agent_though_that_says_nothing_for_a_while() -> None:
-    run = Run(heartbeat_s=2.0)
-    run.recovery.go.set()
-    run.coordinator.view = replace(run.view, agents={0: 0, 1: 1, 2: 0})
-    run.train()
-    keys.beat_agent(run.store, 1, 1)
-    keys.report_loss(run.store, 1, "was killed by SIGKILL")
-    run.coordinator.tick()
+    run = lost_on_agent_1(heartbeat_s=2.0)
     began, number = time.monotonic(), 0
     while time.monotonic() - began < 1.5:
         number += 1

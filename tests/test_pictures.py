@@ -94,10 +94,14 @@ def test_a_run_that_is_done_stays_done_though_there_is_no_sample(
 def test_a_reader_of_the_report_that_is_gone_does_not_change_how_the_run_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(*_: object) -> None:
+    asked: list[object] = []
+
+    def gone(*report: object) -> None:
+        asked.extend(report)
         raise SystemExit(1)  # as rich does where a pipe is broken
 
     told = Told(tmp_path)
     told.folder.close()
     monkeypatch.setattr(Console, "print_json", gone)
     told.story.close(STOPPED, as_json=True)
+    assert asked

@@ -31,10 +31,11 @@ def test_what_was_done_at_once_is_one_line_and_what_took_time_is_progress(termin
 class Closed(io.StringIO):
     """A terminal that was closed."""
 
-    closed_now = False
+    closed_now, refused = False, 0
 
     def write(self, text: str) -> int:
         if self.closed_now:
+            self.refused += 1
             raise OSError(5, "Input/output error")
         return super().write(text)
 
@@ -51,6 +52,7 @@ def test_a_terminal_that_is_closed_ends_nothing() -> None:
         display.preparing("tokenising", 0.5)
         display.step({**record, "step": 2})
         display.say("a line")
+    assert out.refused > 2
 
 
 def test_nothing_is_told_when_an_object_is_to_be_printed() -> None:
