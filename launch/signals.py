@@ -29,20 +29,28 @@ def stop_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
 class Stopping:
     """What each of STOP does to a run: it ends it by NotStarted, until there is something to save; from `trains` on it
-    calls what asks the run to save itself; and once that is `over` it does nothing."""
+    calls what asks the run to save itself; and once that is `over` it does nothing.
+
+    While a run ends by the first one, what cleans up is not cut short by another, but for a second Ctrl-C.
+    """
 
     def __init__(self) -> None:
         self._handle = self._end
+        self._asked = False
 
     def __call__(self, number: int) -> None:
         self._handle(number)
 
-    def _end(self, _: int) -> None:
-        raise NotStarted
+    def _end(self, number: int) -> None:
+        if not self._asked or number == signal.SIGINT:
+            self._asked = True
+            raise NotStarted
 
     def trains(self, handle: Callable[[int], None]) -> None:
-        """There are workers, who can save something."""
+        """There are workers, who can save something. Raises NotStarted where the run was asked to stop before."""
         self._handle = handle
+        if self._asked:  # what was raised then came up in code that lets nothing through
+            raise NotStarted
 
     def over(self) -> None:
         """All is saved: nothing that a signal could ask for is left."""
@@ -62,10 +70,17 @@ def stopping() -> Iterator[Stopping]:
 
 @contextmanager
 def skippable() -> Iterator[None]:
-    """Inside, each of STOP ends the block and nothing else."""
+    """Inside, the first of STOP ends the block and nothing else; those that come while it ends do nothing."""
+    ends = True
 
     def skip(_: int) -> None:
-        raise KeyboardInterrupt
+        nonlocal ends
+        if ends:
+            ends = False
+            raise KeyboardInterrupt
 
-    with suppress(KeyboardInterrupt), stop_signals(skip):
-        yield
+    with stop_signals(skip), suppress(KeyboardInterrupt):
+        try:
+            yield
+        finally:
+            ends = False  # in the block that is suppressed: a signal just before it is, too

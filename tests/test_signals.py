@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -11,12 +12,10 @@ from launch.signals import STOP, NotStarted, skippable, stopping
 
 
 @pytest.mark.parametrize("signum", STOP, ids=lambda s: s.name)
-def test_a_signal_means_something_else_before_within_and_after_the_training(signum: signal.Signals) -> None:
+def test_a_signal_means_something_else_within_and_after_the_training(signum: signal.Signals) -> None:
     before, told = signal.signal(signum, signal.SIG_DFL), list[int]()  # a SIGHUP may be ignored here, as under nohup
     try:
         with stopping() as found:
-            with pytest.raises(NotStarted):
-                os.kill(os.getpid(), signum)
             found.trains(told.append)
             os.kill(os.getpid(), signum)
             found.over()
@@ -25,6 +24,51 @@ def test_a_signal_means_something_else_before_within_and_after_the_training(sign
         assert signal.getsignal(signum) == signal.SIG_DFL
     finally:
         signal.signal(signum, before)
+
+
+@pytest.mark.parametrize("second", STOP, ids=lambda s: s.name)
+@pytest.mark.parametrize("first", STOP, ids=lambda s: s.name)
+def test_a_run_that_ends_before_its_first_step_cleans_up_whatever_comes_next(
+    first: signal.Signals, second: signal.Signals
+) -> None:
+    """A scheduler may send SIGTERM and SIGHUP at once. A second Ctrl-C is of a person who does not want to wait."""
+    before, cleaned = {s: signal.signal(s, signal.SIG_DFL) for s in STOP}, False
+    try:
+        with pytest.raises(NotStarted), stopping() as found:
+            try:
+                os.kill(os.getpid(), first)
+            finally:
+                os.kill(os.getpid(), second)
+                cleaned = True
+            found.trains(lambda _: None)
+        assert cleaned == (second != signal.SIGINT)
+        with pytest.raises(NotStarted), stopping() as found:
+            with suppress(NotStarted):  # as in a destructor
+                os.kill(os.getpid(), first)
+            found.trains(lambda _: None)
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+@pytest.mark.parametrize("second", STOP, ids=lambda s: s.name)
+def test_a_second_signal_while_the_first_ends_what_can_be_skipped_does_nothing(second: signal.Signals) -> None:
+    before, went_on = {s: signal.signal(s, signal.SIG_DFL) for s in STOP}, False
+    try:
+        with stopping() as found:
+            found.over()
+            with skippable():
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                finally:
+                    os.kill(os.getpid(), second)
+                    went_on = True
+            with pytest.raises(ZeroDivisionError), skippable():
+                raise ZeroDivisionError
+        assert went_on
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
 def test_what_can_be_skipped_ends_and_nothing_else_does() -> None:

@@ -762,10 +762,9 @@ def test_a_run_that_is_stopped_before_its_first_step_leaves_nothing(launcher: La
 
 
 def test_a_signal_after_the_last_step_changes_nothing(launcher: Launcher) -> None:
-    """All is saved: what is left, a sample that is printed, ends; the run is done and says so."""
+    """All is saved: what is left, the end of the workers and a sample, takes a while, and the run is done."""
     running = launcher.start(steps=2, sample_tokens=20_000)
     running.until(lambda: any(event["event"] == "exported" for event in _lines(running.out / "events.jsonl")))
-    time.sleep(0.3)
     for signum in (signal.SIGTERM, signal.SIGHUP):
         os.kill(running.pid, signum)
     run = running.finish(PROMPT_S)
