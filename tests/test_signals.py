@@ -26,26 +26,35 @@ def test_a_signal_means_something_else_within_and_after_the_training(signum: sig
         signal.signal(signum, before)
 
 
+def _asked_twice_before_the_first_step(first: int, second: int, cleaned: list[int]) -> None:
+    with stopping():
+        try:
+            os.kill(os.getpid(), first)
+        finally:
+            os.kill(os.getpid(), second)
+            cleaned.append(second)
+
+
+def _asked_where_nothing_is_let_through(first: int) -> None:
+    with stopping() as found:
+        with suppress(NotStarted):  # as in a destructor
+            os.kill(os.getpid(), first)
+        found.trains(lambda _: None)
+
+
 @pytest.mark.parametrize("second", STOP, ids=lambda s: s.name)
 @pytest.mark.parametrize("first", STOP, ids=lambda s: s.name)
 def test_a_run_that_ends_before_its_first_step_cleans_up_whatever_comes_next(
     first: signal.Signals, second: signal.Signals
 ) -> None:
     """A scheduler may send SIGTERM and SIGHUP at once. A second Ctrl-C is of a person who does not want to wait."""
-    before, cleaned = {s: signal.signal(s, signal.SIG_DFL) for s in STOP}, False
+    before, cleaned = {s: signal.signal(s, signal.SIG_DFL) for s in STOP}, list[int]()
     try:
-        with pytest.raises(NotStarted), stopping() as found:
-            try:
-                os.kill(os.getpid(), first)
-            finally:
-                os.kill(os.getpid(), second)
-                cleaned = True
-            found.trains(lambda _: None)
-        assert cleaned == (second != signal.SIGINT)
-        with pytest.raises(NotStarted), stopping() as found:
-            with suppress(NotStarted):  # as in a destructor
-                os.kill(os.getpid(), first)
-            found.trains(lambda _: None)
+        with pytest.raises(NotStarted):
+            _asked_twice_before_the_first_step(first, second, cleaned)
+        assert cleaned == ([] if second == signal.SIGINT else [second])
+        with pytest.raises(NotStarted):
+            _asked_where_nothing_is_let_through(first)
     finally:
         for signum, old in before.items():
             signal.signal(signum, old)
