@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -37,16 +37,16 @@ from torch import Tensor
 
 from jobs.config import TrainConfig
 from jobs.plan import schedules
-from jobs.text import token_loss
+from jobs.text import TEXT, token_loss
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
 from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
-from pipeline.runtime.batch import Batch
+from pipeline.runtime.batch import Batch, Needs
 from pipeline.runtime.probe import Pulse
 from pipeline.runtime.worker import Worker
-from pipeline.schedule.ops import Schedule, dumps
+from pipeline.schedule.ops import Schedule, dumps, span_text
 from recovery.membership import View, await_view, publish, within
 from schedulers import PLANNERS
 
@@ -63,7 +63,12 @@ class WorkJob:
     work: Work
     _held: tuple[int, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
-    def batch(self, step: int, microbatch: int) -> Batch:
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """See pipeline.runtime.batch.Job."""
+        return {TEXT: 1.0}
+
+    def batch(self, step: int, microbatch: int, needs: Needs) -> Batch:
         """See pipeline.runtime.batch.Job."""
         if self._held is None or self._held[0] != step:
             self._held = step, self.work.data(step)
@@ -71,15 +76,15 @@ class WorkJob:
         lo = microbatch * self.work.batch
         hi = lo + self.work.batch
         first = step * len(inputs)
-        return Batch(tuple(range(first + lo, first + hi)), inputs[lo:hi], targets[lo:hi])
+        return Batch(tuple(range(first + lo, first + hi)), {"input_ids": inputs[lo:hi], "labels": targets[lo:hi]})
 
-    def tokens(self, step: int, microbatch: int) -> int:
+    def counts(self, step: int, microbatch: int) -> Mapping[str, int]:
         """See pipeline.runtime.batch.Job."""
-        return self.work.batch * self.work.sequence
+        return {TEXT: self.work.batch * self.work.sequence}
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """See pipeline.runtime.batch.Job."""
-        return token_loss(logits, batch.labels)
+        return {TEXT: token_loss(logits, batch["labels"])}
 
 
 # ---- what touches the engine's own way of starting ----
@@ -180,10 +185,10 @@ def time_sums(worker: Worker, schedule: Schedule, repeats: int = 5) -> dict[str,
         seconds: list[float] = []
         for _ in range(repeats if len(members) > 1 else 0):
             worker.gather({})
-            if worker.id in members:
-                gradient = torch.zeros_like(worker.store.shards[span].gradient)
+            if group := worker.reducer.group(span_text(span)):
+                gradient = torch.zeros_like(worker.store.gradients[span_text(span)])
                 began = time.perf_counter()
-                worker.groups[span].allreduce([gradient]).wait()
+                group.allreduce([gradient]).wait()
                 seconds.append(time.perf_counter() - began)
         if seconds:
             found[f"{span[0]}:{span[1]}"] = statistics.median(seconds)

@@ -51,6 +51,7 @@ from transformers.utils import logging
 from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
+from pipeline.runtime.batch import Needs
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.footprint import footprints
 from pipeline.runtime.worker import Worker
@@ -90,7 +91,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
         libc = ctypes.CDLL(None)
         assert all(libc.mallopt(option, value) == 1 for option, value in MALLOPT.items())
     job = WorkJob(Work(**payload["work"]))
-    job.batch(0, 0)
+    job.batch(0, 0, Needs.INPUT)
     before = private()
     worker, schedule = join(payload)
     built = private()

@@ -19,6 +19,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # The packages come before scripts beside this one: recovery is both.
@@ -31,8 +32,9 @@ from engine_peers import Work, llama, parse
 
 from jobs.config import TrainConfig
 from jobs.plan import layer_costs
-from jobs.round_train import RoundTrainer
+from jobs.pool_engine import PoolEngine
 from jobs.rounds import plan_rounds
+from jobs.train import Trainer
 from launch.forkserver import ForkServer
 from launch.pool_worker import pool_worker
 from launch.round_train import hosting, make_layout
@@ -123,16 +125,18 @@ def run(work: Work, options: argparse.Namespace, forkserver: ForkServer) -> dict
         try:
             with hosting(config, store, rounds, forkserver, event, lambda _: options.device) as (optimizer, pool):
                 optimizer.initialise(0, out / "model-config")
-                trainer = RoundTrainer(
-                    config, optimizer, pool, rounds.cut, rounds.row, job, job, "", report,  # type: ignore[arg-type]
-                    bool, lambda _: "",
+                engine = PoolEngine(
+                    optimizer, pool, rounds.cut, rounds.row, job, job,  # type: ignore[arg-type]
+                    config.round_size, config.deadline,
                 )  # fmt: skip
+                reports = SimpleNamespace(put=report, save_ledger=lambda step, view: "")
+                trainer = Trainer(config, engine, job, "", reports, bool)  # type: ignore[arg-type]
                 pool.open(config.workers)
                 memory.pids = [member.pid for member in pool.members.values()]
                 memory.start()
                 for _ in range(steps):
                     began = time.perf_counter()
-                    trainer._one_step(record=False)
+                    trainer.one_step(record=False)
                     seconds.append(time.perf_counter() - began)
                 optimizer.drain(options.deadline)
                 memory.close()

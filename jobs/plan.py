@@ -32,6 +32,7 @@ from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import PRESETS, read_config, resolve
 from pipeline.schedule.ops import dumps
 from recovery import checkpoint
+from recovery.generation import read_generation
 from recovery.membership import View
 from recovery.reroute import Planner
 
@@ -129,6 +130,7 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         places={worker: worker for worker in range(config.workers)},
         backups=() if rounds else backups(config, made["train"]),
         next_worker=config.workers,
+        generation=read_generation(out),
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "source": None if source is None else str(source),
@@ -143,7 +145,7 @@ def find_start(config: TrainConfig) -> checkpoint.Found:
     """The checkpoint that the run goes on from, if it is resumed. Raises ConfigError where there is none to go on from,
     and where there is one that nobody has asked for."""
     root = config.out / "checkpoints"
-    found = checkpoint.find(root)
+    found = checkpoint.find(root, read_generation(config.out))
     if found.path is not None and not config.resume:
         raise ConfigError(
             f"out is {str(config.out)!r}, which holds checkpoints (newest: {found.path.name}); "

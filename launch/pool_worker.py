@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from jobs.config import TrainConfig
-from jobs.plan import evaluation_samples, open_dataset
+from jobs.plan import open_dataset
+from jobs.registry import Start, make_jobs
 from jobs.text import TextJob
 from launch.config import config_from_dict
 from launch.worker_main import blueprint, last_words
@@ -19,7 +20,7 @@ from pipeline.runtime.batch import Job
 from pipeline.runtime.channel import Channel
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.copy_engine import CHUNK
-from pipeline.runtime.stateless import TRAIN, PoolClosed, StatelessWorker
+from pipeline.runtime.stateless import PoolClosed, StatelessWorker
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_store import HostStore, Layout, store_path
 from recovery.inject import Fault, Injector
@@ -29,27 +30,16 @@ log = logging.getLogger(__name__)
 _LAST_WORDS_S = 5.0
 
 
-def make_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
-    """The microbatches of training and of evaluation, the same in the host and in every worker."""
-    dataset = open_dataset(config.out)
-    evaluated = evaluation_samples(config, dataset)
-    return {
-        TRAIN: TextJob(
-            dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size, first_step,
-            first_sample,
-        ),
-        "evaluate": TextJob(
-            dataset.held_out_spread(evaluated), config.sequence_length, config.microbatches, config.microbatch_size,
-            limit=evaluated,
-        ),
-    }  # fmt: skip
+def run_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
+    """Those of a run folder; an evaluation is run as many microbatches at a time as the host store holds."""
+    return make_jobs(config, open_dataset(config.out), Start(first_step, first_sample, config.microbatches))
 
 
 Jobs = Callable[[TrainConfig, int, int], dict[str, TextJob]]
 """(settings, first step, first sample) -> the jobs of a run, by name."""
 
 
-def pool_worker(payload: dict[str, Any], jobs: Jobs = make_jobs) -> int:
+def pool_worker(payload: dict[str, Any], jobs: Jobs = run_jobs) -> int:
     """What a forked worker of a pool does. Returns its exit code; an error is told to the host before it ends."""
     torch.set_num_threads(int(payload["threads"]))
     end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

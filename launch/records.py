@@ -86,11 +86,10 @@ def _seconds(seconds: dict[str, Any], what: str) -> dict[str, float]:
 
 
 def _check_restores(restores: list[Any]) -> None:
-    """[[worker, [lo, hi], remedy], ...]."""
+    """[[worker, part, remedy], ...]."""
     for each in restores:
-        kinds = [type(part) for part in each] if isinstance(each, list) else []
-        if kinds != [int, list, str] or [type(layer) for layer in each[1]] != [int, int]:
-            raise WireError("a restore is not a worker, a span and a remedy")
+        if not isinstance(each, list) or [type(field) for field in each] != [int, str, str]:
+            raise WireError("a restore is not a worker, a part and a remedy")
 
 
 def _check_lanes(lanes: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ import transformers
 
 from jobs.config import TrainConfig, require
 from jobs.plan import Plan, make_plan, open_dataset
-from jobs.round_train import RoundTrainer
+from jobs.pool_engine import PoolEngine
+from jobs.registry import EVALUATE, TRAIN
 from jobs.rounds import Rounds
+from jobs.train import Trainer
 from launch.agent import RunFailed
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
 from launch.forkserver import ForkServer
 from launch.introduction import introduce
 from launch.machine import check_machine
-from launch.pool_worker import make_jobs, pool_worker
+from launch.pool_worker import pool_worker, run_jobs
 from launch.progress import Display
 from launch.resume import kept
 from launch.run_folder import RunFolder
@@ -35,7 +37,6 @@ from launch.story import Story
 from launch.warm import warm_up
 from launch.worker_main import default_threads
 from pipeline.model.layered import LayeredModel
-from pipeline.runtime.stateless import TRAIN
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, Layout, store_path
@@ -133,25 +134,27 @@ def _host(
     folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes)
     story, rounds = Story(config, plan, folder, display), plan.rounds
     torch.set_num_threads(config.threads or default_threads(1))
-    jobs = make_jobs(config, view.first_step, view.first_sample)
+    jobs, source = run_jobs(config, view.first_step, view.first_sample), view.details["source"]
     try:
         with hosting(
             config, store, rounds, forkserver, story.event, devices.of, step=view.first_step,
             sample=view.first_sample, stopping=stop.is_set,
         ) as (optimizer, pool):  # fmt: skip
-            trainer = RoundTrainer(
-                config, optimizer, pool, rounds.cut, rounds.row, jobs[TRAIN], jobs["evaluate"],
-                open_dataset(config.out).fingerprint, story.handle, stop.is_set, folder.save_ledger,
-                int(view.details["attempt"]), evaluate_first=view.details["source"] is not None and not view.checkpoint,
+            engine = PoolEngine(
+                optimizer, pool, rounds.cut, rounds.row, jobs[TRAIN], jobs[EVALUATE], config.round_size,
+                config.deadline, int(view.details["attempt"]), view.generation,
+            )  # fmt: skip
+            trainer = Trainer(
+                config, engine, jobs[TRAIN], open_dataset(config.out).fingerprint, _HostReports(story, folder),
+                stop.is_set, view.first_step, evaluate_first=source is not None and not view.checkpoint,
             )  # fmt: skip
             if view.checkpoint is not None:
-                trainer.resume(Path(view.checkpoint))
+                engine.load(Path(view.checkpoint))
             else:
-                source = view.details["source"]
                 optimizer.initialise(config.seed, None if source is None else Path(source))
             pool.open(config.workers)
             began = True
-            code = trainer.train()
+            code = trainer.run()
             signals.over()
             return code, story
     except Exception as error:
@@ -162,6 +165,20 @@ def _host(
         raise
     finally:
         folder.close()
+
+
+@dataclass(frozen=True)
+class _HostReports:
+    """The host keeps its own records."""
+
+    story: Story
+    folder: RunFolder
+
+    def put(self, record: dict[str, Any]) -> None:
+        self.story.handle(record)
+
+    def save_ledger(self, step: int, view: int) -> str:
+        return self.folder.save_ledger(step)
 
 
 def _asks(stop: threading.Event) -> Callable[[int], None]:

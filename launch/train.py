@@ -35,7 +35,7 @@ from launch.warm import warm_up
 from launch.worker_main import default_threads, worker_main
 from pipeline.model.weights import watch
 from recovery import keys
-from recovery.checkpoint import any_saved
+from recovery.checkpoint import Verifier, any_saved
 from recovery.coordinator import Coordinator
 from recovery.policy import Recovery
 
@@ -185,7 +185,7 @@ def _coordinator(
     source = plan.view.details["source"]
     recovery = Recovery(
         config.recovery, first, model.num_layers, model.tied, config.out / "checkpoints", plan.around,
-        watch(None if source is None else Path(source)),
+        watch(None if source is None else Path(source)), Verifier(first.generation),
     )  # fmt: skip
     for line in forecast(config, recovery):
         display.say(line)

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from jobs.config import ConfigError, TrainConfig
 from jobs.corpus import CorpusError
 from jobs.network import read_network
-from jobs.plan import evaluation_samples, open_dataset, stage_at
-from jobs.text import TextJob
+from jobs.pipeline_engine import PipelineEngine
+from jobs.plan import open_dataset, stage_at
+from jobs.registry import EVALUATE, TRAIN, Start, make_jobs
 from jobs.train import Trainer
 from launch.config import config_from_dict
 from pipeline.model.layered import LayeredModel
@@ -30,7 +31,8 @@ from pipeline.model.weights import ModelError, read_config
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
 from pipeline.runtime.probe import Pulse
-from pipeline.runtime.step_commit import NonFiniteLoss
+from pipeline.runtime.reducer import Reducer
+from pipeline.runtime.step_commit import NonFiniteLoss, StepCommit
 from pipeline.runtime.transport import Shape, Transport, span_bytes
 from pipeline.runtime.worker import Worker
 from pipeline.state.resident import ResidentStore
@@ -115,22 +117,20 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         dataset = open_dataset(config.out)
         reports = Reports(connect(payload["store"], 60.0), worker_id)
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
-        evaluated = evaluation_samples(config, dataset)
+        jobs = make_jobs(config, dataset, Start(view.first_step, view.first_sample))
+        engine = PipelineEngine(member, jobs[TRAIN], jobs[EVALUATE], number, joins, config.full_every)
         trainer = Trainer(
-            config, member,
-            TextJob(
-                dataset.train_sample, config.sequence_length, config.microbatches, config.microbatch_size,
-                view.first_step, view.first_sample,
-            ),
-            TextJob(
-                dataset.held_out_spread(evaluated), config.sequence_length, view.schedule("evaluate").num_microbatches,
-                config.microbatch_size, limit=evaluated,
-            ),
-            dataset.fingerprint, reports, stop.is_set, view.first_step,
+            config,
+            engine,
+            jobs[TRAIN],
+            dataset.fingerprint,
+            reports,
+            stop.is_set,
+            view.first_step,
             evaluate_first=view.details["source"] is not None and view.checkpoint is None,
-        )  # fmt: skip
+        )
         watcher.attach(member)
-        return trainer.run(number, joins)
+        return trainer.run()
     finally:
         watcher.stop()
         if watcher.member is not None:
@@ -141,7 +141,7 @@ def load_start(worker: Worker, view: View, checkpoints: Path, joins: bool) -> No
     """Fill a worker from what the run began with. Raises CheckpointError where that is gone, unless the worker `joins`
     a run that has saved since: then its state comes from others, or from a newer checkpoint."""
     try:
-        load_checkpoint(worker, Path(view.checkpoint or ""))
+        load_checkpoint(worker, Path(view.checkpoint or ""), view.generation)
     except CheckpointError:
         if not joins or last_attempt(checkpoints) < int(view.details["attempt"]):
             raise
@@ -168,13 +168,14 @@ def build_member(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,
         2 * config.deadline,  # the coordinator, who knows whom all wait for, comes first
     )  # fmt: skip
-    worker = Worker(worker_id, held, Transport(worker_id), {}, Ballot(store, 0, worker_id, ()), settings, pulse=pulse)
+    transport, backend = Transport(worker_id), "nccl" if payload["nccl"] else "gloo"
+    reducer = Reducer(worker_id, held.gradients.get, timeout_s=settings.deadline_s, backend=backend)
+    commit = StepCommit(Ballot(store, 0, worker_id, ()))
+    worker = Worker(worker_id, held, transport, reducer, commit, settings, pulse=pulse)
     address = address_towards(payload["store"]["host"], payload["store"]["port"])
-    communicator = Communicator(
-        worker, GroupBuilder(store, worker_id, address, device, 2 * config.deadline, worker.transport.mailbox.woken),
-        max_bytes=span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32),
-        backend="nccl" if payload["nccl"] else "gloo",
-    )  # fmt: skip
+    builder = GroupBuilder(store, worker_id, address, device, 2 * config.deadline, transport.mailbox.woken)
+    largest = span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32)
+    communicator = Communicator(transport, reducer, builder, largest, nccl=payload["nccl"])
     network = link_shapes(config.network, config.workers)
 
     def shapes(now: View) -> dict[tuple[int, int], Shape] | None:
@@ -194,7 +195,7 @@ def make_injector(
     store = member.worker.store
 
     def poison() -> None:
-        next(iter(store.shards.values())).gradient[0] = float("nan")
+        next(iter(store.gradients.values()))[0] = float("nan")
 
     def told(fault: Fault) -> None:
         reports.put({"kind": "event", "event": "fault", "worker": reports.worker, "step": fault.step,

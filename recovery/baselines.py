@@ -16,12 +16,12 @@ class Copy(Average):
 
     def plan(self, loss: Loss) -> Restore:
         """From the neighbour whose layers are decoder blocks."""
-        name = f"span {loss.span[0]}:{loss.span[1]}"
+        name = loss.name
         if not loss.blocks:
             raise CannotRestore(f"{name} holds the embedding or the head, which no neighbour resembles")
         for found in (loss.before, loss.after):
             if found is not None and any(0 < layer < loss.num_layers - 1 for layer in range(*found[1])):
-                return Restore(loss.joiner, loss.span, self.name, (found,))
+                return loss.restored(self.name, found)
         raise CannotRestore(f"neither neighbour of {name} is left with a decoder block")
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
@@ -36,7 +36,7 @@ class Random(Average):
 
     def plan(self, loss: Loss) -> Restore:
         """Needs nobody."""
-        return Restore(loss.joiner, loss.span, self.name)
+        return loss.restored(self.name)
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> None:
         """As it was drawn."""

@@ -30,7 +30,7 @@ class Average:
 
     def plan(self, loss: Loss) -> Restore:
         """From the spans before and after. Neither may be lost, and both must consist of the same kind of layer."""
-        name = f"span {loss.span[0]}:{loss.span[1]}"
+        name = loss.name
         if not loss.blocks:
             raise CannotRestore(f"{name} holds the embedding or the head, which no neighbour resembles")
         sides = {"before": loss.before, "after": loss.after}
@@ -40,7 +40,7 @@ class Average:
         for side, (_, (lo, hi)) in zip(sides, sources, strict=True):
             if not any(0 < layer < loss.num_layers - 1 for layer in range(lo, hi)):
                 raise CannotRestore(f"the neighbour {side} {name}, {lo}:{hi}, holds no decoder block")
-        return Restore(loss.joiner, loss.span, self.name, sources)
+        return loss.restored(self.name, *sources)
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
         """The weighted mean of the weights; there are no moments in it."""

@@ -21,11 +21,11 @@ class Twin(Average):
     def plan(self, loss: Loss) -> Restore:
         """From the twin, where a mean is not to be had."""
         if loss.twin is None:
-            raise CannotRestore(f"span {loss.span[0]}:{loss.span[1]} has no twin that is left")
+            raise CannotRestore(f"{loss.name} has no twin that is left")
         inner = all(found is not None and found[1][0] > 0 and found[1][1] < loss.num_layers for found in _sides(loss))
         if inner:
-            raise CannotRestore(f"span {loss.span[0]}:{loss.span[1]} is neither the first nor the last of the blocks")
-        return Restore(loss.joiner, loss.span, self.name, (loss.twin,))
+            raise CannotRestore(f"{loss.name} is neither the first nor the last of the blocks")
+        return loss.restored(self.name, loss.twin)
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
         """The twin's weights."""

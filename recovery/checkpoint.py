@@ -28,6 +28,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pipeline.state.source import Source, SourceRefused
 from pipeline.wire import WireError, checked, parse
 
 MANIFEST = "manifest.json"
@@ -201,9 +202,11 @@ def abort(root: Path, step: int, fence: Fence = (0, 0)) -> None:
 
 @dataclass
 class Verifier:
-    """Finds the newest checkpoint that is whole. What it has read to the last byte, and is still as it was, it does
-    not read again. `came_on_at` (time.monotonic seconds) ascends while it works, from whichever thread that is."""
+    """Finds the newest checkpoint that is whole and of the run's generation. What it has read to the last byte, and is
+    still as it was, it does not read again. `came_on_at` (time.monotonic seconds) ascends while it works, from
+    whichever thread that is."""
 
+    generation: int = 0
     came_on_at: float = 0.0
     _known: dict[Path, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     _turn: threading.Lock = field(default_factory=threading.Lock)
@@ -224,6 +227,7 @@ class Verifier:
         for path in sorted(_committed(root), key=_order, reverse=True):
             try:
                 manifest = read_manifest(path)
+                source(path, manifest).require(None, self.generation)
                 records = [FileRecord.from_json(values) for values in manifest["files"]]
                 known = _identity(path, records)
                 if self._known.get(path) != known:
@@ -231,7 +235,7 @@ class Verifier:
                         _verify(path / record.name, record, self._come_on)
                     self._known[path] = known
                 return Found(path, manifest, tuple(skipped))
-            except CheckpointError as error:
+            except (CheckpointError, SourceRefused) as error:
                 skipped.append((path, str(error)))
         return Found(None, None, tuple(skipped))
 
@@ -239,9 +243,9 @@ class Verifier:
         self.came_on_at = time.monotonic()
 
 
-def find(root: Path) -> Found:
-    """The newest checkpoint that is whole, every file's length and checksum verified."""
-    return Verifier().find(root)
+def find(root: Path, generation: int = 0) -> Found:
+    """The newest checkpoint of a generation that is whole, every file's length and checksum verified."""
+    return Verifier(generation).find(root)
 
 
 def _listing(root: Path) -> list[tuple[str, int]]:
@@ -278,6 +282,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if zlib.crc32(json.dumps(whole["body"], sort_keys=True).encode()) != whole["crc32"]:
         raise CheckpointError(f"{MANIFEST} is damaged (checksum)")
     return body
+
+
+def source(path: Path, manifest: Mapping[str, Any]) -> Source:
+    """What a checkpoint is of. One that says no generation is of the first."""
+    extra = manifest["extra"]
+    return Source("checkpoint", path.name, int(extra["step"]), int(extra.get("generation", 0)))
 
 
 def read_layer(path: Path, manifest: Mapping[str, Any], layer: int) -> dict[str, Tensor]:

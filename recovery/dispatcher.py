@@ -79,7 +79,9 @@ class Dispatcher:
         for span in list(run.waiting):
             self._add_in_order(run, span)
 
-    def op_done(self, member: PoolMember, given: Given, m: int, loss: float | None, busy_s: float) -> None:
+    def op_done(
+        self, member: PoolMember, given: Given, m: int, sums: Mapping[str, float] | None, busy_s: float
+    ) -> None:
         """A worker is through with a microbatch of a unit. Raises WireError for one that is not in it."""
         run, unit = given.run, given.unit
         if m not in unit.microbatches:
@@ -88,8 +90,8 @@ class Dispatcher:
         if m in run.done[given.index]:
             return
         run.done[given.index].add(m)
-        if loss is not None:
-            run.losses[m] = loss
+        if sums is not None:
+            run.sums[m] = dict(sums)
         made = run.makes(unit, m)
         run.facts.update(made)
         for other in self.members.values():

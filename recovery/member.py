@@ -19,14 +19,15 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.runtime.probe import Pulse
+from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
 from pipeline.runtime.worker import Worker, connections
-from pipeline.schedule.ops import Schedule, Span, parse_span, span_text
+from pipeline.schedule.ops import Schedule
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes
 from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked
 from recovery.lifeline import Lifeline
-from recovery.membership import Evicted, MembershipError, View, await_view, read_view, shards_of
+from recovery.membership import Evicted, MembershipError, View, await_view, parts_of, read_view
 from recovery.remedy import Remedy
 from recovery.restore import restore, roll_back
 
@@ -106,10 +107,9 @@ class Member:
         worker.transport.view = view.number
         worker.transport.mailbox.advance(view.number, 0)
         self.communicator.quiesce(set(view.workers), deadline)
-        worker.iteration = 0
-        worker.exchange = Ballot(self.store, view.number, worker.id, view.workers, self.guided)
+        worker.commit = StepCommit(Ballot(self.store, view.number, worker.id, view.workers, self.guided))
         schedules = {purpose: view.schedule(purpose) for purpose in view.schedules}
-        norms = {span_text(span): value for span, value in worker.norms.items()}
+        norms = dict(worker.norms)
         votes = worker.gather({"position": position, "last": last, "norms": norms, **self.communicator.kept()})
         known_last = next((vote["last"] for _, vote in sorted(votes.items()) if vote["last"] is not None), None)
         times["ready"] = time.monotonic()
@@ -119,16 +119,13 @@ class Member:
         if any(found != positions[0] for found in positions):
             raise MembershipError(f"the workers of view {view.number} stand at different places: {positions}")
         self.communicator.agree(votes, deadline)
-        worker.reduced.clear()
-        worker.drop()  # after the last sum: one that was under way still wrote into the gradients
+        worker.store.drop()  # after the last sum: one that was under way still wrote into the gradients
         model = worker.store.model
-        shards = shards_of(view, model.num_layers, model.tied)
+        parts = parts_of(view, model.num_layers, model.tied)
         pairs = link_pairs({pair for schedule in schedules.values() for pair in connections(schedule)})
-        self.communicator.edit(view.number, pairs, shards, self.shapes(view))
+        self.communicator.edit(view.number, pairs, parts, self.shapes(view))
         times["edited"] = time.monotonic()
-        known: dict[Span, float] = {}
-        for vote in votes.values():
-            known.update({parse_span(text): norm for text, norm in vote["norms"].items()})
+        known = {state: norm for vote in votes.values() for state, norm in vote["norms"].items()}
         where = dict(positions[0]) if positions else {}
         if view.restores or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
@@ -136,24 +133,37 @@ class Member:
             where["step"] = roll_back(worker, view, self.checkpoints)
             known = {}
         else:
-            restore(worker, view, self.communicator, self.remedies, known)
-        copies = {span: ws for span, ws in shards.items() if len(ws) > 1 and worker.id in ws}
-        votes = worker.gather({"copies": {span_text(span): worker.store.fingerprint(span) for span in copies}})
-        _check_copies(view, shards, votes)
+            restore(worker, view, self.communicator, self.remedies, known, int(where.get("step", view.first_step)))
+        self._check_states(view, int(where.get("step", view.first_step)))
+        copies = {part for part, workers in parts.items() if len(workers) > 1 and worker.id in workers}
+        votes = worker.gather({"copies": {part: _fingerprint(worker, part) for part in copies}})
+        _check_copies(view, parts, votes)
         times["restored"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
         self.view, self.schedules = view, schedules
         return Joined(view, where, last or known_last, began, {name: at - began for name, at in times.items()})
 
+    def _check_states(self, view: View, step: int) -> None:
+        """All that is held is of the committed step and of the run's generation. Raises MembershipError."""
+        for state in self.worker.store.states.values():
+            if (state.version, state.generation) != (step, view.generation):
+                raise MembershipError(
+                    f"view {view.number}: worker {self.worker.id} has layer {state.name} of step {state.version}, "
+                    f"generation {state.generation}; the run is at step {step}, generation {view.generation}"
+                )
 
-def _check_copies(view: View, shards: Mapping[Span, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> None:
-    """All holders of a shard have the same state, bit for bit. Raises MembershipError."""
-    for span, workers in shards.items():
-        text = span_text(span)
-        found = {worker: votes[worker]["copies"].get(text) for worker in workers}
-        if len(set(found.values())) > 1:
-            raise MembershipError(f"view {view.number}: the copies of span {text} differ, by checksum: {found}")
+
+def _fingerprint(worker: Worker, part: str) -> list[int]:
+    return [state.fingerprint() for state in worker.store.states_of(part)]
+
+
+def _check_copies(view: View, parts: Mapping[str, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> None:
+    """All holders of a part have the same state, bit for bit. Raises MembershipError."""
+    for part, workers in parts.items():
+        found = {worker: votes[worker]["copies"].get(part) for worker in workers}
+        if any(each != found[workers[0]] for each in found.values()):
+            raise MembershipError(f"view {view.number}: the copies of {part} differ, by checksum: {found}")
 
 
 class Watcher:

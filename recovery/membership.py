@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.schedule.ops import Op, Schedule, Span, dumps, loads
-from pipeline.state.resident import shard_holders
+from pipeline.state.resident import part_holders
 from pipeline.wire import WireError, checked, listed, numbered, parse, whole
 
 START = "start"
@@ -32,31 +32,36 @@ class Evicted(RuntimeError):
 
 @dataclass(frozen=True)
 class Restore:
-    """How one span of a worker that joined gets its state: a remedy by name, and (worker, its span) to take from."""
+    """How one part of a worker that joined gets its state: a remedy by name, and (worker, its part) to take from.
+
+    A part is a span, as `span_text` writes it, or a weight that several layers share, by the name of its state.
+    """
 
     worker: int
-    span: Span
+    part: str
     remedy: str
-    sources: tuple[tuple[int, Span], ...] = ()
+    sources: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def from_json(cls, values: Any) -> Restore:
         """Raises WireError."""
         if not isinstance(values, dict):
             raise WireError(f"a restore is {values!r}; expected an object")
-        found = checked(values, "a restore", worker=int, span=list, remedy=str, sources=list)
+        found = checked(values, "a restore", worker=int, part=str, remedy=str, sources=list)
         sources = listed(found["sources"], "the sources of a restore", _source)
-        return cls(found["worker"], _span(found["span"]), found["remedy"], sources)
+        return cls(found["worker"], found["part"], found["remedy"], sources)
 
 
 def _span(value: Any) -> Span:
     lo, hi = _pair(value, "a span")
-    return whole(lo, "a span", -1), whole(hi, "a span")
+    return whole(lo, "a span"), whole(hi, "a span")
 
 
-def _source(value: Any) -> tuple[int, Span]:
-    worker, span = _pair(value, "a source")
-    return whole(worker, "a source"), _span(span)
+def _source(value: Any) -> tuple[int, str]:
+    worker, part = _pair(value, "a source")
+    if not isinstance(part, str):
+        raise WireError(f"the part of a source is {part!r}; expected a text")
+    return whole(worker, "a source"), part
 
 
 def _backup(value: Any) -> tuple[Span, int]:
@@ -98,6 +103,8 @@ class View:
     """Workers that are being started and join a later view -> whose place they will take; `places` has them already."""
     next_worker: int = 0
     """The id of the next worker that is started; ids are never used again."""
+    generation: int = 0
+    """That of the run: nothing of another one is used."""
 
     @property
     def fence(self) -> tuple[int, int]:
@@ -109,12 +116,17 @@ class View:
         return loads(self.schedules[purpose])
 
 
-def shards_of(view: View, num_layers: int, tied: bool) -> dict[Span, tuple[int, ...]]:
-    """Shard -> all workers that hold its state in `view`: those that compute with it, and its backups."""
+def part_name(part: str) -> str:
+    """A part for a person."""
+    return f"span {part}" if ":" in part else f"the {part} weight"
+
+
+def parts_of(view: View, num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Part -> all workers that hold its state in `view`: those that compute with it, and its backups."""
     holders = {span: set(workers) for span, workers in view.schedule("train").holders.items()}
     for span, worker in view.backups:
         holders[span].add(worker)
-    return shard_holders({span: tuple(sorted(workers)) for span, workers in holders.items()}, num_layers, tied)
+    return part_holders({span: tuple(sorted(workers)) for span, workers in holders.items()}, num_layers, tied)
 
 
 def substitute(schedule: Schedule, places: Mapping[int, int]) -> Schedule:
@@ -198,7 +210,7 @@ def _view(values: Mapping[str, Any], number: int) -> View:
     found = checked(
         values, what, number=int, workers=list, schedules=dict, first_step=int, first_sample=int,
         checkpoint=str | None, details=dict, places=dict, agents=dict, joined=dict, restores=list,
-        rollback=str | None, backups=list, awaited=dict, next_worker=int,
+        rollback=str | None, backups=list, awaited=dict, next_worker=int, generation=int,
     )  # fmt: skip
     checked(found["schedules"], f"the schedules of {what}", **dict.fromkeys(found["schedules"], str))
     found["workers"] = listed(found["workers"], f"the workers of {what}", lambda each: whole(each, "a worker"))

@@ -97,6 +97,8 @@ class Recovery:
         reason = f"{str(self.checkpoints)!r} holds no valid one"
         if self.home.checkpoint is not None:
             raise CannotRestore(f"{reason}, and the one that the run began with is gone")
+        if self.home.generation:
+            raise CannotRestore(f"{reason}, and the start of the run is older than what was forgotten since")
         if changed := self.source_changed():
             raise CannotRestore(f"{reason}, and the run cannot start again: {changed}")
         return START

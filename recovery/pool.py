@@ -216,10 +216,11 @@ class Pool:
             fault = checked(event, "an event", step=int, fault=str, at=str)
             self._event("fault", worker=member.id, **fault)
         elif "op" in message:
-            told = checked(message, "a result", op=int, m=int, loss=float | None, busy=float)
+            told = checked(message, "a result", op=int, m=int, sums=dict | None, busy=float)
+            sums = told["sums"] and checked(told["sums"], "the sums of a result", **dict.fromkeys(told["sums"], float))
             if given := member.given.get(told["op"]):
                 self._losses.progress(member.place)
-                self.dispatcher.op_done(member, given, told["m"], told["loss"], told["busy"])
+                self.dispatcher.op_done(member, given, told["m"], sums, told["busy"])
         elif "recalled" in message:
             if given := member.given.pop(checked(message, "an answer", recalled=int)["recalled"], None):
                 self.dispatcher.take_back(given)

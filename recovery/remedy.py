@@ -13,8 +13,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pipeline.schedule.ops import Schedule, Span
-from recovery.membership import Restore, View, shards_of
+from pipeline.schedule.ops import Schedule, Span, parse_span, span_text
+from recovery.membership import Restore, View, part_name, parts_of
 
 State = Mapping[str, Tensor]
 """The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.state.resident` gives it."""
@@ -26,24 +26,35 @@ class CannotRestore(RuntimeError):
 
 @dataclass(frozen=True)
 class Loss:
-    """One span of a lost worker, whose place `joiner` takes in the next view.
+    """One part of a lost worker, whose place `joiner` takes in the next view: a span, or a weight that layers share,
+    which has no `span`.
 
     `before` and `after` are the holders of the spans next to it that have state, lowest first; `copies` those of the
-    span itself, `twin` that of the span it changes places with on swapped routes. `num_layers` counts both ends.
+    part itself, `twin` that of the span it changes places with on swapped routes. `num_layers` counts both ends.
     """
 
     joiner: int
-    span: Span
+    part: str
+    span: Span | None
     num_layers: int
     copies: tuple[int, ...]
-    before: tuple[int, Span] | None
-    after: tuple[int, Span] | None
+    before: tuple[int, Span] | None = None
+    after: tuple[int, Span] | None = None
     twin: tuple[int, Span] | None = None
 
     @property
+    def name(self) -> str:
+        """For a person."""
+        return part_name(self.part)
+
+    @property
     def blocks(self) -> bool:
-        """Whether the span holds decoder blocks alone: neither the embedding nor the head."""
-        return self.span[0] > 0 and self.span[1] < self.num_layers
+        """Whether it is decoder blocks alone: neither the embedding nor the head."""
+        return self.span is not None and self.span[0] > 0 and self.span[1] < self.num_layers
+
+    def restored(self, remedy: str, *sources: tuple[int, Span]) -> Restore:
+        """That it comes from holders of spans."""
+        return Restore(self.joiner, self.part, remedy, tuple((worker, span_text(span)) for worker, span in sources))
 
 
 def losses(view: View, num_layers: int, tied: bool) -> tuple[Loss, ...]:
@@ -51,21 +62,24 @@ def losses(view: View, num_layers: int, tied: bool) -> tuple[Loss, ...]:
     new = set(view.joined)
     twins = swaps(view.schedule("train"))
     holders = view.schedule("train").holders
-    shards = shards_of(view, num_layers, tied)
-    alive = {span: tuple(w for w in workers if w not in new) for span, workers in shards.items()}
+    parts = parts_of(view, num_layers, tied)
+    alive = {part: tuple(w for w in workers if w not in new) for part, workers in parts.items()}
 
     def neighbour(edge: int, side: int) -> tuple[int, Span] | None:
-        found = [(alive[span][0], span) for span in holders if span[side] == edge and alive[span]]
+        found = [(alive[span_text(span)][0], span) for span in holders if span[side] == edge and alive[span_text(span)]]
         return min(found) if found else None
 
-    return tuple(
-        Loss(
-            joiner, span, num_layers, alive[span], neighbour(span[0], 1), neighbour(span[1], 0),
-            next(((alive[other][0], other) for other in twins.get(span, ()) if alive[other]), None),
-        )
-        for span, workers in shards.items()
-        for joiner in sorted(new & set(workers))
-    )  # fmt: skip
+    def lost(joiner: int, part: str) -> Loss:
+        if ":" not in part:
+            return Loss(joiner, part, None, num_layers, alive[part])
+        span = parse_span(part)
+        others = [(alive[text][0], other) for other in twins.get(span, ()) if alive[text := span_text(other)]]
+        return Loss(
+            joiner, part, span, num_layers, alive[part], neighbour(span[0], 1), neighbour(span[1], 0),
+            next(iter(others), None),
+        )  # fmt: skip
+
+    return tuple(lost(joiner, part) for part, workers in parts.items() for joiner in sorted(new & set(workers)))
 
 
 def swaps(schedule: Schedule) -> dict[Span, tuple[Span, ...]]:

@@ -1,4 +1,4 @@
-"""Exact: a surviving holder of the same span, or of a copy kept for this purpose, sends weights and moments."""
+"""Exact: a surviving holder of the same part, or of a copy kept for this purpose, sends weights and moments."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Replica:
     def plan(self, loss: Loss) -> Restore:
         """From the lowest holder that is left."""
         if not loss.copies:
-            raise CannotRestore(f"no other worker holds span {loss.span[0]}:{loss.span[1]}")
-        return Restore(loss.joiner, loss.span, self.name, ((loss.copies[0], loss.span),))
+            raise CannotRestore(f"no other worker holds {loss.name}")
+        return Restore(loss.joiner, loss.part, self.name, ((loss.copies[0], loss.part),))
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> State:
         """The one state that came."""

@@ -1,11 +1,13 @@
-"""Carries the state of lost spans to the workers that take their places, and makes it theirs.
+"""Carries the state of what was lost to the workers that take places, and makes it theirs.
 
-Source and joiner meet in a group of two that exists for this alone. A layer travels as one flat fp32 buffer, whose
-layout both know from the model; nothing but numbers crosses the wire.
+Source and joiner meet in a group of two that exists for this alone. A layer's state travels as one flat fp32 buffer,
+whose layout both know from the model, behind a header that says of which step and generation it is; nothing but numbers
+crosses the wire.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +18,12 @@ from torch import Tensor
 from pipeline.runtime.groups import Group
 from pipeline.runtime.transport import LinkError
 from pipeline.runtime.worker import Worker
-from pipeline.schedule.ops import Span
-from pipeline.state.optimizer import SpanOptimizer
-from pipeline.state.resident import TIED
+from pipeline.schedule.ops import parse_span
+from pipeline.state.layer_state import LayerState
+from pipeline.state.source import Source, SourceRefused
 from recovery import checkpoint
 from recovery.communicator import Communicator
-from recovery.membership import START, Restore, View
+from recovery.membership import START, Restore, View, part_name
 from recovery.remedy import Remedy
 
 
@@ -31,11 +33,13 @@ def matching(layers: Sequence[int], source: Sequence[int]) -> list[int]:
 
 
 def restore(
-    worker: Worker, view: View, communicator: Communicator, remedies: Mapping[str, Remedy], norms: Mapping[Span, float]
-) -> None:
-    """This worker's part in the restores of `view`: to send, to receive, or nothing. Raises LinkError.
+    worker: Worker, view: View, communicator: Communicator, remedies: Mapping[str, Remedy], norms: Mapping[str, float],
+    step: int,
+) -> None:  # fmt: skip
+    """This worker's part in the restores of `view`, in which `step` steps are committed: to send, to receive, or
+    nothing. Raises LinkError, and SourceRefused for a state of another step or generation.
 
-    `norms` are the gradient norms of the last committed step, by span, the same on every worker. Each layer has the
+    `norms` are the gradient norms of the last committed step, by state, the same on every worker. Each layer has the
     deadline of a step for itself: a stage of any size may be on its way as long as it comes on.
     """
     for number, each in enumerate(view.restores):
@@ -51,7 +55,7 @@ def restore(
                     groups.append(communicator.builder.build(name, pair))
                     communicator.carrying[name] = pair, groups[-1]
                 if each.worker == worker.id:
-                    _take(worker, view, each, groups, remedies[each.remedy], norms)
+                    _take(worker, view, each, groups, remedies[each.remedy], norms, step)
                 else:
                     _give(worker, each, [each.sources[place][1] for place in places], groups, remedies[each.remedy])
         finally:
@@ -59,59 +63,74 @@ def restore(
                 communicator.carrying.pop(name, None)
 
 
-def _sent(worker: Worker, each: Restore, span: Span, carries: str) -> list[dict[str, Tensor]]:
-    """What a source sends of `span`: a state for each layer of the lost one, from the layer in the same place."""
+def _sent(worker: Worker, each: Restore, part: str) -> list[LayerState]:
+    """What a source sends of its `part`: a state for each of the lost part, from the layer in the same place."""
+    if part == each.part:
+        return worker.store.states_of(part)
     last = worker.store.model.num_layers - 1
-    if span == each.span:
-        states = worker.store.span_states(span)
-    else:
-        states = [
-            worker.store.layer_state(n) for n in matching(range(*each.span), [n for n in range(*span) if 0 < n < last])
-        ]
-    return [_carried(state, carries) for state in states]
+    blocks = [layer for layer in range(*parse_span(part)) if 0 < layer < last]
+    return [worker.store.states[str(layer)] for layer in matching(range(*parse_span(each.part)), blocks)]
 
 
-def _carried(state: Mapping[str, Tensor], carries: str) -> dict[str, Tensor]:
+def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:
     """In the order of the names' local parts, which layers of one kind share."""
-    return {key: state[key] for key in sorted(state) if carries == "state" or key.startswith("param/")}
+    tensors = state.tensors()
+    return {key: tensors[key] for key in sorted(tensors) if carries == "state" or key.startswith("param/")}
 
 
-def _give(worker: Worker, each: Restore, spans: Sequence[Span], groups: Sequence[Group], remedy: Remedy) -> None:
+def _give(worker: Worker, each: Restore, parts: Sequence[str], groups: Sequence[Group], remedy: Remedy) -> None:
     """Layer by layer, and within a layer in the order in which they are taken."""
-    for states in zip(*(_sent(worker, each, span, remedy.carries) for span in spans), strict=True):
+    for states in zip(*(_sent(worker, each, part) for part in parts), strict=True):
         for state, group in zip(states, groups, strict=True):
-            flat = torch.cat([tensor.detach().float().cpu().reshape(-1) for tensor in state.values()])
+            header = torch.tensor([state.version, state.generation])
+            flat = torch.cat([t.detach().float().cpu().reshape(-1) for t in _carried(state, remedy.carries).values()])
+            group.send([header], 1, 0).wait(_patience(worker))
             group.send([flat], 1, 0).wait(_patience(worker))
             worker.pulse()
 
 
 @torch.no_grad()
 def _take(
-    worker: Worker, view: View, each: Restore, groups: Sequence[Group], remedy: Remedy, norms: Mapping[Span, float]
-) -> None:
-    shards = worker.store.shards_of(each.span)
+    worker: Worker, view: View, each: Restore, groups: Sequence[Group], remedy: Remedy, norms: Mapping[str, float],
+    step: int,
+) -> None:  # fmt: skip
+    mine = worker.store.states_of(each.part)
     if not each.sources:
-        _start_again(worker, view, shards)
+        _start_again(worker, view, mine)
     if remedy.carries == "weights":
-        for shard in shards:  # an earlier remedy may have been interrupted, and have left a part of its state
-            shard.begin_anew()
-            shard.lr_scale.fill_(remedy.lr_scale)
-    for whole in worker.store.span_states(each.span):
-        mine = _carried(whole, remedy.carries)
-        states: list[dict[str, Tensor]] = []
-        for group in groups:
-            flat = torch.empty(sum(tensor.numel() for tensor in mine.values()))
+        for state in mine:  # an earlier remedy may have been interrupted, and have left a part of its state
+            state.begin_anew()
+            state.lr_scale.fill_(remedy.lr_scale)
+    weights = [_norm(worker, part, norms) for _, part in each.sources]
+    for state in mine:
+        wanted = _carried(state, remedy.carries)
+        found: list[dict[str, Tensor]] = []
+        for (source, part), group in zip(each.sources, groups, strict=True):
+            header = torch.empty(2, dtype=torch.int64)
+            group.recv([header], 0, 0).wait(_patience(worker))
+            version, generation = header.tolist()
+            Source(each.remedy, f"{part_name(part)} on worker {source}", version, generation).require(
+                step, view.generation
+            )
+            flat = torch.empty(sum(tensor.numel() for tensor in wanted.values()))
             group.recv([flat], 0, 0).wait(_patience(worker))
             worker.pulse()
-            parts = flat.split([tensor.numel() for tensor in mine.values()])
-            states.append({k: part.view(t.shape) for (k, t), part in zip(mine.items(), parts, strict=True)})
-        weights = [norms.get(span, 0.0) for _, span in each.sources]
-        for key, tensor in (remedy.combine(states, weights) or {}).items():
-            mine[key].copy_(tensor)
+            parts = flat.split([tensor.numel() for tensor in wanted.values()])
+            found.append({k: part.view(t.shape) for (k, t), part in zip(wanted.items(), parts, strict=True)})
+        for key, tensor in (remedy.combine(found, weights) or {}).items():
+            wanted[key].copy_(tensor)
+        state.version, state.generation = step, view.generation
+
+
+def _norm(worker: Worker, part: str, norms: Mapping[str, float]) -> float:
+    """Of the last gradient of a whole part."""
+    model = worker.store.model
+    names = [s.name for s in model.states_of(range(*parse_span(part))) if not s.shared] if ":" in part else [part]
+    return math.sqrt(sum(norms.get(name, 0.0) ** 2 for name in names))
 
 
 def roll_back(worker: Worker, view: View, checkpoints: Path) -> int:
-    """Go back to where `view` says; returns the step. Raises CheckpointError, ModelError.
+    """Go back to where `view` says; returns the step. Raises CheckpointError, ModelError, SourceRefused.
 
     Who leads drops what was saved after it: who was about to save more is a member of `view` as well, or lost.
     """
@@ -119,30 +138,38 @@ def roll_back(worker: Worker, view: View, checkpoints: Path) -> int:
     if worker.id == min(view.workers):
         checkpoint.drop_newer(checkpoints, target, view.fence)
     if target is not None:
-        return load_checkpoint(worker, target)
-    _start_again(worker, view, worker.store.shards.values())
+        return load_checkpoint(worker, target, view.generation)
+    _start_again(worker, view, worker.store.states.values())
     return view.first_step
 
 
-def _start_again(worker: Worker, view: View, shards: Iterable[SpanOptimizer]) -> None:
-    """What a worker holds of these shards is as at the start of the run, or as of a worker that has just been built."""
-    source = view.details["source"] if view.checkpoint is None else None
-    worker.store.start_again(shards, worker.settings.seed, None if source is None else Path(source), worker.pulse)
+def _start_again(worker: Worker, view: View, states: Iterable[LayerState]) -> None:
+    """These states are as at the start of the run, or as of a worker that has just been built. Raises SourceRefused
+    where something was forgotten since."""
+    path = view.details["source"] if view.checkpoint is None else None
+    Source("start", "weights from the seed" if path is None else path, view.first_step, 0).require(
+        None, view.generation
+    )
+    states = list(states)
+    worker.store.start_again(states, None if path is None else Path(path))
+    for state in states:
+        state.version, state.generation = view.first_step, view.generation
 
 
-def load_checkpoint(worker: Worker, path: Path) -> int:
-    """Fill the worker's spans from a checkpoint that `checkpoint.find` has verified; returns its step."""
+def load_checkpoint(worker: Worker, path: Path, generation: int = 0) -> int:
+    """Fill the worker's layers from a checkpoint that `checkpoint.find` has verified; returns its step. Raises
+    CheckpointError, and SourceRefused for one of another generation."""
     manifest = checkpoint.read_manifest(path)
-    for layer in worker.store.layers():
-        if worker.store.layer_state(layer):
-            worker.store.load_layer_state(layer, checkpoint.read_layer(path, manifest, layer))
-            worker.pulse()
-    if TIED in worker.store.shards:  # a head that sits elsewhere: its weight is in the embedding's file
-        saved = checkpoint.read_layer(path, manifest, 0)
-        with torch.no_grad():
-            for key, tensor in worker.store.shard_state(TIED).items():
-                tensor.copy_(saved[key])
-    return int(manifest["extra"]["step"])
+    source = checkpoint.source(path, manifest).require(None, generation)
+    owners = {spec.name: spec.owner for spec in worker.store.model.states}
+    for layer in sorted({owners[name] for name in worker.store.states}):
+        saved = checkpoint.read_layer(path, manifest, layer)
+        for name, state in worker.store.states.items():
+            if owners[name] == layer:  # a shared weight is in its owner's file, wherever that is computed
+                state.load(saved)
+                state.version, state.generation = source.step, source.generation
+        worker.pulse()
+    return source.step
 
 
 class _named:
@@ -155,11 +182,9 @@ class _named:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, LinkError):
-            span = self._each.span
-            raise LinkError(
-                f"restoring span {span[0]}:{span[1]} on worker {self._each.worker} failed: {error}"
-            ) from error
+        if isinstance(error, RuntimeError) and not isinstance(error, LinkError | SourceRefused):
+            told = f"restoring {part_name(self._each.part)} on worker {self._each.worker} failed: {error}"
+            raise LinkError(told) from error
 
 
 def _patience(worker: Worker) -> timedelta:

@@ -32,7 +32,8 @@ class Iteration:
     pending: deque[int] = field(default_factory=deque)
     done: dict[int, set[int]] = field(default_factory=dict)
     facts: set[Fact] = field(default_factory=set)
-    losses: dict[int, float] = field(default_factory=dict)
+    sums: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Microbatch -> term -> its sum."""
     committed: Counter[tuple[Span, int]] = field(default_factory=Counter)
     """(backward span, microbatch) -> how often its gradient was counted: once each in the end."""
     waiting: dict[Span, dict[tuple[int, ...], int]] = field(default_factory=dict)

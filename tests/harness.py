@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,19 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.config import TrainConfig
 from jobs.plan import layer_costs, schedules
-from jobs.round_train import RoundTrainer
+from jobs.pool_engine import PoolEngine
 from jobs.rounds import plan_rounds
 from jobs.text import TextJob
+from jobs.train import Trainer
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
-from launch.pool_worker import make_jobs, pool_worker
+from launch.pool_worker import pool_worker, run_jobs
 from launch.round_train import hosting, make_layout
 from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import read_config
+from pipeline.runtime.batch import Needs
 from pipeline.runtime.probe import Pulse
 from pipeline.schedule.ops import Route, dumps
 from pipeline.state.host_store import HostStore, store_path
@@ -84,7 +87,7 @@ def entry(payload: dict[str, Any]) -> int:
     if "pool" in payload:
         if "late" in payload["config"]["data"] and payload["worker"] >= payload["config"]["workers"]:
             time.sleep(0.7)  # who takes a lost one's place takes its time
-        return pool_worker(payload, pool_jobs if "random-tokens" in payload["config"]["data"] else make_jobs)
+        return pool_worker(payload, pool_jobs if "random-tokens" in payload["config"]["data"] else run_jobs)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     store = connect(payload["store"], TIMEOUT_S)
@@ -97,18 +100,17 @@ def entry(payload: dict[str, Any]) -> int:
     train = member.train
     job = make_job(config, int(worker.store.model.config.vocab_size))
     gradients: dict[str, Tensor] = {}
-    votes = worker.exchange
+    votes = worker.commit.exchange
 
     def watching(iteration: int, vote: dict[str, Any], deadline: float, voted: Any = None) -> Any:
-        if iteration == READY + 1:  # reduced, not yet divided or applied
-            for shard in worker.store.shards.values():
-                tokens = config.samples_per_step * config.sequence_length
-                for name, parameter in shard.parameters.items():
+        if iteration == READY + 1:  # reduced, not yet applied
+            for state in worker.store.states.values():
+                for name, parameter in state.parameters.items():
                     assert parameter.grad is not None
-                    gradients[name] = parameter.grad.clone() / tokens
+                    gradients[name] = parameter.grad.clone()
         return votes(iteration, vote, deadline, voted)
 
-    worker.exchange = watching
+    worker.commit.exchange = watching
     results = [worker.run(train, job, step) for step in range(config.steps)]
     weights = {n: t for layer in worker.store.layers() for n, t in worker.store.parameters(layer).items()}
     out = Path(payload["out"])
@@ -274,22 +276,24 @@ def run_pool(
             optimizer.initialise(config.seed, None)
             update = optimizer.update
 
-            def watching(step: int, scale: float, norm: float, lr: float) -> None:
-                if step == 0:  # measured, not yet divided or applied
-                    for shard in filter(None, optimizer.layers):
-                        outcome.gradients |= {
-                            n: scale * p.grad for n, p in shard.parameters.items() if p.grad is not None
-                        }
-                update(step, scale, norm, lr)
+            def watching(step: int, norm: float, lr: float) -> None:
+                if step == 0:  # measured, not yet applied
+                    for state in optimizer.states.values():
+                        for n, p in state.parameters.items():
+                            assert p.grad is not None
+                            outcome.gradients[n] = p.grad.clone()
+                update(step, norm, lr)
 
             optimizer.update = watching
-            trainer = RoundTrainer(
-                config, optimizer, pool, rounds.cut, rounds.row, jobs["train"], jobs["evaluate"], "", report, bool,
-                lambda _: "",
+            engine = PoolEngine(
+                optimizer, pool, rounds.cut, rounds.row, jobs["train"], jobs["evaluate"], config.round_size,
+                config.deadline,
             )  # fmt: skip
+            reports = SimpleNamespace(put=report, save_ledger=lambda step, view: "")
+            trainer = Trainer(config, engine, jobs["train"], "", reports, bool)
             pool.open(config.workers)
             while trainer.step < config.steps:
-                trainer._one_step(record=True)
+                trainer.one_step(record=True)
             if evaluate:
                 trainer._evaluate(config.steps)
             optimizer.drain(TIMEOUT_S)
@@ -346,10 +350,10 @@ def plain_training(
         newest = {n: p.detach().clone() for n, p in named.items()}
         _fill(named, older if behind else newest)
         for m in range(config.microbatches):
-            batch = job.batch(step, m)
+            batch = job.batch(step, m, Needs.INPUT | Needs.LOSS)
             with _keyed(model, RngKey(config.seed, step, batch.sample_ids)), _routed(model, routes[m : m + 1]):
-                logits = model(batch.input_ids.to(device), use_cache=False).logits
-            loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().to(device), reduction="sum")
+                logits = model(batch["input_ids"].to(device), use_cache=False).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten().to(device), reduction="sum")
             (loss / tokens).backward()
             total += float(loss.detach()) / tokens
         _fill(named, newest)

@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from launch.worker_main import connect
-from pipeline.runtime.groups import Group, GroupBuilder, Work, sum_over
+from pipeline.runtime.groups import GroupBuilder
+from pipeline.runtime.reducer import Reducer
 from pipeline.runtime.transport import LinkError, Transport
-from pipeline.schedule.ops import Op, Span
+from pipeline.schedule.ops import Op
 from recovery.communicator import Communicator
 from tests.harness import hosted_store
 
 X = Op("F", (0, 1), 0)
-SHARDS: dict[Span, tuple[int, ...]] = {(0, 1): (0, 2), (1, 2): (1, 3)}
+PARTS = {"0:1": (0, 2), "1:2": (1, 3)}
 PAIRS = {(0, 1), (1, 2), (2, 3)}
 
 
 class Member:
-    """What a Communicator needs of a worker: links, groups, and a gradient per shard."""
+    """Links, sums over one gradient, and who edits them."""
 
     def __init__(self, worker: int, address: dict[str, Any]) -> None:
         self.id = worker
         self.transport = Transport(worker)
-        self.groups: dict[Span, Group] = {}
-        self.reduced: dict[Span, Work] = {}
-        self.sums = Counter[Span]()
         self.gradient = torch.ones(64)
+        self.reducer = Reducer(worker, lambda _: self.gradient, timeout_s=20.0)
         builder = GroupBuilder(
             connect(address, 20.0), worker, "127.0.0.1", torch.device("cpu"), 20.0, self.transport.mailbox.woken
         )
-        self.communicator = Communicator(cast(Any, self), builder, max_bytes=4096)
-
-    def reduce(self, shard: Span) -> None:
-        self.sums[shard] += 1
-        self.reduced[shard] = sum_over(self.groups[shard], self.gradient, 20.0)
+        self.communicator = Communicator(self.transport, self.reducer, builder, max_bytes=4096)
 
 
 def together(members: list[Member], act: Callable[[Member], Any]) -> dict[int, Any]:
@@ -67,10 +61,10 @@ def sockets() -> set[tuple[Any, Any]]:
     return {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
 
 
-def enter(view: int, pairs: set[tuple[int, int]], shards: dict[Span, tuple[int, ...]]) -> Callable[[Member], None]:
+def enter(view: int, pairs: set[tuple[int, int]], parts: dict[str, tuple[int, ...]]) -> Callable[[Member], None]:
     def act(member: Member) -> None:
         member.transport.mailbox.advance(view, 0)
-        member.communicator.edit(view, pairs, shards)
+        member.communicator.edit(view, pairs, parts)
         member.communicator.confirm()
 
     return act
@@ -80,17 +74,17 @@ def test_only_what_touches_a_changed_worker_is_rebuilt() -> None:
     with hosted_store() as (_, address):
         members = [Member(w, address) for w in range(4)]
         clients = sockets()
-        assert set(together(members, enter(1, PAIRS, SHARDS)).values()) == {None}
+        assert set(together(members, enter(1, PAIRS, PARTS)).values()) == {None}
         a, b, c, d = members
         first = sockets() - clients
-        assert len(first) == 2 * (len(PAIRS) + len(SHARDS)), "a socket per pair, seen from both ends"
+        assert len(first) == 2 * (len(PAIRS) + len(PARTS)), "a socket per pair, seen from both ends"
         links = {m.id: dict(m.transport.links) for m in members}
-        kept = {m.id: m.groups[0, 1] for m in (a, c)}
+        kept = {m.id: m.reducer.group("0:1") for m in (a, c)}
         d.transport.close()
         for link in d.transport.links.values():
             link.abandon()
-        d.groups.clear()  # its process is gone, and with it its sockets
-        a.reduce((0, 1))  # worker 0 has begun its sum, worker 2 was interrupted before
+        d.reducer._groups.clear()  # its process is gone, and with it its sockets
+        a.reducer.start("0:1")  # worker 0 has begun its sum, worker 2 was interrupted before
 
         alive = {0, 1, 2, 4}
         survivors = [a, b, c]
@@ -99,22 +93,22 @@ def test_only_what_touches_a_changed_worker_is_rebuilt() -> None:
         votes = {m.id: m.communicator.kept() for m in [*survivors, new]}
         assert set(together(survivors, lambda m: m.communicator.agree(votes, time.monotonic() + 10)).values()) == {None}
         more = sockets()
-        shards: dict[Span, tuple[int, ...]] = {(0, 1): (0, 2), (1, 2): (1, 4)}
-        assert set(together([*survivors, new], enter(2, {(0, 1), (1, 2), (2, 4)}, shards)).values()) == {None}
+        parts = {"0:1": (0, 2), "1:2": (1, 4)}
+        assert set(together([*survivors, new], enter(2, {(0, 1), (1, 2), (2, 4)}, parts)).values()) == {None}
         assert first & sockets() == first & more, "an unaffected socket was closed by the edit"
         assert len(first & sockets()) == 2 * 3, "links 0-1 and 1-2, and the group of 0 and 2"
         for member in survivors:
             for peer in set(member.transport.links) & {0, 1, 2}:
                 assert member.transport.links[peer] is links[member.id][peer]
-        assert a.groups[0, 1] is kept[0]
-        assert c.groups[0, 1] is kept[2]
+        assert a.reducer.group("0:1") is kept[0]
+        assert c.reducer.group("0:1") is kept[2]
 
         for m in (a, c):
             m.gradient = torch.full((64,), 1.0 + m.id)
-            m.reduced.clear()
-            m.reduce((0, 1))
+            m.reducer.clear()
+            m.reducer.start("0:1")
         for m in (a, c):
-            m.communicator._end((0, 1), time.monotonic() + 10)
+            m.reducer.ended("0:1", time.monotonic() + 10)
             assert torch.equal(m.gradient, torch.full((64,), 4.0)), "the kept group is out of step"
         c.transport.send(1, X, 4, torch.ones(3))
         assert torch.equal(new.transport.receive(1, X, 2, time.monotonic() + 10), torch.ones(3))
@@ -127,10 +121,10 @@ def test_a_kept_group_comes_in_step_whoever_saw_a_view_that_the_other_did_not(ah
     """One of two has agreed on view 2 and left it again, the other was interrupted in it before it agreed."""
     with hosted_store() as (_, address):
         members = [Member(w, address) for w in range(2)]
-        together(members, enter(1, set(), {(0, 1): (0, 1)}))
+        together(members, enter(1, set(), {"0:1": (0, 1)}))
         together(members, lambda m: m.communicator.quiesce({0, 1}, time.monotonic() + 10))
-        members[ahead].communicator._end((0, 1), time.monotonic() + 10)
-        members[ahead].reduced.clear()
+        members[ahead].reducer.ended("0:1", time.monotonic() + 10)
+        members[ahead].reducer.clear()
         for _ in range(2):  # a view that ends before anybody agrees, and one that does not
             together(members, lambda m: m.communicator.quiesce({0, 1}, time.monotonic() + 10))
         votes = {m.id: m.communicator.kept() for m in members}
@@ -138,10 +132,10 @@ def test_a_kept_group_comes_in_step_whoever_saw_a_view_that_the_other_did_not(ah
         assert set(found.values()) == {None}
         for m in members:
             m.gradient = torch.full((64,), 1.0 + m.id)
-            m.reduced.clear()
-            m.reduce((0, 1))
+            m.reducer.clear()
+            m.reducer.start("0:1")
         for m in members:
-            assert m.communicator._end((0, 1), time.monotonic() + 10)
+            assert m.reducer.ended("0:1", time.monotonic() + 10)
             assert torch.equal(m.gradient, torch.full((64,), 3.0)), "the kept group is out of step"
 
 
@@ -164,12 +158,12 @@ def test_a_sum_over_a_lost_member_is_ended_from_another_thread() -> None:
     """Worker 0 waits for worker 1, which is alive but will never come: worker 2 is lost."""
     with hosted_store() as (_, address):
         members = [Member(w, address) for w in range(3)]
-        together(members, enter(1, set(), {(0, 1): (0, 1, 2)}))
+        together(members, enter(1, set(), {"0:1": (0, 1, 2)}))
         a = members[0]
-        a.reduce((0, 1))
+        a.reducer.start("0:1")
         threading.Timer(0.2, lambda: a.communicator.poison({2})).start()
         began = time.monotonic()
-        assert not a.communicator._end((0, 1), time.monotonic() + 15)
+        assert not a.reducer.ended("0:1", time.monotonic() + 15)
         assert time.monotonic() - began < 2
 
 
@@ -177,6 +171,6 @@ def test_a_sum_over_a_lost_member_is_ended_from_another_thread() -> None:
 def test_poisoning_is_harmless_where_nobody_waits(lost: set[int]) -> None:
     with hosted_store() as (_, address):
         members = [Member(w, address) for w in range(3)]
-        together(members, enter(1, set(), {(0, 1): (0, 1, 2)}))
+        together(members, enter(1, set(), {"0:1": (0, 1, 2)}))
         members[0].communicator.poison(lost)
-        assert members[0].communicator.kept() == {"links": [], "sums": [[0, 1, 0]]}
+        assert members[0].communicator.kept() == {"links": [], "sums": {"0:1": 0}}

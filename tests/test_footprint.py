@@ -18,8 +18,10 @@ from jobs.config import TrainConfig
 from pipeline.model.backward import WeightGradients, defer_weights
 from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey
+from pipeline.runtime.batch import Needs
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.footprint import Live, footprints, measure, state_bytes
+from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import HEADER_BYTES
 from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import bounds
@@ -62,13 +64,14 @@ def test_activations_are_what_autograd_says_it_saves(name: str, span: Span, spli
     """Unique storages of saved tensors, with the span's input and output; and what an I leaves for its W."""
     schedule = lower((zero_bubble if split else one_f_one_b)(SPANS, 4))
     found = measure(model(name), schedule, JOB, CPU)[span]
+    terms = StepTerms.whole(JOB, 0, 4)
     module, saved = model(name).build(span, seed=0), list[Tensor]()
-    batch, later = JOB.batch(0, 0), WeightGradients()
-    x = batch.input_ids if span[0] == 0 else torch.zeros(BATCH, SEQUENCE, HIDDEN, requires_grad=True)
+    batch, later = JOB.batch(0, 0, Needs.INPUT | Needs.LOSS), WeightGradients()
+    x = batch["input_ids"] if span[0] == 0 else torch.zeros(BATCH, SEQUENCE, HIDDEN, requires_grad=True)
     with saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t), defer_weights(later):
         y = module(x, rng=RngKey(0, 0, batch.sample_ids))
-        y = JOB.loss(y, batch) if span[1] == 6 else y
-    kept = [*module.parameters(), *module.buffers(), batch.input_ids, batch.labels]
+        y = terms.scaled(JOB.loss(y, batch)) if span[1] == 6 else y
+    kept = [*module.parameters(), *module.buffers(), batch["input_ids"], batch["labels"]]
     received = HEADER_BYTES if span[0] else 0
     assert found.activation == pytest.approx(unique_bytes([*saved, x, y], kept) + received, abs=64)
     if split:
@@ -94,8 +97,9 @@ def test_recomputing_leaves_the_inputs_of_blocks_alone() -> None:
 def test_state_is_what_a_store_holds(name: str, spans: list[Span]) -> None:
     store = ResidentStore(model(name), spans, OptimizerConfig(), seed=0, device=torch.device("cpu"))
     held: list[Tensor] = [p for module in store.modules.values() for p in module.parameters()]
-    for shard in store.shards.values():
-        held += [shard.gradient, *(t for n in shard.parameters for k, t in shard.moments(n).items() if k != "step")]
+    held += store.gradients.values()
+    for each in store.states.values():
+        held += [t for n in each.parameters for k, t in each.moments(n).items() if k != "step"]
     assert state_bytes(model(name), spans) == unique_bytes(held, [])
 
 
@@ -127,7 +131,7 @@ def test_a_worker_is_the_sum_of_its_kinds() -> None:
         assert each.most.received == count[w].received * message
         assert each.most.posted == 2 * message * (2 if w == 1 else 1)
         assert each.most.working == max(spans[span].working.values())
-        assert each.tokens == 4 * 2 * 8 * BATCH * SEQUENCE
+        assert each.tokens == (w != 1) * 4 * 8 * BATCH * SEQUENCE, "ids, labels, and nothing between"
         assert each.activations_alone < each.total == each.state + each.tokens + each.held.total
 
 

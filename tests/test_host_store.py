@@ -142,8 +142,8 @@ def test_versions_and_sides(model: LayeredModel, tmp_path: Path, behind: bool) -
             store["block/0"].fill_(0.5)
             for span in ((2, 4), (0, 2)):
                 optimizer.add(0, span)
-            optimizer.measure(step, 2)
-            optimizer.update(step, 0.5, 1.0, 0.1)
+            optimizer.measure(step)
+            optimizer.update(step, 1.0, 0.1)
             optimizer.drain(10)
             history.append({n: t.clone() for n, t in optimizer.parameters(1).items()})
             assert float(store["grad/3"].abs().max()) == 0.0

@@ -57,7 +57,7 @@ while True:
         say(**behaviour["garbage"])
         time.sleep(60)
     for m in order["microbatches"]:
-        say(op=order["id"], m=m, loss=1.0 if order["span"][1] == 4 else None, busy=0.01)
+        say(op=order["id"], m=m, sums={"text": 1.0} if order["span"][1] == 4 else None, busy=0.01)
     say(unit=order["id"], version=0, events=[], held=1)
     done += 1
 """
@@ -241,8 +241,9 @@ def test_a_gradient_that_lacks_a_microbatch_does_not_count_and_its_writer_is_end
 @pytest.mark.parametrize(
     ("garbage", "said"),
     [
-        ({"op": 1, "m": 77, "loss": None, "busy": 0.0}, "microbatch 77 is told of"),
-        ({"op": 1, "m": "0", "loss": None, "busy": 0.0}, "m of a result is '0'"),
+        ({"op": 1, "m": 77, "sums": None, "busy": 0.0}, "microbatch 77 is told of"),
+        ({"op": 1, "m": "0", "sums": None, "busy": 0.0}, "m of a result is '0'"),
+        ({"op": 1, "m": 0, "sums": {"text": [1]}, "busy": 0.0}, "text of the sums of a result is"),
         ({"unit": 1}, "a result has no version"),
         ({"what": 1}, "a result has no unit"),
     ],

@@ -52,7 +52,7 @@ GOOD = (STEP, RESUMED, ROLLED_BACK, FAILED, TIMELINE, LEDGER)
         {**RESUMED, "seconds": {}},
         {**RESUMED, "seconds": {"links": "1"}},
         {**RESUMED, "seconds": {"links": float("nan")}},
-        {**RESUMED, "restores": [[0, [1], "copy"]]},
+        {**RESUMED, "restores": [[0, [0, 1], "copy"]]},
         {**RESUMED, "restores": json.loads("[" * 900 + "]" * 900)},
         {"kind": "event", "time": 1.0, "event": "fault", "worker": "%s", "step": 1, "fault": "kill", "at": "x"},
         {"kind": "evaluation", "time": 1.0, "step": 1, "loss": float("nan"), "perplexity": 1.0},

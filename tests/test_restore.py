@@ -16,6 +16,7 @@ from pipeline.model.layered import LayeredModel
 from pipeline.runtime.transport import LinkError
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
+from pipeline.state.source import SourceRefused
 from recovery.membership import START, Restore, View
 from recovery.policy import remedies
 from recovery.restore import restore, roll_back
@@ -41,15 +42,15 @@ def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 @dataclass
 class Wire:
-    """A group whose other end sends layer after layer, and then is lost."""
+    """A group whose other end sends layer after layer, each behind its header, and then is lost."""
 
-    layers: list[torch.Tensor] = field(default_factory=list)
+    messages: list[torch.Tensor] = field(default_factory=list)
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Any:
         def wait(timeout: Any) -> None:
-            if not self.layers:
+            if not self.messages:
                 raise RuntimeError("Connection closed by peer")
-            tensors[0].copy_(self.layers.pop(0))
+            tensors[0].copy_(self.messages.pop(0))
 
         return SimpleNamespace(wait=wait)
 
@@ -66,29 +67,36 @@ def flat(of: ResidentStore, layer: int, what: str) -> torch.Tensor:
     return torch.cat([found[key].reshape(-1) for key in keys])
 
 
+def sent(of: ResidentStore, what: str, layers: int = 2) -> Wire:
+    """All that a holder sends of its layers, or of the first ones."""
+    each = [of.states[str(layer)] for layer in range(*MIDDLE)][:layers]
+    headers = [torch.tensor([state.version, state.generation]) for state in each]
+    return Wire([m for header, s in zip(headers, each, strict=True) for m in (header, flat(of, int(s.name), what))])
+
+
 def take(worker: Any, remedy: str, *wires: Wire) -> None:
     """The joiner's part in one restore, from workers 1, 2 ..."""
-    sources = tuple((number, MIDDLE) for number, _ in enumerate(wires, 1))
-    view = View(3, (1, 2, 7), {}, details={"source": None}, restores=(Restore(7, MIDDLE, remedy, sources),))
+    sources = tuple((number, "2:4") for number, _ in enumerate(wires, 1))
+    view = View(3, (1, 2, 7), {}, details={"source": None}, restores=(Restore(7, "2:4", remedy, sources),))
     left = list(wires)
     communicator: Any = SimpleNamespace(builder=SimpleNamespace(build=lambda *_: left.pop(0)), carrying={})
-    restore(worker, view, communicator, remedies(), {MIDDLE: 1.0})
+    restore(worker, view, communicator, remedies(), {"2": 0.6, "3": 0.8}, step=1)
     assert communicator.carrying == {}
 
 
 def trained(seed: int) -> ResidentStore:
     """A holder that has made a step."""
     made = store(seed)
-    for shard in made.shards.values():
-        shard.gradient.normal_(generator=torch.Generator().manual_seed(seed))
-        shard.apply(1.0, 0.1)
-        shard.lr_scale.fill_(1.1)
+    for each in made.states.values():
+        each.gradient.normal_(generator=torch.Generator().manual_seed(seed))
+        each.apply(1.0, 0.1)
+        each.lr_scale.fill_(1.1)
     return made
 
 
 def neighbours() -> tuple[Wire, Wire]:
     a, b = trained(1), trained(2)
-    return tuple(Wire([flat(each, layer, "weights") for layer in range(*MIDDLE)]) for each in (a, b))  # type: ignore[return-value]
+    return sent(a, "weights"), sent(b, "weights")
 
 
 @pytest.mark.parametrize("remedy", ["checkfree", "random"])
@@ -96,32 +104,55 @@ def neighbours() -> tuple[Wire, Wire]:
 def test_what_an_interrupted_replica_has_left_is_no_part_of_what_follows(remedy: str, layers: int) -> None:
     """Two holders of a stage are rebuilt. One of them had begun to take the state of a replica, which was lost then."""
     fresh, hurt, holder = joiner(), joiner(), trained(5)
-    sent = Wire([flat(holder, layer, "state") for layer in range(*MIDDLE)][:layers])
+    wire = sent(holder, "state", layers)
     if layers == 1:
         with pytest.raises(LinkError, match=r"restoring span 2:4 on worker 7 failed: Connection closed by peer"):
-            take(hurt, "replica", sent)
+            take(hurt, "replica", wire)
     else:
-        take(hurt, "replica", sent)
+        take(hurt, "replica", wire)
         assert same(state(hurt.store), state(holder))
     for worker in (fresh, hurt):
         take(worker, remedy, *(neighbours() if remedy == "checkfree" else ()))
     assert same(state(fresh.store), state(hurt.store))
 
 
+@pytest.mark.parametrize("remedy", ["replica", "checkfree"])
+@pytest.mark.parametrize(
+    ("version", "generation", "told"),
+    [
+        (0, 0, r"of span 2:4 on worker 1 is of step 0; wanted is step 1"),
+        (2, 0, r"of span 2:4 on worker 1 is of step 2; wanted is step 1"),
+        (1, 1, r"of span 2:4 on worker 1 is of generation 1; the run is at generation 0, and nothing of another"),
+    ],
+)
+def test_a_state_of_another_step_or_generation_is_refused(
+    remedy: str, version: int, generation: int, told: str
+) -> None:
+    worker, holder = joiner(), trained(5)
+    before = state(worker.store)
+    holder.states["2"].version, holder.states["2"].generation = version, generation
+    carries = "state" if remedy == "replica" else "weights"
+    wires = [sent(holder, carries), sent(trained(6), carries)][: 1 if remedy == "replica" else 2]
+    with pytest.raises(SourceRefused, match=told):
+        take(worker, remedy, *wires)
+    after = state(worker.store)
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("param/"))
+
+
 def test_to_start_again_is_to_be_as_one_has_been_built(tmp_path: Path) -> None:
     worker = joiner(seed=3)
     built = state(worker.store)
-    for shard in worker.store.shards.values():
-        shard.gradient.fill_(1.0)
-        shard.apply(1.0, 0.1)
-        shard.gradient.fill_(1.0)
+    for each in worker.store.states.values():
+        each.gradient.fill_(1.0)
+        each.apply(1.0, 0.1)
+        each.gradient.fill_(1.0)
     assert not same(state(worker.store), built)
     view = View(3, (7,), {}, first_step=0, details={"source": None, "attempt": 1}, rollback=START)
     (tmp_path / "step-00000009").mkdir()
     assert roll_back(worker, view, tmp_path) == 0
     assert list(tmp_path.iterdir()) == [], "what was saved after it is of a future that is given up"
     assert same(state(worker.store), built)
-    assert all(float(shard.gradient.abs().sum()) == 0 for shard in worker.store.shards.values())
+    assert all(float(each.gradient.abs().sum()) == 0 for each in worker.store.states.values())
 
 
 def test_who_builds_a_large_model_is_seen_to_come_on() -> None:

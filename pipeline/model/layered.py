@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -63,6 +63,32 @@ FAMILIES: Mapping[str, Family] = {
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+TIED = "tied"
+"""The name of the state of a weight that embedding and head share."""
+
+
+@dataclass(frozen=True)
+class NamedState:
+    """What has weights, moments and a version of its own: a layer without what it shares, or a shared weight.
+
+    `users` are the layers that compute with it, ascending; the first one owns it, and its file in a checkpoint has it.
+    """
+
+    name: str
+    users: tuple[int, ...]
+    keys: tuple[str, ...]
+    """Full names of its parameters, those that are trained first."""
+    trained: int
+    """How many of them are trained."""
+
+    @property
+    def owner(self) -> int:
+        return self.users[0]
+
+    @property
+    def shared(self) -> bool:
+        """Whether several layers compute with it."""
+        return len(self.users) > 1
 
 
 class Embedding(nn.Module):
@@ -174,6 +200,26 @@ class LayeredModel:
     def differentiated(self, layer: int) -> tuple[str, ...]:
         """The trained parameters that the layer computes with, a tied head's weight included unless it is frozen."""
         return tuple(self.shapes(layer)) if self.lora is None else self.trainable(layer)
+
+    @cached_property
+    def states(self) -> tuple[NamedState, ...]:
+        """Every state of the model, by owner; a weight that both ends share is one, called TIED."""
+        found: list[NamedState] = []
+        for layer in range(self.num_layers):
+            own = [name for name in self.keys(layer) if name not in self.tied_keys]
+            trained = [name for name in own if name in self.trainable(layer)]
+            if own:
+                frozen = [name for name in own if name not in trained]
+                found.append(NamedState(str(layer), (layer,), (*trained, *frozen), len(trained)))
+            if layer == 0 and self.tied:
+                trains = 0 if self.lora else len(self.tied_keys)
+                found.append(NamedState(TIED, (0, self.num_layers - 1), self.tied_keys, trains))
+        return tuple(found)
+
+    def states_of(self, layers: Iterable[int]) -> tuple[NamedState, ...]:
+        """The states with which any of these layers computes."""
+        wanted = set(layers)
+        return tuple(state for state in self.states if not wanted.isdisjoint(state.users))
 
     def parameter_count(self, layer: int) -> int:
         """Number of parameters the layer owns; the sum over layers is that of the model."""

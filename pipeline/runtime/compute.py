@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.model.layered import SpanModule
+from pipeline.model.layered import LayeredModel, SpanModule
 from pipeline.model.rng import RngKey
-from pipeline.runtime.batch import Batch, Job
+from pipeline.runtime.batch import Batch, Job, Needs
+from pipeline.runtime.terms import StepTerms
+from pipeline.schedule.ops import Span
 
 
 @dataclass(frozen=True)
@@ -23,24 +26,33 @@ class Settings:
     deadline_s: float = 300.0
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    mask = batch.attention_mask
-    return replace(
-        batch, input_ids=batch.input_ids.to(device), labels=batch.labels.to(device),
-        attention_mask=None if mask is None else mask.to(device),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Output:
+    """What a span gives for a microbatch. `y` is a hidden state [batch, sequence, hidden], or at the end of the model
+    the scalar to go back from; there `sums` has the microbatch's sum of each term."""
+
+    y: Tensor
+    sums: Mapping[str, Tensor] | None = None
+
+
+def needs(model: LayeredModel, span: Span) -> Needs:
+    """What of a microbatch a span computes with."""
+    first = Needs.INPUT if span[0] == 0 else Needs.NOTHING
+    return first | (Needs.LOSS if span[1] == model.num_layers else Needs.NOTHING)
 
 
 def compute(
-    module: SpanModule, x: Tensor, job: Job, batch: Batch, step: int, settings: Settings, *, recompute: bool = False,
-    taps: dict[int, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """The output [batch, sequence, hidden] of a span on `x`, which is the batch's ids for the first one; of the last
-    span the loss, summed over the tokens that count. `recompute` and `taps` as in SpanModule."""
+    module: SpanModule, x: Tensor, job: Job, batch: Batch, step: int, terms: StepTerms, settings: Settings, *,
+    recompute: bool = False, taps: dict[int, Tensor] | None = None,
+) -> Output:  # fmt: skip
+    """A span on `x`: the ids [batch, sequence] for the first one, else a hidden state. `recompute` and `taps` as in
+    SpanModule."""
     with torch.autocast(settings.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
         y = module(
-            x, attention_mask=batch.attention_mask, recompute=recompute, taps=taps,
-            rng=RngKey(settings.seed, step, batch.sample_ids),
+            x, attention_mask=batch.get("attention_mask"), position_ids=batch.get("position_ids"),
+            recompute=recompute, taps=taps, rng=RngKey(settings.seed, step, batch.sample_ids),
         )  # fmt: skip
-    return job.loss(y, batch) if module.span[1] == module.model.num_layers else y
+    if module.span[1] < module.model.num_layers:
+        return Output(y)
+    sums = job.loss(y, batch)
+    return Output(terms.scaled(sums), {term: value.detach() for term, value in sums.items()})

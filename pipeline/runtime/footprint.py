@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.model.layered import LayeredModel
-from pipeline.runtime.batch import Batch, Job
+from pipeline.runtime.batch import Job, Needs
 from pipeline.runtime.compute import Settings
-from pipeline.runtime.lane_executor import LaneExecutor
-from pipeline.runtime.transport import HEADER_BYTES, Transport, span_bytes
-from pipeline.runtime.worker import Worker
+from pipeline.runtime.lane_executor import Lane, LaneExecutor, lane_needs
+from pipeline.runtime.terms import StepTerms
+from pipeline.runtime.transport import HEADER_BYTES, span_bytes
 from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import Held, Sizes, bounds
 from pipeline.schedule.ops import COMPUTE, B, F, I, Op, R, Schedule, Span, W
@@ -74,8 +74,9 @@ def footprints(model: LayeredModel, schedule: Schedule, job: Job, settings: Sett
     All microbatches are taken to be of the size of the first one of step 0.
     Raises ValueError where outputs cross workers and no SEND says when.
     """
-    batch = job.batch(0, 0)
-    samples, sequence = batch.input_ids.shape
+    samples, sequence = job.batch(0, 0, Needs.INPUT)["input_ids"].shape
+    both = Needs.INPUT | Needs.LOSS
+    batches = {needs: job.batch(0, 0, needs).num_bytes for needs in (Needs.NOTHING, Needs.INPUT, Needs.LOSS, both)}
     message = HEADER_BYTES + span_bytes(samples, sequence, model.hidden_size, torch.float32)
     spans = measure(model, schedule, job, settings)
     sizes = Sizes(
@@ -86,10 +87,8 @@ def footprints(model: LayeredModel, schedule: Schedule, job: Job, settings: Sett
     for worker, bound in bounds(compiled(schedule), sizes).items():
         lane = schedule.lanes[worker]
         held = {op.span for op in lane if op.kind in COMPUTE}
-        microbatches = {op.microbatch for op in lane if op.kind in COMPUTE}
-        found[worker] = Footprint(
-            state_bytes(model, held), len(microbatches) * _batch_bytes(batch), bound.fullest, bound.most
-        )
+        kept = sum(batches[needs] for needs in lane_needs(model, lane).values())
+        found[worker] = Footprint(state_bytes(model, held), kept, bound.fullest, bound.most)
     return found
 
 
@@ -103,11 +102,6 @@ def state_bytes(model: LayeredModel, spans: Iterable[Span]) -> int:
         for name, shape in model.shapes(layer).items()
     }
     return 4 * 4 * sum(math.prod(shape) for shape in shapes.values())
-
-
-def _batch_bytes(batch: Batch) -> int:
-    tensors = (batch.input_ids, batch.labels, batch.attention_mask)
-    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
 
 # ---- what a microbatch takes on a span ----
@@ -137,13 +131,19 @@ def _measure(
 ) -> SpanBytes:
     """Run the forward of microbatch m, and its backward if it has one, in the lane of `worker`, on made-up inputs."""
     store = ResidentStore(model, [span], OptimizerConfig(), seed=0, device=settings.device)
-    executor = LaneExecutor(Worker(worker, store, Transport(worker), {}, _nobody, settings), schedule, job, 0, {})
-    store.train(executor.trains)
+    terms = StepTerms.of(job, schedule, 0, model.num_layers)
+    lane = Lane(
+        worker, schedule, job, 0, terms, model, store.modules, {span: torch.zeros(0)}, _Nobody(), lambda _: None,
+        settings,
+    )  # fmt: skip
+    executor = LaneExecutor(lane)
+    store.train(lane.trains)
     (forward, back), values = schedule.routes[m], executor.values
-    samples, sequence = executor.batch(m).input_ids.shape
+    samples, sequence = job.batch(0, m, Needs.INPUT)["input_ids"].shape
     shape = samples, sequence, model.hidden_size
+    executor.batch(m)
     size = span_bytes(*shape, torch.float32)
-    with torch.set_grad_enabled(executor.trains), Live() as live:
+    with torch.set_grad_enabled(lane.trains), Live() as live:
         before = forward[: forward.index(span)][-1:]
         values.update({(F, each, m): torch.zeros(shape, device=settings.device) for each in before})
         given = live.now  # the input, which really lies in the buffer that it came in
@@ -168,8 +168,14 @@ def _measure(
     return SpanBytes(activation, half, working)
 
 
-def _nobody(*_: Any) -> Mapping[int, dict[str, Any]]:
-    return {}
+class _Nobody:
+    """Links that no op uses here."""
+
+    def send(self, op: Op, peer: int, tensor: Tensor) -> None:
+        raise NotImplementedError
+
+    def receive(self, op: Op, peer: int, deadline: float) -> Tensor:
+        raise NotImplementedError
 
 
 class Live(TorchDispatchMode):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol, cast
@@ -41,6 +42,16 @@ def sum_over(group: Group, tensor: Tensor, timeout_s: float) -> Work:
     options: Any = dist.AllreduceOptions()
     options.timeout = timedelta(seconds=timeout_s)
     return group.allreduce([tensor], options)
+
+
+def poison(group: Group, members: Sequence[int], worker: int, lost: set[int]) -> None:
+    """End, from any thread, what waits in a gloo group of `worker`: its sockets close, its waiters raise."""
+    # A living peer before a lost one: a receive from a dead one fails without closing the others. Where there is
+    # none, the lost one may be stopped or out of reach, and then a receive from it ends the wait.
+    peer = next((w for w in sorted(members, key=lambda w: w in lost) if w != worker), None)
+    if peer is not None:
+        with suppress(RuntimeError):
+            group.recv([torch.empty(1)], list(members).index(peer), 1).wait(timedelta(milliseconds=1))
 
 
 def address_towards(host: str, port: int) -> str:

@@ -1,35 +1,45 @@
-"""Runs one lane of a schedule: a table from the kind of an op to its handler.
+"""Runs the work of one lane: a table from the kind of an op to its handler.
 
-A lane takes its inputs from its own earlier ops or from the mailbox and leaves its outputs for its own later ops or on
-a link. It knows no scheduler and no remedy. At its first STEP it settles with all others (`step_commit.py`).
+A lane takes its inputs from its own earlier ops or from a link and leaves its outputs for its own later ops or on a
+link. It knows no scheduler, no remedy and no vote, and writes nothing but gradients: it ends where the first STEP
+stands, and what it has found is a `LaneResult`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.model.backward import WeightGradients, defer_weights
-from pipeline.runtime.batch import Batch, Job
-from pipeline.runtime.compute import compute, on_device
-from pipeline.runtime.step_commit import Settled, settle, visits
-from pipeline.runtime.transport import LinkError
+from pipeline.model.layered import LayeredModel, SpanModule
+from pipeline.runtime.batch import Batch, Job, Needs
+from pipeline.runtime.compute import Output, Settings, compute, needs
+from pipeline.runtime.probe import Probe, Unprobed
+from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Schedule, Span, W
 from pipeline.schedule.timeline import Event
-from pipeline.state.optimizer import clip_factor
-
-if TYPE_CHECKING:
-    from pipeline.runtime.worker import Worker
 
 _POINTS = {F: "forward", B: "backward", I: "backward", REDUCE: "reduce"}
+
+
+class Links(Protocol):
+    """The way of outputs between workers, within one iteration."""
+
+    def send(self, op: Op, peer: int, tensor: Tensor, /) -> None:
+        """Start sending the output of `op`."""
+        ...
+
+    def receive(self, op: Op, peer: int, deadline: float, /) -> Tensor:
+        """The output of `op`, waited for until `deadline` (time.monotonic seconds). Raises LinkError."""
+        ...
 
 
 @dataclass
@@ -37,67 +47,119 @@ class Saved:
     """What a forward leaves for its backward."""
 
     x: Tensor
-    y: Tensor
+    output: Output
     later: WeightGradients | None
+
+
+Spare = MutableMapping[tuple[int, Span, int], Saved]
+"""(step, span, microbatch) -> what a redundant forward has left, for the case that this worker takes over."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One run of one lane: what is to be done, for which step of which job, and with what.
+
+    `gradients[span]` is the flat gradient into which the backward of a span adds; `reduce(span)` starts summing it over
+    the span's replicas, and returns at once.
+    """
+
+    worker: int
+    schedule: Schedule
+    job: Job
+    step: int
+    terms: StepTerms
+    model: LayeredModel
+    modules: Mapping[Span, SpanModule]
+    gradients: Mapping[Span, Tensor]
+    links: Links
+    reduce: Callable[[Span], None]
+    settings: Settings
+    probe: Probe = field(default_factory=Unprobed)
+    spare: Spare = field(default_factory=dict)
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        return self.schedule.lanes.get(self.worker, ())
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything goes back."""
+        return any(route.backward for route in self.schedule.routes)
+
+
+@dataclass(frozen=True)
+class LaneResult:
+    """What a lane has found: microbatch -> term -> sum, of those whose loss was computed here; the ops that took time,
+    in seconds since `began` (time.monotonic); and the STEPs that are still to be done, in order."""
+
+    sums: Mapping[int, Mapping[str, Tensor]]
+    events: tuple[Event, ...]
+    began: float
+    steps: tuple[Op, ...]
+
+
+def lane_needs(model: LayeredModel, ops: Sequence[Op]) -> dict[int, Needs]:
+    """Microbatch -> what of it the ops of a lane compute with."""
+    found: dict[int, Needs] = {}
+    for op in ops:
+        if op.kind in (F, R):
+            found[op.microbatch] = found.get(op.microbatch, Needs.NOTHING) | needs(model, op.span)
+    return found
 
 
 class LaneExecutor:
     """One run of one lane."""
 
-    def __init__(self, worker: Worker, schedule: Schedule, job: Job, step: int, wish: dict[str, Any]) -> None:
-        self.worker, self.schedule, self.job, self.step, self.wish = worker, schedule, job, step, wish
-        self.lane = schedule.lanes.get(worker.id, ())
-        self.deadline = time.monotonic() + worker.settings.deadline_s
-        self.trains = any(route.backward for route in schedule.routes)
-        self.model = worker.store.model
+    def __init__(self, lane: Lane) -> None:
+        self.lane, self.settings, self.schedule = lane, lane.settings, lane.schedule
+        self.deadline = time.monotonic() + self.settings.deadline_s
         self.values: dict[tuple[str, Span, int], Tensor] = {}
         self.saved: dict[tuple[Span, int], Saved] = {}
-        self.losses: dict[int, Tensor] = {}
+        self.sums: dict[int, Mapping[str, Tensor]] = {}
         self.batches: dict[int, Batch] = {}
-        self.split = {op[1:3] for op in self.lane if op.kind == W} if not worker.settings.recompute else set()
-        counts = Counter(_POINTS[op.kind] for op in self.lane if op.kind in _POINTS)
+        ops = lane.ops
+        self.split = {op[1:3] for op in ops if op.kind == W} if not self.settings.recompute else set()
+        self.needs = lane_needs(lane.model, ops)
+        counts = Counter(_POINTS[op.kind] for op in ops if op.kind in _POINTS)
         self.middle = {point: n // 2 + 1 for point, n in counts.items()}
-        self.seen: dict[str, int] = {}
-        self.last = {op.microbatch: op for op in self.lane if op.kind in (B, I)}
-        for old in [key for key in worker.spare if key[0] != step]:
-            del worker.spare[old]
+        self.seen = Counter[str]()
+        self.last = {op.microbatch: op for op in ops if op.kind in (B, I)}
         self.handlers: dict[str, Callable[[Op], None]] = {
             F: self.forward, B: self.backward, I: self.backward, W: self.weights, SEND: self.send, RECV: self.receive,
-            REDUCE: self.reduce, STEP: self.apply, R: self.redundant,
+            REDUCE: self.reduce, R: self.redundant,
         }  # fmt: skip
 
-    def execute(self, record: bool) -> tuple[Event, ...]:
+    def execute(self, record: bool = False) -> LaneResult:
+        """Run the lane up to its first STEP. Raises LinkError, ValueError for an op that it cannot run, and whatever
+        the model raises."""
         events: list[Event] = []
         start = time.monotonic()
-        for op in self.lane:
+        work = list(takewhile(lambda op: op.kind != STEP, self.lane.ops))
+        steps = self.lane.ops[len(work) :]
+        for op in work:
             if op.kind not in self.handlers:
-                raise ValueError(f"worker {self.worker.id} has no handler for {op}; it runs {sorted(self.handlers)}")
-            if op.kind == STEP:
-                _ = self.settled  # waiting for the others is a bubble, not the work of a STEP
+                raise ValueError(f"worker {self.lane.worker} has no handler for {op}; it runs {sorted(self.handlers)}")
             began = time.monotonic() - start
             self.run_op(op)
             if record and op.kind not in (SEND, RECV):
-                if self.worker.settings.device.type == "cuda":
+                if self.settings.device.type == "cuda":
                     torch.cuda.synchronize()
-                events.append(Event(self.worker.id, op, began, time.monotonic() - start))
-        _ = self.settled  # lanes without STEP (evaluation, an idle worker) settle too
-        self.worker.reduced.clear()
-        self.worker.spare.clear()
-        with suppress(LinkError):  # all that was sent has been used, or the step would not be settled
-            self.worker.transport.flush(self.deadline)
-        return tuple(events)
+                events.append(Event(self.lane.worker, op, began, time.monotonic() - start))
+        if odd := [op for op in steps if op.kind != STEP]:
+            raise ValueError(f"{odd[0]} of worker {self.lane.worker} comes after a STEP, which ends the work of a lane")
+        return LaneResult(self.sums, tuple(events), start, steps)
 
     def run_op(self, op: Op) -> None:
         """Run one op; faults are injected in the middle of its kind, and a worker that is to be slow takes its time."""
-        point = _POINTS.get(op.kind)
+        probe, point = self.lane.probe, _POINTS.get(op.kind)
         if point is not None:
-            self.seen[point] = self.seen.get(point, 0) + 1
+            self.seen[point] += 1
             if self.seen[point] == self.middle[point]:
-                self.worker.probe(point, self.step)
+                probe(point, self.lane.step)
         began = time.monotonic()
         self.handlers[op.kind](op)
-        if op.kind in COMPUTE and self.worker.probe.slowdown > 1:
-            time.sleep((self.worker.probe.slowdown - 1) * (time.monotonic() - began))
+        if op.kind in COMPUTE and probe.slowdown > 1:
+            time.sleep((probe.slowdown - 1) * (time.monotonic() - began))
 
     # ---- compute ----
 
@@ -106,13 +168,13 @@ class LaneExecutor:
         route = self.schedule.routes[m]
         place = route.forward.index(span)
         x = None if place == 0 else self.values.pop((F, route.forward[place - 1], m))
-        saved = self.worker.spare.pop((self.step, span, m), None) if route.backward else None
+        saved = self.lane.spare.pop((self.lane.step, span, m), None) if route.backward else None
         if saved is None:
             saved = self.compute(op, x, WeightGradients() if (span, m) in self.split else None)
-        if span[1] == self.model.num_layers:
-            self.losses[m] = saved.y.detach()
+        if saved.output.sums is None:
+            self.values[F, span, m] = saved.output.y.detach()
         else:
-            self.values[F, span, m] = saved.y.detach()
+            self.sums[m] = saved.output.sums
         if route.backward:
             self.saved[span, m] = saved
 
@@ -122,19 +184,20 @@ class LaneExecutor:
         place, x = route.forward.index(op.span), None
         if place > 0:
             before = route.forward[place - 1]
-            x = self.saved[before, m].y if (before, m) in self.saved else self.values.pop((F, before, m))
-        self.worker.spare[self.step, op.span, m] = self.compute(op, x, None)
+            own = self.saved.get((before, m))
+            x = self.values.pop((F, before, m)) if own is None else own.output.y
+        self.lane.spare[self.lane.step, op.span, m] = self.compute(op, x, None)
 
     def compute(self, op: Op, x: Tensor | None, later: WeightGradients | None) -> Saved:
         """The forward of a span on `x` (None: on the tokens), up to the loss where it is the last."""
-        batch, settings = self.batch(op.microbatch), self.worker.settings
-        x = batch.input_ids if x is None else x.detach().requires_grad_(torch.is_grad_enabled())
-        recompute = settings.recompute and bool(self.schedule.routes[op.microbatch].backward)
+        lane, batch = self.lane, self.batch(op.microbatch)
+        x = batch["input_ids"] if x is None else x.detach().requires_grad_(torch.is_grad_enabled())
+        recompute = self.settings.recompute and bool(self.schedule.routes[op.microbatch].backward)
         with defer_weights(later) if later else nullcontext():
-            y = compute(
-                self.worker.store.modules[op.span], x, self.job, batch, self.step, settings, recompute=recompute
-            )  # fmt: skip
-        return Saved(x, y, later)
+            output = compute(
+                lane.modules[op.span], x, lane.job, batch, lane.step, lane.terms, self.settings, recompute=recompute
+            )
+        return Saved(x, output, later)
 
     def backward(self, op: Op) -> None:
         """B, or I: there the products with weights were put off by `defer_weights` and W computes them."""
@@ -147,72 +210,53 @@ class LaneExecutor:
             before = route.backward[place - 1]
             kind = I if (I, before, m) in self.schedule.home else B
             gradient = self.values.pop((kind, before, m))
-        torch.autograd.backward(saved.y, gradient)
-        saved.y = saved.y.detach()  # the graph and what it holds can go; W keeps its own inputs
+        with self.weighed(span, m):
+            torch.autograd.backward(saved.output.y, gradient)
+        saved.output = Output(saved.output.y.detach())  # the graph and what it holds can go; W keeps its own inputs
         if place + 1 < len(route.backward):
             assert saved.x.grad is not None
             self.values[op.kind, span, m] = saved.x.grad
         if op is self.last[m]:  # who runs these forwards for real has come through
-            for key in [key for key in self.worker.spare if key[2] == m]:
-                del self.worker.spare[key]
+            for key in [key for key in self.lane.spare if key[2] == m]:
+                del self.lane.spare[key]
 
     def weights(self, op: Op) -> None:
         saved = self.saved.pop((op.span, op.microbatch))
         if saved.later is not None:
-            saved.later.run()
+            with self.weighed(op.span, op.microbatch):
+                saved.later.run()
+
+    @contextmanager
+    def weighed(self, span: Span, m: int) -> Iterator[None]:
+        """Inside, what is added to a span's gradient counts as often as the terms of the microbatch want."""
+        terms, factor = self.lane.terms, 1.0
+        if terms.divisor(range(*span)) is None:
+            factor = terms.factor(span[0], m)
+        if factor == 1.0:
+            yield
+            return
+        gradient = self.lane.gradients[span]
+        gradient.div_(factor)
+        yield
+        gradient.mul_(factor)
 
     # ---- communication ----
 
     def send(self, op: Op) -> None:
         assert op.of is not None
-        self.worker.transport.send(self.worker.iteration, op.of, op.peer, self.values.pop(op.of[:3]))
+        self.lane.links.send(op.of, op.peer, self.values.pop(op.of[:3]))
 
     def receive(self, op: Op) -> None:
         assert op.of is not None
-        tensor = self.worker.transport.receive(self.worker.iteration, op.of, op.peer, self.deadline)
-        self.values[op.of[:3]] = tensor.to(self.worker.settings.device, non_blocking=True)
+        tensor = self.lane.links.receive(op.of, op.peer, self.deadline)
+        self.values[op.of[:3]] = tensor.to(self.settings.device, non_blocking=True)
 
     def reduce(self, op: Op) -> None:
-        """Start summing the span's gradient over its replicas; `settled` waits for it."""
-        if op.span in self.worker.store.shards:
-            self.worker.reduce(op.span)
-
-    # ---- the end of the step ----
-
-    @cached_property
-    def settled(self) -> Settled:
-        """The step as all workers agree on it, reached once per pass: everything that STEP needs to know."""
-        beside = self.beside if any(op.kind == STEP for op in self.lane) else None
-        return settle(
-            self.worker, self.schedule, self.job, self.step, trains=self.trains, losses=self.losses, beside=beside,
-            wish=self.wish, deadline=self.deadline,
-        )  # fmt: skip
-
-    @cached_property
-    def beside(self) -> list[Span]:
-        """The shards that are held but not computed in this lane: a tied weight, copies kept for others."""
-        stepped = {op.span for op in self.lane if op.kind == STEP}
-        return [shard for shard in self.worker.store.shards if shard not in stepped]
-
-    def apply(self, op: Op) -> None:
-        settled = self.settled
-        last = op is self._last_step
-        if last:
-            self.worker.probe("optimizer", self.step)
-        for span in (op.span, *self.beside) if last else (op.span,):
-            if shard := self.worker.store.shards.get(span):
-                scale = clip_factor(settled.norm, shard.config.clip) / max(
-                    1, visits(self.schedule, self.job, self.step, span)
-                )
-                shard.apply(scale, settled.lr)
-
-    @cached_property
-    def _last_step(self) -> Op:
-        return [op for op in self.lane if op.kind == STEP][-1]
-
-    # ---- small things ----
+        self.lane.reduce(op.span)
 
     def batch(self, microbatch: int) -> Batch:
+        """What this lane needs of a microbatch, on its device."""
         if microbatch not in self.batches:
-            self.batches[microbatch] = on_device(self.job.batch(self.step, microbatch), self.worker.settings.device)
+            found = self.lane.job.batch(self.lane.step, microbatch, self.needs[microbatch])
+            self.batches[microbatch] = found.to(self.settings.device)
         return self.batches[microbatch]

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from pipeline.model.layered import SpanModule
 from pipeline.runtime.batch import Batch, Job
 from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
-from pipeline.runtime.compute import Settings, compute, on_device
+from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine
 from pipeline.runtime.orders import Gradient, Loaded, Order
 from pipeline.runtime.probe import Probe, Unprobed
+from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.ops import LOAD, B, F, Op, R
 from pipeline.schedule.work_units import BACKWARD, FORWARD
 from pipeline.state.host_store import HostStore
@@ -63,6 +64,7 @@ class StatelessWorker:
         self.shells: dict[tuple[int, int], SpanModule] = {}
         self.orders: deque[Order] = deque()
         self.facts: set[tuple[int, str, int, int]] = set()  # run, x or dx, microbatch, layer
+        self.terms: dict[tuple[str, int], StepTerms] = {}  # of the jobs and steps at hand
         self.running: Order | None = None
         self.most_held = 0
 
@@ -215,9 +217,10 @@ class StatelessWorker:
                 self.catch_up()
                 if place == len(order.microbatches) // 2:
                     self.probe("forward" if gradient is None else "backward", order.step)
-                took, loss = self.forward(order, m) if gradient is None else self.backward(order, m, gradient)
+                took, out = self.forward(order, m) if gradient is None else self.backward(order, m, gradient)
                 if m not in order.skip:
-                    self.tell(op=order.id, m=m, loss=loss, busy=took)
+                    sums = None if out.sums is None else {term: float(value) for term, value in out.sums.items()}
+                    self.tell(op=order.id, m=m, sums=sums, busy=took)
             if gradient is not None:
                 self.commit(order, gradient)
         self.probe("commit", order.step)
@@ -284,47 +287,47 @@ class StatelessWorker:
 
     def input(self, order: Order, batch: Batch, m: int) -> Tensor:
         lo = order.span[0]
-        return self.fetch(order, "x", m, lo, len(batch.sample_ids)) if lo else batch.input_ids
+        return self.fetch(order, "x", m, lo, len(batch.sample_ids)) if lo else batch["input_ids"]
 
-    def output(self, order: Order, batch: Batch, x: Tensor, taps: dict[int, Tensor] | None = None) -> Tensor:
+    def output(self, order: Order, batch: Batch, x: Tensor, taps: dict[int, Tensor] | None = None) -> Output:
         assert order.loaded is not None
-        job = self.jobs[order.job]
-        return compute(order.loaded.module, x, job, batch, order.step, self.settings, taps=taps)
+        job, key = self.jobs[order.job], (order.job, order.step)
+        if key not in self.terms:
+            self.terms = {known: terms for known, terms in self.terms.items() if known[1] >= order.step - 1}
+            self.terms[key] = StepTerms.whole(job, order.step, self.layout.microbatches)
+        return compute(order.loaded.module, x, job, batch, order.step, self.terms[key], self.settings, taps=taps)
 
-    def forward(self, order: Order, m: int) -> tuple[float, float | None]:
-        """A forward; returns the seconds that it took without waiting, and the loss where there is one."""
+    def forward(self, order: Order, m: int) -> tuple[float, Output]:
+        """A forward; returns the seconds that it took without waiting, and what came out."""
         batch = self.batch(order, m)
         x = self.input(order, batch, m)
         lo, hi = order.span
         inside = [layer for layer in self.layout.boundaries if lo < layer < hi and order.job == TRAIN]
         taps = dict.fromkeys(inside, x)
         with self.timed(order, F, m) as taken, torch.no_grad():
-            y = self.output(order, batch, x, taps)
-            loss = float(y.detach()) if hi == self.model.num_layers else None
+            out = self.output(order, batch, x, taps)
         if m not in order.skip:
-            self.give(order, "x", m, {**taps, **({hi: y} if loss is None else {})})
-        return taken[0], loss
+            self.give(order, "x", m, {**taps, **({hi: out.y} if out.sums is None else {})})
+        return taken[0], out
 
-    def backward(self, order: Order, m: int, into: Gradient) -> tuple[float, float | None]:
+    def backward(self, order: Order, m: int, into: Gradient) -> tuple[float, Output]:
         """A backward, with the forward that it needs right before it."""
         batch, (lo, hi) = self.batch(order, m), order.span
         x = self.input(order, batch, m)
         x = x.requires_grad_() if lo else x
         with self.timed(order, R if order.kinds == BACKWARD else F, m) as first:
-            y = self.output(order, batch, x)
+            out = self.output(order, batch, x)
         gradient: Tensor | None = None
-        loss = None
         if hi < self.model.num_layers:
-            gradient = self.fetch(order, "dx", m, hi, len(batch.sample_ids)).to(y.dtype)
+            gradient = self.fetch(order, "dx", m, hi, len(batch.sample_ids)).to(out.y.dtype)
         with self.timed(order, B, m) as second:
-            if y.requires_grad:  # else all up to here is frozen
-                torch.autograd.backward(y, gradient)
+            if out.y.requires_grad:  # else all up to here is frozen
+                torch.autograd.backward(out.y, gradient)
             into.add(m)
-            loss = float(y.detach()) if hi == self.model.num_layers else None
         if lo and m not in order.skip:
             assert x.grad is not None
             self.give(order, "dx", m, {lo: x.grad})
-        return first[0] + second[0], loss
+        return first[0] + second[0], out
 
     @contextmanager
     def timed(self, order: Order, kind: str, m: int) -> Iterator[list[float]]:
@@ -340,4 +343,4 @@ class StatelessWorker:
             order.events.append((str(Op(kind, order.span, m)), began, end))
 
     def batch(self, order: Order, m: int) -> Batch:
-        return on_device(self.jobs[order.job].batch(order.step, m), self.device)
+        return self.jobs[order.job].batch(order.step, m, needs(self.model, order.span)).to(self.device)

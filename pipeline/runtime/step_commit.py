@@ -1,96 +1,112 @@
 """The moment where a step becomes true: losses, norms and wishes are exchanged once, and everybody applies the same
-factor, or nobody steps."""
+factor, or nobody steps. A `StepCommit` alone votes, in one view, and numbers what is voted on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from pipeline.runtime.batch import Job
-from pipeline.schedule.ops import Schedule, Span, parse_span, span_text
-from pipeline.state.optimizer import learning_rate
-from pipeline.state.resident import TIED, shard_holders
-
-if TYPE_CHECKING:
-    from pipeline.runtime.worker import Worker
+from pipeline.runtime.terms import StepTerms
 
 
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient norm is NaN or infinite. The step did not happen: weights are those of the step before."""
 
 
+Voted = Callable[[], None] | None
+
+
+class Exchange(Protocol):
+    """How the workers of a view settle a step: everybody's payload to everybody, or nobody's to anybody."""
+
+    def __call__(
+        self, iteration: int, payload: dict[str, Any], deadline: float, voted: Voted = None, /
+    ) -> Mapping[int, dict[str, Any]]:
+        """Every worker's payload, by worker. `voted` is called when the own one is given but the outcome is open.
+
+        `deadline` is in time.monotonic seconds, or infinite: then the wait is as long as the run is guided.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one worker has found in a step: microbatch -> term -> sum; the squared norms of the gradients that it alone
+    answers for, by state; and what it wishes for, for all to see."""
+
+    sums: Mapping[int, Mapping[str, Tensor]]
+    squares: Mapping[str, float] = field(default_factory=dict)
+    wish: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        sums = {str(m): {term: float(value) for term, value in sums.items()} for m, sums in self.sums.items()}
+        return {"sums": sums, "squares": self.squares, "wish": self.wish}
+
+
 @dataclass(frozen=True)
 class Settled:
-    """One step, the same on all workers. `loss` is the mean over `tokens`, `norms` are those of the spans."""
+    """One step, the same on all workers. `loss` is what is minimised, `means` has each term's mean over what counts
+    for it, of which there are `counts`; `norms` are those of the states, `norm` that of all."""
 
     loss: float
-    tokens: int
+    means: Mapping[str, float]
+    counts: Mapping[str, int]
     norm: float
-    lr: float
-    norms: Mapping[Span, float]
+    norms: Mapping[str, float]
     wishes: Mapping[int, Mapping[str, Any]]
 
 
-def settle(
-    worker: Worker, schedule: Schedule, job: Job, step: int, *, trains: bool, losses: Mapping[int, Tensor],
-    beside: Sequence[Span] | None, wish: Mapping[str, Any], deadline: float,
-) -> Settled:  # fmt: skip
-    """Sum what is still to be summed, vote, and return what all agree on.
+@dataclass
+class StepCommit:
+    """The votes of one worker in one view. `iteration` is the number of the last one; it only ascends."""
 
-    `losses` are the sums over the tokens of the microbatches whose loss this worker has computed; `beside` the shards
-    that it holds but does not compute with, None where its lane has no STEP. Raises NonFiniteLoss on all workers alike.
-    """
-    model, shards = worker.store.model, worker.store.shards
-    for shard in beside or ():
-        worker.reduce(shard)
-    worker.finish_reductions(deadline)
-    holders = shard_holders(schedule.holders, model.num_layers, model.tied)
-    norms = {
-        span_text(span): (shard.squared_norm() / max(1, visits(schedule, job, step, span)) ** 2)
-        for span, shard in shards.items()
-        if beside is not None and holders.get(span, (worker.id,))[0] == worker.id
-    }
-    votes = worker.exchange(
-        worker.iteration,
-        {"losses": {str(m): float(loss) for m, loss in losses.items()}, "norms": norms, "wish": wish},
-        deadline,
-        lambda: worker.probe("commit", step),
-    )
-    return _agree(worker, job, step, votes, trains)
+    exchange: Exchange
+    iteration: int = 0
+
+    def begin(self) -> int:
+        """The number of the next iteration, by which its messages are known."""
+        self.iteration += 1
+        return self.iteration
+
+    def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
+        """Everyone's payload, by worker, outside any step: a barrier that carries JSON.
+
+        Before it others may read, write or receive much, so it waits as long as somebody sees to it that they come on.
+        """
+        return self.exchange(self.begin(), payload, math.inf)
+
+    def settle(
+        self, step: int | None, terms: StepTerms, states: Sequence[str], vote: Vote, deadline: float,
+        voted: Voted = None,
+    ) -> Settled:  # fmt: skip
+        """Vote on the iteration that has begun, and return what all agree on; `states` are those of the model, in the
+        order in which norms are summed; `step` is None in an evaluation. Raises NonFiniteLoss on all workers alike."""
+        return agree(step, terms, states, self.exchange(self.iteration, vote.as_json(), deadline, voted))
 
 
-def _agree(worker: Worker, job: Job, step: int, votes: Mapping[int, Mapping[str, Any]], trains: bool) -> Settled:
-    losses = sorted((int(m), loss) for vote in votes.values() for m, loss in vote["losses"].items())
-    for m, loss in losses:
-        if not math.isfinite(loss):
-            worker.drop()
-            if not trains:
-                raise NonFiniteLoss(f"the held-out loss is {loss} at microbatch {m}")
-            where = f"step {step + 1}, microbatch {m}"
-            raise NonFiniteLoss(f"the loss is {loss} at {where}; the step was not taken")
-    squares = {parse_span(text): value for vote in votes.values() for text, value in vote["norms"].items()}
-    norm = math.sqrt(sum(value for _, value in sorted(squares.items())))
-    if not math.isfinite(norm):
-        span = next(s for s, value in sorted(squares.items()) if not math.isfinite(value))
-        worker.drop()
-        raise NonFiniteLoss(
-            f"the gradient norm of span {span} is {squares[span]} at step {step + 1}; the step was not taken"
-        )
-    tokens = sum(job.tokens(step, m) for m, _ in losses)
-    config = next((s.config for s in worker.store.shards.values()), None)
+def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapping[int, Mapping[str, Any]]) -> Settled:
+    """What a step is, from everyone's vote. Raises NonFiniteLoss."""
+    totals: dict[str, float] = {}
+    for m, sums in sorted((int(m), sums) for vote in votes.values() for m, sums in vote["sums"].items()):
+        for term, value in sums.items():
+            if not math.isfinite(value):
+                if step is None:
+                    raise NonFiniteLoss(f"the held-out loss is {value} at microbatch {m}")
+                raise NonFiniteLoss(f"the loss is {value} at step {step + 1}, microbatch {m}; the step was not taken")
+            totals[term] = totals.get(term, 0.0) + value
+    found = {state: value for vote in votes.values() for state, value in vote["squares"].items()}
+    squares = {state: found[state] for state in states if state in found}
+    for state, value in squares.items():
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"the gradient norm of layer {state} is {value} at step {(step or 0) + 1}; the step was not taken"
+            )
     return Settled(
-        loss=sum(loss for _, loss in losses) / max(1, tokens), tokens=tokens, norm=norm,
-        lr=learning_rate(config, step) if config else 0.0,
-        norms={span: math.sqrt(value) for span, value in sorted(squares.items())},
-        wishes={worker: vote["wish"] for worker, vote in sorted(votes.items())},
+        terms.loss(totals), {term: value / max(1, terms.totals[term]) for term, value in totals.items()}, terms.totals,
+        math.sqrt(sum(squares.values())), {state: math.sqrt(value) for state, value in squares.items()},
+        {worker: vote["wish"] for worker, vote in sorted(votes.items())},
     )  # fmt: skip
-
-
-def visits(schedule: Schedule, job: Job, step: int, span: Span) -> int:
-    """The tokens of the microbatches whose route visits `span`, over all workers: the divisor of its gradient."""
-    visited = (m for m, route in enumerate(schedule.routes) if span == TIED or span in route.forward)
-    return sum(job.tokens(step, m) for m in visited)

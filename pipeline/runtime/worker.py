@@ -1,133 +1,181 @@
-"""One worker: its state, its links, its vote. `lane_executor.py` runs a lane for it, `step_commit.py` ends a step.
+"""One worker: its layers, its links, its sums, its vote, and the order of these in a step.
 
-The worker knows no scheduler and no remedy. It counts iterations, so that every message and every vote has a number,
-and the sums over its replicas, so that they can be brought in step after an interruption.
+The worker knows no scheduler and no remedy. A step is its lane (`lane_executor.py`), the end of the sums over replicas
+(`reducer.py`), one vote (`step_commit.py`), and the optimizer.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from pipeline.model.layered import TIED
 from pipeline.runtime.batch import Job
 from pipeline.runtime.compute import Settings
-from pipeline.runtime.groups import Group, Work, sum_over
-from pipeline.runtime.lane_executor import LaneExecutor, Saved
+from pipeline.runtime.lane_executor import Lane, LaneExecutor, LaneResult, Spare
 from pipeline.runtime.probe import Probe, Pulse, Unprobed
+from pipeline.runtime.reducer import Reducer
+from pipeline.runtime.step_commit import NonFiniteLoss, Settled, StepCommit, Vote
+from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import LinkError, Transport
-from pipeline.schedule.ops import SEND, Schedule, Span
+from pipeline.schedule.ops import SEND, Op, Schedule, parse_span, span_text
 from pipeline.schedule.timeline import Event
-from pipeline.state.resident import ResidentStore
+from pipeline.state.optimizer import clip_factor, learning_rate
+from pipeline.state.resident import ResidentStore, part_holders
 
-Voted = Callable[[], None] | None
-
-
-class Exchange(Protocol):
-    """How the workers of a view settle a step: everybody's payload to everybody, or nobody's to anybody."""
-
-    def __call__(
-        self, iteration: int, payload: dict[str, Any], deadline: float, voted: Voted = None, /
-    ) -> Mapping[int, dict[str, Any]]:
-        """Every worker's payload, by worker. `voted` is called when the own one is given but the outcome is open.
-
-        `deadline` is in time.monotonic seconds, or infinite: then the wait is as long as the run is guided.
-        """
-        ...
+Wish = Callable[[], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One iteration, as every worker agrees on it. `loss` is the mean over `tokens`."""
+    """One iteration, as every worker agrees on it. `loss` is what is minimised; `means` and `counts` are by term."""
 
     loss: float
-    tokens: int
+    means: Mapping[str, float]
+    counts: Mapping[str, int]
     grad_norm: float = 0.0
     lr: float = 0.0
-    norms: Mapping[Span, float] = field(default_factory=dict)
+    norms: Mapping[str, float] = field(default_factory=dict)
+    """State -> gradient norm before clipping."""
     wishes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """All that counted for any term."""
+        return sum(self.counts.values())
 
 
 @dataclass
 class Worker:
-    """One worker, view after view. `groups[shard]` reduces a shard's gradient over its holders, if there are several.
+    """One worker, view after view: a view brings a new `commit`, and edits transport and reducer.
 
-    `norms` are those of the last committed step: span -> gradient norm before clipping.
+    `norms` are those of the last committed step, by state.
     """
 
     id: int
     store: ResidentStore
     transport: Transport
-    groups: Mapping[Span, Group]
-    exchange: Exchange
+    reducer: Reducer
+    commit: StepCommit
     settings: Settings
-    iteration: int = 0
     probe: Probe = field(default_factory=Unprobed)
     pulse: Pulse = field(default_factory=Pulse)
-    norms: Mapping[Span, float] = field(default_factory=dict)
-    reduced: dict[Span, Work] = field(default_factory=dict)
-    """The sums over replicas that were started since the last committed step."""
-    sums: Counter[Span] = field(default_factory=Counter)
-    """How many sums were started over each group since it was built: equal on all its members, or one of them waits."""
-    spare: dict[tuple[int, Span, int], Saved] = field(default_factory=dict)
-    """(step, span, microbatch) -> what a redundant forward has left, for the case that this worker takes over."""
+    norms: Mapping[str, float] = field(default_factory=dict)
+    spare: Spare = field(default_factory=dict)
 
-    def run(
-        self, schedule: Schedule, job: Job, step: int, *, wish: Mapping[str, Any] | None = None, record: bool = False
-    ) -> StepResult:
+    def run(self, schedule: Schedule, job: Job, step: int, *, wish: Wish = dict, record: bool = False) -> StepResult:
         """Run this worker's lane of `schedule` for `step`, to the settled end.
 
-        `wish` travels with the vote to every worker (`StepResult.wishes`). Raises LinkError when a peer is lost or
-        the step deadline passes, NonFiniteLoss on every worker alike, and whatever the model raises.
+        `wish()`, asked late, travels with the vote to every worker (`StepResult.wishes`). Raises LinkError when a peer
+        is lost or the step deadline passes, NonFiniteLoss on every worker alike, and whatever the model raises.
         """
-        self.iteration += 1
-        self.transport.mailbox.advance(self.transport.view, self.iteration)
-        executor = LaneExecutor(self, schedule, job, step, dict(wish or {}))
-        training = executor.trains
-        self.store.train(training)
-        with torch.set_grad_enabled(training):
-            events = executor.execute(record)
-        settled = executor.settled
-        if training:
+        deadline = time.monotonic() + self.settings.deadline_s
+        lane = self._lane(schedule, job, step)
+        self.store.train(lane.trains)
+        for old in [key for key in self.spare if key[0] != step]:
+            del self.spare[old]
+        with torch.set_grad_enabled(lane.trains):
+            found = LaneExecutor(lane).execute(record)
+        try:
+            settled, divisors = self._settle(lane, found, wish, deadline)
+        except NonFiniteLoss:
+            self.store.drop()
+            raise
+        lr = learning_rate(self.store.config, step) if lane.trains else 0.0
+        events = [*found.events, *self._apply(lane, found, settled, divisors, lr)]
+        self.reducer.clear()
+        self.spare.clear()
+        with suppress(LinkError):  # all that was sent has been used, or the step would not be settled
+            self.transport.flush(deadline)
+        if lane.trains:
             self.norms = settled.norms
         return StepResult(
-            settled.loss, settled.tokens, settled.norm, settled.lr if training else 0.0, settled.norms,
-            settled.wishes, events,
+            settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes,
+            tuple(events) if record else (),
         )  # fmt: skip
 
+    def _lane(self, schedule: Schedule, job: Job, step: int) -> Lane:
+        iteration = self.commit.begin()
+        self.transport.mailbox.advance(self.transport.view, iteration)
+        model, modules = self.store.model, self.store.modules
+        flat = self.store.gradients
+        gradients = {span: flat[text] for span in modules if (text := span_text(span)) in flat}
+        return Lane(
+            self.id, schedule, job, step, StepTerms.of(job, schedule, step, model.num_layers), model, modules,
+            gradients, _Links(self.transport, iteration), lambda span: self.reducer.start(span_text(span)),
+            self.settings, self.probe, self.spare,
+        )  # fmt: skip
+
+    def _settle(
+        self, lane: Lane, found: LaneResult, wish: Wish, deadline: float
+    ) -> tuple[Settled, Mapping[str, float]]:
+        """The step as all workers agree on it; and what the gradient of each part held is divided by."""
+        model, parts = self.store.model, self.store.gradients
+        steps = {span_text(op.span) for op in found.steps}
+        for part in parts:
+            if steps and part not in steps:  # held, but not computed in this lane: a shared weight, a copy for others
+                self.reducer.start(part)
+        self.reducer.finish(deadline)
+        divisors = {part: lane.terms.divisor(_layers(part, model.num_layers)) or 1.0 for part in parts}
+        holders = part_holders(lane.schedule.holders, model.num_layers, model.tied)
+        squares = {
+            state.name: state.squared_norm() / divisors[part] ** 2
+            for part in (parts if steps else ())
+            if holders.get(part, (self.id,))[0] == self.id
+            for state in self.store.states_of(part)
+        }
+        settled = self.commit.settle(
+            lane.step if lane.trains else None, lane.terms, [state.name for state in model.states],
+            Vote(found.sums, squares, wish()), deadline, lambda: self.probe("commit", lane.step),
+        )  # fmt: skip
+        return settled, divisors
+
+    def _apply(
+        self, lane: Lane, found: LaneResult, settled: Settled, divisors: Mapping[str, float], lr: float
+    ) -> list[Event]:
+        """The STEPs of the lane: a span's layers each, and with the last one all else that is held."""
+        events: list[Event] = []
+        left, clip = dict(self.store.states), clip_factor(settled.norm, self.store.config.clip)
+        for op in found.steps:
+            last = op is found.steps[-1]
+            if last:
+                self.probe("optimizer", lane.step)
+            began = time.monotonic() - found.began
+            for state in list(left.values()) if last else self.store.states_of(span_text(op.span)):
+                scale = clip / divisors.get(self.store.part_of[state.name], 1.0)
+                left.pop(state.name).apply(scale, lr)
+            events.append(Event(self.id, op, began, time.monotonic() - found.began))
+        return events
+
     def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
-        """Everyone's payload, by worker, outside any step: a barrier that carries JSON.
+        """Everyone's payload, by worker: see StepCommit."""
+        return self.commit.gather(payload)
 
-        Before it others may read, write or receive much, so it waits as long as somebody sees to it that they come on.
-        """
-        self.iteration += 1
-        return self.exchange(self.iteration, payload, math.inf)
 
-    def reduce(self, shard: Span) -> None:
-        """Start summing a shard's gradient over its holders, if there are several."""
-        if group := self.groups.get(shard):
-            self.sums[shard] += 1
-            self.reduced[shard] = sum_over(group, self.store.shards[shard].gradient, self.settings.deadline_s)
+@dataclass(frozen=True)
+class _Links:
+    """The transport within one iteration."""
 
-    def finish_reductions(self, deadline: float) -> None:
-        """Wait for all sums that were started. Raises LinkError."""
-        for shard, work in self.reduced.items():
-            try:
-                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-            except RuntimeError as error:
-                raise LinkError(f"summing the gradient of {shard} over its replicas failed: {error}") from error
+    transport: Transport
+    iteration: int
 
-    def drop(self) -> None:
-        """Forget the gradients of a step that does not count."""
-        for shard in self.store.shards.values():
-            shard.drop()
+    def send(self, op: Op, peer: int, tensor: Tensor) -> None:
+        self.transport.send(self.iteration, op, peer, tensor)
+
+    def receive(self, op: Op, peer: int, deadline: float) -> Tensor:
+        return self.transport.receive(self.iteration, op, peer, deadline)
+
+
+def _layers(part: str, num_layers: int) -> tuple[int, ...]:
+    """The layers that compute with a part."""
+    return (0, num_layers - 1) if part == TIED else tuple(range(*parse_span(part)))
 
 
 def connections(schedule: Schedule) -> set[tuple[int, int]]:

@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.layered import NamedState
 from pipeline.schedule.ops import Span
 from pipeline.state.host_store import HostStore
-from pipeline.state.optimizer import OptimizerConfig, SpanOptimizer, clip_factor
+from pipeline.state.layer_state import LayerState
+from pipeline.state.optimizer import OptimizerConfig, clip_factor
 
 log = logging.getLogger(__name__)
 
 Told = Callable[[str, Any], None]
-"""(what, about): "added" a block number, "norm" (step, norm), "updated" (step, layer), "failed" an exception."""
+"""(what, about): "added" a block number, "norms" (step, state -> norm), "updated" (step, layer), "failed" an
+exception."""
 
 
 class HostOptimizer:
@@ -38,25 +41,28 @@ class HostOptimizer:
         self.store, self.config = store, config
         self.model, self.behind = store.layout.model, store.layout.behind
         self._told = told
-        self.layers = [self._layer(layer) for layer in range(self.model.num_layers)]
+        self.states = {spec.name: self._state(spec) for spec in self.model.states}
         self.updates = 0
         self._jobs: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="optimizer", daemon=True)
         self._thread.start()
 
-    def _layer(self, layer: int) -> SpanOptimizer | None:
-        model, store = self.model, self.store
-        keys = model.trainable(layer)
-        if not keys:
-            return None
-        owned = list(model.differentiated(layer))[: len(keys)]
-        assert owned == list(keys), "a tied weight stands last among those of the head"
-        sizes = sum(math.prod(model.shapes(layer)[key]) for key in keys)
-        return SpanOptimizer(
-            {key: nn.Parameter(store[f"param/{key}"]) for key in keys}, self.config,
-            gradient=store[f"grad/{layer}"][:sizes],
-            moments={key: {kind: store[f"{kind}/{key}"] for kind in ("exp_avg", "exp_avg_sq")} for key in keys},
+    def _state(self, spec: NamedState) -> LayerState:
+        """A state where it lies in the store; its gradient is a piece of the flat one of its owner."""
+        shapes, names = self.model.shapes(spec.owner), list(self.model.differentiated(spec.owner))
+        trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
+        first = names.index(trained[0]) if trained else 0
+        assert tuple(names[first : first + len(trained)]) == trained, f"state {spec.name} is not in one piece"
+        at, end = (sum(math.prod(shapes[n]) for n in names[:place]) for place in (first, first + len(trained)))
+        return LayerState(
+            spec.name, {key: nn.Parameter(self.store[f"param/{key}"]) for key in trained}, self.config,
+            frozen={key: self.store[f"param/{key}"] for key in frozen},
+            gradient=self.store[f"grad/{spec.owner}"][at:end],
+            moments={key: {kind: self.store[f"{kind}/{key}"] for kind in ("exp_avg", "exp_avg_sq")} for key in trained},
         )  # fmt: skip
+
+    def _owned(self, layer: int) -> list[LayerState]:
+        return [self.states[spec.name] for spec in self.model.states if spec.owner == layer]
 
     # ---- state ----
 
@@ -71,9 +77,11 @@ class HostOptimizer:
         self.start(0)
 
     @torch.no_grad()
-    def start(self, updates: int, read: Mapping[str, Tensor] | None = None) -> None:
+    def start(self, updates: int, read: Mapping[str, Tensor] | None = None, generation: int = 0) -> None:
         """The weights are there, after so many updates; `read` are those of the update before, if they differ."""
         self.updates = updates
+        for state in self.states.values():
+            state.version, state.generation = updates, generation
         self.store["version/param"].fill_(updates)
         if self.behind:
             for side in (0, 1):
@@ -86,29 +94,29 @@ class HostOptimizer:
                 self.store[f"version/read{side}"].fill_(max(0, updates - 1) if behind else updates)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """As `ResidentStore.layer_state`; under an optimizer that is behind also `read/NAME`, what is read next. What
-        is not trained has its `param/NAME` alone."""
-        state = {f"param/{name}": weight for name, weight in self.parameters(layer).items()}
-        shard = self.layers[layer]
-        if shard is None:
-            return state
-        state["lr_scale/" + next(iter(shard.parameters))] = shard.lr_scale
-        for name in shard.parameters:
-            state.update({f"{kind}/{name}": tensor for kind, tensor in shard.moments(name).items()})
+        """As `ResidentStore.layer_state`; under an optimizer that is behind also `read/NAME`, what is read next."""
+        found: dict[str, Tensor] = {}
+        for state in self._owned(layer):
+            found |= state.tensors()
             if self.behind:
-                state[f"read/{name}"] = self.store[f"read{(self.updates + 1) % 2}/{name}"]
-        return state
+                side = (self.updates + 1) % 2
+                found |= {f"read/{name}": self.store[f"read{side}/{name}"] for name in state.parameters}
+        return found
 
-    @torch.no_grad()
-    def load_layer_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
-        """Copy a state in, from this or another scheduler's checkpoint. Raises KeyError for a missing tensor."""
-        for key, tensor in self.layer_state(layer).items():
-            if not key.startswith("read/"):
-                tensor.copy_(state[key])
+    def stamp(self, layer: int) -> tuple[int, int]:
+        """As `ResidentStore.stamp`."""
+        return min((state.version, state.generation) for state in self._owned(layer))
+
+    def load(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the states that a layer owns in, from this or another scheduler's checkpoint; returns what of it is read
+        next, if that differs. Raises KeyError for a missing tensor."""
+        for state in self._owned(layer):
+            state.load(tensors)
+        return {key.removeprefix("read/"): tensor for key, tensor in tensors.items() if key.startswith("read/")}
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Full name -> weight of the parameters that `layer` owns, as last updated."""
-        return {name: self.store[f"param/{name}"] for name in self.model.keys(layer)}
+        return {name: weight for state in self._owned(layer) for name, weight in state.weights().items()}
 
     def version(self, span: Span, source: str) -> int:
         """The least version among a span's layers, the layer of a tied weight included."""
@@ -123,13 +131,13 @@ class HostOptimizer:
         """Add a block of gradients to the sums."""
         self._jobs.put((self._add, (block, span)))
 
-    def measure(self, step: int, tokens: int) -> None:
-        """Tell the norm of the summed gradient, divided by the tokens."""
-        self._jobs.put((self._measure, (step, tokens)))
+    def measure(self, step: int) -> None:
+        """Tell the norms of the summed gradient."""
+        self._jobs.put((self._measure, (step,)))
 
-    def update(self, step: int, scale: float, norm: float, lr: float) -> None:
-        """Apply the summed gradient times `scale`, clipped by its norm."""
-        self._jobs.put((self._update, (step, scale * clip_factor(norm, self.config.clip), lr)))
+    def update(self, step: int, norm: float, lr: float) -> None:
+        """Apply the summed gradient, clipped by its norm."""
+        self._jobs.put((self._update, (step, clip_factor(norm, self.config.clip), lr)))
 
     def drop(self) -> None:
         """Forget the summed gradient."""
@@ -169,29 +177,25 @@ class HostOptimizer:
         self._told("added", block)
 
     @torch.no_grad()
-    def _measure(self, step: int, tokens: int) -> None:
-        head = self.layers[-1]
-        if self.model.tied and self.model.lora is None:  # the head's share of the weight that the embedding owns
-            owned = 0 if head is None else head.gradient.numel()
-            shared = self.store[f"grad/{self.model.num_layers - 1}"][owned:]
-            (name,) = self.model.tied_keys
-            first = self.layers[0]
-            assert first is not None
-            gradient = first.parameters[name].grad
-            assert gradient is not None
-            gradient.add_(shared.view_as(gradient))
-            shared.zero_()
-        squares = sum(shard.squared_norm() for shard in self.layers if shard is not None)
-        self._told("norm", (step, math.sqrt(squares) / max(1, tokens)))
+    def _measure(self, step: int) -> None:
+        for spec in self.model.states:
+            if spec.shared and spec.trained:  # the shares of its other users, which stand last among their gradients
+                state = self.states[spec.name]
+                for user in spec.users[1:]:
+                    share = self.store[f"grad/{user}"][-state.size :]
+                    state.gradient.add_(share)
+                    share.zero_()
+        norms = {name: math.sqrt(state.squared_norm()) for name, state in self.states.items()}
+        self._told("norms", (step, norms))
 
     @torch.no_grad()
     def _update(self, step: int, scale: float, lr: float) -> None:
         source = "param"
         if self.behind:  # the iteration under way reads the other side
             source = f"read{(self.updates + 1) % 2}"
-        for layer, shard in enumerate(self.layers):
-            if shard is not None:
-                shard.apply(scale, lr)
+        for layer in range(self.model.num_layers):
+            for state in self._owned(layer):
+                state.apply(scale, lr)
             if self.behind:
                 for key in self.model.trainable(layer):
                     self.store[f"{source}/{key}"].copy_(self.store[f"param/{key}"])

@@ -1,8 +1,7 @@
-"""AdamW per span: fp32 gradients in one flat buffer, one global norm over all spans, warm-up and cosine.
+"""AdamW's settings: warm-up and cosine, decay for matrices alone, clipping by the norm over the whole model.
 
-Every span has an optimizer of its own, so that a span can be moved, rebuilt with fresh moments or given another
-learning rate without touching its neighbours. Gradients are sums over tokens; `apply` divides by the tokens that
-visited the span and clips by the norm over all spans in the same pass over memory.
+Every layer has an optimizer of its own (`layer_state.py`), so that a layer can be moved, rebuilt with fresh moments or
+given another learning rate without touching its neighbours.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from pipeline.state.cpu_adam import make_adamw
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -56,68 +52,3 @@ def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) ->
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-class SpanOptimizer:
-    """The parameters of one span (by full name), their flat fp32 gradient and their AdamW state.
-
-    `gradient` is one vector; each parameter's `.grad` is a view of it, so autograd adds into it in place and replicas
-    reduce it in one collective. `lr_scale`, a scalar tensor, is state too: it multiplies the learning
-    rate, and CheckFree raises that of a rebuilt stage.
-    """
-
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *, gradient: Tensor | None = None,
-        moments: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> None:  # fmt: skip
-        """`gradient` [all elements, in order] and `moments` (name -> exp_avg, exp_avg_sq) are used where they lie, if
-        they are given, and are made otherwise; all of them begin as zeros."""
-        self.parameters = dict(parameters)
-        self.config = config
-        device = next(iter(self.parameters.values())).device
-        self.lr_scale = torch.ones((), device=device)
-        size = sum(p.numel() for p in self.parameters.values())
-        self.gradient = torch.zeros(size, dtype=torch.float32, device=device) if gradient is None else gradient
-        at = 0
-        for parameter in self.parameters.values():
-            parameter.grad = self.gradient[at : at + parameter.numel()].view_as(parameter)
-            at += parameter.numel()
-        self._adamw = make_adamw(
-            decay_groups(self.parameters, config.weight_decay), config.implementation, lr=config.lr,
-            betas=config.betas, eps=config.eps,
-        )  # fmt: skip
-        for name, parameter in self.parameters.items():  # state exists from the start: one form before and after step 1
-            given = {} if moments is None else moments[name]
-            self._adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
-            }
-
-    def squared_norm(self) -> float:
-        """The sum of squares of the (undivided) gradient."""
-        return float(torch.linalg.vector_norm(self.gradient)) ** 2
-
-    def apply(self, scale: float, lr: float) -> None:
-        """One AdamW step at `lr` with gradients times `scale`, which then are zero again."""
-        self.gradient.mul_(scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr * float(self.lr_scale)
-        self._adamw.step()
-        self.gradient.zero_()
-
-    def drop(self) -> None:
-        """Forget the gradients of a step that does not count."""
-        self.gradient.zero_()
-
-    @torch.no_grad()
-    def begin_anew(self) -> None:
-        """No gradient, no moments, no steps, and the learning rate as it is scheduled."""
-        self.drop()
-        self.lr_scale.fill_(1.0)
-        for name in self.parameters:
-            for tensor in self.moments(name).values():
-                tensor.zero_()
-
-    def moments(self, name: str) -> dict[str, Tensor]:
-        """AdamW's `step`, `exp_avg` and `exp_avg_sq` of the parameter called `name`: the tensors themselves."""
-        return self._adamw.state[self.parameters[name]]

@@ -1,136 +1,161 @@
-"""Where the state of a worker's spans lives: modules, gradients, optimizer state, by span and by layer.
+"""The layer states of a worker that computes with them where they are: on its device, from step to step.
 
-Here it is resident on the worker's device. A tied embedding that sits on another worker than the head is a shard of
-its own, held on both sides: its two gradients are summed, so both copies stay equal.
+Spans are made of layers; a store gains and loses layers between two steps, and what stays is not touched. The gradients
+of a span lie in one flat tensor, which is summed over replicas at once. A weight that embedding and head share is a
+state of its own, which both sides hold: its two gradients are summed, so both copies stay equal.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.layered import LayeredModel, SpanModule
-from pipeline.schedule.ops import Span, overlaps
-from pipeline.state.optimizer import OptimizerConfig, SpanOptimizer
-
-TIED: Span = (-1, 0)
-"""The shard of a weight that the embedding and the head share. Not a run of layers: it belongs to no lane."""
+from pipeline.model.layered import TIED, LayeredModel, SpanModule
+from pipeline.schedule.ops import Span, overlaps, span_text
+from pipeline.state.layer_state import LayerState
+from pipeline.state.optimizer import OptimizerConfig
 
 Holders = Mapping[Span, tuple[int, ...]]
 
 
-def shard_holders(holders: Holders, num_layers: int, tied: bool) -> dict[Span, tuple[int, ...]]:
-    """Shard -> the workers that hold a copy and must reduce its gradient together: spans, and a tied weight if any."""
-    shards = dict(holders)
+def part_holders(holders: Holders, num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Part -> the workers that hold a copy and sum its gradient together: each span, and a shared weight if any."""
+    parts = {span_text(span): workers for span, workers in holders.items()}
     if tied:
         ends = ((0, 1), (num_layers - 1, num_layers))
-        shards[TIED] = tuple(sorted({w for s, ws in holders.items() for w in ws if any(overlaps(s, e) for e in ends)}))
-    return shards
+        parts[TIED] = tuple(sorted({w for s, ws in holders.items() for w in ws if any(overlaps(s, e) for e in ends)}))
+    return parts
 
 
 class ResidentStore:
-    """The spans of one worker, on its device."""
+    """The spans of one worker. No two of them overlap.
+
+    `states` are those of all layers held, by name, and `part_of` says in which part each is; `gradients` has the flat
+    gradient of each part that has one.
+    """
 
     def __init__(
         self, model: LayeredModel, spans: Iterable[Span], config: OptimizerConfig, *, seed: int,
         device: torch.device, source: Path | None = None, came_on: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """`came_on` is called after each layer: a large model takes long."""
-        self.model = model
+        """Weights are those that a run begins with, drawn from the seed or read from `source`. `came_on` is called
+        after each layer: a large model takes long."""
+        self.model, self.config, self._seed, self._device = model, config, seed, device
+        self._came_on = came_on
+        self.states: dict[str, LayerState] = {}
         self.modules: dict[Span, SpanModule] = {}
-        self.shards: dict[Span, SpanOptimizer] = {}
-        shared: dict[str, nn.Parameter] = {}
-        for span in sorted(spans):
-            module = model.build(span, seed=seed, device=device, source=source, share=shared, came_on=came_on)
-            self.modules[span] = module
-            named = {n: p for layer in range(*span) for n, p in module.named_layer_parameters(layer).items()}
-            for name in set(named) & set(model.tied_keys):
-                shared.setdefault(name, named[name])
-                del named[name]
-            if named:
-                self.shards[span] = SpanOptimizer(named, config)
-        if shared:
-            self.shards[TIED] = SpanOptimizer(shared, config)
+        self.gradients: dict[str, Tensor] = {}
+        self.part_of: dict[str, str] = {}
+        self._training = True
+        self.hold(spans, source)
 
-    def train(self, mode: bool) -> None:
-        """Set every module to training (with dropout) or to evaluation."""
-        for module in self.modules.values():
-            module.train(mode)
+    # ---- what is held ----
+
+    def hold(self, spans: Iterable[Span], source: Path | None = None) -> None:
+        """Hold these spans from now on. Layers that are held already keep their state; new ones are as at the start of
+        a run. Call it between two steps: gradients are zero afterwards. Raises ValueError for spans that overlap."""
+        spans = sorted(spans)
+        layers = [layer for span in spans for layer in range(*span)]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"spans {', '.join(map(span_text, spans))} overlap; a worker holds a layer once")
+        have = {layer: module for module in self.modules.values() for layer, module in _layers(module)}
+        rotary = next((module.rotary for module in self.modules.values()), None)
+        wanted = self.model.states_of(layers)
+        states = {state.name: self.states[state.name] for state in wanted if state.name in self.states}
+        share = {name: p for state in states.values() for name, p in state.parameters.items()}
+        for layer in layers:
+            if layer not in have:
+                built = self._build(layer, source, share)
+                have[layer], rotary = built.layers[str(layer)], rotary or built.rotary
+                share |= built.named_layer_parameters(layer)
+        for spec in wanted:
+            if spec.name not in states:
+                trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
+                states[spec.name] = LayerState(
+                    spec.name, {name: share[name] for name in trained}, self.config,
+                    frozen={name: share[name].detach() for name in frozen},
+                )  # fmt: skip
+        self.states = states
+        self.modules = {
+            span: SpanModule(self.model, span, {str(n): have[n] for n in range(*span)}, rotary) for span in spans
+        }
+        self.train(self._training)
+        self._lay_out()
+
+    def _build(self, layer: int, source: Path | None, share: Mapping[str, nn.Parameter] | None = None) -> SpanModule:
+        return self.model.build(
+            (layer, layer + 1), seed=self._seed, device=self._device, source=source, share=share, came_on=self._came_on
+        )
+
+    def _lay_out(self) -> None:
+        """Put the gradients of each part into one flat tensor."""
+        self.gradients, self.part_of = {}, {}
+        for part in (*map(span_text, self.modules), TIED):
+            self.part_of |= {state.name: part for state in self.states_of(part)}
+            if states := [state for state in self.states_of(part) if state.size]:
+                self.gradients[part] = torch.zeros(sum(s.size for s in states), device=self._device)
+                for state, gradient in zip(states, self.gradients[part].split([s.size for s in states]), strict=True):
+                    state.bind(gradient)
+
+    def states_of(self, part: str) -> list[LayerState]:
+        """The states of a part that are held: those of a span's layers, or a shared one."""
+        if part == TIED:
+            return [self.states[TIED]] if TIED in self.states else []
+        span = next(span for span in self.modules if span_text(span) == part)
+        return [self.states[s.name] for s in self.model.states_of(range(*span)) if not s.shared]
 
     def layers(self) -> list[int]:
         """The layers held, ascending."""
         return sorted(layer for span in self.modules for layer in range(*span))
 
-    def _owner(self, layer: int) -> dict[str, SpanOptimizer]:
-        """Full parameter name -> the shard that holds it, for the parameters that `layer` owns."""
-        keys = self.model.keys(layer)
-        return {name: shard for shard in self.shards.values() for name in keys if name in shard.parameters}
+    # ---- a step ----
+
+    def train(self, mode: bool) -> None:
+        """Set every module to training (with dropout) or to evaluation."""
+        self._training = mode
+        for module in self.modules.values():
+            module.train(mode)
+
+    def drop(self) -> None:
+        """Forget the gradients of a step that does not count."""
+        for gradient in self.gradients.values():
+            gradient.zero_()
+
+    # ---- states ----
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """The whole state of a layer: `param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`. Not copies.
+        """The tensors of all that `layer` owns, not copied: what its file in a checkpoint has."""
+        return {key: tensor for state in self._owned(layer) for key, tensor in state.tensors().items()}
 
-        `lr_scale/NAME` is there once for each shard that the layer's parameters are in.
-        """
-        return _state(self._owner(layer))
+    def _owned(self, layer: int) -> list[LayerState]:
+        return [self.states[spec.name] for spec in self.model.states if spec.owner == layer]
 
-    def shard_state(self, shard: Span) -> dict[str, Tensor]:
-        """The state of one shard, in the form of `layer_state`: what replicas of it must agree on, bit for bit."""
-        return _state(dict.fromkeys(self.shards[shard].parameters, self.shards[shard]))
-
-    def fingerprint(self, shard: Span) -> int:
-        """A checksum of a shard's whole state: equal on all its holders, or one of them is wrong."""
-        crc = 0
-        for _, tensor in sorted(self.shard_state(shard).items()):
-            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-        return crc
-
-    def span_states(self, span: Span) -> list[dict[str, Tensor]]:
-        """The states that `span` consists of: one per layer, or that of the tied weight."""
-        return [self.shard_state(TIED)] if span == TIED else [self.layer_state(layer) for layer in range(*span)]
-
-    def shards_of(self, span: Span) -> list[SpanOptimizer]:
-        """The shards that hold parameters of these layers, the tied weight aside."""
-        return [shard for key, shard in self.shards.items() if key == span or (key != TIED and overlaps(key, span))]
-
-    @torch.no_grad()
-    def load_layer_state(self, layer: int, state: Mapping[str, Tensor]) -> None:
-        """Copy a state given by `layer_state` in. Raises KeyError for a missing tensor, RuntimeError for a shape."""
-        for key, tensor in self.layer_state(layer).items():
-            tensor.copy_(state[key])
-
-    @torch.no_grad()
-    def start_again(
-        self, shards: Iterable[SpanOptimizer], seed: int, source: Path | None, came_on: Callable[[], None]
-    ) -> None:
-        """Fill in the weights that a run begins with, and no moments. Raises ModelError for a source that is gone."""
-        shards = list(shards)
-        wanted = {name for shard in shards for name in shard.parameters}
-        fresh: dict[str, nn.Parameter] = {}
-        for layer in self.layers():
-            if not wanted.isdisjoint(self.model.shapes(layer)):
-                fresh |= self.model.build((layer, layer + 1), seed=seed, source=source).named_layer_parameters(layer)
-                came_on()
-        for shard in shards:
-            shard.begin_anew()
-            for name, parameter in shard.parameters.items():
-                parameter.copy_(fresh[name])
+    def stamp(self, layer: int) -> tuple[int, int]:
+        """The committed step and the generation that what `layer` owns is of: the least, should they differ."""
+        return min((state.version, state.generation) for state in self._owned(layer))
 
     def parameters(self, layer: int) -> dict[str, Tensor]:
         """Full name -> weight of the parameters that `layer` owns."""
-        return {name: shard.parameters[name].detach() for name, shard in self._owner(layer).items()}
+        return {name: tensor for state in self._owned(layer) for name, tensor in state.weights().items()}
+
+    @torch.no_grad()
+    def start_again(self, states: Iterable[LayerState], source: Path | None) -> None:
+        """Fill in the weights that a run begins with, and no moments. Raises ModelError for a source that is gone."""
+        states = list(states)
+        wanted = {name for state in states for name in state.weights()}
+        fresh: dict[str, nn.Parameter] = {}
+        for layer in self.layers():
+            if not wanted.isdisjoint(self.model.shapes(layer)):
+                fresh |= self._build(layer, source).named_layer_parameters(layer)
+        for state in states:
+            state.begin_anew()
+            state.version = 0
+            for name, weight in state.weights().items():
+                weight.copy_(fresh[name])
 
 
-def _state(owners: Mapping[str, SpanOptimizer]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    scaled: set[int] = set()
-    for name, shard in owners.items():
-        state[f"param/{name}"] = shard.parameters[name].detach()
-        state.update({f"{kind}/{name}": tensor for kind, tensor in shard.moments(name).items()})
-        if id(shard) not in scaled:
-            scaled.add(id(shard))
-            state[f"lr_scale/{name}"] = shard.lr_scale
-    return state
+def _layers(module: SpanModule) -> list[tuple[int, nn.Module]]:
+    return [(layer, module.layers[str(layer)]) for layer in range(*module.span)]

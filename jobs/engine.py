@@ -1,0 +1,148 @@
+"""What a trainer trains with. There are two engines: the resident pipeline, in which every worker runs the trainer, and
+the pool of stateless workers, of which the host runs it. How each of them fails, and goes on, stays behind this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.worker import StepResult
+from pipeline.wire import WireError, checked
+from recovery.checkpoint import Fence
+from recovery.member import Joined
+from recovery.membership import MembershipError
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: equal on all workers of a view. `step` counts the committed steps, `due` says that what
+    follows a step is still to do, `stopping` that the run is to save itself and stop, `again` that the step under way
+    is run again, because its loss was not finite."""
+
+    step: int = 0
+    due: bool = False
+    stopping: bool = False
+    again: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Position:
+        """What another worker has told. Raises MembershipError for what is no position."""
+        try:
+            return cls(**checked(values, "a position", step=int, due=bool, stopping=bool, again=bool))
+        except WireError as error:
+            raise MembershipError(str(error)) from error
+
+
+class ReportSink(Protocol):
+    """The way of records {"kind": "step" | "evaluation" | "event" | "timeline" | ..., ...} to who keeps them."""
+
+    def put(self, record: dict[str, Any], /) -> None: ...
+
+    def save_ledger(self, step: int, view: int, /) -> str:
+        """Have every step up to `step` on the disk, in the ledger, for a checkpoint of `view`; why that cannot be, or
+        "": then the checkpoint may be made true."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs the steps of a job, and holds the layer states. A method that says *together* is called by the trainers of
+    all members of a view at the same point, and is a wait for the last of them."""
+
+    interruptions: tuple[type[Exception], ...]
+    """What ends a view in the middle of anything; the state is then that of the last committed step."""
+
+    @property
+    def model(self) -> LayeredModel: ...
+
+    @property
+    def leads(self) -> bool:
+        """Whether this trainer reports for all."""
+        ...
+
+    @property
+    def fence(self) -> Fence:
+        """(attempt, view): what is saved now."""
+        ...
+
+    @property
+    def generation(self) -> int: ...
+
+    def enter(self, at: Position, last: dict[str, Any] | None) -> Joined | None:
+        """Take part from now on, or again after an interruption; `last` is the last step's record. Returns how, if that
+        is to be told."""
+        ...
+
+    def interrupted(self, error: Exception) -> None:
+        """An interruption has been caught."""
+        ...
+
+    def run(
+        self, step: int, *, wish: Callable[[], Mapping[str, Any]], record: bool, pauses: Callable[[int], bool]
+    ) -> StepResult:
+        """Run a step to its commit, together. `wish()` is asked late and told to all; `pauses(n)` says whether
+        something is to follow the step that makes it n. Raises NonFiniteLoss where nothing was committed."""
+        ...
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next step is under way already: nothing can come before it, nor can this one be run again."""
+        ...
+
+    def evaluate(self) -> StepResult:
+        """The held-out loss of the weights as they are, together. Raises NonFiniteLoss."""
+        ...
+
+    def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
+        """Everyone's payload (JSON), by member, together."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What a step's record says of the membership: at least `view`."""
+        ...
+
+    def timeline(self, result: StepResult) -> Mapping[str, Any]:
+        """Place -> [(op, start, end)] in seconds, of a step that was recorded, together."""
+        ...
+
+    # ---- states ----
+
+    def rest(self) -> None:
+        """Return once nothing changes the states."""
+        ...
+
+    def missing(self) -> list[int]:
+        """The layers that nobody holds at the moment: they are being rebuilt."""
+        ...
+
+    def owners(self) -> Mapping[int, int]:
+        """Layer -> the member that writes it, the same for all."""
+        ...
+
+    @property
+    def me(self) -> int:
+        """The member that this trainer is."""
+        ...
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        """What the layer's file in a checkpoint has."""
+        ...
+
+    def stamp(self, layer: int) -> tuple[int, int]:
+        """The step and generation that a layer's state is of."""
+        ...
+
+    def parameters(self, layer: int) -> dict[str, Tensor]:
+        """Full name -> weight of what the layer owns."""
+        ...
+
+    def pulse(self) -> None:
+        """Something long comes on."""
+        ...
+
+    def layout(self) -> Mapping[str, Any]:
+        """Who computes which spans, for a person who reads a manifest."""
+        ...

@@ -1,0 +1,128 @@
+"""The resident pipeline as an engine: every worker has one, and the workers of a view move together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from jobs.engine import Position
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.batch import Job
+from pipeline.runtime.worker import StepResult, Worker
+from pipeline.schedule.ops import STEP, Schedule
+from recovery.checkpoint import Fence
+from recovery.member import INTERRUPTIONS, Joined, Member
+from recovery.membership import View
+
+
+@dataclass
+class PipelineEngine:
+    """One worker's part. It begins in view `number`, or `joins` a run under way there; `full_every` steps no span is
+    skipped."""
+
+    member: Member
+    job: Job
+    held_out: Job
+    number: int
+    joins: bool = False
+    full_every: int = 0
+    interruptions: tuple[type[Exception], ...] = INTERRUPTIONS
+    ahead: bool = False
+
+    @property
+    def worker(self) -> Worker:
+        return self.member.worker
+
+    @property
+    def view(self) -> View:
+        assert self.member.view is not None
+        return self.member.view
+
+    @property
+    def model(self) -> LayeredModel:
+        return self.worker.store.model
+
+    @property
+    def me(self) -> int:
+        return self.worker.id
+
+    @property
+    def leads(self) -> bool:
+        """The lowest id of the view."""
+        return self.me == min(self.view.workers)
+
+    @property
+    def fence(self) -> Fence:
+        return self.view.fence
+
+    @property
+    def generation(self) -> int:
+        return self.view.generation
+
+    def enter(self, at: Position, last: dict[str, Any] | None) -> Joined:
+        """See Engine. Raises MembershipError, Evicted."""
+        joined = self.member.enter(self.number, None if self.joins else asdict(at), last)
+        self.number, self.joins = joined.view.number + 1, False
+        return joined
+
+    def interrupted(self, error: Exception) -> None:
+        self.member.complain(error)
+
+    def run(
+        self, step: int, *, wish: Callable[[], Mapping[str, Any]], record: bool, pauses: Callable[[int], bool]
+    ) -> StepResult:
+        """See Engine."""
+        return self.worker.run(self._schedule(step), self.job, step, wish=wish, record=record)
+
+    def _schedule(self, step: int) -> Schedule:
+        """That of a step: every so often one in which no span is skipped."""
+        full = self.full_every and (step + 1) % self.full_every == 0
+        return self.member.schedules["full" if full else "train"]
+
+    def evaluate(self) -> StepResult:
+        return self.worker.run(self.member.schedules["evaluate"], self.held_out, 0)
+
+    def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
+        return self.worker.gather(payload)
+
+    def about(self) -> dict[str, Any]:
+        return {"view": self.view.number}
+
+    def timeline(self, result: StepResult) -> Mapping[str, Any]:
+        mine = [(str(event.op), event.start, event.end) for event in result.events]
+        lanes = self.worker.gather({"events": mine})
+        return {str(self.view.places[worker]): payload["events"] for worker, payload in lanes.items()}
+
+    # ---- states ----
+
+    def rest(self) -> None:
+        """A committed step is at rest."""
+
+    def missing(self) -> list[int]:
+        """Their stage is being rebuilt, and routes lead around it."""
+        held = self.owners()
+        return [layer for layer in range(self.model.num_layers) if layer not in held]
+
+    def owners(self) -> Mapping[int, int]:
+        """The lowest holder of each layer."""
+        holders = self.member.train.holders
+        return {layer: workers[0] for span, workers in holders.items() for layer in range(*span)}
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        return self.worker.store.layer_state(layer)
+
+    def stamp(self, layer: int) -> tuple[int, int]:
+        return self.worker.store.stamp(layer)
+
+    def parameters(self, layer: int) -> dict[str, Tensor]:
+        return self.worker.store.parameters(layer)
+
+    def pulse(self) -> None:
+        self.worker.pulse()
+
+    def layout(self) -> Mapping[str, Any]:
+        lanes = self.member.train.lanes
+        return {str(w): [list(op.span) for op in lane if op.kind == STEP] for w, lane in lanes.items()}

@@ -1,0 +1,190 @@
+"""RoundPipe's pool as an engine: the host owns the state, hands out the work, and commits what comes back.
+
+A lost worker costs the pool some work that is done again. What ends a run by name is that no worker is left, that a
+loss is not finite twice, or that the host itself is out of memory or disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from jobs.engine import Position
+from jobs.text import TextJob
+from pipeline.model.layered import LayeredModel
+from pipeline.runtime.stateless import TRAIN
+from pipeline.runtime.step_commit import NonFiniteLoss, Settled, agree
+from pipeline.runtime.terms import StepTerms
+from pipeline.runtime.worker import StepResult
+from pipeline.schedule.work_units import Cut, WorkUnit, forward_units
+from pipeline.state.host_optimizer import HostOptimizer
+from pipeline.state.optimizer import learning_rate
+from recovery import checkpoint
+from recovery.checkpoint import Fence
+from recovery.pool import Pool
+from recovery.runs import Iteration
+
+_HOST = 0  # the one member
+
+
+@dataclass
+class PoolEngine:
+    """The host's engine. The samples of an evaluation are taken in parts of as many microbatches as the store holds."""
+
+    optimizer: HostOptimizer
+    pool: Pool
+    cut: Cut
+    row: tuple[WorkUnit, ...]
+    job: TextJob
+    held_out: TextJob
+    round_size: int
+    deadline_s: float
+    attempt: int = 1
+    generation: int = 0
+    interruptions: tuple[type[Exception], ...] = ()
+    me: int = _HOST
+    leads: bool = True
+    runs: dict[int, Iteration] = field(default_factory=dict)
+    """The iterations under way, by step: with an optimizer that is one step behind, two."""
+    _ran: Iteration | None = None
+
+    @property
+    def model(self) -> LayeredModel:
+        return self.optimizer.model
+
+    @property
+    def fence(self) -> Fence:
+        return self.attempt, 1
+
+    @property
+    def ahead(self) -> bool:
+        return bool(self.runs)
+
+    def enter(self, at: Position, last: dict[str, Any] | None) -> None:
+        """The host is always in."""
+
+    def interrupted(self, error: Exception) -> None:
+        """Nothing interrupts it."""
+
+    def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
+        return {_HOST: payload}
+
+    # ---- steps ----
+
+    def _submit(self, step: int) -> Iteration:
+        source, version, side = "param", step, 0
+        if self.optimizer.behind:  # an iteration reads weights that lack the update of the one before it
+            source, version, side = f"read{(step + 1) % 2}", max(0, step - 1), step % 2
+        return self.pool.dispatcher.submit(
+            self.row, self.optimizer.store.layout.boundaries, step=step, job=TRAIN, source=source, version=version,
+            side=side,
+        )  # fmt: skip
+
+    def run(
+        self, step: int, *, wish: Callable[[], Mapping[str, Any]], record: bool, pauses: Callable[[int], bool]
+    ) -> StepResult:
+        """See Engine. Raises NoWorkerLeft, TooManyFailures, TimeoutError."""
+        run = self.runs.pop(step, None) or self._submit(step)
+        if self.optimizer.behind and not pauses(step + 1) and step + 1 not in self.runs:
+            self.runs[step + 1] = self._submit(step + 1)
+        self.pool.finish(run)
+        self.optimizer.measure(step)
+        _, norms = self.pool.wait_for("norms")
+        squares = {state: norm**2 for state, norm in norms.items()}
+        try:
+            settled = self._agree(step, run, self.job, step, squares, wish())
+        except NonFiniteLoss:
+            self.optimizer.drop()
+            raise
+        lr = learning_rate(self.optimizer.config, step)
+        self.optimizer.update(step, settled.norm, lr)
+        for later in self.runs.values():
+            self.pool.dispatcher.count(later)
+        self._ran = run
+        return StepResult(
+            settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes
+        )  # fmt: skip
+
+    def _agree(
+        self, step: int | None, run: Iteration, job: TextJob, part: int, squares: Mapping[str, float],
+        wish: Mapping[str, Any],
+    ) -> Settled:  # fmt: skip
+        terms = StepTerms.whole(job, part, self.optimizer.store.layout.microbatches)
+        vote = {"sums": {str(m): sums for m, sums in run.sums.items()}, "squares": squares, "wish": wish}
+        return agree(step, terms, [state.name for state in self.model.states], {_HOST: vote})
+
+    def evaluate(self) -> StepResult:
+        """See Engine."""
+        self.rest()
+        size, many = self.optimizer.store.layout.microbatches, self.held_out.limit or 0
+        count = -(-many // self.held_out.size)
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for part, lo in enumerate(range(0, count, size)):
+            run = self.pool.dispatcher.submit(
+                forward_units(self.cut, min(size, count - lo), self.round_size),
+                self.optimizer.store.layout.boundaries, step=part, job="evaluate", source="param",
+                version=self.optimizer.updates,
+            )  # fmt: skip
+            self.pool.finish(run)
+            found = self._agree(None, run, self.held_out, part, {}, {})
+            for term, mean in found.means.items():
+                sums[term] = sums.get(term, 0.0) + mean * found.counts[term]
+                counts[term] = counts.get(term, 0) + found.counts[term]
+        means = {term: value / max(1, counts[term]) for term, value in sums.items()}
+        return StepResult(math.fsum(self.held_out.terms[t] * mean for t, mean in means.items()), means, counts)
+
+    def about(self) -> dict[str, Any]:
+        version = None if self._ran is None else self._ran.version
+        return {"view": 1, "version": version, "workers": len(self.pool.dispatcher.ready)}
+
+    def timeline(self, result: StepResult) -> Mapping[str, Any]:
+        """See Engine: of the step that was run last."""
+        run = self._ran
+        return {} if run is None else {
+            str(place): [(op, start - run.began, end - run.began) for op, start, end in events]
+            for place, events in sorted(run.events.items())
+        }  # fmt: skip
+
+    # ---- states ----
+
+    def rest(self) -> None:
+        """See Engine. Raises TimeoutError."""
+        self.optimizer.drain(self.deadline_s)
+
+    def missing(self) -> list[int]:
+        """The host has all."""
+        return []
+
+    def owners(self) -> Mapping[int, int]:
+        return dict.fromkeys(range(self.model.num_layers), _HOST)
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        return self.optimizer.layer_state(layer)
+
+    def stamp(self, layer: int) -> tuple[int, int]:
+        return self.optimizer.stamp(layer)
+
+    def parameters(self, layer: int) -> dict[str, Tensor]:
+        return self.optimizer.parameters(layer)
+
+    def pulse(self) -> None:
+        """Nobody watches the host."""
+
+    def layout(self) -> Mapping[str, Any]:
+        return {"host": [list(span) for span in (*self.cut.forward, self.cut.fused)]}
+
+    def load(self, path: Path) -> int:
+        """Take the state of a checkpoint, whichever scheduler has written it; returns its step. Raises CheckpointError,
+        and SourceRefused for one of another generation."""
+        manifest, read = checkpoint.read_manifest(path), dict[str, Tensor]()
+        source = checkpoint.source(path, manifest).require(None, self.generation)
+        for layer in sorted({state.owner for state in self.model.states}):
+            read |= self.optimizer.load(layer, checkpoint.read_layer(path, manifest, layer))
+        self.optimizer.start(source.step, read, self.generation)
+        return source.step

@@ -1,0 +1,134 @@
+"""Writes what is kept, together: checkpoints, and the model at the end. A disk that fails costs a checkpoint, not the
+run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from jobs.engine import Engine, ReportSink
+from pipeline.model.lora import is_adapter, merge_adapters, save_adapter
+from pipeline.model.weights import ModelError, finish_export, write_shard
+from recovery import checkpoint
+
+_FILE_BYTES = 2 << 30
+"""Of an exported file: a worker that writes many gigabytes is seen to come on."""
+
+
+def save(engine: Engine, root: Path, done: int, about: Mapping[str, Any], keep: int, reports: ReportSink) -> str | None:
+    """Write a checkpoint of `done` steps under `root`; returns why it is not whole, or None. `about` goes into the
+    manifest beside step, generation and layout."""
+    fence = engine.fence
+    error, records = None, []
+    try:
+        if engine.leads:
+            checkpoint.begin(root, done, fence)
+    except (OSError, checkpoint.CheckpointError) as problem:
+        error = str(problem)
+    error = _first_error(engine, error)
+    if error is None:
+        try:
+            records = _write_layers(engine, checkpoint.temporary(root, done, fence), done)
+        except (OSError, checkpoint.CheckpointError) as problem:
+            error = str(problem)
+    votes = engine.gather({"error": error, "records": [record.as_json() for record in records]})
+    error = next((vote["error"] for vote in votes.values() if vote["error"]), None)
+    if error is None and engine.leads:
+        try:
+            written = [checkpoint.FileRecord.from_json(r) for vote in votes.values() for r in vote["records"]]
+            # what a checkpoint contains is in the ledger, always
+            if missing := reports.save_ledger(done, fence[1]):
+                raise checkpoint.CheckpointError(missing)
+            manifest = {"step": done, "generation": engine.generation, "layout": engine.layout(), **about}
+            checkpoint.commit(root, done, written, manifest, fence=fence)
+        except (OSError, checkpoint.CheckpointError) as problem:
+            error = str(problem)
+    error = _first_error(engine, error)
+    if error is not None and engine.leads:
+        checkpoint.abort(root, done, fence)
+    elif engine.leads:  # all know of the new one: whatever is lost now, nobody goes back to what is dropped
+        checkpoint.prune(root, done, keep, fence)
+    return error
+
+
+def _first_error(engine: Engine, error: str | None) -> str | None:
+    """Everyone's first error, so that all go the same way."""
+    votes = engine.gather({"error": error})
+    return next((vote["error"] for vote in votes.values() if vote["error"]), None)
+
+
+def _write_layers(engine: Engine, folder: Path, done: int) -> list[checkpoint.FileRecord]:
+    records: list[checkpoint.FileRecord] = []
+    for layer, owner in sorted(engine.owners().items()):
+        if owner == engine.me:
+            if (found := engine.stamp(layer)) != (wanted := (done, engine.generation)):
+                raise checkpoint.CheckpointError(
+                    f"layer {layer} is of step {found[0]}, generation {found[1]}; the checkpoint is to be of "
+                    f"step {wanted[0]}, generation {wanted[1]}"
+                )
+            records.append(checkpoint.write_layer(folder, layer, engine.layer_state(layer)))
+            engine.pulse()
+    return records
+
+
+def export(engine: Engine, path: Path, tokenizer: Path, base: str) -> None:
+    """Write the model together, as a directory that transformers loads; adapters are merged into it, and kept in
+    `adapter` beside it, for the model `base`. Raises OSError or ModelError."""
+    unfinished = path.with_name(path.name + ".tmp")
+    if engine.leads:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    engine.gather({})
+    try:
+        _export(engine, path, unfinished, tokenizer, base)
+    except (OSError, ModelError):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _export(engine: Engine, path: Path, unfinished: Path, tokenizer: Path, base: str) -> None:
+    model, files = engine.model, _files(engine)
+    shards: dict[str, str] = {}
+    adapters: dict[str, Tensor] = {}
+    for number, (writer, layers) in enumerate(files, 1):
+        tensors: dict[str, Tensor] = {}
+        if writer == engine.me:
+            tensors = {name: tensor for layer in layers for name, tensor in engine.parameters(layer).items()}
+        if model.lora is not None:
+            adapters |= {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+            tensors = merge_adapters(model.lora, tensors, model.module)
+        if tensors:
+            shards |= write_shard(unfinished, number, len(files), tensors)
+            engine.pulse()
+    if model.lora is not None:
+        config = model.lora.config(model.module(model.paths(1)["block"]))
+        save_adapter(path.with_name("adapter"), config, adapters, base if Path(base).is_dir() else None)
+    votes = engine.gather({"shards": shards})
+    if engine.leads:
+        weight_map = {tensor: name for vote in votes.values() for tensor, name in vote["shards"].items()}
+        every = [key for layer in range(model.num_layers) for key in model.keys(layer) if not is_adapter(key)]
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        finish_export(unfinished, model.config, weight_map, keys=every, tokenizer=loaded, into=path)
+
+
+def _files(engine: Engine) -> list[tuple[int, list[int]]]:
+    """(writer, its layers) of every file of an export, the same for all; the layers of one writer are in one file,
+    unless that would be too large."""
+    owned: dict[int, list[int]] = {}
+    for layer, owner in sorted(engine.owners().items()):
+        owned.setdefault(owner, []).append(layer)
+    files: list[tuple[int, list[int]]] = []
+    for writer, layers in sorted(owned.items()):
+        size = math.inf
+        for layer in layers:
+            if size + engine.model.parameter_bytes(layer) > _FILE_BYTES:
+                files.append((writer, []))
+                size = 0
+            files[-1][1].append(layer)
+            size += engine.model.parameter_bytes(layer)
+    return files

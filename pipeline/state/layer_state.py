@@ -1,0 +1,132 @@
+"""The state of a layer, the unit in which state is kept, sent, saved and restored.
+
+    weights, AdamW's moments and step counts, the scale of the learning rate; the committed step that all of this is of
+    (`version`), and the generation of the run.
+
+A weight that several layers share is a state of its own. Gradients lie beside it, in one flat vector, which may be a
+part of a larger one: what is summed over replicas at once lies together.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.state.cpu_adam import make_adamw
+from pipeline.state.optimizer import OptimizerConfig, decay_groups
+
+
+class LayerState:
+    """One state. `parameters` are those that are trained, by full name; `frozen` the other weights.
+
+    Each parameter's `.grad` is a view of `gradient`, so autograd adds into it in place. `lr_scale`, a scalar tensor,
+    multiplies the learning rate: CheckFree raises that of a rebuilt stage. Between steps the gradient is zero.
+    """
+
+    def __init__(
+        self, name: str, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *,
+        frozen: Mapping[str, Tensor] | None = None, gradient: Tensor | None = None,
+        moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
+        """`gradient` [all elements, in order] and `moments` (name -> exp_avg, exp_avg_sq) are used where they lie, if
+        they are given, and are made otherwise; all of them begin as zeros."""
+        self.name, self.parameters, self.frozen, self.config = name, dict(parameters), dict(frozen or {}), config
+        device = next(iter((*self.parameters.values(), *self.frozen.values()))).device
+        self.lr_scale = torch.ones((), device=device)
+        self.version = 0
+        self.generation = 0
+        self.bind(torch.zeros(self.size, dtype=torch.float32, device=device) if gradient is None else gradient)
+        self._adamw = None
+        if self.parameters:
+            self._adamw = make_adamw(
+                decay_groups(self.parameters, config.weight_decay), config.implementation, lr=config.lr,
+                betas=config.betas, eps=config.eps,
+            )  # fmt: skip
+            for key, parameter in self.parameters.items():  # there from the start: one form before and after step 1
+                given = {} if moments is None else moments[key]
+                self._adamw.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
+                }
+
+    @property
+    def size(self) -> int:
+        """Elements of the gradient."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def bind(self, gradient: Tensor) -> None:
+        """Have the gradient in this flat tensor from now on; what was in the old one is forgotten."""
+        self.gradient, at = gradient, 0
+        for parameter in self.parameters.values():
+            parameter.grad = gradient[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+
+    # ---- a step ----
+
+    def squared_norm(self) -> float:
+        """The sum of squares of the gradient."""
+        return float(torch.linalg.vector_norm(self.gradient)) ** 2
+
+    def apply(self, scale: float, lr: float) -> None:
+        """One AdamW step at `lr` with gradients times `scale`, which then are zero again: the next version."""
+        if self._adamw is not None:
+            if scale != 1.0:
+                self.gradient.mul_(scale)
+            for group in self._adamw.param_groups:
+                group["lr"] = lr * float(self.lr_scale)
+            self._adamw.step()
+            self.gradient.zero_()
+        self.version += 1
+
+    def drop(self) -> None:
+        """Forget the gradients of a step that does not count."""
+        self.gradient.zero_()
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """No gradient, no moments, no steps, and the learning rate as it is scheduled."""
+        self.drop()
+        self.lr_scale.fill_(1.0)
+        for name in self.parameters:
+            for tensor in self.moments(name).values():
+                tensor.zero_()
+
+    # ---- what it consists of ----
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """AdamW's `step`, `exp_avg` and `exp_avg_sq` of the parameter called `name`: the tensors themselves."""
+        assert self._adamw is not None
+        return self._adamw.state[self.parameters[name]]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full name -> weight, trained or not."""
+        return {name: tensor.detach() for name, tensor in (*self.parameters.items(), *self.frozen.items())}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, not copied: `param/NAME`; of what is trained `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and
+        `lr_scale/NAME` once, of the first."""
+        found = {f"param/{name}": tensor for name, tensor in self.weights().items()}
+        for place, name in enumerate(self.parameters):
+            found.update({f"{kind}/{name}": tensor for kind, tensor in self.moments(name).items()})
+            if place == 0:
+                found[f"lr_scale/{name}"] = self.lr_scale
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a state given by `tensors` in. Raises KeyError for a missing tensor, RuntimeError for a shape."""
+        for key, tensor in self.tensors().items():
+            if tensor is self.lr_scale and key not in tensors:  # an older checkpoint has one for both states of a layer
+                tensor.fill_(1.0)
+            else:
+                tensor.copy_(tensors[key])
+
+    def fingerprint(self) -> int:
+        """A checksum of the whole state: equal on all its holders, or one of them is wrong."""
+        crc = zlib.crc32(f"{self.version}/{self.generation}".encode())
+        for _, tensor in sorted(self.tensors().items()):
+            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+        return crc

@@ -1,0 +1,152 @@
+"""A store gains and loses layers between two steps: what stays is not touched, what comes is as at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+
+from pipeline.model.layered import LayeredModel
+from pipeline.schedule.ops import Span
+from pipeline.state.layer_state import LayerState
+from pipeline.state.optimizer import OptimizerConfig
+from pipeline.state.resident import ResidentStore, part_holders
+
+CPU = torch.device("cpu")
+LLAMA = LlamaConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+    vocab_size=32, max_position_embeddings=16, tie_word_embeddings=False,
+)  # fmt: skip
+GPT2 = GPT2Config(n_embd=16, n_layer=4, n_head=2, n_positions=16, vocab_size=32)
+CONFIGS: dict[str, PreTrainedConfig] = {"llama": LLAMA, "gpt2, tied": GPT2}
+
+
+def store(config: PreTrainedConfig, *spans: Span) -> ResidentStore:
+    return ResidentStore(LayeredModel(config), spans, OptimizerConfig(warmup_steps=0), seed=5, device=CPU)
+
+
+def train(each: ResidentStore, steps: int = 2) -> None:
+    for number in range(steps):
+        for name, state in sorted(each.states.items()):
+            seed = number * 100 + sum(map(ord, name))
+            state.gradient.normal_(generator=torch.Generator().manual_seed(seed))
+            state.apply(0.5, 0.1)
+
+
+def states(each: ResidentStore) -> dict[str, dict[str, Tensor]]:
+    return {name: {key: t.clone() for key, t in state.tensors().items()} for name, state in each.states.items()}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([(0, 2)], [(0, 3)]), ([(0, 3)], [(0, 2)]), ([(2, 4)], [(1, 2), (3, 5)]), ([(0, 2), (4, 6)], [(0, 6)]),
+        ([(0, 6)], [(0, 1), (1, 3), (5, 6)]), ([(0, 2)], [(4, 6)]), ([(4, 6)], [(0, 2), (4, 6)]), ([(1, 3)], []),
+    ],
+)  # fmt: skip
+def test_layers_come_and_go_without_touching_the_others(name: str, before: list[Span], after: list[Span]) -> None:
+    each, fresh = store(CONFIGS[name], *before), store(CONFIGS[name], *after)
+    train(each)
+    had, objects = states(each), dict(each.states)
+    each.hold(after)
+    assert each.layers() == [layer for span in after for layer in range(*span)]
+    assert each.states.keys() == fresh.states.keys()
+    assert each.gradients.keys() == fresh.gradients.keys()
+    for state, tensors in states(each).items():
+        assert same(tensors, had[state] if state in had else states(fresh)[state]), state
+        assert state not in had or each.states[state] is objects[state]
+        assert each.states[state].version == (2 if state in had else 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_was_put_together_again_computes_and_learns_as_if_it_had_never_changed(name: str) -> None:
+    """Spans of other lengths, the same layers: outputs, gradients and the next step are the same bits."""
+    ids = torch.arange(24).view(2, 12) % 32
+    whole, moved = store(CONFIGS[name], (0, 6)), store(CONFIGS[name], (0, 6))
+    for each in (whole, moved):
+        train(each)
+    moved.hold([(0, 2), (2, 6)])
+    moved.hold([(0, 1), (1, 5), (5, 6)])
+    for each in (whole, moved):
+        each.train(False)
+        x = ids
+        for module in each.modules.values():
+            x = module(x)
+        x.float().logsumexp(-1).sum().backward()
+        for part, gradient in each.gradients.items():
+            assert float(gradient.abs().max()) > 0, part
+    for state in whole.states.values():
+        assert torch.equal(state.gradient, moved.states[state.name].gradient), state.name
+        for each in (state, moved.states[state.name]):
+            each.apply(0.1, 0.1)
+    assert all(same(tensors, states(moved)[state]) for state, tensors in states(whole).items())
+    assert [s.fingerprint() for s in whole.states.values()] == [s.fingerprint() for s in moved.states.values()]
+
+
+def test_a_layer_is_held_once() -> None:
+    with pytest.raises(ValueError, match="spans 0:2, 1:3 overlap; a worker holds a layer once"):
+        store(LLAMA, (0, 2), (1, 3))
+
+
+def test_states_are_declared_once_with_their_users() -> None:
+    assert [(s.name, s.users) for s in LayeredModel(LLAMA).states] == [(str(n), (n,)) for n in range(6)]
+    tied = LayeredModel(GPT2)
+    assert {s.name: s.users for s in tied.states if s.shared} == {"tied": (0, 5)}
+    keys = [key for state in tied.states for key in state.keys]
+    assert sorted(keys) == sorted(key for layer in range(6) for key in tied.keys(layer))
+    bare = LayeredModel(LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True}))
+    assert [s.name for s in bare.states] == ["tied", "1", "2", "3", "4", "5"], "this embedding is nothing but shared"
+
+
+def test_a_weight_that_both_ends_share_has_all_their_holders() -> None:
+    holders = {(0, 2): (0, 3), (2, 4): (1,), (4, 6): (2,)}
+    assert part_holders(holders, 6, tied=True)["tied"] == (0, 2, 3)
+    assert part_holders(holders, 6, tied=False) == {"0:2": (0, 3), "2:4": (1,), "4:6": (2,)}
+
+
+def test_a_fingerprint_is_of_every_bit_and_of_step_and_generation() -> None:
+    each = store(GPT2, (0, 2))
+    state = each.states["1"]
+    seen = {state.fingerprint()}
+    for tensor in state.tensors().values():
+        flat = tensor.view(-1)
+        before = flat[-1].clone()
+        flat[-1] = torch.nextafter(before, torch.tensor(9.0))
+        seen.add(state.fingerprint())
+        flat[-1] = before
+    state.version += 1
+    seen.add(state.fingerprint())
+    state.version, state.generation = 0, 1
+    seen.add(state.fingerprint())
+    assert len(seen) == len(state.tensors()) + 3
+
+
+def test_a_checkpoint_of_before_has_one_learning_rate_scale_for_a_layer_and_what_it_shares() -> None:
+    each = store(GPT2, (0, 2))
+    train(each)
+    each.states["0"].lr_scale.fill_(1.1)
+    saved = {key: tensor.clone() for key, tensor in each.layer_state(0).items()}
+    (own,) = (key for key in each.states["0"].tensors() if key.startswith("lr_scale/"))
+    again = store(GPT2, (0, 2))
+    again.states["0"].load({key: tensor for key, tensor in saved.items() if key != own})
+    assert float(again.states["0"].lr_scale) == 1.0
+    again.states["0"].load(saved)
+    assert same(again.states["0"].tensors(), each.states["0"].tensors())
+    with pytest.raises(KeyError):
+        again.states["0"].load({})
+
+
+def test_what_is_frozen_has_weights_alone() -> None:
+    weight = torch.ones(2, 2)
+    state = LayerState("0", {}, OptimizerConfig(), frozen={"w": weight})
+    state.apply(1.0, 0.1)
+    assert state.tensors().keys() == {"param/w"}
+    assert (state.version, state.size, state.squared_norm()) == (1, 0, 0.0)
