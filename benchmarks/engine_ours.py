@@ -36,7 +36,7 @@ from engine_predict import predict
 from torch import Tensor
 
 from jobs.config import TrainConfig
-from jobs.plan import schedules
+from jobs.pipelines import plan_layout
 from jobs.text import TEXT, token_loss
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
@@ -46,7 +46,8 @@ from pipeline.model.weights import read_config
 from pipeline.runtime.batch import Batch, Needs
 from pipeline.runtime.probe import Pulse
 from pipeline.runtime.worker import Worker
-from pipeline.schedule.ops import Schedule, dumps, span_text
+from pipeline.schedule.layout import TRAIN, Excerpt, Layout
+from pipeline.schedule.ops import Schedule, span_text
 from recovery.membership import View, await_view, publish, within
 from schedulers import PLANNERS
 
@@ -101,28 +102,27 @@ def make_config(scheduler: str, work: Work, workers: int, steps: int, out: Path,
     return config
 
 
-def make_view(config: TrainConfig) -> tuple[View, Schedule]:
-    """The first view of a run whose weights lie in config.out, and the schedule of its training, planned as for users.
+def make_view(config: TrainConfig) -> tuple[View, Layout]:
+    """The first view of a run whose weights lie in config.out, and its layout, planned as for users.
 
     An evaluation is planned but not run.
     """
     source = config.out / "model-config"
-    made, _ = schedules(config, LayeredModel(read_config(source)), config.microbatch_size)
-    texts = {purpose: dumps(schedule) for purpose, schedule in made.items()}
+    layout, _ = plan_layout(config, LayeredModel(read_config(source)), config.microbatch_size)
     fields = json.loads(json.dumps(asdict(config), default=str))
     workers = tuple(range(config.workers))
     details = {"config": fields, "source": str(source)}
-    return View(1, workers, texts, details=details, places={w: w for w in workers}), made["train"]
+    return View(1, workers, layout.key, details=details, places={w: w for w in workers}), layout
 
 
-def join(payload: dict[str, Any]) -> tuple[Worker, Schedule]:
-    """In a worker process: its spans, links and schedule."""
+def join(payload: dict[str, Any]) -> tuple[Worker, Excerpt]:
+    """In a worker process: its spans, links and lane."""
     store, me = connect(payload["store"], JOIN_S), int(payload["worker"])
     view = await_view(store, 1, within(JOIN_S))
     config = config_from_dict(TrainConfig, view.details["config"])
     member = build_member(me, config, view, me, store, payload, Pulse())
     member.enter(1, None)
-    return member.worker, member.train
+    return member.worker, member.excerpt(TRAIN)
 
 
 # ---- one worker ----
@@ -178,7 +178,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def time_sums(worker: Worker, schedule: Schedule, repeats: int = 5) -> dict[str, float]:
+def time_sums(worker: Worker, schedule: Excerpt, repeats: int = 5) -> dict[str, float]:
     """Own shared span -> median seconds of summing its gradient over its holders when all of them are there."""
     found: dict[str, float] = {}
     for span, members in schedule.holders.items():
@@ -217,12 +217,12 @@ def run(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         llama(work).save_pretrained(folder / "model-config")
-        view, schedule = make_view(make_config(scheduler, work, workers, steps + warmup, folder, deadline_s))
+        view, layout = make_view(make_config(scheduler, work, workers, steps + warmup, folder, deadline_s))
         shared = {"threads": 1, "device": "cpu", "nccl": False, "folder": name, "work": asdict(work)}
         with hosted_store() as (store, address):
             payload = {**shared, "store": address, "steps": steps, "warmup": warmup}
             running = {forkserver.start({**payload, "worker": w}): w for w in view.workers}
-            publish(store, view)
+            publish(store, view, layout)
             while running:
                 if time.monotonic() > deadline:
                     raise OursError(f"workers {sorted(running.values())} did not finish before the deadline")
@@ -232,7 +232,7 @@ def run(
                         said = folder / f"{worker}.error"
                         raise OursError(f"worker {worker} " + (said.read_text() if said.is_file() else str(exit_)))
         found = [json.loads((folder / f"{w}.json").read_text()) for w in view.workers]
-    return figures(f"{PREFIX}{scheduler}", work, schedule, found)
+    return figures(f"{PREFIX}{scheduler}", work, layout.train, found)
 
 
 def figures(name: str, work: Work, schedule: Schedule, found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ from pipeline.runtime.batch import Needs
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.footprint import footprints
 from pipeline.runtime.worker import Worker
+from pipeline.schedule.layout import Layout
 from pipeline.schedule.verify import verify
 from recovery.membership import View, publish
 from schedulers import PLANNERS
@@ -152,12 +153,14 @@ def run(
         llama(work).save_pretrained(folder / "model-config")
         steps = options.warmup + options.steps
         config = make_config(scheduler, work, workers, steps, folder, options.deadline)
-        view, schedule = make_view(replace(config, recompute=recompute))
-        figures = {malloc: trained(folder, work, view, malloc, options, forkserver) for malloc in options.malloc}
+        view, layout = make_view(replace(config, recompute=recompute))
+        figures = {
+            malloc: trained(folder, work, view, layout, malloc, options, forkserver) for malloc in options.malloc
+        }
         model, job = LayeredModel(read_config(folder / "model-config")), WorkJob(work)
     settings = Settings(torch.device("cpu"), recompute=recompute)
-    proved = footprints(model, schedule, job, settings)
-    report = verify(schedule)
+    proved = footprints(model, layout.train, job, settings)
+    report = verify(layout.train)
     return {
         "scheduler": scheduler, "workers": workers, "recompute": recompute,
         "by_worker": [
@@ -174,7 +177,13 @@ def run(
 
 
 def trained(
-    folder: Path, work: Work, view: View, malloc: str, options: argparse.Namespace, forkserver: ForkServer
+    folder: Path,
+    work: Work,
+    view: View,
+    layout: Layout,
+    malloc: str,
+    options: argparse.Namespace,
+    forkserver: ForkServer,
 ) -> list[dict[str, int]]:
     """The figures of each worker of a view. Raises OursError for one that fails or does not come to an end."""
     deadline = time.monotonic() + options.deadline
@@ -185,7 +194,7 @@ def trained(
         }  # fmt: skip
         running = {forkserver.start({**payload, "worker": w}): w for w in view.workers}
         try:
-            publish(store, view)
+            publish(store, view, layout)
             while running:
                 if time.monotonic() > deadline:
                     raise OursError(f"workers {sorted(running.values())} did not finish before the deadline")

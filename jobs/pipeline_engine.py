@@ -12,7 +12,7 @@ from jobs.engine import Position
 from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Job
 from pipeline.runtime.worker import StepResult, Worker
-from pipeline.schedule.ops import STEP, Schedule
+from pipeline.schedule.layout import EVALUATE, FULL, TRAIN
 from recovery.checkpoint import Fence
 from recovery.member import INTERRUPTIONS, Joined, Member
 from recovery.membership import View
@@ -75,15 +75,12 @@ class PipelineEngine:
         self, step: int, *, wish: Callable[[], Mapping[str, Any]], record: bool, pauses: Callable[[int], bool]
     ) -> StepResult:
         """See Engine."""
-        return self.worker.run(self._schedule(step), self.job, step, wish=wish, record=record)
-
-    def _schedule(self, step: int) -> Schedule:
-        """That of a step: every so often one in which no span is skipped."""
-        full = self.full_every and (step + 1) % self.full_every == 0
-        return self.member.schedules["full" if full else "train"]
+        full = self.full_every and (step + 1) % self.full_every == 0  # every so often no span is skipped
+        excerpt = self.member.excerpt(FULL if full else TRAIN)
+        return self.worker.run(excerpt, self.job, step, wish=wish, record=record)
 
     def evaluate(self) -> StepResult:
-        return self.worker.run(self.member.schedules["evaluate"], self.held_out, 0)
+        return self.worker.run(self.member.excerpt(EVALUATE), self.held_out, 0)
 
     def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
         return self.worker.gather(payload)
@@ -107,9 +104,9 @@ class PipelineEngine:
         return [layer for layer in range(self.model.num_layers) if layer not in held]
 
     def owners(self) -> Mapping[int, int]:
-        """The lowest holder of each layer."""
-        holders = self.member.train.holders
-        return {layer: workers[0] for span, workers in holders.items() for layer in range(*span)}
+        """The worker in the lowest place that computes each layer."""
+        holders = self.member.excerpt(TRAIN).holders
+        return {layer: self.worker.workers[places[0]] for span, places in holders.items() for layer in range(*span)}
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         return self.worker.store.layer_state(layer)
@@ -124,5 +121,8 @@ class PipelineEngine:
         self.worker.pulse()
 
     def layout(self) -> Mapping[str, Any]:
-        lanes = self.member.train.lanes
-        return {str(w): [list(op.span) for op in lane if op.kind == STEP] for w, lane in lanes.items()}
+        found: dict[str, list[list[int]]] = {}
+        for span, places in self.member.excerpt(TRAIN).holders.items():
+            for place in places:
+                found.setdefault(str(self.worker.workers[place]), []).append(list(span))
+        return found

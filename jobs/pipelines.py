@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,11 +10,11 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.routes import Routes
 from pipeline.model.layered import LayeredModel
 from pipeline.runtime.transport import span_bytes
+from pipeline.schedule.layout import EVALUATE, TRAIN, Layout
 from pipeline.schedule.lower import add_redundant, lower
 from pipeline.schedule.ops import Schedule, Span
 from pipeline.schedule.verify import verify
 from recovery import redundant
-from recovery.membership import View
 from recovery.reroute import Planner
 from schedulers import num_spans, plan
 from schedulers.plan import Ends
@@ -33,22 +33,20 @@ def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
     return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
 
 
-def schedules(
-    config: TrainConfig, model: LayeredModel, evaluated: int
-) -> tuple[Mapping[str, Schedule], Planner | None]:
-    """The lowered and verified schedules of one step and of one evaluation of `evaluated` samples; and what gives
-    those for the workers that are left, where microbatches may take other routes.
+def plan_layout(config: TrainConfig, model: LayeredModel, evaluated: int) -> tuple[Layout, Planner | None]:
+    """The layout of a job: the lowered and verified schedules of one step and of one evaluation of `evaluated` samples,
+    and the backups; and what gives one for the workers that are left, where microbatches may take other routes.
 
     Raises ConfigError where the model has fewer layers than the settings ask for spans.
     """
     costs = layer_costs(model, config.sequence_length)
     if config.scheduler == "skippipe":
         routes = find_routes(config, model, evaluated)
-        return routes.schedules, routes.around
+        return routes.layout, routes.around
     require_layers(config, model.num_layers)
     ends = where_ends_go(config)
     made: dict[str, Schedule] = {}
-    for purpose, count in (("train", None), ("evaluate", -(-evaluated // config.microbatch_size))):
+    for purpose, count in ((TRAIN, None), (EVALUATE, -(-evaluated // config.microbatch_size))):
         schedule = plan(
             config.scheduler, costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks,
             evaluated=count, ends=ends, swap=config.recovery == "checkfree+",
@@ -57,7 +55,7 @@ def schedules(
             schedule = add_redundant(schedule, backups(config, schedule))
         made[purpose] = lower(schedule)
         verify(made[purpose])
-    return made, None
+    return Layout(made, backups(config, made[TRAIN])), None
 
 
 def find_routes(config: TrainConfig, model: LayeredModel, evaluated: int) -> Routes:
@@ -99,9 +97,8 @@ def backups(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], 
     return tuple(found)
 
 
-def stage_at(config: TrainConfig, view: View, place: int) -> int | None:
-    """The stage of the first replica in a place, in the first view of the run; None for the others."""
+def stage_at(config: TrainConfig, holders: Mapping[Span, Sequence[int]], place: int) -> int | None:
+    """The stage of the first replica in a place, in the first layout of the run; None for the others."""
     if config.scheduler == "skippipe":
-        holders = view.schedule("train").holders
         return next((i for i, span in enumerate(holders) if holders[span][0] == place and span != max(holders)), None)
     return place if place < config.stages else None

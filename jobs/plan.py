@@ -20,8 +20,7 @@ from jobs.corpus import Corpus, documents
 from jobs.data import Dataset
 from jobs.early import check_early, set_dropout, tokenizer_kind
 from jobs.network import read_network
-from jobs.pipelines import backups, layer_costs, schedules
-from jobs.pipelines import stage_at as stage_at
+from jobs.pipelines import layer_costs, plan_layout
 from jobs.prepare import prepare
 from jobs.remarks import remarks
 from jobs.resume import check_resumed, other_data
@@ -30,7 +29,7 @@ from jobs.space import check_space, space_needed
 from jobs.tokenizer import build_tokenizer
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import PRESETS, read_config, resolve
-from pipeline.schedule.ops import dumps
+from pipeline.schedule.layout import Layout
 from recovery import checkpoint
 from recovery.generation import read_generation
 from recovery.membership import View
@@ -45,6 +44,7 @@ class Plan:
     """What the coordinator hands to the agents and keeps for its report. `notes`: skipped checkpoints, and why."""
 
     view: View
+    layout: Layout
     model: LayeredModel
     notes: tuple[tuple[str, str], ...] = ()
     around: Planner | None = None
@@ -114,21 +114,21 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         tokenizer.save_pretrained(out / "tokenizer")
         model_config.save_pretrained(out / "model-config")
     rounds: Rounds | None = None
+    around: Planner | None = None
     if config.scheduler == "roundpipe":
         costs = layer_costs(model, config.sequence_length)
         rounds = plan_rounds(config, model, costs, evaluation_samples(config, dataset))
-        made, around = rounds.schedules, None
+        layout = rounds.layout
     else:
-        made, around = schedules(config, model, evaluation_samples(config, dataset))
+        layout, around = plan_layout(config, model, evaluation_samples(config, dataset))
     view = View(
         number=1,
         workers=tuple(range(config.workers)),
-        schedules={purpose: dumps(schedule) for purpose, schedule in made.items()},
+        layout=layout.key,
         first_step=first_step,
         first_sample=first_sample,
         checkpoint=None if found.path is None else str(found.path),
         places={worker: worker for worker in range(config.workers)},
-        backups=() if rounds else backups(config, made["train"]),
         next_worker=config.workers,
         generation=read_generation(out),
         details={
@@ -138,7 +138,7 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         },
     )
     notes = tuple((path.name, reason) for path, reason in found.skipped)
-    return Plan(view, model, notes, around, rounds, tuple(said))
+    return Plan(view, layout, model, notes, around, rounds, tuple(said))
 
 
 def find_start(config: TrainConfig) -> checkpoint.Found:

@@ -17,10 +17,10 @@ from torch import Tensor
 from jobs.engine import Position
 from jobs.text import TextJob
 from pipeline.model.layered import LayeredModel
-from pipeline.runtime.stateless import TRAIN
 from pipeline.runtime.step_commit import NonFiniteLoss, Settled, agree
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.worker import StepResult
+from pipeline.schedule.layout import EVALUATE, TRAIN
 from pipeline.schedule.work_units import Cut, WorkUnit, forward_units
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.optimizer import learning_rate
@@ -128,7 +128,7 @@ class PoolEngine:
         for part, lo in enumerate(range(0, count, size)):
             run = self.pool.dispatcher.submit(
                 forward_units(self.cut, min(size, count - lo), self.round_size),
-                self.optimizer.store.layout.boundaries, step=part, job="evaluate", source="param",
+                self.optimizer.store.layout.boundaries, step=part, job=EVALUATE, source="param",
                 version=self.optimizer.updates,
             )  # fmt: skip
             self.pool.finish(run)

@@ -9,8 +9,7 @@ from jobs.config import TrainConfig
 from jobs.data import Dataset
 from jobs.plan import evaluation_samples
 from jobs.text import TextJob
-
-TRAIN, EVALUATE = "train", "evaluate"
+from pipeline.schedule.layout import EVALUATE, TRAIN
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ microbatches are summed follows from the settings alone, so a run ends in the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.config import TrainConfig
 from pipeline.model.layered import LayeredModel
-from pipeline.schedule.ops import B, F, R, Schedule
+from pipeline.schedule.layout import EVALUATE, TRAIN, Layout
+from pipeline.schedule.ops import B, F, R
 from pipeline.schedule.verify import verify
 from pipeline.schedule.work_units import Cut, WorkUnit, forward_units, schedule_of
 from schedulers import PartitionError
@@ -33,7 +34,7 @@ class Rounds:
     problem: RoundsProblem
     cut: Cut
     row: tuple[WorkUnit, ...]
-    schedules: Mapping[str, Schedule]
+    layout: Layout
     rule: str
 
     def cost(self, unit: WorkUnit) -> float:
@@ -64,12 +65,12 @@ def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[
     row = forward_units(best.cut, count, config.round_size)
     homes = [i % config.workers for i in range(len(row))]
     made = {
-        "train": best.schedule(),
-        "evaluate": schedule_of(best.cut, row, homes, range(config.workers), count, "evaluation"),
+        TRAIN: best.schedule(),
+        EVALUATE: schedule_of(best.cut, row, homes, range(config.workers), count, "evaluation"),
     }
     for schedule in made.values():
         verify(schedule)
-    return Rounds(problem, best.cut, best.row, made, config.rule)
+    return Rounds(problem, best.cut, best.row, Layout(made), config.rule)
 
 
 def require_room(config: TrainConfig, model: LayeredModel, layers: Sequence[int]) -> None:

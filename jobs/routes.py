@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.network import read_network
+from pipeline.schedule.layout import EVALUATE, FULL, TRAIN, Layout
 from pipeline.schedule.lower import lower
 from pipeline.schedule.ops import F, Op, Route, Schedule, ScheduleError, Span
 from pipeline.schedule.verify import verify
@@ -97,15 +98,15 @@ class Routes:
         return skippipe(full, seed=self.config.seed, moves=self.config.search_moves // 4)
 
     @cached_property
-    def schedules(self) -> dict[str, Schedule]:
+    def layout(self) -> Layout:
         """Lowered and verified schedules by purpose, for all workers."""
         return self._made(self.plan, self.whole if self.config.full_every else None)
 
-    def around(self, alive: Collection[int]) -> dict[str, Schedule]:
-        """The schedules for the workers that are left, by place. Raises CannotRestore where there can be none."""
+    def around(self, alive: Collection[int]) -> Layout:
+        """The layout for the places that are left. Raises CannotRestore where there can be none."""
         lost = set(range(self.config.workers)) - set(alive)
         if not lost:
-            return self.schedules
+            return self.layout
         try:
             problem = without(self.plan.problem, lost)
             whole = None
@@ -115,22 +116,22 @@ class Routes:
         except (NetworkError, ScheduleError) as error:
             raise CannotRestore(str(error)) from error
 
-    def _made(self, plan: SkipPlan, whole: SkipPlan | None) -> dict[str, Schedule]:
+    def _made(self, plan: SkipPlan, whole: SkipPlan | None) -> Layout:
         first, head = self.spans[0], self.spans[-1]
         spans = self._spans_of(plan.problem)
-        made = {"train": plan.schedule(spans), "evaluate": evaluation_routes(plan.problem, spans, self.evaluated)}
+        made = {TRAIN: plan.schedule(spans), EVALUATE: evaluation_routes(plan.problem, spans, self.evaluated)}
         if whole is not None:
-            made["full"] = whole.schedule(spans, "skippipe, whole model")
+            made[FULL] = whole.schedule(spans, "skippipe, whole model")
         made = {purpose: lower(schedule) for purpose, schedule in made.items()}
         for purpose, schedule in made.items():
-            training = purpose != "evaluate"
+            training = purpose != EVALUATE
             verify(
                 schedule,
                 always=(first, head),
                 balanced=training,
                 max_activations=plan.max_activations if training else None,
             )
-        return made
+        return Layout(made)
 
     def _spans_of(self, problem: RoutingProblem) -> tuple[Span, ...]:
         """The spans of the stages that `problem` still has, and the head's."""

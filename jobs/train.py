@@ -72,7 +72,7 @@ class Trainer:
             self._say(self.last)
         if joined.view.number > 1:
             parts = {name: round(seconds, 4) for name, seconds in joined.parts.items()}
-            restores = [[each.worker, each.part, each.remedy] for each in joined.view.restores]
+            restores = [[each.worker, each.part, each.remedy] for each in joined.view.moves]
             woken = time.time() - (time.monotonic() - joined.woken)
             self._event(
                 "resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores, woken=woken

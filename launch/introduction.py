@@ -20,7 +20,7 @@ def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
         trained = sum(model.trained_count(layer) for layer in range(model.num_layers))
         adapters = f" ({trained / 1e6:.2f}M of them trained, in adapters of rank {model.lora.rank})"
     view = plan.view
-    spans = " ".join(f"{lo}:{hi}" for lo, hi in view.schedule("train").holders)
+    spans = " ".join(f"{lo}:{hi}" for lo, hi in plan.layout.train.holders)
     parallel = f"{config.replicas} replica(s)" if config.scheduler != "skippipe" else f"skip {config.skip:g}"
     if plan.rounds is not None:
         cut = plan.rounds.cut

@@ -46,7 +46,7 @@ class Pictures:
             network, _ = read_network(config.network, config.workers)
             size = config.microbatch_size * config.sequence_length * self._plan.model.hidden_size * 4
         costs = replace(measured_costs(measured), output_bytes=size)
-        planned = simulate(self._plan.view.schedule("train"), costs, network)
+        planned = simulate(self._plan.layout.train, costs, network)
         title = f"{config.scheduler}, {config.workers} workers, {config.microbatches} microbatches"
         return compare_svg(planned, measured, title=title)
 

@@ -22,7 +22,7 @@ from pipeline.runtime.compute import Settings
 from pipeline.runtime.copy_engine import CHUNK
 from pipeline.runtime.stateless import PoolClosed, StatelessWorker
 from pipeline.schedule.work_units import Cut
-from pipeline.state.host_store import HostStore, Layout, store_path
+from pipeline.state.host_store import HostStore, StoreLayout, store_path
 from recovery.inject import Fault, Injector
 from recovery.pool import LEFT
 
@@ -67,7 +67,7 @@ def make_worker(
     id = int(payload["worker"])
     forward, fused, backward = payload["cut"]
     cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
-    layout = Layout(
+    layout = StoreLayout(
         blueprint(config.out / "model-config", lora=config.lora()), cut, config.microbatches, config.microbatch_size,
         config.sequence_length, int(payload["blocks"]), config.optimizer_async,
     )  # fmt: skip

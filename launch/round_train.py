@@ -39,7 +39,7 @@ from launch.worker_main import default_threads
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
-from pipeline.state.host_store import HostStore, Layout, store_path
+from pipeline.state.host_store import HostStore, StoreLayout, store_path
 from recovery.dispatcher import ROOM
 from recovery.pool import NoWorkerLeft, Pool
 
@@ -76,11 +76,11 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
         forkserver.close()
 
 
-def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int) -> Layout:
+def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int) -> StoreLayout:
     """Where everything lies in the host store."""
     rounds = -(-config.microbatches // config.round_size)
     blocks = ROOM * workers * (2 if config.optimizer_async else 1) + rounds
-    return Layout(
+    return StoreLayout(
         model, cut, config.microbatches, config.microbatch_size, config.sequence_length, blocks, config.optimizer_async
     )
 

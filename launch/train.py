@@ -184,7 +184,7 @@ def _coordinator(
     first, model = replace(plan.view, agents=slot.dealt(config.workers)), plan.model
     source = plan.view.details["source"]
     recovery = Recovery(
-        config.recovery, first, model.num_layers, model.tied, config.out / "checkpoints", plan.around,
+        config.recovery, first, plan.layout, model.num_layers, model.tied, config.out / "checkpoints", plan.around,
         watch(None if source is None else Path(source)), Verifier(first.generation),
     )  # fmt: skip
     for line in forecast(config, recovery):

@@ -21,7 +21,8 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.corpus import CorpusError
 from jobs.network import read_network
 from jobs.pipeline_engine import PipelineEngine
-from jobs.plan import open_dataset, stage_at
+from jobs.pipelines import stage_at
+from jobs.plan import open_dataset
 from jobs.registry import EVALUATE, TRAIN, Start, make_jobs
 from jobs.train import Trainer
 from launch.config import config_from_dict
@@ -44,7 +45,7 @@ from recovery.communicator import Communicator
 from recovery.inject import Fault, Injector, parse_faults
 from recovery.lifeline import Lifeline
 from recovery.member import Member, Watcher
-from recovery.membership import EVICTED, Evicted, MembershipError, View, await_view, read_view
+from recovery.membership import EVICTED, Evicted, MembershipError, View, await_view, read_layout, read_view
 from recovery.policy import remedies
 from recovery.restore import load_checkpoint
 
@@ -158,10 +159,8 @@ def build_member(
         torch.cuda.set_device(device)
     model = blueprint(config.out / "model-config", payload.get("attention"))
     source = view.details["source"]
-    spans = {span for span, workers in view.schedule("train").holders.items() if place in workers}
-    spans |= {span for span, worker in view.backups if worker == place}
     held = ResidentStore(
-        model, spans, config.optimizer(), seed=config.seed, device=device,
+        model, read_layout(store, view, place).spans, config.optimizer(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source), came_on=pulse,
     )  # fmt: skip
     settings = Settings(
@@ -192,6 +191,7 @@ def make_injector(
     member: Member, config: TrainConfig, view: View, place: int, reports: Reports, store_port: int
 ) -> Injector:
     """The faults of the settings, as this worker meets them. The stage is that of the first view."""
+    stage = stage_at(config, read_layout(member.store, view, place).train.holders, place)
     store = member.worker.store
 
     def poison() -> None:
@@ -207,9 +207,7 @@ def make_injector(
                 with socket.socket(fileno=os.dup(connection.fd)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
-    return Injector(
-        parse_faults(config.inject), reports.worker, stage_at(config, view, place), reports.claim, told, poison, cut
-    )
+    return Injector(parse_faults(config.inject), reports.worker, stage, reports.claim, told, poison, cut)
 
 
 def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Shape] | None:

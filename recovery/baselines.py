@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recovery.checkfree import Average
-from recovery.membership import Restore
+from recovery.membership import Move
 from recovery.remedy import CannotRestore, Loss, State
 
 
@@ -14,7 +14,7 @@ class Copy(Average):
 
     name = "copy"
 
-    def plan(self, loss: Loss) -> Restore:
+    def plan(self, loss: Loss) -> Move:
         """From the neighbour whose layers are decoder blocks."""
         name = loss.name
         if not loss.blocks:
@@ -34,7 +34,7 @@ class Random(Average):
 
     name = "random"
 
-    def plan(self, loss: Loss) -> Restore:
+    def plan(self, loss: Loss) -> Move:
         """Needs nobody."""
         return loss.restored(self.name)
 

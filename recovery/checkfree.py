@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from recovery.membership import Restore
+from recovery.membership import Move
 from recovery.remedy import CannotRestore, Loss, State
 
 WEIGHTS = ("norm", "norm_squared", "uniform")
@@ -28,7 +28,7 @@ class Average:
     def __init__(self, weights: str = "norm") -> None:
         self.weights = weights
 
-    def plan(self, loss: Loss) -> Restore:
+    def plan(self, loss: Loss) -> Move:
         """From the spans before and after. Neither may be lost, and both must consist of the same kind of layer."""
         name = loss.name
         if not loss.blocks:

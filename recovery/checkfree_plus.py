@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pipeline.schedule.ops import Span
 from recovery.checkfree import Average
-from recovery.membership import Restore
+from recovery.membership import Move
 from recovery.remedy import CannotRestore, Loss, State
 
 
@@ -18,7 +18,7 @@ class Twin(Average):
 
     name = "checkfree+"
 
-    def plan(self, loss: Loss) -> Restore:
+    def plan(self, loss: Loss) -> Move:
         """From the twin, where a mean is not to be had."""
         if loss.twin is None:
             raise CannotRestore(f"{loss.name} has no twin that is left")

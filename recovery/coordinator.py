@@ -23,7 +23,7 @@ from pipeline.wire import WireError
 from recovery.commit import READY, Follower
 from recovery.keys import LossReport, newest_loss, read_agent, read_beat, read_complaint, read_loss, stop_asked
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
-from recovery.membership import View, publish, replace_workers
+from recovery.membership import View, next_view, publish
 from recovery.policy import CHECKPOINT, REROUTE, Recovery
 from recovery.remedy import CannotRestore
 
@@ -91,7 +91,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self._losses = Losses(self.max_failures)
-        publish(self.store, self.view)
+        publish(self.store, self.view, self.recovery.layouts[self.view.layout])
         self._follower = Follower(self.store, self.view.number)
 
     def tick(self) -> None:
@@ -231,12 +231,12 @@ class Coordinator:
             self._losses.note(worker, place, report.reason, told=told, when=self.view.number, limit=limit)
         self._follower.abort()
         # Before a view is settled, who joined it has no state yet, and who was to go back may have done so or not.
-        base = replace(self.view, joined={}, restores=(), rollback=None) if self._settled else self.view
+        base = self.view.settled() if self._settled else self.view
         self._trained |= self._settled
         every = {**(self._search.lost if self._search is not None else {}), **lost}
         gone = tuple(sorted(every))
         # until something was trained, what a worker builds by itself is what all have
-        find = self.recovery.after_loss if self._trained else replace_workers
+        find = self.recovery.after_loss if self._trained else next_view
         self._joining = None
         self._search = _Search(base, every, _aside(find, base, gone), time.monotonic())
         self._publish_found(self._search, _AT_ONCE_S)
@@ -289,10 +289,10 @@ class Coordinator:
 
     def _publish(self, view: View, lost: Sequence[int] = (), event: str = "remedy") -> None:
         view = self._with_agents(view)
-        publish(self.store, view)
+        publish(self.store, view, self.recovery.layouts[view.layout])
         self.view, self._follower, self._complained = view, Follower(self.store, view.number), None
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
-        remedies = sorted({restore.remedy for restore in view.restores}) if view.rollback is None else [CHECKPOINT]
+        remedies = sorted({move.remedy for move in view.moves}) if view.rollback is None else [CHECKPOINT]
         for joiner, old in view.joined.items():
             remedy = "+".join(remedies) or _FRESH
             self.event(event, worker=old, replacement=joiner, remedy=remedy, view=view.number)

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from pipeline.runtime.probe import Pulse
 from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
-from pipeline.runtime.worker import Worker, connections
-from pipeline.schedule.ops import Schedule
+from pipeline.runtime.worker import Worker
+from pipeline.schedule.layout import Excerpt, Part
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes
 from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked
 from recovery.lifeline import Lifeline
-from recovery.membership import Evicted, MembershipError, View, await_view, parts_of, read_view
+from recovery.membership import Evicted, MembershipError, View, await_view, parts_of, read_layout, read_view
 from recovery.remedy import Remedy
 from recovery.restore import restore, roll_back
 
@@ -65,12 +65,14 @@ class Member:
     checkpoints: Path
     """Where the run saves."""
     view: View | None = None
-    schedules: Mapping[str, Schedule] = field(default_factory=dict)
-    """Those of the view, by purpose."""
+    part: Part | None = None
+    """What its place does in the view."""
+    _parts: dict[tuple[str, int], Part] = field(default_factory=dict)
 
-    @property
-    def train(self) -> Schedule:
-        return self.schedules["train"]
+    def excerpt(self, purpose: str) -> Excerpt:
+        """What is done for a purpose. Raises KeyError."""
+        assert self.part is not None
+        return self.part.excerpts[purpose]
 
     def complain(self, error: Exception) -> None:
         """An interruption that no view has brought is the coordinator's to know: a link may have broken by itself."""
@@ -108,7 +110,7 @@ class Member:
         worker.transport.mailbox.advance(view.number, 0)
         self.communicator.quiesce(set(view.workers), deadline)
         worker.commit = StepCommit(Ballot(self.store, view.number, worker.id, view.workers, self.guided))
-        schedules = {purpose: view.schedule(purpose) for purpose in view.schedules}
+        part = self._read(view)
         norms = dict(worker.norms)
         votes = worker.gather({"position": position, "last": last, "norms": norms, **self.communicator.kept()})
         known_last = next((vote["last"] for _, vote in sorted(votes.items()) if vote["last"] is not None), None)
@@ -121,19 +123,25 @@ class Member:
         self.communicator.agree(votes, deadline)
         worker.store.drop()  # after the last sum: one that was under way still wrote into the gradients
         model = worker.store.model
-        parts = parts_of(view, model.num_layers, model.tied)
-        pairs = link_pairs({pair for schedule in schedules.values() for pair in connections(schedule)})
+        worker.workers = view.at
+        parts = parts_of(view, part.holders, model.num_layers, model.tied)
+        sends = {pair for excerpt in part.excerpts.values() for pair in excerpt.sends}
+        pairs = link_pairs({(worker.workers[a], worker.workers[b]) for a, b in sends})
         self.communicator.edit(view.number, pairs, parts, self.shapes(view))
         times["edited"] = time.monotonic()
         known = {state: norm for vote in votes.values() for state, norm in vote["norms"].items()}
         where = dict(positions[0]) if positions else {}
-        if view.restores or view.rollback is not None:
+        wanted = {layer for span in part.spans for layer in range(*span)}
+        given = [(layer, layer + 1) for layer in worker.store.layers() if layer not in wanted]
+        worker.store.hold([*part.spans, *given])  # what this place holds no more may be what others take
+        if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
         if view.rollback is not None:
             where["step"] = roll_back(worker, view, self.checkpoints)
             known = {}
         else:
             restore(worker, view, self.communicator, self.remedies, known, int(where.get("step", view.first_step)))
+        worker.store.hold(part.spans)
         self._check_states(view, int(where.get("step", view.first_step)))
         copies = {part for part, workers in parts.items() if len(workers) > 1 and worker.id in workers}
         votes = worker.gather({"copies": {part: _fingerprint(worker, part) for part in copies}})
@@ -141,8 +149,15 @@ class Member:
         times["restored"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
-        self.view, self.schedules = view, schedules
+        self.view, self.part = view, part
         return Joined(view, where, last or known_last, began, {name: at - began for name, at in times.items()})
+
+    def _read(self, view: View) -> Part:
+        """What this worker's place needs of the layout, read once."""
+        key = view.layout, view.places[self.worker.id]
+        if key not in self._parts:
+            self._parts = {key: read_layout(self.store, view, key[1])}
+        return self._parts[key]
 
     def _check_states(self, view: View, step: int) -> None:
         """All that is held is of the committed step and of the run's generation. Raises MembershipError."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.schedule.ops import Op, Schedule, Span, dumps, loads
-from pipeline.state.resident import part_holders
+from pipeline.schedule.layout import Layout, Part, read_part
+from pipeline.state.resident import Holders, part_holders
 from pipeline.wire import WireError, checked, listed, numbered, parse, whole
 
 START = "start"
@@ -31,8 +31,8 @@ class Evicted(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Restore:
-    """How one part of a worker that joined gets its state: a remedy by name, and (worker, its part) to take from.
+class Move:
+    """How one part of a worker gets its state: a remedy by name, and (worker, its part) to take from.
 
     A part is a span, as `span_text` writes it, or a weight that several layers share, by the name of its state.
     """
@@ -43,50 +43,34 @@ class Restore:
     sources: tuple[tuple[int, str], ...] = ()
 
     @classmethod
-    def from_json(cls, values: Any) -> Restore:
+    def from_json(cls, values: Any) -> Move:
         """Raises WireError."""
         if not isinstance(values, dict):
-            raise WireError(f"a restore is {values!r}; expected an object")
-        found = checked(values, "a restore", worker=int, part=str, remedy=str, sources=list)
-        sources = listed(found["sources"], "the sources of a restore", _source)
+            raise WireError(f"a move is {values!r}; expected an object")
+        found = checked(values, "a move", worker=int, part=str, remedy=str, sources=list)
+        sources = listed(found["sources"], "the sources of a move", _source)
         return cls(found["worker"], found["part"], found["remedy"], sources)
 
 
-def _span(value: Any) -> Span:
-    lo, hi = _pair(value, "a span")
-    return whole(lo, "a span"), whole(hi, "a span")
-
-
 def _source(value: Any) -> tuple[int, str]:
-    worker, part = _pair(value, "a source")
-    if not isinstance(part, str):
-        raise WireError(f"the part of a source is {part!r}; expected a text")
-    return whole(worker, "a source"), part
-
-
-def _backup(value: Any) -> tuple[Span, int]:
-    span, worker = _pair(value, "a backup")
-    return _span(span), whole(worker, "a backup")
-
-
-def _pair(value: Any, what: str) -> Sequence[Any]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise WireError(f"{what} is {value!r}; expected a pair")
-    return value
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], str):
+        raise WireError(f"a source is {value!r}; expected a worker and a part")
+    return whole(value[0], "a source"), value[1]
 
 
 @dataclass(frozen=True)
 class View:
-    """Who does what from now on. `schedules` are texts by purpose: "train" and "evaluate".
+    """Who is in which place of a layout from now on, and how they get there.
 
-    `joined` says whose place each worker takes that was not in the view before; `restores` how it gets its state, and
-    `rollback` the checkpoint (or START) that all go back to, if that is the remedy. `places` is the place of each
-    worker: the id of who was there at first, by which devices, links and agents are dealt.
+    `places` has the place of every worker, of those that are `awaited` as well: they are being started and join a later
+    view. `joined` says whose place each worker takes that was not in the view before. `moves` say how state gets where
+    the layout wants it, and `rollback` the checkpoint (or START) that all go back to instead, if that is the remedy.
     """
 
     number: int
     workers: tuple[int, ...]
-    schedules: Mapping[str, str]
+    layout: str
+    """The key of its layout, which lies in the store by itself."""
     first_step: int = 0
     first_sample: int = 0
     checkpoint: str | None = None
@@ -95,12 +79,10 @@ class View:
     agents: Mapping[int, int] = field(default_factory=dict)
     """Place -> the agent (by rank) that starts and supervises the worker there."""
     joined: Mapping[int, int] = field(default_factory=dict)
-    restores: tuple[Restore, ...] = ()
+    moves: tuple[Move, ...] = ()
     rollback: str | None = None
-    backups: tuple[tuple[Span, int], ...] = ()
-    """(span, worker): copies of a span's state that are kept up to date for recovery, and compute nothing."""
     awaited: Mapping[int, int] = field(default_factory=dict)
-    """Workers that are being started and join a later view -> whose place they will take; `places` has them already."""
+    """Worker -> whose place it will take."""
     next_worker: int = 0
     """The id of the next worker that is started; ids are never used again."""
     generation: int = 0
@@ -111,9 +93,14 @@ class View:
         """(attempt, view), of `checkpoint.Fence`: what is saved in this view."""
         return int(self.details["attempt"]), self.number
 
-    def schedule(self, purpose: str) -> Schedule:
-        """The schedule for a purpose, parsed. Raises KeyError, or ScheduleError for a text it cannot read."""
-        return loads(self.schedules[purpose])
+    @property
+    def at(self) -> dict[int, int]:
+        """Place -> the worker of the view that is there."""
+        return {self.places[worker]: worker for worker in self.workers}
+
+    def settled(self) -> View:
+        """The same, once all its members have what it wanted to give them."""
+        return replace(self, joined={}, moves=(), rollback=None)
 
 
 def part_name(part: str) -> str:
@@ -121,80 +108,52 @@ def part_name(part: str) -> str:
     return f"span {part}" if ":" in part else f"the {part} weight"
 
 
-def parts_of(view: View, num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Part -> all workers that hold its state in `view`: those that compute with it, and its backups."""
-    holders = {span: set(workers) for span, workers in view.schedule("train").holders.items()}
-    for span, worker in view.backups:
-        holders[span].add(worker)
-    return part_holders({span: tuple(sorted(workers)) for span, workers in holders.items()}, num_layers, tied)
+def parts_of(view: View, holders: Holders, num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Part -> all workers that hold its state in `view`, ascending; `holders` are those of its layout, by place."""
+    at = view.at
+    found = part_holders(holders, num_layers, tied)
+    return {part: tuple(sorted(at[place] for place in places)) for part, places in found.items()}
 
 
-def substitute(schedule: Schedule, places: Mapping[int, int]) -> Schedule:
-    """The schedule with other workers in some places: old id -> new id."""
-
-    def op(old: Op) -> Op:
-        return old if old.peer not in places else old._replace(peer=places[old.peer])
-
-    lanes = {places.get(worker, worker): tuple(map(op, lane)) for worker, lane in schedule.lanes.items()}
-    return Schedule(schedule.routes, lanes, schedule.name)
-
-
-def replace_workers(view: View, lost: tuple[int, ...]) -> View:
-    """The next view, in which a new worker takes the place of each lost one; how it is restored is still open.
-
-    Who has joined `view` without having got its state yet joins again, and a rollback is still to be done.
-    """
-    after, new = succeed(view, lost)
-    moved = {old: worker for worker, old in new.items()}
-    return replace(
-        after,
-        workers=tuple(sorted(moved.get(worker, worker) for worker in view.workers)),
-        schedules={purpose: dumps(substitute(loads(text), moved)) for purpose, text in view.schedules.items()},
-        joined={**after.joined, **new},
-        backups=tuple((span, moved.get(worker, worker)) for span, worker in view.backups),
-    )
-
-
-def succeed(view: View, lost: Sequence[int]) -> tuple[View, dict[int, int]]:
-    """The next view as far as it follows from who is lost: new workers have their places, and are still to be put to
-    work. And the new workers -> whom they follow, without those who follow one that was itself awaited."""
-    moved = {old: view.next_worker + i for i, old in enumerate(lost)}
-    after = replace(
-        view,
-        number=view.number + 1,
-        places={moved.get(worker, worker): place for worker, place in view.places.items()},
-        joined={worker: old for worker, old in view.joined.items() if worker not in lost},
-        awaited={moved.get(worker, worker): old for worker, old in view.awaited.items()},
-        restores=(),
-        next_worker=view.next_worker + len(moved),
-    )
-    return after, {new: old for old, new in moved.items() if old not in view.awaited}
-
-
-def leave(view: View, lost: Sequence[int]) -> View:
-    """The next view without `lost`, whose replacements are awaited; who does their work is still open."""
-    after, new = succeed(view, lost)
-    left = tuple(worker for worker in view.workers if worker not in lost)
-    return replace(after, workers=left, awaited={**after.awaited, **new})
-
-
-def come(view: View, ready: Sequence[int]) -> View:
-    """The next view, in which awaited workers that are ready have their places back; their work and their state are
-    still to come."""
+def next_view(
+    view: View, lost: Sequence[int] = (), ready: Sequence[int] = (), *, wait: bool = False, layout: str | None = None
+) -> View:
+    """The view after `view`. Each of `lost` has a successor with its place, who joins, or with `wait` is awaited; those
+    awaited that are `ready` join. What all do from now on the layout says, the same as before where none is given; what
+    moves is still open. Who has joined `view` without having got its state yet joins again, and a rollback is still to
+    be done."""
+    heirs = {old: view.next_worker + i for i, old in enumerate(lost)}
+    new = {heir: old for old, heir in heirs.items() if old not in view.awaited}
+    awaited = {heirs.get(worker, worker): old for worker, old in view.awaited.items() if worker not in ready}
+    joined = {worker: old for worker, old in view.joined.items() if worker not in lost}
+    joined |= {worker: view.awaited[worker] for worker in ready}
     return replace(
         view,
         number=view.number + 1,
-        workers=tuple(sorted({*view.workers, *ready})),
-        joined={worker: view.awaited[worker] for worker in ready},
-        awaited={worker: old for worker, old in view.awaited.items() if worker not in ready},
-        restores=(),
-        rollback=None,
+        workers=tuple(sorted({*view.workers, *ready, *(() if wait else new)} - set(lost))),
+        layout=view.layout if layout is None else layout,
+        places={heirs.get(worker, worker): place for worker, place in view.places.items()},
+        joined=joined if wait else {**joined, **new},
+        awaited={**awaited, **new} if wait else awaited,
+        moves=(),
+        next_worker=view.next_worker + len(lost),
     )
 
 
-def publish(store: dist.Store, view: View) -> None:
-    """Write a view. Only the coordinator does; numbers ascend."""
+def publish(store: dist.Store, view: View, layout: Layout) -> None:
+    """Write a view, and its layout if that is new. Only the coordinator does; numbers ascend."""
+    assert layout.key == view.layout
+    if not store.check([key := f"layout/{view.layout}"]):
+        store.set(key, layout.text)
     store.set(f"view/{view.number}", json.dumps(asdict(view)))
+
+
+def read_layout(store: dist.Store, view: View, place: int) -> Part:
+    """What a place needs of a view's layout. Raises MembershipError for what is none."""
+    try:
+        return read_part(store.get(f"layout/{view.layout}"), place)
+    except WireError as error:
+        raise MembershipError(f"the layout of view {view.number} cannot be read: {error}") from error
 
 
 def read_view(store: dist.Store, number: int) -> View:
@@ -208,16 +167,14 @@ def read_view(store: dist.Store, number: int) -> View:
 def _view(values: Mapping[str, Any], number: int) -> View:
     what = f"view {number}"
     found = checked(
-        values, what, number=int, workers=list, schedules=dict, first_step=int, first_sample=int,
-        checkpoint=str | None, details=dict, places=dict, agents=dict, joined=dict, restores=list,
-        rollback=str | None, backups=list, awaited=dict, next_worker=int, generation=int,
+        values, what, number=int, workers=list, layout=str, first_step=int, first_sample=int, checkpoint=str | None,
+        details=dict, places=dict, agents=dict, joined=dict, moves=list, rollback=str | None, awaited=dict,
+        next_worker=int, generation=int,
     )  # fmt: skip
-    checked(found["schedules"], f"the schedules of {what}", **dict.fromkeys(found["schedules"], str))
     found["workers"] = listed(found["workers"], f"the workers of {what}", lambda each: whole(each, "a worker"))
     for name in ("places", "agents", "joined", "awaited"):
         found[name] = numbered(found[name], f"{name} of {what}")
-    found["backups"] = listed(found["backups"], f"the backups of {what}", _backup)
-    found["restores"] = listed(found["restores"], f"the restores of {what}", Restore.from_json)
+    found["moves"] = listed(found["moves"], f"the moves of {what}", Move.from_json)
     if found["number"] != number or not set(found["workers"]) <= set(found["places"]):
         raise WireError(f"{what} has number {found['number']}, or workers without a place")
     return View(**found)

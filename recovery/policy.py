@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from recovery import redundant, reroute
+from pipeline.schedule.layout import Layout
+from recovery import redundant
 from recovery.baselines import Copy, Random
 from recovery.checkfree import Average
 from recovery.checkfree_plus import Twin
 from recovery.checkpoint import Found, Verifier
-from recovery.membership import START, Restore, View, come, leave, replace_workers
-from recovery.remedy import CannotRestore, Loss, Remedy, losses
+from recovery.membership import START, Move, View, next_view
+from recovery.remedy import CannotRestore, Loss, Remedy, has, losses
 from recovery.replica import Replica
+from recovery.reroute import Planner
 
 CHECKPOINT, REDUNDANT, REROUTE = "checkpoint", "redundant", "reroute"
 POLICIES: Mapping[str, tuple[str, ...]] = {
@@ -31,46 +33,60 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
 
 
 def remedies(weights: str = "norm") -> dict[str, Remedy]:
-    """Every remedy that works span by span, by name; `weights` as in `checkfree.WEIGHTS`."""
+    """Every remedy that works part by part, by name; `weights` as in `checkfree.WEIGHTS`."""
     return {remedy.name: remedy for remedy in (Replica(), Average(weights), Twin(), Copy(), Random())}
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What is done about lost workers. `home` is the first view of the run, `policy` a name in POLICIES."""
+    """What is done about lost workers. `home` is the first view of the run and `layout` its layout, to which it comes
+    back; `policy` is a name in POLICIES."""
 
     policy: str
     home: View
+    layout: Layout
     num_layers: int
     tied: bool
     checkpoints: Path
-    planner: reroute.Planner | None = None
+    planner: Planner | None = None
     """Gives other routes where microbatches may take them; without it lost workers are waited for."""
     source_changed: Callable[[], str] = str
     """Why the weights that the run began with cannot be had again, "" where they can."""
     verifier: Verifier = field(default_factory=Verifier)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    """All layouts that a view of the run has had, by key."""
+
+    def __post_init__(self) -> None:
+        self.layouts[self.layout.key] = self.layout
 
     def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
         """The view after `view`, in which the work of `lost` is taken over, or replacements join. Raises CannotRestore.
 
-        `view.joined` are those who have joined it without having got their state yet.
+        `view.moves` are those that have not been made yet.
         """
         if view.rollback is not None:  # everybody is still to go back
-            return replace_workers(view, lost)
+            return next_view(view, lost)
         reasons = list[str]()
         if (name := self.meanwhile) is not None:
             try:
-                after = self._cured(self._arranged(leave(view, lost)))
-                if name == REROUTE and self._cured(self._arranged(come(after, tuple(after.awaited)))).rollback:
+                left = next_view(view, lost, wait=True)
+                after = self._cured(view, replace(left, layout=self._around(left)))
+                back = self._come_back(after, tuple(after.awaited)) if name == REROUTE else after
+                if after.rollback or back.rollback:
                     raise CannotRestore("what was lost will come back from a checkpoint alone, so it is now")
                 return after
             except CannotRestore as error:
                 reasons.append(f"{name}: {error}")
-        return self._cured(replace_workers(view, lost), reasons)
+        return self._cured(view, next_view(view, lost), reasons)
 
     def with_ready(self, view: View, ready: tuple[int, ...]) -> View:
-        """The view after `view`, in which awaited workers that are ready join. Raises CannotRestore."""
-        return self._cured(self._arranged(come(view, ready)))
+        """The view after `view`, which is settled, in which awaited workers that are ready join. Raises
+        CannotRestore."""
+        return self._come_back(view.settled(), ready)
+
+    def _come_back(self, view: View, ready: tuple[int, ...]) -> View:
+        after = next_view(view, ready=ready)
+        return self._cured(view, replace(after, layout=self._around(after), rollback=None))
 
     @property
     def meanwhile(self) -> str | None:
@@ -79,16 +95,20 @@ class Recovery:
             return REROUTE
         return REDUNDANT if REDUNDANT in POLICIES[self.policy] else None
 
-    def _arranged(self, view: View) -> View:
-        """`view` with the schedules for its workers. Raises CannotRestore."""
-        return (
-            redundant.arrange_takeover(self.home, view)
-            if self.planner is None
-            else reroute.arrange_detour(self.planner, view)
-        )
+    def _around(self, view: View) -> str:
+        """The key of the layout over the places that have workers. Raises CannotRestore."""
+        alive = sorted(view.at)
+        if set(alive) == set(self.layout.train.lanes):
+            return self.layout.key
+        found = redundant.takeover(self.layout, alive) if self.planner is None else self.planner(alive)
+        self.layouts[found.key] = found
+        return found.key
 
-    def _cured(self, view: View, reasons: Sequence[str] = ()) -> View:
-        return cure(view, self.policy, self.num_layers, self.tied, self.rollback_target, reasons)
+    def _cured(self, before: View, after: View, reasons: Sequence[str] = ()) -> View:
+        """`after` with what moves into it, or to what it goes back. Raises CannotRestore."""
+        had = has(before, self.layouts[before.layout], self.num_layers, self.tied)
+        wanted = losses(after, self.layouts[after.layout], had, self.num_layers, self.tied)
+        return cure(after, wanted, self.policy, self.rollback_target, reasons)
 
     def rollback_target(self) -> str:
         """What all can go back to: the newest valid checkpoint, or the start of the run. Raises CannotRestore."""
@@ -113,7 +133,7 @@ class Recovery:
             return f"{self.meanwhile}, without waiting for anybody"
         if after.rollback is not None:
             return CHECKPOINT
-        return "+".join(sorted({restore.remedy for restore in after.restores}))
+        return "+".join(sorted({move.remedy for move in after.moves}))
 
     def _tried(self, worker: int) -> View:
         """`after_loss`, as if there were a checkpoint."""
@@ -129,17 +149,17 @@ class _Always(Verifier):
 
 
 def cure(
-    view: View, policy: str, num_layers: int, tied: bool, rollback: Callable[[], str], tried: Sequence[str] = ()
+    view: View, wanted: Sequence[Loss], policy: str, rollback: Callable[[], str], tried: Sequence[str] = ()
 ) -> View:
-    """`view`, in which workers have joined, with how each of their spans comes back. Raises CannotRestore.
+    """`view`, with how each part that is `wanted` comes back. Raises CannotRestore.
 
-    Rolling back concerns everybody, so it is taken for all spans or for none; `rollback()` says to what. `tried` says
+    Rolling back concerns everybody, so it is taken for all parts or for none; `rollback()` says to what. `tried` says
     what has been found impossible before.
     """
-    wanted, reasons = losses(view, num_layers, tied), list(tried)
-    restores = [found for loss in wanted if (found := _plan(loss, POLICIES[policy], reasons))]
-    if len(restores) == len(wanted):
-        return replace(view, restores=tuple(restores))
+    reasons = list(tried)
+    moves = [found for loss in wanted if (found := _plan(loss, POLICIES[policy], reasons))]
+    if len(moves) == len(wanted):
+        return replace(view, moves=tuple(moves))
     if CHECKPOINT in POLICIES[policy]:
         try:
             return replace(view, rollback=rollback())
@@ -148,7 +168,7 @@ def cure(
     raise CannotRestore(f"recovery {policy!r} cannot bring back what was lost: {'; '.join(reasons) or 'it is off'}")
 
 
-def _plan(loss: Loss, names: Sequence[str], reasons: list[str]) -> Restore | None:
+def _plan(loss: Loss, names: Sequence[str], reasons: list[str]) -> Move | None:
     known = remedies()
     for name in names:
         if name in known:

@@ -9,14 +9,13 @@ gradient is summed in another order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 
+from pipeline.schedule.layout import EVALUATE, TRAIN, Layout
 from pipeline.schedule.lower import add_redundant, lower
 from pipeline.schedule.merge import merge
-from pipeline.schedule.ops import F, R, Schedule, Span, dumps
+from pipeline.schedule.ops import F, R, Schedule, Span
 from pipeline.schedule.verify import verify
-from recovery.membership import View, substitute
 from recovery.remedy import CannotRestore
 
 
@@ -34,32 +33,26 @@ def successors(train: Schedule) -> dict[int, int]:
     return {worker: holder for worker, (holder, *more) in found.items() if holder is not None and not more}
 
 
-def arrange_takeover(home: View, view: View) -> View:
-    """`view` with the schedules of `home` for the places that its workers have; the others' work is taken over.
+def takeover(home: Layout, alive: Collection[int]) -> Layout:
+    """The layout over the places that have workers: the work of the others is taken over by those that keep a copy.
 
-    Raises CannotRestore where who could do that is not there, or has no state itself.
+    Raises CannotRestore where such a place has no worker either.
     """
-    at = {view.places[worker]: worker for worker in view.workers}
-    train = home.schedule("train")
-    holders = successors(train)
+    holders = successors(home.train)
     into: dict[int, int] = {}
-    for place in sorted(set(home.workers) - set(at)):
+    for place in sorted(set(home.train.lanes) - set(alive)):
         holder = holders.get(place)
-        if holder is None or holder not in at or at[holder] in view.joined:
+        if holder is None or holder not in alive:
             who = "nobody keeps a copy" if holder is None else f"the stage that keeps the copy, {holder}, is lost too"
             raise CannotRestore(f"stage {place}: {who}")
         into[place] = holder
-    merged = merge(train, into)
-    computed = {(span, worker) for span, workers in merged.holders.items() for worker in workers}
-    backups = tuple((span, place) for span, place in home.backups if place in at and (span, place) not in computed)
+    merged = merge(home.train, into)
+    computed = {(span, place) for span, places in merged.holders.items() for place in places}
+    backups = tuple((span, place) for span, place in home.backups if place in alive and (span, place) not in computed)
     made = {
-        "train": lower(add_redundant(merged, backups)),
-        "evaluate": lower(merge(home.schedule("evaluate"), into)),
+        TRAIN: lower(add_redundant(merged, backups)),
+        EVALUATE: lower(merge(home.schedules[EVALUATE], into)),
     }
     for schedule in made.values():
         verify(schedule)
-    return replace(
-        view,
-        schedules={purpose: dumps(substitute(schedule, at)) for purpose, schedule in made.items()},
-        backups=tuple((span, at[place]) for span, place in backups),
-    )
+    return Layout(made, backups)

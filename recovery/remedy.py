@@ -6,15 +6,16 @@ over; to combine is to make the lost span's state of it. Each remedy is one smal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol
 
 from torch import Tensor
 
+from pipeline.schedule.layout import Layout
 from pipeline.schedule.ops import Schedule, Span, parse_span, span_text
-from recovery.membership import Restore, View, part_name, parts_of
+from recovery.membership import Move, View, part_name, parts_of
 
 State = Mapping[str, Tensor]
 """The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.state.resident` gives it."""
@@ -26,8 +27,8 @@ class CannotRestore(RuntimeError):
 
 @dataclass(frozen=True)
 class Loss:
-    """One part of a lost worker, whose place `joiner` takes in the next view: a span, or a weight that layers share,
-    which has no `span`.
+    """One part that a worker, `joiner`, needs in the next view and does not have: a span, or a weight that layers
+    share, which has no `span`.
 
     `before` and `after` are the holders of the spans next to it that have state, lowest first; `copies` those of the
     part itself, `twin` that of the span it changes places with on swapped routes. `num_layers` counts both ends.
@@ -52,18 +53,39 @@ class Loss:
         """Whether it is decoder blocks alone: neither the embedding nor the head."""
         return self.span is not None and self.span[0] > 0 and self.span[1] < self.num_layers
 
-    def restored(self, remedy: str, *sources: tuple[int, Span]) -> Restore:
+    def restored(self, remedy: str, *sources: tuple[int, Span]) -> Move:
         """That it comes from holders of spans."""
-        return Restore(self.joiner, self.part, remedy, tuple((worker, span_text(span)) for worker, span in sources))
+        return Move(self.joiner, self.part, remedy, tuple((worker, span_text(span)) for worker, span in sources))
 
 
-def losses(view: View, num_layers: int, tied: bool) -> tuple[Loss, ...]:
-    """What the workers that join `view` need: their spans, and the tied weight if there is one."""
-    new = set(view.joined)
-    twins = swaps(view.schedule("train"))
-    holders = view.schedule("train").holders
-    parts = parts_of(view, num_layers, tied)
-    alive = {part: tuple(w for w in workers if w not in new) for part, workers in parts.items()}
+Has = Mapping[int, Set[str]]
+"""Worker -> the names of the states that it has."""
+
+
+def states_of(part: str) -> set[str]:
+    """The names of the states of a part."""
+    return {str(layer) for layer in range(*parse_span(part))} if ":" in part else {part}
+
+
+def has(view: View, layout: Layout, num_layers: int, tied: bool) -> Has:
+    """What the workers of a view have: what its layout wants, but for what is still to move there. Where all were to go
+    back, nobody knows what they have."""
+    found: dict[int, set[str]] = {worker: set() for worker in view.workers}
+    for part, workers in parts_of(view, layout.holders, num_layers, tied).items():
+        for worker in workers:
+            found[worker] |= states_of(part)
+    for move in view.moves:
+        found[move.worker] -= states_of(move.part)
+    return found
+
+
+def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool) -> tuple[Loss, ...]:
+    """What moves into `view`: the difference between what its layout wants its workers to hold and what they had
+    `before`."""
+    train = layout.train
+    twins, holders = swaps(train), train.holders
+    parts = parts_of(view, layout.holders, num_layers, tied)
+    alive = {part: tuple(w for w in view.workers if states_of(part) <= before.get(w, set())) for part in parts}
 
     def neighbour(edge: int, side: int) -> tuple[int, Span] | None:
         found = [(alive[span_text(span)][0], span) for span in holders if span[side] == edge and alive[span_text(span)]]
@@ -79,7 +101,9 @@ def losses(view: View, num_layers: int, tied: bool) -> tuple[Loss, ...]:
             next(iter(others), None),
         )  # fmt: skip
 
-    return tuple(lost(joiner, part) for part, workers in parts.items() for joiner in sorted(new & set(workers)))
+    return tuple(
+        lost(joiner, part) for part, workers in parts.items() for joiner in workers if joiner not in alive[part]
+    )
 
 
 def swaps(schedule: Schedule) -> dict[Span, tuple[Span, ...]]:
@@ -99,7 +123,7 @@ class Remedy(Protocol):
     carries: Literal["state", "weights"]
     """What the sources send: weights with optimizer state, or weights alone."""
 
-    def plan(self, loss: Loss) -> Restore:
+    def plan(self, loss: Loss) -> Move:
         """Whose state is needed. Raises CannotRestore."""
         ...
 

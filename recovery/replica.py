@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from recovery.membership import Restore
+from recovery.membership import Move
 from recovery.remedy import CannotRestore, Loss, State
 
 
@@ -16,11 +16,11 @@ class Replica:
     carries: Literal["state", "weights"] = "state"
     lr_scale = 1.0
 
-    def plan(self, loss: Loss) -> Restore:
+    def plan(self, loss: Loss) -> Move:
         """From the lowest holder that is left."""
         if not loss.copies:
             raise CannotRestore(f"no other worker holds {loss.name}")
-        return Restore(loss.joiner, loss.part, self.name, ((loss.copies[0], loss.part),))
+        return Move(loss.joiner, loss.part, self.name, ((loss.copies[0], loss.part),))
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> State:
         """The one state that came."""

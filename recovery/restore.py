@@ -23,7 +23,7 @@ from pipeline.state.layer_state import LayerState
 from pipeline.state.source import Source, SourceRefused
 from recovery import checkpoint
 from recovery.communicator import Communicator
-from recovery.membership import START, Restore, View, part_name
+from recovery.membership import START, Move, View, part_name
 from recovery.remedy import Remedy
 
 
@@ -36,13 +36,13 @@ def restore(
     worker: Worker, view: View, communicator: Communicator, remedies: Mapping[str, Remedy], norms: Mapping[str, float],
     step: int,
 ) -> None:  # fmt: skip
-    """This worker's part in the restores of `view`, in which `step` steps are committed: to send, to receive, or
+    """This worker's part in the moves of `view`, in which `step` steps are committed: to send, to receive, or
     nothing. Raises LinkError, and SourceRefused for a state of another step or generation.
 
     `norms` are the gradient norms of the last committed step, by state, the same on every worker. Each layer has the
     deadline of a step for itself: a stage of any size may be on its way as long as it comes on.
     """
-    for number, each in enumerate(view.restores):
+    for number, each in enumerate(view.moves):
         if each.remedy not in remedies:
             raise LinkError(f"view {view.number} names the remedy {each.remedy!r}; known: {', '.join(remedies)}")
         places = [place for place, (source, _) in enumerate(each.sources) if worker.id in (source, each.worker)]
@@ -63,7 +63,7 @@ def restore(
                 communicator.carrying.pop(name, None)
 
 
-def _sent(worker: Worker, each: Restore, part: str) -> list[LayerState]:
+def _sent(worker: Worker, each: Move, part: str) -> list[LayerState]:
     """What a source sends of its `part`: a state for each of the lost part, from the layer in the same place."""
     if part == each.part:
         return worker.store.states_of(part)
@@ -78,7 +78,7 @@ def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:
     return {key: tensors[key] for key in sorted(tensors) if carries == "state" or key.startswith("param/")}
 
 
-def _give(worker: Worker, each: Restore, parts: Sequence[str], groups: Sequence[Group], remedy: Remedy) -> None:
+def _give(worker: Worker, each: Move, parts: Sequence[str], groups: Sequence[Group], remedy: Remedy) -> None:
     """Layer by layer, and within a layer in the order in which they are taken."""
     for states in zip(*(_sent(worker, each, part) for part in parts), strict=True):
         for state, group in zip(states, groups, strict=True):
@@ -91,7 +91,7 @@ def _give(worker: Worker, each: Restore, parts: Sequence[str], groups: Sequence[
 
 @torch.no_grad()
 def _take(
-    worker: Worker, view: View, each: Restore, groups: Sequence[Group], remedy: Remedy, norms: Mapping[str, float],
+    worker: Worker, view: View, each: Move, groups: Sequence[Group], remedy: Remedy, norms: Mapping[str, float],
     step: int,
 ) -> None:  # fmt: skip
     mine = worker.store.states_of(each.part)
@@ -175,7 +175,7 @@ def load_checkpoint(worker: Worker, path: Path, generation: int = 0) -> int:
 class _named:
     """Turns what gloo raises into a LinkError that says what was under way."""
 
-    def __init__(self, each: Restore) -> None:
+    def __init__(self, each: Move) -> None:
         self._each = each
 
     def __enter__(self) -> None:

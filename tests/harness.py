@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.config import TrainConfig
-from jobs.plan import layer_costs, schedules
+from jobs.pipelines import layer_costs, plan_layout
 from jobs.pool_engine import PoolEngine
 from jobs.rounds import plan_rounds
 from jobs.text import TextJob
@@ -43,7 +43,8 @@ from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import Needs
 from pipeline.runtime.probe import Pulse
-from pipeline.schedule.ops import Route, dumps
+from pipeline.schedule.layout import TRAIN
+from pipeline.schedule.ops import Route
 from pipeline.state.host_store import HostStore, store_path
 from pipeline.state.optimizer import decay_groups, learning_rate
 from recovery.commit import READY
@@ -97,7 +98,7 @@ def entry(payload: dict[str, Any]) -> int:
     member = build_member(me, config, view, me, store, payload, Pulse())
     worker = member.worker
     member.enter(1, None)
-    train = member.train
+    train = member.excerpt(TRAIN)
     job = make_job(config, int(worker.store.model.config.vocab_size))
     gradients: dict[str, Tensor] = {}
     votes = worker.commit.exchange
@@ -191,19 +192,19 @@ def run_workers(
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
     model = LayeredModel(model_config)
-    texts = {name: dumps(s) for name, s in schedules(config, model, config.evaluate_samples)[0].items()}
+    layout, _ = plan_layout(config, model, config.evaluate_samples)
     fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
     view = View(
         1,
         tuple(range(config.workers)),
-        texts,
+        layout.key,
         details={"config": fields, "source": None},
         places={w: w for w in range(config.workers)},
     )
     with hosted_store() as (store, address):
         payload = {"store": address, "threads": 1, "device": device, "nccl": False, "out": str(out), **more}
         running = {forkserver.start({**payload, "worker": w}): w for w in view.workers}
-        publish(store, view)
+        publish(store, view, layout)
         deadline = time.monotonic() + TIMEOUT_S
         try:
             while running and time.monotonic() < deadline:

@@ -15,8 +15,11 @@ from jobs.train import STOPPED
 from launch.agent import Agent, RunFailed, fail_before_start
 from launch.forkserver import Exit, ForkServerGone, StartError
 from launch.signals import NotStarted, stop_signals
+from pipeline.schedule.layout import Layout
 from recovery import keys
 from recovery.membership import EVICTED, View, publish
+
+LAYOUT = Layout({})
 
 
 class Full:
@@ -199,7 +202,8 @@ def test_who_joins_as_the_run_ends_is_not_waited_for(monkeypatch: pytest.MonkeyP
         ticks[0] += 1
         if ticks[0] == 1:
             places = {0: 0, 2: 1}
-            publish(store, View(2, (0, 2), {}, places=places, agents={0: 0, 1: 0}, joined={2: 1}, next_worker=3))
+            view = View(2, (0, 2), LAYOUT.key, places=places, agents={0: 0, 1: 0}, joined={2: 1}, next_worker=3)
+            publish(store, view, LAYOUT)
         if ticks[0] == 3:
             forkserver.ends.append(Exit(pid_of(agent, 0), 0))
         if ticks[0] > 3 and 2 in (agent.pids.get(pid) for pid in killed):

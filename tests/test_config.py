@@ -16,12 +16,13 @@ from transformers import GPT2Config
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.corpus import CorpusError
-from jobs.plan import layer_costs, make_plan, model_fingerprint, open_dataset, schedules, set_dropout
+from jobs.pipelines import plan_layout
+from jobs.plan import layer_costs, make_plan, model_fingerprint, open_dataset, set_dropout
 from launch.cli import main
 from launch.config import config_from_dict, config_from_toml, to_toml
 from pipeline.model.layered import LayeredModel, ModelError
 from pipeline.model.weights import preset
-from pipeline.schedule.ops import B, F, W, loads
+from pipeline.schedule.ops import B, F, W
 from pipeline.schedule.verify import verify
 from recovery import checkpoint
 from recovery.checkpoint import CheckpointError
@@ -269,7 +270,7 @@ def test_evaluation_runs_on_the_spans_that_training_holds(
     """Whatever the numbers of microbatches: a worker that is to run a span has it, and every layer is run once."""
     config = settings(**changes, microbatches=microbatches, microbatch_size=size)
     config.validate()
-    made, _ = schedules(config, TINY, evaluated)
+    made = plan_layout(config, TINY, evaluated)[0].schedules
     train, test = made["train"], made["evaluate"]
     assert (train.num_microbatches, test.num_microbatches) == (microbatches, -(-evaluated // size))
     for purpose, schedule in made.items():
@@ -288,14 +289,14 @@ def test_evaluation_runs_on_the_spans_that_training_holds(
 def test_stages_are_as_equal_as_layers_allow() -> None:
     """4 equal blocks, an embedding that costs nothing and a head of about half a block."""
     for workers, slowest in ((2, 2.5), (3, 2.0), (4, 1.5), (6, 1.0)):
-        train = schedules(settings(workers=workers), TINY, 2)[0]["train"]
+        train = plan_layout(settings(workers=workers), TINY, 2)[0].train
         costs = layer_costs(TINY, 32)
         largest = max(sum(costs[lo:hi]) for lo, hi in train.holders)
         assert largest <= slowest * costs[1] * 1.01
 
 
 def test_the_head_sits_with_the_embedding() -> None:
-    train = schedules(settings(workers=3, ends="home"), TINY, 2)[0]["train"]
+    train = plan_layout(settings(workers=3, ends="home"), TINY, 2)[0].train
     held = {w: sorted(s for s, ws in train.holders.items() if w in ws) for w in range(3)}
     assert held[0][0][0] == 0
     assert held[0][-1] == (5, 6)
@@ -313,13 +314,13 @@ def test_the_head_sits_with_the_embedding() -> None:
 )
 def test_more_stages_than_layers_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        schedules(settings(**changes), TINY, 4)
+        plan_layout(settings(**changes), TINY, 4)
     with pytest.raises(ConfigError, match=message):
         make_plan(settings(**changes, data=text(tmp_path), out=tmp_path / "run"), lambda what, share: None)
 
 
 def test_as_many_stages_as_layers_are_one_layer_each() -> None:
-    assert sorted(schedules(settings(workers=6), TINY, 4)[0]["train"].holders) == [(n, n + 1) for n in range(6)]
+    assert sorted(plan_layout(settings(workers=6), TINY, 4)[0].train.holders) == [(n, n + 1) for n in range(6)]
 
 
 # ---- the whole plan ----
@@ -347,7 +348,8 @@ def test_a_plan_is_a_view_that_workers_can_read(tmp_path: Path) -> None:
     assert (view.checkpoint, view.details["source"], plan.notes) == (None, None, ())
     assert config_from_dict(TrainConfig, json.loads(json.dumps(view.details["config"]))).workers == 3
     for purpose in ("train", "evaluate"):
-        verify(loads(view.schedules[purpose]))
+        verify(plan.layout.schedules[purpose])
+    assert view.layout == plan.layout.key
     assert plan.model.config.vocab_size == 258  # 256 bytes, the end, the padding
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["data", "model-config", "tokenizer"]
     assert open_dataset(tmp_path / "run").sequence_length == 32

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from pipeline.schedule.ops import dumps
+from pipeline.schedule.layout import TRAIN, Layout
 from recovery import checkpoint, keys
 from recovery.commit import COMMIT, decide
 from recovery.coordinator import Coordinator
 from recovery.keys import Beat
 from recovery.losses import Losses, TooManyFailures
-from recovery.membership import START, View, leave, read_view, replace_workers
+from recovery.membership import START, View, next_view, read_view
 from recovery.policy import Recovery
 from recovery.remedy import CannotRestore
 from schedulers import plan
 
-SCHEDULES = {"train": dumps(plan("one_f_one_b", [1.0] * 6, 3, 4))}
+LAYOUT = Layout({TRAIN: plan("one_f_one_b", [1.0] * 6, 3, 4)})
 
 
 @dataclass
@@ -34,12 +34,13 @@ class Scripted:
     go: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[int, ...]] = field(default_factory=list)
     meanwhile: str | None = None
+    layouts: dict[str, Layout] = field(default_factory=lambda: {LAYOUT.key: LAYOUT})
     verifier: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(came_on_at=0.0))
 
     def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
         self.asked.append(lost)
         assert self.go.wait(20)
-        return replace_workers(view, lost)
+        return next_view(view, lost)
 
     def with_ready(self, view: View, ready: Sequence[int]) -> View:
         raise NotImplementedError
@@ -52,7 +53,7 @@ class Run:
         self.store, self.events = dist.HashStore(), list[dict[str, Any]]()
         self.recovery = recovery or Scripted()
         view = View(
-            1, (0, 1, 2), SCHEDULES, places={w: w for w in range(3)}, agents=dict.fromkeys(range(3), 0), next_worker=3
+            1, (0, 1, 2), LAYOUT.key, places={w: w for w in range(3)}, agents=dict.fromkeys(range(3), 0), next_worker=3
         )
         settings = {"heartbeat_s": 10.0, "deadline_s": 30.0, "max_failures": 100, **changes}
         self.coordinator = Coordinator(self.store, view, self.recovery, self.event, **settings)
@@ -250,7 +251,7 @@ def test_a_worker_that_is_awaited_and_does_not_come_up_is_lost(built: bool | Non
 
     class Without(Scripted):
         def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
-            return leave(view, lost)
+            return next_view(view, lost, wait=True)
 
         def with_ready(self, view: View, ready: Sequence[int]) -> View:
             raise CannotRestore("not yet")
@@ -374,8 +375,8 @@ def test_all_losses_together_have_a_bound() -> None:
 
 
 def recovery(folder: Path, **changes: Any) -> Recovery:
-    view = View(1, (0, 1, 2), SCHEDULES, places={w: w for w in range(3)}, next_worker=3)
-    return Recovery("checkpoint", replace(view, **changes), 6, False, folder)
+    view = View(1, (0, 1, 2), LAYOUT.key, places={w: w for w in range(3)}, next_worker=3)
+    return Recovery("checkpoint", replace(view, **changes), LAYOUT, 6, False, folder)
 
 
 def test_without_a_checkpoint_all_go_back_to_the_start(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.schedule.layout import Layout
 from pipeline.state.source import Source, SourceRefused
 from recovery import checkpoint
 from recovery.generation import GenerationError, raise_generation, read_generation
@@ -70,10 +71,10 @@ def test_a_worker_loads_no_checkpoint_of_another_generation(tmp_path: Path) -> N
 
 def test_nobody_goes_back_to_a_start_that_is_older_than_what_was_forgotten(tmp_path: Path) -> None:
     details: dict[str, Any] = {"source": None, "attempt": 1}
-    view = View(3, (7,), {}, details=details, rollback=START, generation=1)
+    view = View(3, (7,), "", details=details, rollback=START, generation=1)
     with pytest.raises(SourceRefused, match="start of weights from the seed is of generation 0"):
         roll_back(joiner(), view, tmp_path)
-    recovery = Recovery("auto", view, 6, False, tmp_path)
+    recovery = Recovery("auto", view, Layout({}), 6, False, tmp_path)
     with pytest.raises(CannotRestore, match="the start of the run is older than what was forgotten since"):
         recovery.rollback_target()
 
@@ -85,10 +86,10 @@ def test_a_view_begins_with_nothing_of_another_step_or_generation(version: int, 
     for state in worker.store.states.values():
         state.version = 5
     member: Any = SimpleNamespace(worker=worker)
-    Member._check_states(member, View(2, (7,), {}), 5)
+    Member._check_states(member, View(2, (7,), ""), 5)
     worker.store.states["3"].version, worker.store.states["3"].generation = version, generation
     with pytest.raises(MembershipError, match=f"has layer 3 of step {version}, generation {generation}; the run is at"):
-        Member._check_states(member, View(2, (7,), {}), 5)
+        Member._check_states(member, View(2, (7,), ""), 5)
 
 
 def test_any_step_may_do_where_the_generation_is_right() -> None:

@@ -17,7 +17,7 @@ from pipeline.model.layered import LayeredModel
 from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine, chunks
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
-from pipeline.state.host_store import HostMemoryError, HostStore, Layout, store_path
+from pipeline.state.host_store import HostMemoryError, HostStore, StoreLayout, store_path
 from pipeline.state.optimizer import OptimizerConfig
 
 CUT = Cut(((0, 2),), (2, 4), ((0, 2),))
@@ -33,9 +33,9 @@ def model() -> LayeredModel:
     )  # fmt: skip
 
 
-def layout(model: LayeredModel, **changes: object) -> Layout:
+def layout(model: LayeredModel, **changes: object) -> StoreLayout:
     values = {"microbatches": 2, "batch": 1, "sequence": 8, "blocks": 3, **changes}
-    return Layout(model, CUT, **values)  # type: ignore[arg-type]
+    return StoreLayout(model, CUT, **values)  # type: ignore[arg-type]
 
 
 def test_every_tensor_has_a_place_of_its_own(model: LayeredModel) -> None:
@@ -66,7 +66,7 @@ def test_what_is_written_outlives_a_killed_writer_and_is_seen_again(model: Layer
     assert not path.exists()
 
 
-def _write_and_die(made: Layout, path: Path) -> None:
+def _write_and_die(made: StoreLayout, path: Path) -> None:
     HostStore(made, path)["x0/1/2"].fill_(7.0)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -165,6 +165,6 @@ def test_the_memory_of_a_killed_host_is_found_again(model: LayeredModel, tmp_pat
     assert not path.exists()
 
 
-def _host_and_die(made: Layout, path: Path) -> None:
+def _host_and_die(made: StoreLayout, path: Path) -> None:
     HostStore.create(made, path)
     os.kill(os.getpid(), signal.SIGKILL)

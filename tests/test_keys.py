@@ -11,10 +11,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.schedule.layout import TRAIN, Layout
 from pipeline.wire import WireError
 from recovery import keys
 from recovery.checkpoint import CheckpointError, FileRecord
 from recovery.membership import MembershipError, View, publish, read_view
+from schedulers import plan
 from tests.test_wire import JSON
 
 READERS: dict[str, Callable[[dist.Store], Any]] = {
@@ -50,7 +52,7 @@ def test_bytes_of_a_stranger_are_no_value(key: str, data: bytes) -> None:
 @pytest.mark.parametrize("key", READERS)
 @given(values=st.dictionaries(
     st.sampled_from(["worker", "reason", "told", "time", "number", "waiting", "progress", "built", "text", "fatal",
-                     "workers", "schedules", "places", "joined", "restores", "backups", "error", "kind", "step"]),
+                     "workers", "layout", "places", "joined", "moves", "error", "kind", "step"]),
     JSON,
 ))  # fmt: skip
 def test_json_of_a_stranger_is_no_value(key: str, values: dict[str, Any]) -> None:
@@ -91,12 +93,13 @@ def test_what_is_written_is_read() -> None:
 
 def test_a_view_is_read_as_it_was_written_or_not_at_all() -> None:
     store = dist.HashStore()
-    view = View(2, (0, 3), {"train": "text"}, places={0: 0, 3: 1}, agents={0: 0, 1: 0}, joined={3: 1}, next_worker=4)
-    publish(store, view)
+    layout = Layout({TRAIN: plan("one_f_one_b", [1.0] * 4, 2, 2)})
+    view = View(2, (0, 3), layout.key, places={0: 0, 3: 1}, agents={0: 0, 1: 0}, joined={3: 1}, next_worker=4)
+    publish(store, view, layout)
     assert read_view(store, 2) == view
     for name, wrong in {
-        "workers": [0, 9], "number": 3, "places": {"a": 0}, "restores": [{"worker": 0}], "backups": [[[0, 1]]],
-        "schedules": {"train": 7}, "details": None, "next_worker": "4",
+        "workers": [0, 9], "number": 3, "places": {"a": 0}, "moves": [{"worker": 0}],
+        "layout": 7, "details": None, "next_worker": "4",
     }.items():  # fmt: skip
         fields = {**json.loads(store.get("view/2")), name: wrong}
         store.set("view/9", json.dumps({**fields, "number": 9} if name != "number" else fields))

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from jobs.config import TrainConfig
 from jobs.train import Trainer
 from pipeline.runtime.mailbox import Mailbox
-from pipeline.schedule.ops import dumps
+from pipeline.schedule.layout import TRAIN, Layout
 from recovery import keys
 from recovery.member import Joined, Member, Watcher
-from recovery.membership import View, publish, substitute
+from recovery.membership import View, publish
 from schedulers import plan
 
 
@@ -60,9 +60,8 @@ def test_signs_of_life_come_before_anything_is_built_and_tell_what_comes_on() ->
 
 def entered(mine: dict[str, Any] | None, others: dict[int, dict[str, Any]]) -> Joined:
     """What worker 3 learns when it enters a view; `mine` is what it knows of the last step."""
-    store, schedule = dist.HashStore(), plan("one_f_one_b", [1.0] * 6, 2, 4)
-    view = View(2, (0, 3), {"train": dumps(substitute(schedule, {1: 3}))}, places={0: 0, 3: 1}, joined={3: 1})
-    publish(store, view)
+    store, layout = dist.HashStore(), Layout({TRAIN: plan("one_f_one_b", [1.0] * 6, 2, 4)})
+    publish(store, View(2, (0, 3), layout.key, places={0: 0, 3: 1}, joined={3: 1}), layout)
     worker, communicator = MagicMock(id=3, norms={}), MagicMock()
     worker.store.model.num_layers, worker.store.model.tied = 6, False
     communicator.kept.return_value = {}
@@ -91,7 +90,7 @@ def test_a_trainer_that_joined_tells_of_a_step_that_it_did_not_make() -> None:
     trainer = Trainer(TrainConfig(), engine, None, "", SimpleNamespace(put=said.append), bool)  # type: ignore[arg-type]
     told = {"kind": "step", "step": 5}
     where = {"step": 5, "due": True, "stopping": False, "again": False}
-    trainer._entered(Joined(View(3, (3, 4), {}), where, told, 0.0, {"view": 0.1}))
+    trainer._entered(Joined(View(3, (3, 4), ""), where, told, 0.0, {"view": 0.1}))
     assert said[0] == told
 
 
@@ -105,7 +104,8 @@ def test_a_new_view_wakes_who_waits_and_ends_what_waits_for_the_lost() -> None:
     watcher = Watcher(store, 0, 1, threading.Event())
     watcher.attach(member)
     until(lambda: (found := keys.read_beat(store, 0)) is not None and found.built)
-    publish(store, View(2, (0, 2, 3), {}, places={0: 0, 2: 2, 3: 1}, next_worker=4))
+    view = View(2, (0, 2, 3), (layout := Layout({})).key, places={0: 0, 2: 2, 3: 1}, next_worker=4)
+    publish(store, view, layout)
     until(lambda: box.woken() == "view 2 has begun")
     until(lambda: lost == [{1}])
     store.set("view/3", b"[")

@@ -18,7 +18,7 @@ from jobs.train import STOPPED
 from launch.progress import Display
 from launch.run_folder import RunFolder, read_jsonl
 from launch.story import Story
-from pipeline.schedule.ops import dumps
+from pipeline.schedule.layout import TRAIN, Layout
 from recovery.membership import View
 from schedulers import gpipe
 
@@ -35,10 +35,10 @@ class Told:
     def __init__(self, folder: Path) -> None:
         self.store, self.out, self.number = dist.HashStore(), io.StringIO(), 0
         config = TrainConfig(steps=STEPS, workers=2, out=folder)
-        view = View(1, (0, 1), {"train": dumps(gpipe([(0, 1), (1, 2)], 2))})
+        layout = Layout({TRAIN: gpipe([(0, 1), (1, 2)], 2)})
         self.folder = RunFolder(folder, "", 0)
         display = Display(STEPS, console=Console(file=self.out, width=200))
-        plan = cast("Plan", SimpleNamespace(view=view))
+        plan = cast("Plan", SimpleNamespace(view=View(1, (0, 1), layout.key), layout=layout))
         self.story = Story(config, plan, self.folder, display, self.store)
 
     def put(self, record: Any) -> list[dict[str, Any]]:

@@ -8,45 +8,56 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.schedule.layout import EVALUATE, TRAIN, Layout
 from pipeline.schedule.lower import add_redundant, lower
-from pipeline.schedule.ops import Schedule, Span, dumps, parse_span, span_text
+from pipeline.schedule.ops import Span, parse_span, span_text
 from recovery import redundant
 from recovery.checkfree import Average
-from recovery.membership import Restore, View, replace_workers, substitute
+from recovery.membership import Move, View, next_view
 from recovery.policy import POLICIES, Recovery, cure, remedies
-from recovery.remedy import CannotRestore, losses, swaps
+from recovery.remedy import CannotRestore, Loss, has, losses, swaps
 from schedulers import plan, swapped
 from schedulers.plan import Ends
 
 LAYERS = 10
 
 
-def view(schedule: Schedule, **more: object) -> View:
-    workers = tuple(schedule.lanes)
-    return View(
-        1, workers, {"train": dumps(schedule)}, places={w: w for w in workers}, next_worker=len(workers), **more
-    )  # type: ignore[arg-type]
+LAYOUTS: dict[str, Layout] = {}
+
+
+def view(layout: Layout) -> View:
+    LAYOUTS[layout.key] = layout
+    workers = tuple(layout.train.lanes)
+    return View(1, workers, layout.key, places={w: w for w in workers}, next_worker=len(workers))
 
 
 def lose(before: View, *lost: int) -> View:
-    return replace_workers(before, lost)
+    return next_view(before, lost)
+
+
+def moving(after: View, layers: int, tied: bool = False) -> tuple[Loss, ...]:
+    """What those who have joined need."""
+    layout = LAYOUTS[after.layout]
+    had = has(after, layout, layers, tied)
+    return losses(after, layout, {w: s for w, s in had.items() if w not in after.joined}, layers, tied)
 
 
 def cured(after: View, policy: str, layers: int, tied: bool, checkpoints: Path) -> View:
     """What the policy makes of a view, where the run cannot start again."""
-    recovery = Recovery(policy, after, layers, tied, checkpoints, source_changed=lambda: "its source is gone")
-    return cure(after, policy, layers, tied, recovery.rollback_target)
+    layout = LAYOUTS[after.layout]
+    recovery = Recovery(policy, after, layout, layers, tied, checkpoints, source_changed=lambda: "its source is gone")
+    return cure(after, moving(after, layers, tied), policy, recovery.rollback_target)
 
 
 def in_line(stages: int = 4, replicas: int = 1) -> View:
-    return view(plan("one_f_one_b", [1.0] * LAYERS, stages, 4, replicas))
+    return view(Layout({TRAIN: plan("one_f_one_b", [1.0] * LAYERS, stages, 4, replicas)}))
 
 
 def apart(stages: int, swap: bool = False) -> View:
     made = plan("one_f_one_b", [1.0] * (2 * stages), stages, 4, ends="apart", swap=swap)
     last = 2 * stages
     backups = (((0, 1), 1), ((last - 1, last), 1)) if swap else ()
-    return view(made, backups=backups)
+    return view(Layout({TRAIN: made}, backups))
 
 
 def test_a_new_worker_takes_each_place_and_ids_are_never_used_again() -> None:
@@ -58,27 +69,26 @@ def test_a_new_worker_takes_each_place_and_ids_are_never_used_again() -> None:
     assert third.workers == (0, 2, 5, 6)
     assert third.joined == {6: 4}
     assert third.places == {0: 0, 2: 2, 5: 3, 6: 1}
-    old, new = first.schedule("train"), third.schedule("train")
-    assert [op[:3] for op in new.lanes[6]] == [op[:3] for op in old.lanes[1]]
-    assert new.holders == {span: tuple(sorted({1: 6, 3: 5}.get(w, w) for w in ws)) for span, ws in old.holders.items()}
+    assert third.layout == second.layout == first.layout, "what all do is the same, and is not read again"
+    assert third.at == {0: 0, 1: 6, 2: 2, 3: 5}
 
 
 def test_a_surviving_replica_comes_before_everything_else(tmp_path: Path) -> None:
     found = cured(lose(in_line(2, replicas=2), 0), "auto", LAYERS, False, tmp_path)
-    assert found.restores == (Restore(4, "0:5", "replica", ((2, "0:5"),)),)
+    assert found.moves == (Move(4, "0:5", "replica", ((2, "0:5"),)),)
     both = cured(lose(in_line(3, replicas=2), 1, 4), "auto", LAYERS, False, tmp_path)
-    assert [r.remedy for r in both.restores] == ["checkfree", "checkfree"]
-    assert len({r.sources for r in both.restores}) == 1, "replicas that are rebuilt must come out equal"
+    assert [r.remedy for r in both.moves] == ["checkfree", "checkfree"]
+    assert len({r.sources for r in both.moves}) == 1, "replicas that are rebuilt must come out equal"
 
 
 def test_a_tied_weight_comes_back_from_its_other_holder() -> None:
-    wanted = {loss.part: loss for loss in losses(lose(in_line(), 3), LAYERS, tied=True)}
+    wanted = {loss.part: loss for loss in moving(lose(in_line(), 3), LAYERS, tied=True)}
     assert wanted["tied"].copies == (0,)
 
 
 def test_checkfree_asks_both_neighbours_and_weighs_them_by_their_norms(tmp_path: Path) -> None:
     found = cured(lose(apart(4), 2), "checkfree", 8, False, tmp_path)
-    assert found.restores == (Restore(4, "3:5", "checkfree", ((1, "1:3"), (3, "5:7"))),)
+    assert found.moves == (Move(4, "3:5", "checkfree", ((1, "1:3"), (3, "5:7"))),)
     before, after = torch.randn(3, 4), torch.randn(3, 4)
     states = [{"param/w": before}, {"param/w": after}]
     for weights, (a, b) in {"norm": (2.0, 6.0), "norm_squared": (4.0, 36.0), "uniform": (1.0, 1.0)}.items():
@@ -108,7 +118,7 @@ def test_checkfree_asks_both_neighbours_and_weighs_them_by_their_norms(tmp_path:
 def test_what_cannot_be_restored_is_refused_with_every_reason(
     tmp_path: Path, before: View, lost: tuple[int, ...], policy: str, said: str
 ) -> None:
-    layers = max(hi for _, hi in before.schedule("train").holders)
+    layers = max(hi for _, hi in LAYOUTS[before.layout].train.holders)
     with pytest.raises(CannotRestore, match=said):
         cured(lose(before, *lost), policy, layers, False, tmp_path)
 
@@ -120,8 +130,8 @@ def test_checkfree_plus_restores_every_single_loss(tmp_path: Path, stages: int) 
     first, last = 1, stages
     for worker in range(stages + 1):
         after = cured(lose(before, worker), "checkfree+", layers, False, tmp_path)
-        found = {parse_span(r.part): r for r in after.restores}
-        spans = [span for span, holders in before.schedule("train").holders.items() if worker in holders]
+        found = {parse_span(r.part): r for r in after.moves}
+        spans = [span for span, holders in LAYOUTS[before.layout].train.holders.items() if worker in holders]
         assert set(spans) <= set(found)
         if worker == 0:
             assert {r.remedy for r in found.values()} == {"replica"}
@@ -166,11 +176,8 @@ def redundantly(stages: int, replicas: int = 1, ends: Ends = "in-line") -> View:
         held = [[s for s, ws in made.holders.items() if base + k in ws] for k in range(stages)]
         copies += [(span, base + worker) for span, worker in redundant.copies(held)]
     evaluated = plan("one_f_one_b", [1.0] * LAYERS, stages, 8, replicas, ends=ends, evaluated=4)
-    texts = {"train": dumps(lower(add_redundant(made, copies))), "evaluate": dumps(lower(evaluated))}
-    workers = tuple(range(stages * replicas))
-    return View(
-        1, workers, texts, places={w: w for w in workers}, next_worker=len(workers), backups=tuple(sorted(copies))
-    )
+    made = {TRAIN: lower(add_redundant(made, copies)), EVALUATE: lower(evaluated)}
+    return view(Layout(made, tuple(sorted(copies))))
 
 
 @pytest.mark.parametrize(
@@ -178,14 +185,14 @@ def redundantly(stages: int, replicas: int = 1, ends: Ends = "in-line") -> View:
 )
 def test_the_stage_before_takes_over_and_gives_back(tmp_path: Path, stages: int, replicas: int, ends: Ends) -> None:
     home = redundantly(stages, replicas, ends)
-    recovery = Recovery("redundant", home, LAYERS, False, tmp_path)
+    recovery = Recovery("redundant", home, LAYOUTS[home.layout], LAYERS, False, tmp_path)
     for lost in home.workers:
         view = recovery.after_loss(home, (lost,))
         holder = lost - 1 if lost % stages else lost + stages - 1
-        before, after = home.schedule("train"), view.schedule("train")
+        before, after = recovery.layout.train, recovery.layouts[view.layout].train
         assert view.workers == tuple(w for w in home.workers if w != lost)
         assert view.awaited == {len(home.workers): lost}
-        assert view.restores == ()
+        assert view.moves == ()
         mine = {op[:3] for w in (lost, holder) for op in before.lanes[w] if op.kind in "FB"}
         assert {op[:3] for op in after.lanes[holder] if op.kind in "FB"} == mine
         for span in {span for _, span, _ in mine}:
@@ -196,14 +203,15 @@ def test_the_stage_before_takes_over_and_gives_back(tmp_path: Path, stages: int,
         assert back.workers == tuple(sorted({*view.workers, len(home.workers)}))
         assert back.joined == {len(home.workers): lost}
         assert not back.awaited
-        assert {r.remedy for r in back.restores} == {"replica"}
-        assert {r.worker for r in back.restores} == {len(home.workers)}
-        assert substitute(back.schedule("train"), {len(home.workers): lost}) == before
-        assert len(back.backups) == len(home.backups)
+        assert {r.remedy for r in back.moves} == {"replica"}
+        assert {r.worker for r in back.moves} == {len(home.workers)}
+        assert back.layout == home.layout
+        assert back.at == {w: len(home.workers) if w == lost else w for w in home.workers}
 
 
 def test_two_that_are_no_neighbours_are_taken_over_at_once_and_join_one_by_one(tmp_path: Path) -> None:
-    recovery = Recovery("redundant", home := redundantly(4), LAYERS, False, tmp_path)
+    home = redundantly(4)
+    recovery = Recovery("redundant", home, LAYOUTS[home.layout], LAYERS, False, tmp_path)
     view = recovery.after_loss(home, (0, 2))
     assert view.workers == (1, 3)
     assert view.awaited == {4: 0, 5: 2}
@@ -218,11 +226,13 @@ def test_two_that_are_no_neighbours_are_taken_over_at_once_and_join_one_by_one(t
 
 def test_a_stage_and_who_keeps_its_copy_cannot_be_taken_over(tmp_path: Path) -> None:
     home = redundantly(4)
-    recovery = Recovery("redundant", home, LAYERS, False, tmp_path, source_changed=lambda: "its source is gone")
+    recovery = Recovery(
+        "redundant", home, LAYOUTS[home.layout], LAYERS, False, tmp_path, source_changed=lambda: "its source is gone"
+    )
     with pytest.raises(CannotRestore, match=r"redundant: stage 2: the stage that keeps the copy, 1, is lost too; "):
         recovery.after_loss(home, (1, 2))
     joining = replace(recovery.with_ready(recovery.after_loss(home, (1,)), (4,)), checkpoint=None)
-    with pytest.raises(CannotRestore, match=r"redundant: stage 2: the stage that keeps the copy, 1, is lost too"):
+    with pytest.raises(CannotRestore, match=r"redundant: recovery .* replica: no other worker holds span"):
         recovery.after_loss(joining, (2,))  # worker 4 has joined as stage 1, and has no state yet
 
 
@@ -230,4 +240,4 @@ def test_rolling_back_is_for_all_or_for_none(tmp_path: Path) -> None:
     lost_both = lose(in_line(), 0, 2)
     with pytest.raises(CannotRestore, match=r"replica: .*checkfree: .*checkpoint: "):
         cured(lost_both, "auto", LAYERS, False, tmp_path)
-    assert replace(lost_both, rollback="x").restores == ()
+    assert replace(lost_both, rollback="x").moves == ()

@@ -17,7 +17,7 @@ from pipeline.runtime.transport import LinkError
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 from pipeline.state.source import SourceRefused
-from recovery.membership import START, Restore, View
+from recovery.membership import START, Move, View
 from recovery.policy import remedies
 from recovery.restore import restore, roll_back
 
@@ -77,7 +77,7 @@ def sent(of: ResidentStore, what: str, layers: int = 2) -> Wire:
 def take(worker: Any, remedy: str, *wires: Wire) -> None:
     """The joiner's part in one restore, from workers 1, 2 ..."""
     sources = tuple((number, "2:4") for number, _ in enumerate(wires, 1))
-    view = View(3, (1, 2, 7), {}, details={"source": None}, restores=(Restore(7, "2:4", remedy, sources),))
+    view = View(3, (1, 2, 7), "", details={"source": None}, moves=(Move(7, "2:4", remedy, sources),))
     left = list(wires)
     communicator: Any = SimpleNamespace(builder=SimpleNamespace(build=lambda *_: left.pop(0)), carrying={})
     restore(worker, view, communicator, remedies(), {"2": 0.6, "3": 0.8}, step=1)
@@ -147,7 +147,7 @@ def test_to_start_again_is_to_be_as_one_has_been_built(tmp_path: Path) -> None:
         each.apply(1.0, 0.1)
         each.gradient.fill_(1.0)
     assert not same(state(worker.store), built)
-    view = View(3, (7,), {}, first_step=0, details={"source": None, "attempt": 1}, rollback=START)
+    view = View(3, (7,), "", first_step=0, details={"source": None, "attempt": 1}, rollback=START)
     (tmp_path / "step-00000009").mkdir()
     assert roll_back(worker, view, tmp_path) == 0
     assert list(tmp_path.iterdir()) == [], "what was saved after it is of a future that is given up"

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from jobs.config import ConfigError, TrainConfig
-from jobs.plan import layer_costs, schedules, stage_at
+from jobs.pipelines import layer_costs, plan_layout, stage_at
 from jobs.routes import Routes
 from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
-from pipeline.schedule.ops import F, Schedule, dumps
+from pipeline.schedule.ops import F, Schedule
 from pipeline.schedule.verify import verify
-from recovery.membership import View
 from recovery.remedy import CannotRestore
 from tests.harness import plain_training, run_workers
 from tests.test_parity import MODELS, check, reference, settings
@@ -42,7 +41,7 @@ def skipping(folder: Path, **changes: object) -> TrainConfig:
 
 
 def train_schedule(config: TrainConfig) -> Schedule:
-    return schedules(config, LayeredModel(LLAMA), config.evaluate_samples)[0]["train"]
+    return plan_layout(config, LayeredModel(LLAMA), config.evaluate_samples)[0].train
 
 
 @pytest.mark.parametrize(("skip", "swaps"), [(0.25, False), (0.5, True)])
@@ -65,7 +64,7 @@ def test_a_stage_that_nobody_holds(tmp_path: Path) -> None:
     config = skipping(tmp_path, skip=0.25, full_every=5)
     routes = Routes(config, layer_costs(LayeredModel(LLAMA), config.sequence_length), 4, 64)
     lost = routes.spans[1]
-    made = routes.around({0, 1, 3, 4, 5})
+    made = routes.around({0, 1, 3, 4, 5}).schedules
     assert set(made) == {"train", "evaluate", "full"}
     for schedule in made.values():
         verify(schedule)
@@ -79,20 +78,18 @@ def test_a_stage_that_nobody_holds(tmp_path: Path) -> None:
 def test_replicas_take_over_and_come_back(tmp_path: Path) -> None:
     config = skipping(tmp_path, skip=0.25)
     routes = Routes(config, layer_costs(LayeredModel(LLAMA), config.sequence_length), 4, 64)
-    home = routes.schedules
-    without = routes.around({0, 1, 2, 4, 5})["train"]
+    without = routes.around({0, 1, 2, 4, 5}).train
     span = routes.spans[2]
     assert without.holders[span] == (4,)
     took = [m for (kind, s, m), w in without.home.items() if kind == F and s == span and w == 4]
     assert len(took) == sum(span in route.forward for route in without.routes)
-    again = routes.around(range(6))
-    assert {name: dumps(schedule) for name, schedule in again.items()} == {n: dumps(s) for n, s in home.items()}
+    assert routes.around(range(6)).key == routes.layout.key
 
 
 def test_the_first_stage_cannot_be_passed_by(tmp_path: Path) -> None:
     config = skipping(tmp_path)
     routes = Routes(config, layer_costs(LayeredModel(LLAMA), config.sequence_length), 4, 64)
-    assert routes.around({1, 2, 3, 4, 5})["train"].holders[routes.spans[-1]] == (1,)
+    assert routes.around({1, 2, 3, 4, 5}).train.holders[routes.spans[-1]] == (1,)
     with pytest.raises(CannotRestore, match="first stage"):
         routes.around({2, 3, 4, 5})
 
@@ -105,8 +102,8 @@ def test_stages_are_found_where_the_file_has_none(tmp_path: Path) -> None:
 
 def test_injected_faults_hit_the_first_holder_of_a_stage(tmp_path: Path) -> None:
     config = skipping(tmp_path)
-    view = View(1, tuple(range(6)), {"train": dumps(train_schedule(config))})
-    assert [stage_at(config, view, place) for place in range(6)] == [0, None, 1, 2, None, 3]
+    holders = train_schedule(config).holders
+    assert [stage_at(config, holders, place) for place in range(6)] == [0, None, 1, 2, None, 3]
 
 
 @pytest.mark.parametrize(

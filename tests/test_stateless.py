@@ -20,7 +20,7 @@ from pipeline.runtime.compute import Settings
 from pipeline.runtime.stateless import StatelessWorker
 from pipeline.schedule.work_units import FUSED, Cut
 from pipeline.state.host_optimizer import HostOptimizer
-from pipeline.state.host_store import HostStore, Layout, store_path
+from pipeline.state.host_store import HostStore, StoreLayout, store_path
 from pipeline.state.optimizer import OptimizerConfig
 from tests.harness import random_tokens
 
@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Iterator[HostStore]:
             vocab_size=64, tie_word_embeddings=False,
         )
     )  # fmt: skip
-    made = HostStore.create(Layout(model, CUT, MICROBATCHES, 2, 8, blocks=4), store_path(tmp_path))
+    made = HostStore.create(StoreLayout(model, CUT, MICROBATCHES, 2, 8, blocks=4), store_path(tmp_path))
     optimizer = HostOptimizer(made, OptimizerConfig(), lambda *_: None)
     optimizer.initialise(0, None)
     optimizer.close()

@@ -23,6 +23,7 @@ from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.terms import StepTerms, TermError
 from pipeline.runtime.transport import Transport
 from pipeline.runtime.worker import Worker
+from pipeline.schedule.layout import Excerpt
 from pipeline.schedule.lower import lower
 from pipeline.schedule.ops import B, F, I, Op, Route, Schedule, Span, W
 from pipeline.state.optimizer import OptimizerConfig
@@ -146,7 +147,7 @@ def ours(job: Any, routes: Sequence[Route], split: bool = False) -> tuple[Any, d
             apply(scale, lr)
 
         state.apply = watched  # type: ignore[method-assign]
-    return one.run(alone(routes, split), job, 0), found
+    return one.run(Excerpt.of(alone(routes, split), 0), job, 0), found
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

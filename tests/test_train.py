@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.config import TrainConfig
 from jobs.data import Dataset
-from jobs.plan import schedules
+from jobs.pipelines import plan_layout
 from jobs.text import token_loss
 from launch.cli import main
 from launch.config import config_from_toml
@@ -640,7 +640,7 @@ def test_slow_links_slow_a_run_down_as_simulated_and_change_no_bit(
     path.write_text(json.dumps(links))
     config = config_from_toml(reference.out / "config.toml", TrainConfig)
     config = replace(config, scheduler="gpipe")  # its messages come in bursts
-    schedule = schedules(config, LayeredModel(preset("llama-tiny", vocab_size=258)), 8)[0]["train"]
+    schedule = plan_layout(config, LayeredModel(preset("llama-tiny", vocab_size=258)), 8)[0].train
     costs = Costs(forward=0.0, backward=0.0, output_bytes=2 * 32 * 64 * 4)
     bound = simulate(schedule, costs, Network.from_json(links)).makespan_s
     assert bound > 0.05

@@ -27,6 +27,7 @@ from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import HEADER_BYTES, span_bytes
 from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import Held, Sizes, bounds
+from pipeline.schedule.layout import Excerpt
 from pipeline.schedule.ops import COMPUTE, B, F, I, Op, R, Schedule, Span, W
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
@@ -131,19 +132,19 @@ def _measure(
 ) -> SpanBytes:
     """Run the forward of microbatch m, and its backward if it has one, in the lane of `worker`, on made-up inputs."""
     store = ResidentStore(model, [span], OptimizerConfig(), seed=0, device=settings.device)
-    terms = StepTerms.of(job, schedule, 0, model.num_layers)
+    terms = StepTerms.of(job, schedule.routes, 0, model.num_layers)
     lane = Lane(
-        worker, schedule, job, 0, terms, model, store.modules, {span: torch.zeros(0)}, _Nobody(), lambda _: None,
-        settings,
+        Excerpt.of(schedule, worker), job, 0, terms, model, store.modules, {span: torch.zeros(0)}, _Nobody(),
+        lambda _: None, settings,
     )  # fmt: skip
     executor = LaneExecutor(lane)
-    store.train(lane.trains)
+    store.train(lane.excerpt.trains)
     (forward, back), values = schedule.routes[m], executor.values
     samples, sequence = job.batch(0, m, Needs.INPUT)["input_ids"].shape
     shape = samples, sequence, model.hidden_size
     executor.batch(m)
     size = span_bytes(*shape, torch.float32)
-    with torch.set_grad_enabled(lane.trains), Live() as live:
+    with torch.set_grad_enabled(lane.excerpt.trains), Live() as live:
         before = forward[: forward.index(span)][-1:]
         values.update({(F, each, m): torch.zeros(shape, device=settings.device) for each in before})
         given = live.now  # the input, which really lies in the buffer that it came in

@@ -24,17 +24,18 @@ from pipeline.runtime.batch import Batch, Job, Needs
 from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.probe import Probe, Unprobed
 from pipeline.runtime.terms import StepTerms
-from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Schedule, Span, W
+from pipeline.schedule.layout import Excerpt
+from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Span, W
 from pipeline.schedule.timeline import Event
 
 _POINTS = {F: "forward", B: "backward", I: "backward", REDUCE: "reduce"}
 
 
 class Links(Protocol):
-    """The way of outputs between workers, within one iteration."""
+    """The way of outputs between places, within one iteration."""
 
     def send(self, op: Op, peer: int, tensor: Tensor, /) -> None:
-        """Start sending the output of `op`."""
+        """Start sending the output of `op` to the place `peer`."""
         ...
 
     def receive(self, op: Op, peer: int, deadline: float, /) -> Tensor:
@@ -63,8 +64,7 @@ class Lane:
     the span's replicas, and returns at once.
     """
 
-    worker: int
-    schedule: Schedule
+    excerpt: Excerpt
     job: Job
     step: int
     terms: StepTerms
@@ -79,12 +79,11 @@ class Lane:
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        return self.schedule.lanes.get(self.worker, ())
+        return self.excerpt.lane
 
     @property
-    def trains(self) -> bool:
-        """Whether anything goes back."""
-        return any(route.backward for route in self.schedule.routes)
+    def place(self) -> int:
+        return self.excerpt.place
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class LaneExecutor:
     """One run of one lane."""
 
     def __init__(self, lane: Lane) -> None:
-        self.lane, self.settings, self.schedule = lane, lane.settings, lane.schedule
+        self.lane, self.settings, self.routes = lane, lane.settings, lane.excerpt.routes
         self.deadline = time.monotonic() + self.settings.deadline_s
         self.values: dict[tuple[str, Span, int], Tensor] = {}
         self.saved: dict[tuple[Span, int], Saved] = {}
@@ -138,15 +137,15 @@ class LaneExecutor:
         steps = self.lane.ops[len(work) :]
         for op in work:
             if op.kind not in self.handlers:
-                raise ValueError(f"worker {self.lane.worker} has no handler for {op}; it runs {sorted(self.handlers)}")
+                raise ValueError(f"place {self.lane.place} has no handler for {op}; it runs {sorted(self.handlers)}")
             began = time.monotonic() - start
             self.run_op(op)
             if record and op.kind not in (SEND, RECV):
                 if self.settings.device.type == "cuda":
                     torch.cuda.synchronize()
-                events.append(Event(self.lane.worker, op, began, time.monotonic() - start))
+                events.append(Event(self.lane.place, op, began, time.monotonic() - start))
         if odd := [op for op in steps if op.kind != STEP]:
-            raise ValueError(f"{odd[0]} of worker {self.lane.worker} comes after a STEP, which ends the work of a lane")
+            raise ValueError(f"{odd[0]} of place {self.lane.place} comes after a STEP, which ends the work of a lane")
         return LaneResult(self.sums, tuple(events), start, steps)
 
     def run_op(self, op: Op) -> None:
@@ -165,7 +164,7 @@ class LaneExecutor:
 
     def forward(self, op: Op) -> None:
         span, m = op.span, op.microbatch
-        route = self.schedule.routes[m]
+        route = self.routes[m]
         place = route.forward.index(span)
         x = None if place == 0 else self.values.pop((F, route.forward[place - 1], m))
         saved = self.lane.spare.pop((self.lane.step, span, m), None) if route.backward else None
@@ -180,7 +179,7 @@ class LaneExecutor:
 
     def redundant(self, op: Op) -> None:
         """F on a copy. Its input is the output of this worker's own forward, or has been received."""
-        route, m = self.schedule.routes[op.microbatch], op.microbatch
+        route, m = self.routes[op.microbatch], op.microbatch
         place, x = route.forward.index(op.span), None
         if place > 0:
             before = route.forward[place - 1]
@@ -192,7 +191,7 @@ class LaneExecutor:
         """The forward of a span on `x` (None: on the tokens), up to the loss where it is the last."""
         lane, batch = self.lane, self.batch(op.microbatch)
         x = batch["input_ids"] if x is None else x.detach().requires_grad_(torch.is_grad_enabled())
-        recompute = self.settings.recompute and bool(self.schedule.routes[op.microbatch].backward)
+        recompute = self.settings.recompute and bool(self.routes[op.microbatch].backward)
         with defer_weights(later) if later else nullcontext():
             output = compute(
                 lane.modules[op.span], x, lane.job, batch, lane.step, lane.terms, self.settings, recompute=recompute
@@ -203,12 +202,12 @@ class LaneExecutor:
         """B, or I: there the products with weights were put off by `defer_weights` and W computes them."""
         span, m = op.span, op.microbatch
         saved = self.saved[span, m] if op.kind == I else self.saved.pop((span, m))
-        route = self.schedule.routes[m]
+        route = self.routes[m]
         place = route.backward.index(span)
         gradient = None
         if place > 0:
             before = route.backward[place - 1]
-            kind = I if (I, before, m) in self.schedule.home else B
+            kind = I if (I, before, m) in self.values else B
             gradient = self.values.pop((kind, before, m))
         with self.weighed(span, m):
             torch.autograd.backward(saved.output.y, gradient)

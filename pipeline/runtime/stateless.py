@@ -25,14 +25,13 @@ from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine
 from pipeline.runtime.orders import Gradient, Loaded, Order
 from pipeline.runtime.probe import Probe, Unprobed
 from pipeline.runtime.terms import StepTerms
+from pipeline.schedule.layout import TRAIN
 from pipeline.schedule.ops import LOAD, B, F, Op, R
 from pipeline.schedule.work_units import BACKWARD, FORWARD
 from pipeline.state.host_store import HostStore
 
 _EVENTS = 1024  # that are told of one unit
 _HELD = 2  # spans whose weights are here at once: one that is computed, one that is being loaded
-TRAIN = "train"
-"""The name of the job that is trained; others are only evaluated."""
 
 
 class Recalled(Exception):

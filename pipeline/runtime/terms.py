@@ -7,7 +7,7 @@ gradient then by its *share*: the part of the count that came by. Where all micr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.batch import Job
-from pipeline.schedule.ops import Schedule
+from pipeline.schedule.ops import Route
 
 
 class TermError(ValueError):
@@ -43,11 +43,11 @@ class StepTerms:
         object.__setattr__(self, "totals", found)
 
     @classmethod
-    def of(cls, job: Job, schedule: Schedule, step: int, num_layers: int) -> StepTerms:
-        """Those of a job's step under a schedule. Raises TermError."""
-        counts = tuple(job.counts(step, m) for m in range(schedule.num_microbatches))
+    def of(cls, job: Job, routes: Sequence[Route], step: int, num_layers: int) -> StepTerms:
+        """Those of a job's step whose microbatches take these routes. Raises TermError."""
+        counts = tuple(job.counts(step, m) for m in range(len(routes)))
         visits: list[set[int]] = [set() for _ in range(num_layers)]
-        for m, route in enumerate(schedule.routes):
+        for m, route in enumerate(routes):
             for span in route.forward:
                 for layer in range(*span):
                     visits[layer].add(m)

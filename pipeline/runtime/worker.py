@@ -24,7 +24,8 @@ from pipeline.runtime.reducer import Reducer
 from pipeline.runtime.step_commit import NonFiniteLoss, Settled, StepCommit, Vote
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import LinkError, Transport
-from pipeline.schedule.ops import SEND, Op, Schedule, parse_span, span_text
+from pipeline.schedule.layout import Excerpt
+from pipeline.schedule.ops import Op, parse_span, span_text
 from pipeline.schedule.timeline import Event
 from pipeline.state.optimizer import clip_factor, learning_rate
 from pipeline.state.resident import ResidentStore, part_holders
@@ -54,10 +55,8 @@ class StepResult:
 
 @dataclass
 class Worker:
-    """One worker, view after view: a view brings a new `commit`, and edits transport and reducer.
-
-    `norms` are those of the last committed step, by state.
-    """
+    """One worker, view after view: a view brings a new `commit`, says which `workers` are in which place, and edits
+    transport and reducer. `norms` are those of the last committed step, by state."""
 
     id: int
     store: ResidentStore
@@ -68,49 +67,50 @@ class Worker:
     probe: Probe = field(default_factory=Unprobed)
     pulse: Pulse = field(default_factory=Pulse)
     norms: Mapping[str, float] = field(default_factory=dict)
+    workers: Mapping[int, int] = field(default_factory=dict)
     spare: Spare = field(default_factory=dict)
 
-    def run(self, schedule: Schedule, job: Job, step: int, *, wish: Wish = dict, record: bool = False) -> StepResult:
-        """Run this worker's lane of `schedule` for `step`, to the settled end.
+    def run(self, excerpt: Excerpt, job: Job, step: int, *, wish: Wish = dict, record: bool = False) -> StepResult:
+        """Run this worker's lane for `step`, to the settled end.
 
         `wish()`, asked late, travels with the vote to every worker (`StepResult.wishes`). Raises LinkError when a peer
         is lost or the step deadline passes, NonFiniteLoss on every worker alike, and whatever the model raises.
         """
         deadline = time.monotonic() + self.settings.deadline_s
-        lane = self._lane(schedule, job, step)
-        self.store.train(lane.trains)
+        lane = self._lane(excerpt, job, step)
+        self.store.train(lane.excerpt.trains)
         for old in [key for key in self.spare if key[0] != step]:
             del self.spare[old]
-        with torch.set_grad_enabled(lane.trains):
+        with torch.set_grad_enabled(lane.excerpt.trains):
             found = LaneExecutor(lane).execute(record)
         try:
             settled, divisors = self._settle(lane, found, wish, deadline)
         except NonFiniteLoss:
             self.store.drop()
             raise
-        lr = learning_rate(self.store.config, step) if lane.trains else 0.0
+        lr = learning_rate(self.store.config, step) if lane.excerpt.trains else 0.0
         events = [*found.events, *self._apply(lane, found, settled, divisors, lr)]
         self.reducer.clear()
         self.spare.clear()
         with suppress(LinkError):  # all that was sent has been used, or the step would not be settled
             self.transport.flush(deadline)
-        if lane.trains:
+        if lane.excerpt.trains:
             self.norms = settled.norms
         return StepResult(
             settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes,
             tuple(events) if record else (),
         )  # fmt: skip
 
-    def _lane(self, schedule: Schedule, job: Job, step: int) -> Lane:
+    def _lane(self, excerpt: Excerpt, job: Job, step: int) -> Lane:
         iteration = self.commit.begin()
         self.transport.mailbox.advance(self.transport.view, iteration)
         model, modules = self.store.model, self.store.modules
         flat = self.store.gradients
         gradients = {span: flat[text] for span in modules if (text := span_text(span)) in flat}
         return Lane(
-            self.id, schedule, job, step, StepTerms.of(job, schedule, step, model.num_layers), model, modules,
-            gradients, _Links(self.transport, iteration), lambda span: self.reducer.start(span_text(span)),
-            self.settings, self.probe, self.spare,
+            excerpt, job, step, StepTerms.of(job, excerpt.routes, step, model.num_layers), model, modules,
+            gradients, _Links(self.transport, iteration, self.workers),
+            lambda span: self.reducer.start(span_text(span)), self.settings, self.probe, self.spare,
         )  # fmt: skip
 
     def _settle(
@@ -124,15 +124,15 @@ class Worker:
                 self.reducer.start(part)
         self.reducer.finish(deadline)
         divisors = {part: lane.terms.divisor(_layers(part, model.num_layers)) or 1.0 for part in parts}
-        holders = part_holders(lane.schedule.holders, model.num_layers, model.tied)
+        holders = part_holders(lane.excerpt.holders, model.num_layers, model.tied)
         squares = {
             state.name: state.squared_norm() / divisors[part] ** 2
             for part in (parts if steps else ())
-            if holders.get(part, (self.id,))[0] == self.id
+            if holders.get(part, (lane.place,))[0] == lane.place
             for state in self.store.states_of(part)
         }
         settled = self.commit.settle(
-            lane.step if lane.trains else None, lane.terms, [state.name for state in model.states],
+            lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in model.states],
             Vote(found.sums, squares, wish()), deadline, lambda: self.probe("commit", lane.step),
         )  # fmt: skip
         return settled, divisors
@@ -151,7 +151,7 @@ class Worker:
             for state in list(left.values()) if last else self.store.states_of(span_text(op.span)):
                 scale = clip / divisors.get(self.store.part_of[state.name], 1.0)
                 left.pop(state.name).apply(scale, lr)
-            events.append(Event(self.id, op, began, time.monotonic() - found.began))
+            events.append(Event(lane.place, op, began, time.monotonic() - found.began))
         return events
 
     def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
@@ -161,23 +161,19 @@ class Worker:
 
 @dataclass(frozen=True)
 class _Links:
-    """The transport within one iteration."""
+    """The transport within one iteration; `workers` says who is in which place."""
 
     transport: Transport
     iteration: int
+    workers: Mapping[int, int]
 
     def send(self, op: Op, peer: int, tensor: Tensor) -> None:
-        self.transport.send(self.iteration, op, peer, tensor)
+        self.transport.send(self.iteration, op, self.workers[peer], tensor)
 
     def receive(self, op: Op, peer: int, deadline: float) -> Tensor:
-        return self.transport.receive(self.iteration, op, peer, deadline)
+        return self.transport.receive(self.iteration, op, self.workers[peer], deadline)
 
 
 def _layers(part: str, num_layers: int) -> tuple[int, ...]:
     """The layers that compute with a part."""
     return (0, num_layers - 1) if part == TIED else tuple(range(*parse_span(part)))
-
-
-def connections(schedule: Schedule) -> set[tuple[int, int]]:
-    """The (source, target) workers between which a lowered schedule sends."""
-    return {(worker, op.peer) for worker, op in schedule.ops() if op.kind == SEND}

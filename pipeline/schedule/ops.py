@@ -9,7 +9,7 @@ another order, or go back through spans that are cut differently. What an op wai
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -214,21 +214,57 @@ def deps(schedule: Schedule, worker: int, op: Op) -> tuple[Node, ...]:
 
 _HEADER = "unbroken schedule 1"
 _OP = re.compile(r"(F|B|I|W|R|LOAD|OFFLOAD|REDUCE|STEP)\[(\d+):(\d+)\](?:#(\d+))?")
+_ROUTE = re.compile(r"route (\d+)-(\d+): ([^|]*)\|([^|]*)")
 _LINK = re.compile(r"(SEND|RECV)\((.+)\)([<>])(\d+)")
 
 
 def dumps(schedule: Schedule) -> str:
     """The schedule as text, one line per run of equal routes and one per lane; `loads` gives it back."""
-    lines = [f"{_HEADER} {schedule.name}".rstrip()]
+    lines = [f"{_HEADER} {schedule.name}".rstrip(), *routes_text(schedule.routes)]
+    lines += [f"lane {w}: {lane_text(lane)}".rstrip() for w, lane in schedule.lanes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def routes_text(routes: Sequence[Route]) -> list[str]:
+    """One line per run of equal routes; `parse_routes` reads them."""
+    lines: list[str] = []
     start = 0
-    for end in range(1, len(schedule.routes) + 1):
-        if end == len(schedule.routes) or schedule.routes[end] != schedule.routes[start]:
-            route = schedule.routes[start]
-            spans = [" ".join(f"{lo}:{hi}" for lo, hi in side) for side in route]
+    for end in range(1, len(routes) + 1):
+        if end == len(routes) or routes[end] != routes[start]:
+            spans = [" ".join(map(span_text, side)) for side in routes[start]]
             lines.append(f"route {start}-{end - 1}: {spans[0]} | {spans[1]}".rstrip())
             start = end
-    lines += [f"lane {w}: {' '.join(map(str, lane))}".rstrip() for w, lane in schedule.lanes.items()]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def lane_text(lane: Sequence[Op]) -> str:
+    """The ops of a lane in order; `parse_lane` reads them."""
+    return " ".join(map(str, lane))
+
+
+def parse_lane(text: str) -> tuple[Op, ...]:
+    """The lane that `lane_text` wrote. Raises ScheduleError."""
+    _require_small(text)
+    return tuple(map(parse_op, text.split()))
+
+
+def parse_routes(lines: Iterable[str]) -> tuple[Route, ...]:
+    """The routes that `routes_text` wrote. Raises ScheduleError."""
+    routes: list[Route] = []
+    for line in lines:
+        _require_small(line)
+        if not (route := _ROUTE.fullmatch(line)):
+            raise ScheduleError(f"{line!r}: expected 'route FIRST-LAST: spans | spans'")
+        first, last = int(route[1]), int(route[2])
+        if first != len(routes) or last < first:
+            raise ScheduleError(f"{line!r}: expected the routes from microbatch {len(routes)} on")
+        routes += [Route(_parse_spans(route[3], line), _parse_spans(route[4], line))] * (last - first + 1)
+    return tuple(routes)
+
+
+def _require_small(line: str) -> None:
+    if large := re.search(r"\d{7,}", line):  # else one line of text fills the memory
+        raise ScheduleError(f"{line:.80}: the number {large[0]:.20}; expected numbers below 1000000")
 
 
 def parse_op(text: str) -> Op:
@@ -264,20 +300,15 @@ def loads(text: str) -> Schedule:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or not re.fullmatch(rf"{_HEADER}( \S.*)?", lines[0]):
         raise ScheduleError(f"the first line is {lines[0] if lines else ''!r}; expected {_HEADER!r} and a name")
-    routes: list[Route] = []
+    routes = [line for line in lines[1:] if line.startswith("route")]
     lanes: dict[int, tuple[Op, ...]] = {}
     for line in lines[1:]:
-        if large := re.search(r"\d{7,}", line):  # else one line of text fills the memory
-            raise ScheduleError(f"{line:.80}: the number {large[0]:.20}; expected numbers below 1000000")
-        if route := re.fullmatch(r"route (\d+)-(\d+): ([^|]*)\|([^|]*)", line):
-            first, last = int(route[1]), int(route[2])
-            if first != len(routes) or last < first:
-                raise ScheduleError(f"{line!r}: expected the routes from microbatch {len(routes)} on")
-            routes += [Route(_parse_spans(route[3], line), _parse_spans(route[4], line))] * (last - first + 1)
-        elif lane := re.fullmatch(r"lane (\d+):(.*)", line):
-            if int(lane[1]) in lanes:
-                raise ScheduleError(f"{line!r}: worker {lane[1]} has a lane already")
-            lanes[int(lane[1])] = tuple(parse_op(word) for word in lane[2].split())
-        else:
+        if line.startswith("route"):
+            continue
+        _require_small(line)
+        if not (lane := re.fullmatch(r"lane (\d+):(.*)", line)):
             raise ScheduleError(f"{line!r}: expected 'route FIRST-LAST: spans | spans' or 'lane WORKER: ops'")
-    return Schedule(tuple(routes), lanes, lines[0][len(_HEADER) :].strip())
+        if int(lane[1]) in lanes:
+            raise ScheduleError(f"{line!r}: worker {lane[1]} has a lane already")
+        lanes[int(lane[1])] = parse_lane(lane[2])
+    return Schedule(parse_routes(routes), lanes, lines[0][len(_HEADER) :].strip())

@@ -36,7 +36,7 @@ class HostMemoryError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoreLayout:
     """Name -> place of every tensor of a store. All are fp32 but `version/*` and `tally/*`, which are int64.
 
     `batch` x `sequence` is the shape of a microbatch; `blocks` how many gradient blocks there are. `tally/B` says what
@@ -145,7 +145,7 @@ def store_path(out: Path) -> Path:
 class HostStore:
     """A store, made by `create` or attached to."""
 
-    def __init__(self, layout: Layout, path: Path) -> None:
+    def __init__(self, layout: StoreLayout, path: Path) -> None:
         """Attach. Raises HostMemoryError where there is no such store or it is of another layout."""
         self.layout, self.path = layout, path
         size = path.stat().st_size if path.is_file() else -1
@@ -157,7 +157,7 @@ class HostStore:
         self._lock = -1
 
     @classmethod
-    def create(cls, layout: Layout, path: Path) -> HostStore:
+    def create(cls, layout: StoreLayout, path: Path) -> HostStore:
         """Reserve the memory, all zeros, and hold it until `close`. Raises HostMemoryError, naming needed and found."""
         try:
             descriptor = lock(path, 0o600)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.layered import TIED, LayeredModel, SpanModule
-from pipeline.schedule.ops import Span, overlaps, span_text
+from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
 from pipeline.state.layer_state import LayerState
 from pipeline.state.optimizer import OptimizerConfig
 
@@ -58,6 +58,8 @@ class ResidentStore:
         """Hold these spans from now on. Layers that are held already keep their state; new ones are as at the start of
         a run. Call it between two steps: gradients are zero afterwards. Raises ValueError for spans that overlap."""
         spans = sorted(spans)
+        if self.modules and spans == sorted(self.modules):
+            return
         layers = [layer for span in spans for layer in range(*span)]
         if len(set(layers)) < len(layers):
             raise ValueError(f"spans {', '.join(map(span_text, spans))} overlap; a worker holds a layer once")
@@ -104,8 +106,8 @@ class ResidentStore:
         """The states of a part that are held: those of a span's layers, or a shared one."""
         if part == TIED:
             return [self.states[TIED]] if TIED in self.states else []
-        span = next(span for span in self.modules if span_text(span) == part)
-        return [self.states[s.name] for s in self.model.states_of(range(*span)) if not s.shared]
+        wanted = self.model.states_of(range(*parse_span(part)))
+        return [self.states[s.name] for s in wanted if not s.shared and s.name in self.states]
 
     def layers(self) -> list[int]:
         """The layers held, ascending."""
