@@ -67,11 +67,40 @@ def whole(value: Any, what: str, least: int = 0) -> int:
     return value
 
 
+_MOST_NUMBERS = 1 << 20
+"""In one mapping among numbers: else a line of text fills the memory."""
+
+
+def as_runs(values: Mapping[int, int]) -> list[list[int]]:
+    """A mapping among whole numbers as JSON: [key, value, step of the value, length] of every run of keys. `numbered`
+    reads it."""
+    runs: list[list[int]] = []
+    for key, value in sorted(values.items()):
+        if runs and runs[-1][0] + runs[-1][3] == key:
+            first, step, length = runs[-1][1:]
+            step = value - first if length == 1 and value - first in (0, 1) else step
+            if value == first + step * length:
+                runs[-1][2:] = [step, length + 1]
+                continue
+        runs.append([key, value, 0, 1])
+    return runs
+
+
 def numbered(values: Any, what: str) -> dict[int, int]:
-    """A JSON object whose names and values are whole numbers. Raises WireError."""
-    if not isinstance(values, dict) or not all(str(name).isdecimal() for name in values):
-        raise WireError(f"{what} is {_short(values)}; expected numbers by number")
-    return {int(name): whole(value, what) for name, value in values.items()}
+    """The mapping that `as_runs` wrote. Raises WireError."""
+    found: dict[int, int] = {}
+    left = _MOST_NUMBERS
+    for run in listed(values, what, lambda each: each):
+        if not isinstance(run, list) or len(run) != 4 or set(map(type, run)) != {int} or min(run) < 0 or run[2] > 1:
+            raise WireError(f"{what} has {_short(run)}; expected [key, value, step of 0 or 1, length]")
+        key, value, step, length = run
+        if not 0 < length <= left:
+            raise WireError(f"{what} has a run of {length}; expected 1 to {left}")
+        left -= length
+        found.update(zip(range(key, key + length), range(value, value + length) if step else [value] * length))
+    if len(found) < _MOST_NUMBERS - left:
+        raise WireError(f"{what} has a number twice")
+    return found
 
 
 def _short(value: object) -> str:

@@ -1,9 +1,10 @@
 """How the workers of a view settle a step: each votes once, and the outcome is written once, in one place.
 
-The last to vote writes "commit"; the coordinator, when it changes the view, writes "abort", and so does a worker that
-gives up waiting. Whoever is first wins, by compare-and-set, and all obey what stands there, so a step is committed on
-all workers or on none, whoever dies and whenever. All wait on that one key of a store that outlives any worker; nobody
-waits inside a collective whose other members may be dead.
+The last to vote reads all votes, combines them and writes "commit" with what comes of it; the coordinator, when it
+changes the view, writes "abort", and so does a worker that gives up waiting. The first wins, by compare-and-set, and
+all obey what stands there, so a step is committed on all workers or on none, whichever dies and whenever. All wait on
+that one key of a store that outlives any worker, and read it alone; nobody waits inside a collective whose other
+members may be dead.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.runtime.step_commit import Combine, everything
 from pipeline.wire import WireError, parse
 
 COMMIT, ABORT = "commit", "abort"
@@ -44,12 +46,12 @@ def decide(store: dist.Store, view: int, iteration: int, outcome: str) -> str:
 
 
 def _outcome(stands: bytes) -> str:
-    return COMMIT if stands == COMMIT.encode() else ABORT
+    return COMMIT if stands.split(b"\n", 1)[0] == COMMIT.encode() else ABORT
 
 
 @dataclass
 class Ballot:
-    """The votes of one worker in one view. Calling it has the form of `pipeline.runtime.worker.Exchange`."""
+    """The votes of one worker in one view. Calling it has the form of `pipeline.runtime.step_commit.Exchange`."""
 
     store: dist.Store
     view: int
@@ -62,13 +64,15 @@ class Ballot:
         return _key(self.view, f"vote{worker}", iteration)
 
     def __call__(
-        self, iteration: int, payload: dict[str, Any], deadline: float, voted: Callable[[], None] | None = None
-    ) -> Mapping[int, dict[str, Any]]:
-        """Vote `payload` (JSON) and return everyone's, by worker. `deadline` is in time.monotonic seconds; without end,
-        the wait is as long as the coordinator lives, which ends workers that do not come on.
+        self, iteration: int, payload: dict[str, Any], deadline: float, combine: Combine = everything,
+        voted: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Vote `payload` (JSON) and return what all votes come to. `deadline` is in time.monotonic seconds; without
+        end, the wait is as long as the coordinator lives, which ends workers that do not come on.
 
-        `voted` is called between the vote and its outcome. Raises Aborted when the view changes, CommitError when
-        votes are missing at the deadline, which then are missing for all, or the store is gone.
+        `combine` makes one JSON object of everyone's vote, by worker, on whichever worker is the last. `voted` is
+        called between the vote and its outcome. Raises Aborted when the view changes, CommitError when votes are
+        missing at the deadline or cannot be combined, which then is so for all, or the store is gone.
         """
         try:
             self.store.set(self._vote(iteration, self.worker), json.dumps(payload))
@@ -76,29 +80,41 @@ class Ballot:
             if voted is not None:
                 voted()
             if last:
-                decide(self.store, self.view, iteration, COMMIT)
-            if self._await(iteration, deadline) != COMMIT:
+                self._conclude(iteration, combine)
+            stands = self._await(iteration, deadline)
+            if _outcome(stands) != COMMIT:
                 raise Aborted(f"iteration {iteration} of view {self.view} was ended, because the view changes")
-            votes = self.store.multi_get([self._vote(iteration, member) for member in self.members])
-            # Everyone who voted now has read the votes of two iterations ago: they can go.
+            # Whoever votes now has read the outcome of the iteration before, for which this vote was read.
             self.store.delete_key(self._vote(iteration - 2, self.worker))
             if last:
                 self.store.delete_key(_key(self.view, "votes", iteration - 2))
         except dist.DistNetworkError as error:
             raise CommitError(f"the store is gone: {str(error).splitlines()[0]}") from error
         try:
-            return {m: parse(vote, f"the vote of worker {m}") for m, vote in zip(self.members, votes, strict=True)}
+            return parse(stands.split(b"\n", 1)[-1], f"the outcome of iteration {iteration}, view {self.view}")
         except WireError as error:
             raise CommitError(str(error)) from error
 
-    def _await(self, iteration: int, deadline: float) -> str:
-        """The outcome of an iteration. Raises CommitError where it is this worker that has ended it."""
+    def _conclude(self, iteration: int, combine: Combine) -> None:
+        """Write what all votes come to. Raises CommitError, and aborts, where a vote is none."""
+        votes = self.store.multi_get([self._vote(iteration, member) for member in self.members])
+        try:
+            read = {m: parse(vote, f"the vote of worker {m}") for m, vote in zip(self.members, votes, strict=True)}
+            found = json.dumps(combine(read))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            decide(self.store, self.view, iteration, ABORT)
+            told = str(error) if isinstance(error, WireError) else f"{type(error).__name__} {error}"
+            raise CommitError(f"the votes on iteration {iteration} of view {self.view} are none: {told}") from error
+        decide(self.store, self.view, iteration, f"{COMMIT}\n{found}")
+
+    def _await(self, iteration: int, deadline: float) -> bytes:
+        """What stands as the outcome of an iteration. Raises CommitError where it is this worker that has ended it."""
         key = _key(self.view, "outcome", iteration)
         while True:
             left = deadline - time.monotonic()
             try:
                 self.store.wait([key], timedelta(seconds=max(0.001, min(_SLICE_S, left))))
-                return _outcome(self.store.get(key))
+                return self.store.get(key)
             except dist.DistNetworkError:
                 raise
             except RuntimeError as error:
@@ -106,7 +122,7 @@ class Ballot:
                     continue
                 missing = [m for m in self.members if not self.store.check([self._vote(iteration, m)])]
                 if decide(self.store, self.view, iteration, ABORT) == COMMIT:
-                    return COMMIT
+                    return self.store.get(key)
                 raise CommitError(f"no vote of workers {missing} on iteration {iteration}, view {self.view}") from error
 
 

@@ -11,11 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.runtime.groups import Group, GroupBuilder, poison
-from pipeline.runtime.reducer import Reducer
+from pipeline.runtime.reducer import Reducer, most_started
 from pipeline.runtime.transport import LinkError, Shape, Transport
 
 Pairs = set[tuple[int, int]]
 Shapes = Mapping[tuple[int, int], Shape]
+
+
+def all_kept(each: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What everyone's `Communicator.kept`, by worker, comes to: the links (low, high) that both ends have, and the
+    sums."""
+    links = {worker: set(kept["links"]) for worker, kept in each.items()}
+    both = sorted((a, b) for a, peers in links.items() for b in peers if a < b and a in links.get(b, ()))
+    return {"links": both, "sums": most_started({worker: kept["sums"] for worker, kept in each.items()})}
 
 
 @dataclass
@@ -56,15 +64,16 @@ class Communicator:
         """What is left after `quiesce`, as JSON, for the others to see."""
         return {"links": sorted(self.transport.links), "sums": dict(self.reducer.started)}
 
-    def agree(self, votes: Mapping[int, Mapping[str, Any]], deadline: float) -> None:
-        """Drop what another end has dropped, and bring what is left in step. `votes` are everyone's `kept`, by worker.
+    def agree(self, kept: Mapping[str, Any], deadline: float) -> None:
+        """Drop what another end has dropped, and bring what is left in step; `kept` is what everyone's comes to.
 
         Afterwards no sum is under way. Raises LinkError when a group does not come in step.
         """
+        held = {tuple(pair) for pair in kept["links"]}
         for peer in list(self.transport.links):
-            if self.transport.worker not in votes[peer]["links"]:
+            if (min(peer, me := self.transport.worker), max(peer, me)) not in held:
                 self.transport.drop(peer)
-        self.reducer.agree({worker: vote["sums"] for worker, vote in votes.items()}, deadline)
+        self.reducer.agree(kept["sums"], deadline)
 
     def edit(self, view: int, pairs: Pairs, parts: Mapping[str, tuple[int, ...]], shapes: Shapes | None = None) -> None:
         """Build the links of `pairs` and the groups of `parts` that are missing. Raises LinkError.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.runtime.transport import LinkError, link_pairs
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.layout import Excerpt, Part
 from recovery.commit import Aborted, Ballot, CommitError
-from recovery.communicator import Communicator, Shapes
+from recovery.communicator import Communicator, Shapes, all_kept
 from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked
 from recovery.lifeline import Lifeline
 from recovery.membership import Evicted, MembershipError, View, await_view, parts_of, read_layout, read_view
@@ -112,15 +113,14 @@ class Member:
         worker.commit = StepCommit(Ballot(self.store, view.number, worker.id, view.workers, self.guided))
         part = self._read(view)
         norms = dict(worker.norms)
-        votes = worker.gather({"position": position, "last": last, "norms": norms, **self.communicator.kept()})
-        known_last = next((vote["last"] for _, vote in sorted(votes.items()) if vote["last"] is not None), None)
+        vote = {"position": position, "last": last, "norms": norms, **self.communicator.kept()}
+        found = worker.commit.agree(vote, combine_ready)
         times["ready"] = time.monotonic()
         step = int((position or {}).get("step", 0))
         probe("join" if position is None else "recovery", step)
-        positions = [vote["position"] for vote in votes.values() if vote["position"] is not None]
-        if any(found != positions[0] for found in positions):
-            raise MembershipError(f"the workers of view {view.number} stand at different places: {positions}")
-        self.communicator.agree(votes, deadline)
+        if len(found["positions"]) > 1:
+            raise MembershipError(f"the workers of view {view.number} stand at different places: {found['positions']}")
+        self.communicator.agree(found, deadline)
         worker.store.drop()  # after the last sum: one that was under way still wrote into the gradients
         model = worker.store.model
         worker.workers = view.at
@@ -129,8 +129,8 @@ class Member:
         pairs = link_pairs({(worker.workers[a], worker.workers[b]) for a, b in sends})
         self.communicator.edit(view.number, pairs, parts, self.shapes(view))
         times["edited"] = time.monotonic()
-        known = {state: norm for vote in votes.values() for state, norm in vote["norms"].items()}
-        where = dict(positions[0]) if positions else {}
+        known = dict(found["norms"])
+        where = dict(*found["positions"])
         wanted = {layer for span in part.spans for layer in range(*span)}
         given = [(layer, layer + 1) for layer in worker.store.layers() if layer not in wanted]
         worker.store.hold([*part.spans, *given])  # what this place holds no more may be what others take
@@ -144,13 +144,14 @@ class Member:
         worker.store.hold(part.spans)
         self._check_states(view, int(where.get("step", view.first_step)))
         copies = {part for part, workers in parts.items() if len(workers) > 1 and worker.id in workers}
-        votes = worker.gather({"copies": {part: _fingerprint(worker, part) for part in copies}})
-        _check_copies(view, parts, votes)
+        vote = {"copies": {part: _fingerprint(worker, part) for part in copies}}
+        if told := worker.commit.agree(vote, partial(compare_copies, parts))["differ"]:
+            raise MembershipError(f"view {view.number}: {told}")
         times["restored"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
         self.view, self.part = view, part
-        return Joined(view, where, last or known_last, began, {name: at - began for name, at in times.items()})
+        return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()})
 
     def _read(self, view: View) -> Part:
         """What this worker's place needs of the layout, read once."""
@@ -173,12 +174,26 @@ def _fingerprint(worker: Worker, part: str) -> list[int]:
     return [state.fingerprint() for state in worker.store.states_of(part)]
 
 
-def _check_copies(view: View, parts: Mapping[str, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> None:
-    """All holders of a part have the same state, bit for bit. Raises MembershipError."""
+def combine_ready(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the workers of a view come to before anything moves: the places where they stand (one, or they have gone
+    apart), what is known of the last step, and which links and sums all have kept."""
+    each = [vote for _, vote in sorted(votes.items())]
+    positions = [vote["position"] for vote in each if vote["position"] is not None]
+    return {
+        "positions": list({str(sorted(position.items())): position for position in positions}.values()),
+        "last": next((vote["last"] for vote in each if vote["last"] is not None), None),
+        "norms": {state: norm for vote in each for state, norm in vote["norms"].items()},
+        **all_kept(votes),
+    }
+
+
+def compare_copies(parts: Mapping[str, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """All holders of a part have the same state, bit for bit; else which of them differ, in `differ`."""
     for part, workers in parts.items():
         found = {worker: votes[worker]["copies"].get(part) for worker in workers}
         if any(each != found[workers[0]] for each in found.values()):
-            raise MembershipError(f"view {view.number}: the copies of {part} differ, by checksum: {found}")
+            return {"differ": f"the copies of {part} differ, by checksum: {found}"}
+    return {"differ": ""}
 
 
 class Watcher:

@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from pipeline.schedule.layout import Layout, Part, read_part
 from pipeline.state.resident import Holders, part_holders
-from pipeline.wire import WireError, checked, listed, numbered, parse, whole
+from pipeline.wire import WireError, as_runs, checked, listed, numbered, parse, whole
 
 START = "start"
 """What a view rolls back to where there is no checkpoint yet: the weights that the run began with."""
 EVICTED = 3
 """The exit code of a worker that is in no view any more: it is nobody's loss."""
+_NUMBERED = ("places", "agents", "joined", "awaited")  # mappings among numbers
 _SLICE_S = 0.5  # how often who waits for a view asks whether there is a coordinator
 
 
@@ -145,7 +146,10 @@ def publish(store: dist.Store, view: View, layout: Layout) -> None:
     assert layout.key == view.layout
     if not store.check([key := f"layout/{view.layout}"]):
         store.set(key, layout.text)
-    store.set(f"view/{view.number}", json.dumps(asdict(view)))
+    assert set(view.workers) == set(view.places) - set(view.awaited)
+    text = {name: value for name, value in vars(view).items() if name != "workers"}
+    text |= {name: as_runs(text[name]) for name in _NUMBERED}
+    store.set(f"view/{view.number}", json.dumps({**text, "moves": [asdict(move) for move in view.moves]}))
 
 
 def read_layout(store: dist.Store, view: View, place: int) -> Part:
@@ -167,17 +171,17 @@ def read_view(store: dist.Store, number: int) -> View:
 def _view(values: Mapping[str, Any], number: int) -> View:
     what = f"view {number}"
     found = checked(
-        values, what, number=int, workers=list, layout=str, first_step=int, first_sample=int, checkpoint=str | None,
-        details=dict, places=dict, agents=dict, joined=dict, moves=list, rollback=str | None, awaited=dict,
+        values, what, number=int, layout=str, first_step=int, first_sample=int, checkpoint=str | None,
+        details=dict, moves=list, rollback=str | None, **dict.fromkeys(_NUMBERED, list),
         next_worker=int, generation=int,
     )  # fmt: skip
-    found["workers"] = listed(found["workers"], f"the workers of {what}", lambda each: whole(each, "a worker"))
-    for name in ("places", "agents", "joined", "awaited"):
+    for name in _NUMBERED:
         found[name] = numbered(found[name], f"{name} of {what}")
     found["moves"] = listed(found["moves"], f"the moves of {what}", Move.from_json)
-    if found["number"] != number or not set(found["workers"]) <= set(found["places"]):
-        raise WireError(f"{what} has number {found['number']}, or workers without a place")
-    return View(**found)
+    places, awaited = found["places"], found["awaited"]
+    if found["number"] != number or not set(awaited) <= set(places) or len(set(places.values())) < len(places):
+        raise WireError(f"{what} has number {found['number']}, or workers without a place of their own")
+    return View(workers=tuple(sorted(set(places) - set(awaited))), **found)
 
 
 def within(seconds: float) -> Callable[[], bool]:

@@ -103,13 +103,13 @@ def entry(payload: dict[str, Any]) -> int:
     gradients: dict[str, Tensor] = {}
     votes = worker.commit.exchange
 
-    def watching(iteration: int, vote: dict[str, Any], deadline: float, voted: Any = None) -> Any:
+    def watching(iteration: int, vote: dict[str, Any], deadline: float, combine: Any, voted: Any = None) -> Any:
         if iteration == READY + 1:  # reduced, not yet applied
             for state in worker.store.states.values():
                 for name, parameter in state.parameters.items():
                     assert parameter.grad is not None
                     gradients[name] = parameter.grad.clone()
-        return votes(iteration, vote, deadline, voted)
+        return votes(iteration, vote, deadline, combine, voted)
 
     worker.commit.exchange = watching
     results = [worker.run(train, job, step) for step in range(config.steps)]

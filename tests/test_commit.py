@@ -6,12 +6,14 @@ import math
 import random
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from pipeline.runtime.step_commit import Combine, everything
 from recovery import keys
 from recovery.commit import ABORT, COMMIT, Aborted, Ballot, CommitError, Follower, decide
 from recovery.lifeline import Lifeline
@@ -47,7 +49,7 @@ def test_all_votes_come_to_all() -> None:
     for iteration in (1, 2, 3):
         votes = [partial(b, iteration, {"mine": b.worker}, deadline) for b in ballots(store, 3)]
         found = together(votes)
-        assert found == [{w: {"mine": w} for w in range(3)}] * 3
+        assert found == [{str(w): {"mine": w} for w in range(3)}] * 3
 
 
 def test_who_gives_up_ends_the_step_for_all() -> None:
@@ -68,12 +70,12 @@ def test_who_gives_up_too_late_obeys_the_commit() -> None:
     store = dist.HashStore()
 
     class Late(Ballot):
-        def _await(self, iteration: int, deadline: float) -> str:
+        def _await(self, iteration: int, deadline: float) -> bytes:
             other(iteration, {"mine": 1}, time.monotonic() + 10)
             return super()._await(iteration, deadline)
 
     first, other = Late(store, 1, 0, [0, 1]), Ballot(store, 1, 1, [0, 1])
-    assert first(1, {"mine": 0}, time.monotonic() - 1) == {0: {"mine": 0}, 1: {"mine": 1}}
+    assert first(1, {"mine": 0}, time.monotonic() - 1) == {"0": {"mine": 0}, "1": {"mine": 1}}
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -118,15 +120,40 @@ def test_a_stranger_s_outcome_is_no_commit() -> None:
     (ballot,) = ballots(store, 1)
     with pytest.raises(Aborted):
         ballot(1, {}, time.monotonic() + 10)
-    store.set("view2/vote0/1", "[")
+    store.set("view3/outcome/1", "commit\n[")
+    with pytest.raises(CommitError, match="the outcome of iteration 1, view 3 is no JSON"):
+        Ballot(store, 3, 0, [0, 1])(1, {}, time.monotonic() + 10)
 
-    class Robbed(Ballot):
-        def _await(self, iteration: int, deadline: float) -> str:
-            self.store.set("view2/vote0/1", "[")
-            return super()._await(iteration, deadline)
 
-    with pytest.raises(CommitError, match="the vote of worker 0 is no JSON"):
-        Robbed(store, 2, 0, [0])(1, {}, time.monotonic() + 10)
+@pytest.mark.parametrize(
+    ("vote", "combine", "told"),
+    [
+        (b"[", everything, "the vote of worker 0 is no JSON"),
+        (b"{}", lambda votes: {"sum": sum(vote["mine"] for vote in votes.values())}, "KeyError 'mine'"),
+        (b'{"mine": []}', lambda votes: {"sum": sum(vote["mine"] for vote in votes.values())}, "TypeError"),
+    ],
+)
+def test_a_vote_that_is_none_ends_the_step_for_all(vote: bytes, combine: Combine, told: str) -> None:
+    """A stranger has written in the place of worker 0: nobody commits, and the one that has read it says why."""
+    store = dist.HashStore()
+    store.set("view1/vote0/1", vote)
+    store.add("view1/votes/1", 1)
+    with pytest.raises(CommitError, match=f"the votes on iteration 1 of view 1 are none: .*{told}"):
+        Ballot(store, 1, 1, [0, 1])(1, {"mine": 1}, time.monotonic() + 10, combine)
+    assert decide(store, 1, 1, COMMIT) == ABORT
+
+
+def test_the_last_one_reads_the_votes_and_the_others_what_they_come_to() -> None:
+    store, read = dist.HashStore(), list[int]()
+
+    def combine(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        read.append(len(votes))
+        return {"sum": sum(vote["mine"] for vote in votes.values())}
+
+    for iteration in (1, 2, 3, 4):
+        calls = [partial(b, iteration, {"mine": b.worker}, time.monotonic() + 10, combine) for b in ballots(store, 5)]
+        assert together(calls) == [{"sum": 10}] * 5
+    assert read == [5] * 4, "each vote is read once, whoever was the last"
 
 
 def test_a_wait_without_end_ends_with_the_coordinator() -> None:

@@ -16,7 +16,7 @@ from pipeline.runtime.groups import GroupBuilder
 from pipeline.runtime.reducer import Reducer
 from pipeline.runtime.transport import LinkError, Transport
 from pipeline.schedule.ops import Op
-from recovery.communicator import Communicator
+from recovery.communicator import Communicator, all_kept
 from tests.harness import hosted_store
 
 X = Op("F", (0, 1), 0)
@@ -90,8 +90,8 @@ def test_only_what_touches_a_changed_worker_is_rebuilt() -> None:
         survivors = [a, b, c]
         together(survivors, lambda m: m.communicator.quiesce(alive, time.monotonic() + 10))
         new = Member(4, address)
-        votes = {m.id: m.communicator.kept() for m in [*survivors, new]}
-        assert set(together(survivors, lambda m: m.communicator.agree(votes, time.monotonic() + 10)).values()) == {None}
+        told = all_kept({m.id: m.communicator.kept() for m in [*survivors, new]})
+        assert set(together(survivors, lambda m: m.communicator.agree(told, time.monotonic() + 10)).values()) == {None}
         more = sockets()
         parts = {"0:1": (0, 2), "1:2": (1, 4)}
         assert set(together([*survivors, new], enter(2, {(0, 1), (1, 2), (2, 4)}, parts)).values()) == {None}
@@ -128,7 +128,7 @@ def test_a_kept_group_comes_in_step_whoever_saw_a_view_that_the_other_did_not(ah
         for _ in range(2):  # a view that ends before anybody agrees, and one that does not
             together(members, lambda m: m.communicator.quiesce({0, 1}, time.monotonic() + 10))
         votes = {m.id: m.communicator.kept() for m in members}
-        found = together(members, lambda m: m.communicator.agree(votes, time.monotonic() + 10))
+        found = together(members, lambda m: m.communicator.agree(all_kept(votes), time.monotonic() + 10))
         assert set(found.values()) == {None}
         for m in members:
             m.gradient = torch.full((64,), 1.0 + m.id)

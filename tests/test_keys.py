@@ -98,8 +98,8 @@ def test_a_view_is_read_as_it_was_written_or_not_at_all() -> None:
     publish(store, view, layout)
     assert read_view(store, 2) == view
     for name, wrong in {
-        "workers": [0, 9], "number": 3, "places": {"a": 0}, "moves": [{"worker": 0}],
-        "layout": 7, "details": None, "next_worker": "4",
+        "number": 3, "places": {"a": 0}, "moves": [{"worker": 0}], "awaited": [[9, 0, 0, 1]],
+        "agents": [[0, 0, 0, 1 << 40]], "joined": [[0, 0, 2, 1]], "layout": 7, "details": None, "next_worker": "4",
     }.items():  # fmt: skip
         fields = {**json.loads(store.get("view/2")), name: wrong}
         store.set("view/9", json.dumps({**fields, "number": 9} if name != "number" else fields))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch.distributed as dist
 
@@ -17,7 +17,7 @@ from jobs.train import Trainer
 from pipeline.runtime.mailbox import Mailbox
 from pipeline.schedule.layout import TRAIN, Layout
 from recovery import keys
-from recovery.member import Joined, Member, Watcher
+from recovery.member import Joined, Member, Watcher, combine_ready, compare_copies
 from recovery.membership import View, publish
 from schedulers import plan
 
@@ -64,13 +64,14 @@ def entered(mine: dict[str, Any] | None, others: dict[int, dict[str, Any]]) -> J
     publish(store, View(2, (0, 3), layout.key, places={0: 0, 3: 1}, joined={3: 1}), layout)
     worker, communicator = MagicMock(id=3, norms={}), MagicMock()
     worker.store.model.num_layers, worker.store.model.tied = 6, False
+    worker.store.states = {}
+    kept = {"norms": {}, "links": [], "sums": {}}
     communicator.kept.return_value = {}
-    worker.gather.side_effect = [
-        {w: {"norms": {}, **vote} for w, vote in {**others, 3: {"position": None, "last": mine}}.items()},
-        {0: {"copies": {}}, 3: {"copies": {}}},
-    ]  # fmt: skip
-    member = Member(worker, communicator, store, {}, lambda _: None, lambda: True, Path())  # type: ignore[arg-type]
-    return member.enter(2, None, mine)
+    votes = {w: {**kept, **vote} for w, vote in {**others, 3: {"position": None, "last": mine}}.items()}
+    exchange = MagicMock(side_effect=[combine_ready(votes), {"differ": ""}])
+    member = Member(worker, communicator, store, {}, lambda _: None, lambda: True, Path())
+    with patch("recovery.member.StepCommit", lambda _: SimpleNamespace(agree=exchange)):
+        return member.enter(2, None, mine)
 
 
 def test_who_joins_learns_what_is_to_be_told_of_the_last_step() -> None:
@@ -111,3 +112,33 @@ def test_a_new_view_wakes_who_waits_and_ends_what_waits_for_the_lost() -> None:
     store.set("view/3", b"[")
     until(lambda: len(lost) == 1 and box.woken() is not None)
     watcher.stop()
+
+
+def vote(position: int | None, last: str | None = None, **more: Any) -> dict[str, Any]:
+    told = None if last is None else {"told": last}
+    where = None if position is None else {"step": position}
+    return {"position": where, "last": told, "norms": {}, "links": [], "sums": {}, **more}
+
+
+def test_what_a_view_comes_to_before_anything_moves() -> None:
+    found = combine_ready({
+        1: vote(None, links=[2, 3], sums={}),
+        2: vote(5, links=[1, 3], sums={"0:1": 3, "tied": 1}, norms={"0": 0.5}),
+        3: vote(5, "x", links=[2, 4], sums={"0:1": 4}, norms={"0": 0.5, "1": 2.0}),
+    })  # fmt: skip
+    assert found["positions"] == [{"step": 5}]
+    assert found["last"] == {"told": "x"}
+    assert found["norms"] == {"0": 0.5, "1": 2.0}
+    assert found["links"] == [(1, 2), (2, 3)], "1 and 3, and 3 and 4, do not both have theirs"
+    assert found["sums"] == {"0:1": (4, [2, 3]), "tied": (1, [2])}
+    assert combine_ready({1: vote(5), 2: vote(6), 3: vote(5)})["positions"] == [{"step": 5}, {"step": 6}]
+    assert combine_ready({1: vote(None), 2: vote(None)})["positions"] == []
+
+
+def test_copies_that_differ_are_told_with_who_has_which() -> None:
+    parts = {"0:1": (1, 2), "1:2": (2, 3)}
+    same = {1: {"copies": {"0:1": [7]}}, 2: {"copies": {"0:1": [7], "1:2": [8, 9]}}, 3: {"copies": {"1:2": [8, 9]}}}
+    assert compare_copies(parts, same) == {"differ": ""}
+    other = {**same, 3: {"copies": {"1:2": [8, 1]}}}
+    assert compare_copies(parts, other) == {"differ": "the copies of 1:2 differ, by checksum: {2: [8, 9], 3: [8, 1]}"}
+    assert "{1: None, 2: [7]}" in compare_copies(parts, {**same, 1: {"copies": {}}})["differ"]

@@ -90,8 +90,8 @@ def worker() -> Worker:
         LayeredModel(CONFIG), SPANS, OptimizerConfig(clip=0.0, lr=1e-2, warmup_steps=0), seed=3, device=CPU
     )
 
-    def myself(_: int, payload: dict[str, Any], deadline: float, voted: Any = None) -> dict[int, dict[str, Any]]:
-        return {0: json.loads(json.dumps(payload))}
+    def myself(_: int, payload: dict[str, Any], deadline: float, combine: Any, voted: Any = None) -> Any:
+        return json.loads(json.dumps(combine({0: json.loads(json.dumps(payload))})))
 
     return Worker(
         0, store, Transport(0), Reducer(0, store.gradients.get), StepCommit(myself), Settings(CPU, seed=3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from torch import Tensor
@@ -19,6 +19,20 @@ from pipeline.runtime.groups import Group, GroupBuilder, Work, poison, sum_over
 from pipeline.runtime.mailbox import LinkError
 
 _ENDING_S = 5.0  # until a sum over a group whose sockets are closed has failed
+
+
+Started = Mapping[str, tuple[int, Sequence[int]]]
+"""Part -> the most sums that any member has started over its group, and the members that have it."""
+
+
+def most_started(each: Mapping[int, Mapping[str, int]]) -> dict[str, tuple[int, list[int]]]:
+    """What everyone's `Reducer.started`, by worker, comes to."""
+    found: dict[str, tuple[int, list[int]]] = {}
+    for worker, started in sorted(each.items()):
+        for part, number in started.items():
+            most, having = found.get(part, (0, []))
+            found[part] = max(most, number), [*having, worker]
+    return found
 
 
 class Reducer:
@@ -99,15 +113,16 @@ class Reducer:
             elif work.is_completed() and not self.ended(part, deadline):
                 self._forget(part)
 
-    def agree(self, started: Mapping[int, Mapping[str, int]], deadline: float) -> None:
-        """Drop the groups that another member has dropped, and bring what is left in step. `started` is everyone's, by
-        worker. Afterwards no sum is under way. Raises LinkError when a group does not come in step."""
+    def agree(self, started: Started, deadline: float) -> None:
+        """Drop the groups that another member has dropped, and bring what is left in step; `started` is what everyone's
+        comes to. Afterwards no sum is under way. Raises LinkError when a group does not come in step."""
         for part, members in list(self._members.items()):
-            if any(part not in started[member] for member in members):
+            most, having = started.get(part, (0, ()))
+            if not set(members) <= set(having):
                 self._poison(part, set())
                 self._drop(part, deadline)
                 continue
-            if self._started[part] < max(started[member][part] for member in members):
+            if self._started[part] < most:
                 self.start(part)
             if not self.ended(part, deadline):
                 raise LinkError(f"workers {members} did not bring the group of {part} in step")

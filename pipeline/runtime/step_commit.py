@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from pipeline.runtime.terms import StepTerms
+from pipeline.wire import checked
 
 
 class NonFiniteLoss(RuntimeError):
@@ -18,15 +19,22 @@ class NonFiniteLoss(RuntimeError):
 
 
 Voted = Callable[[], None] | None
+Combine = Callable[[Mapping[int, dict[str, Any]]], dict[str, Any]]
+"""Everyone's vote, by worker -> what they come to, both JSON. It is called on one of them; the others are told."""
+
+
+def everything(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """All votes as they are: a Combine for what is rare."""
+    return {str(worker): vote for worker, vote in votes.items()}
 
 
 class Exchange(Protocol):
-    """How the workers of a view settle a step: everybody's payload to everybody, or nobody's to anybody."""
+    """How the workers of a view settle a step: what all payloads come to, to everybody, or nothing to anybody."""
 
     def __call__(
-        self, iteration: int, payload: dict[str, Any], deadline: float, voted: Voted = None, /
-    ) -> Mapping[int, dict[str, Any]]:
-        """Every worker's payload, by worker. `voted` is called when the own one is given but the outcome is open.
+        self, iteration: int, payload: dict[str, Any], deadline: float, combine: Combine = ..., voted: Voted = None, /
+    ) -> dict[str, Any]:
+        """What all payloads come to. `voted` is called when the own one is given but the outcome is open.
 
         `deadline` is in time.monotonic seconds, or infinite: then the wait is as long as the run is guided.
         """
@@ -57,7 +65,17 @@ class Settled:
     counts: Mapping[str, int]
     norm: float
     norms: Mapping[str, float]
-    wishes: Mapping[int, Mapping[str, Any]]
+    wishes: Mapping[str, Mapping[str, Any]]
+    """Worker, as text -> what it wishes for, where there is anything in it."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settled:
+        """Raises WireError."""
+        what = "what a step has come to"
+        found = checked(values, what, loss=float, means=dict, counts=dict, norm=float, norms=dict, wishes=dict)
+        for name, kind in (("means", float), ("counts", int), ("norms", float), ("wishes", dict)):
+            found[name] = checked(found[name], what, **dict.fromkeys(found[name], kind))
+        return cls(**found)
 
 
 @dataclass
@@ -77,7 +95,12 @@ class StepCommit:
 
         Before it others may read, write or receive much, so it waits as long as somebody sees to it that they come on.
         """
-        return self.exchange(self.begin(), payload, math.inf)
+        found = self.exchange(self.begin(), payload, math.inf, everything)
+        return {int(worker): vote for worker, vote in found.items()}
+
+    def agree(self, payload: dict[str, Any], combine: Combine) -> dict[str, Any]:
+        """As `gather`, but what everyone's payload comes to."""
+        return self.exchange(self.begin(), payload, math.inf, combine)
 
     def settle(
         self, step: int | None, terms: StepTerms, states: Sequence[str], vote: Vote, deadline: float,
@@ -85,7 +108,17 @@ class StepCommit:
     ) -> Settled:  # fmt: skip
         """Vote on the iteration that has begun, and return what all agree on; `states` are those of the model, in the
         order in which norms are summed; `step` is None in an evaluation. Raises NonFiniteLoss on all workers alike."""
-        return agree(step, terms, states, self.exchange(self.iteration, vote.as_json(), deadline, voted))
+
+        def combine(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+            try:
+                return asdict(agree(step, terms, states, votes))
+            except NonFiniteLoss as error:
+                return {"not_finite": str(error)}
+
+        found = self.exchange(self.iteration, vote.as_json(), deadline, combine, voted)
+        if "not_finite" in found:
+            raise NonFiniteLoss(str(found["not_finite"]))
+        return Settled.from_json(found)
 
 
 def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapping[int, Mapping[str, Any]]) -> Settled:
@@ -108,5 +141,5 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
     return Settled(
         terms.loss(totals), {term: value / max(1, terms.totals[term]) for term, value in totals.items()}, terms.totals,
         math.sqrt(sum(squares.values())), {state: math.sqrt(value) for state, value in squares.items()},
-        {worker: vote["wish"] for worker, vote in sorted(votes.items())},
+        {str(worker): vote["wish"] for worker, vote in sorted(votes.items()) if any(vote["wish"].values())},
     )  # fmt: skip

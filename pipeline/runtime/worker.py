@@ -44,7 +44,7 @@ class StepResult:
     lr: float = 0.0
     norms: Mapping[str, float] = field(default_factory=dict)
     """State -> gradient norm before clipping."""
-    wishes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    wishes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
 
     @property
