@@ -45,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/ir.py --out benchmarks/results/ir.json
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results
+	$(BIN)/python benchmarks/control_plane.py --out benchmarks/results
 	$(BIN)/python benchmarks/recovery.py --kills 20 --rounds 10 --out benchmarks/results
 	$(BIN)/python benchmarks/checkfree.py --out benchmarks/results
 	$(BIN)/python benchmarks/checkfree_ablation.py --out benchmarks/results
@@ -56,6 +57,7 @@ bench: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m tests.simulation --seeds 100000
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results
 	$(BIN)/python benchmarks/soak_pool.py --minutes 20 --out benchmarks/results
 

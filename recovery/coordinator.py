@@ -213,11 +213,12 @@ class Coordinator:
 
     @property
     def alive(self) -> set[int]:
-        """The agents that have given a sign of life of late, or have not begun yet; 0 is the coordinator's own."""
+        """The agents that have given a sign of life of late, or may begin yet; 0 is the coordinator's own."""
         alive, now = {0}, time.monotonic()
         for agent in set(self.view.agents.values()):
             found = read_agent(self.store, agent)
-            if found is None or now - self._sign(f"agent/{agent}", found).at < self.heartbeat_s / 2:
+            patience = self.deadline_s if found is None else self.heartbeat_s / 2
+            if now - self._sign(f"agent/{agent}", found).at <= patience:
                 alive.add(agent)
         return alive
 

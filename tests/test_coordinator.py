@@ -245,6 +245,27 @@ def test_a_worker_whose_work_comes_on_is_not_stuck_and_one_whose_does_not_is() -
     ]
 
 
+def test_a_machine_that_is_gone_before_its_agent_began_gives_its_places_to_others() -> None:
+    """Found by the simulation: each replacement was started by the same agent, which was not there, until the third."""
+    run = Run(deadline_s=0.4, heartbeat_s=2.0)
+    run.recovery.go.set()
+    run.coordinator.view = replace(run.view, agents={0: 0, 1: 1, 2: 0})
+    beats = [0]
+
+    def others_come_on() -> bool:
+        beats[0] += 1
+        for worker in (0, 2):
+            beat(run, worker, beats[0], progress=beats[0])
+        return run.view.number > 1
+
+    run.until(others_come_on)
+    lost = run.named("detected")
+    assert [(each["worker"], each["reason"]) for each in lost] == [
+        (1, "was being started by an agent that has given no sign of life since")
+    ]
+    assert run.view.agents == {0: 0, 1: 0, 2: 0}
+
+
 @pytest.mark.parametrize("built", [None, False, True], ids=["no sign", "not built", "built"])
 def test_a_worker_that_is_awaited_and_does_not_come_up_is_lost(built: bool | None) -> None:
     """The others go on meanwhile, so nothing but its own time says so."""
