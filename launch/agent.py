@@ -174,7 +174,7 @@ class Agent:
 
     def _follow(self, over: bool) -> None:
         """Start who joins in the views that came since, and end who is in none, or when it is `over` comes too late."""
-        while self.store.check([f"view/{self._view + 1}"]):
+        while self.store.check([keys.view_key(self._view + 1)]):
             view = read_view(self.store, self._view + 1)
             self._view = view.number
             _send([pid for pid, worker in self.pids.items() if worker not in view.places], signal.SIGKILL)

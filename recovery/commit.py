@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from pipeline.runtime.step_commit import Combine, everything
 from pipeline.wire import WireError, parse
+from recovery.keys import outcome_key, vote_key, votes_key
 
 COMMIT, ABORT = "commit", "abort"
 _SLICE_S = 0.5  # how often who waits without end asks whether there is a coordinator
@@ -36,13 +37,9 @@ class Aborted(RuntimeError):
     """The coordinator has ended this step, because the view changes. Nothing of it counts."""
 
 
-def _key(view: int, what: str, iteration: int) -> str:
-    return f"view{view}/{what}/{iteration}"
-
-
 def decide(store: dist.Store, view: int, iteration: int, outcome: str) -> str:
     """Write the outcome of an iteration, unless it has one; returns the outcome that stands."""
-    return _outcome(store.compare_set(_key(view, "outcome", iteration), "", outcome))
+    return _outcome(store.compare_set(outcome_key(view, iteration), "", outcome))
 
 
 def _outcome(stands: bytes) -> str:
@@ -61,7 +58,7 @@ class Ballot:
     """Whether there still is a coordinator."""
 
     def _vote(self, iteration: int, worker: int) -> str:
-        return _key(self.view, f"vote{worker}", iteration)
+        return vote_key(self.view, iteration, worker)
 
     def __call__(
         self, iteration: int, payload: dict[str, Any], deadline: float, combine: Combine = everything,
@@ -76,7 +73,7 @@ class Ballot:
         """
         try:
             self.store.set(self._vote(iteration, self.worker), json.dumps(payload))
-            last = self.store.add(_key(self.view, "votes", iteration), 1) == len(self.members)
+            last = self.store.add(votes_key(self.view, iteration), 1) == len(self.members)
             if voted is not None:
                 voted()
             if last:
@@ -87,7 +84,7 @@ class Ballot:
             # Whoever votes now has read the outcome of the iteration before, for which this vote was read.
             self.store.delete_key(self._vote(iteration - 2, self.worker))
             if last:
-                self.store.delete_key(_key(self.view, "votes", iteration - 2))
+                self.store.delete_key(votes_key(self.view, iteration - 2))
         except dist.DistNetworkError as error:
             raise CommitError(f"the store is gone: {str(error).splitlines()[0]}") from error
         try:
@@ -109,7 +106,7 @@ class Ballot:
 
     def _await(self, iteration: int, deadline: float) -> bytes:
         """What stands as the outcome of an iteration. Raises CommitError where it is this worker that has ended it."""
-        key = _key(self.view, "outcome", iteration)
+        key = outcome_key(self.view, iteration)
         while True:
             left = deadline - time.monotonic()
             try:
@@ -148,18 +145,18 @@ class Follower:
     def follow(self) -> bool:
         """Take note of new outcomes, and delete what nobody reads any more; returns whether there were any."""
         before = self.iteration
-        while not self.given_up and self.store.check([key := _key(self.view, "outcome", self.iteration)]):
+        while not self.given_up and self.store.check([key := outcome_key(self.view, self.iteration)]):
             if _outcome(self.store.get(key)) != COMMIT:
                 self.given_up = True
                 break
-            self.store.delete_key(_key(self.view, "outcome", self.iteration - 3))
+            self.store.delete_key(outcome_key(self.view, self.iteration - 3))
             self.iteration += 1
             self.moved = time.monotonic()
         return self.iteration > before
 
     def voted(self, worker: int) -> bool:
         """Whether a worker has voted on the iteration under way."""
-        return self.store.check([_key(self.view, f"vote{worker}", self.iteration)])
+        return self.store.check([vote_key(self.view, self.iteration, worker)])
 
     def abort(self) -> None:
         """End the view: the first iteration that is not committed never will be, and all who wait on it wake."""

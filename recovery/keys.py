@@ -6,9 +6,11 @@
     beat/W, agent/A     signs of life                              stop        somebody has asked the run to stop
     error/W             the error that ended a worker              ledger/W/N  whether the ledger is on the disk, to N
     record/W/N          what worker W reports                      claim/X     whether fault X has happened
-    spare/A/N           the place that a spare worker takes
+    spare/A/N           the place that a spare worker takes        layout/K    the text of a layout, by its key
+    viewV/vote/I/W      the vote of worker W on iteration I        viewV/outcome/I  what became of it
+    viewV/votes/I       how many have voted on it
 
-Votes and outcomes are in `commit.py`, the meeting of a group's members in `pipeline/runtime/groups.py`.
+The members of a group meet under its name (`pipeline/runtime/groups.py`).
 """
 
 from __future__ import annotations
@@ -231,6 +233,31 @@ def take_records(store: dist.Store, worker: int, first: int) -> Iterator[dict[st
 def claim(store: dist.Store, name: str) -> bool:
     """Whether nobody has asked for `name` before."""
     return store.add(f"claim/{name}", 1) == 1
+
+
+def view_key(number: int) -> str:
+    """Where a view stands."""
+    return f"view/{number}"
+
+
+def layout_key(layout: str) -> str:
+    """Where the text of a layout stands."""
+    return f"layout/{layout}"
+
+
+def vote_key(view: int, iteration: int, worker: int) -> str:
+    """Where a worker votes."""
+    return f"view{view}/vote/{iteration}/{worker}"
+
+
+def votes_key(view: int, iteration: int) -> str:
+    """Where votes are counted."""
+    return f"view{view}/votes/{iteration}"
+
+
+def outcome_key(view: int, iteration: int) -> str:
+    """Where what an iteration has come to stands."""
+    return f"view{view}/outcome/{iteration}"
 
 
 def spare_key(agent: int, number: int) -> str:

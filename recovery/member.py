@@ -26,7 +26,7 @@ from pipeline.runtime.worker import Worker
 from pipeline.schedule.layout import Excerpt, Part
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes, all_kept
-from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked
+from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked, view_key
 from recovery.lifeline import Lifeline
 from recovery.membership import Evicted, MembershipError, View, await_view, parts_of, read_layout, read_view
 from recovery.remedy import Remedy
@@ -229,7 +229,7 @@ class Watcher:
                 beat(self._store, self._id, Beat(beats, waiting, self.pulse.count, self.member is not None))
                 self._pass_on()
                 try:
-                    self._store.wait([f"view/{self._number + 1}"], timedelta(seconds=BEAT_S))
+                    self._store.wait([view_key(self._number + 1)], timedelta(seconds=BEAT_S))
                 except dist.DistNetworkError:
                     raise
                 except RuntimeError:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from pipeline.schedule.layout import Layout, Part, read_part
 from pipeline.state.resident import Holders, part_holders
 from pipeline.wire import WireError, as_runs, checked, listed, numbered, parse, whole
+from recovery.keys import layout_key, view_key
 
 START = "start"
 """What a view rolls back to where there is no checkpoint yet: the weights that the run began with."""
@@ -144,18 +145,18 @@ def next_view(
 def publish(store: dist.Store, view: View, layout: Layout) -> None:
     """Write a view, and its layout if that is new. Only the coordinator does; numbers ascend."""
     assert layout.key == view.layout
-    if not store.check([key := f"layout/{view.layout}"]):
+    if not store.check([key := layout_key(view.layout)]):
         store.set(key, layout.text)
     assert set(view.workers) == set(view.places) - set(view.awaited)
     text = {name: value for name, value in vars(view).items() if name != "workers"}
     text |= {name: as_runs(text[name]) for name in _NUMBERED}
-    store.set(f"view/{view.number}", json.dumps({**text, "moves": [asdict(move) for move in view.moves]}))
+    store.set(view_key(view.number), json.dumps({**text, "moves": [asdict(move) for move in view.moves]}))
 
 
 def read_layout(store: dist.Store, view: View, place: int) -> Part:
     """What a place needs of a view's layout. Raises MembershipError for what is none."""
     try:
-        return read_part(store.get(f"layout/{view.layout}"), place)
+        return read_part(store.get(layout_key(view.layout)), place)
     except WireError as error:
         raise MembershipError(f"the layout of view {view.number} cannot be read: {error}") from error
 
@@ -163,7 +164,7 @@ def read_layout(store: dist.Store, view: View, place: int) -> Part:
 def read_view(store: dist.Store, number: int) -> View:
     """A view that is there. Raises MembershipError for what is none."""
     try:
-        return _view(parse(store.get(f"view/{number}"), f"view {number}"), number)
+        return _view(parse(store.get(view_key(number)), f"view {number}"), number)
     except WireError as error:
         raise MembershipError(f"view {number} cannot be read: {error}") from error
 
@@ -198,7 +199,7 @@ def await_view(store: dist.Store, number: int, guided: Callable[[], bool] = lamb
     try:
         while True:
             try:
-                store.wait([f"view/{number}"], timedelta(seconds=_SLICE_S))
+                store.wait([view_key(number)], timedelta(seconds=_SLICE_S))
                 break
             except dist.DistNetworkError:
                 raise
@@ -207,7 +208,7 @@ def await_view(store: dist.Store, number: int, guided: Callable[[], bool] = lamb
                     raise MembershipError(
                         f"view {number} does not come: the coordinator gives no sign of life"
                     ) from error
-        while store.check([f"view/{number + 1}"]):
+        while store.check([view_key(number + 1)]):
             number += 1
         return read_view(store, number)
     except dist.DistNetworkError as error:

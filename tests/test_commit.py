@@ -136,7 +136,7 @@ def test_a_stranger_s_outcome_is_no_commit() -> None:
 def test_a_vote_that_is_none_ends_the_step_for_all(vote: bytes, combine: Combine, told: str) -> None:
     """A stranger has written in the place of worker 0: nobody commits, and the one that has read it says why."""
     store = dist.HashStore()
-    store.set("view1/vote0/1", vote)
+    store.set("view1/vote/1/0", vote)
     store.add("view1/votes/1", 1)
     with pytest.raises(CommitError, match=f"the votes on iteration 1 of view 1 are none: .*{told}"):
         Ballot(store, 1, 1, [0, 1])(1, {"mine": 1}, time.monotonic() + 10, combine)

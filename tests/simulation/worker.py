@@ -23,7 +23,7 @@ from tests.simulation.store import Client
 from tests.simulation.world import Broken, Process
 
 if TYPE_CHECKING:
-    from tests.simulation.run import Run
+    from tests.simulation.actors import Actors
 
 LAYERS = 6
 
@@ -97,7 +97,7 @@ class SimWorker:
     """A worker whose compute is waiting; its votes are real."""
 
     id: int
-    run_of: Run
+    run_of: Actors
     process: Process
     commit: StepCommit
     store: SimStore = field(default_factory=SimStore)
@@ -150,7 +150,7 @@ class SimWorker:
 class SimGroup:
     """Two ends of a wire for states."""
 
-    run: Run
+    run: Actors
     name: str
     pair: tuple[int, int]
     me: int
