@@ -55,11 +55,14 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def test_layers_come_and_go_without_touching_the_others(name: str, before: list[Span], after: list[Span]) -> None:
     each, fresh = store(CONFIGS[name], *before), store(CONFIGS[name], *after)
     train(each)
-    had, objects = states(each), dict(each.states)
+    had, objects, summed = states(each), dict(each.states), each.gradients.get
     each.hold(after)
     assert each.layers() == [layer for span in after for layer in range(*span)]
     assert each.states.keys() == fresh.states.keys()
     assert each.gradients.keys() == fresh.gradients.keys()
+    for part, gradient in each.gradients.items():
+        assert summed(part) is gradient, "sums would be of a gradient that nobody adds to any more"
+        assert sum(state.gradient.numel() for state in each.states_of(part)) == gradient.numel()
     for state, tensors in states(each).items():
         assert same(tensors, had[state] if state in had else states(fresh)[state]), state
         assert state not in had or each.states[state] is objects[state]

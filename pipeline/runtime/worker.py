@@ -85,7 +85,8 @@ class Worker:
             found = LaneExecutor(lane).execute(record)
         try:
             settled, divisors = self._settle(lane, found, wish, deadline)
-        except NonFiniteLoss:
+        except NonFiniteLoss:  # every sum of it has ended
+            self.reducer.clear()
             self.store.drop()
             raise
         lr = learning_rate(self.store.config, step) if lane.excerpt.trains else 0.0

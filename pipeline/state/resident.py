@@ -94,9 +94,10 @@ class ResidentStore:
 
     def _lay_out(self) -> None:
         """Put the gradients of each part into one flat tensor."""
-        self.gradients, self.part_of = {}, {}
+        self.gradients.clear()  # the same mapping: who sums them looks in it
+        self.part_of.clear()
         for part in (*map(span_text, self.modules), TIED):
-            self.part_of |= {state.name: part for state in self.states_of(part)}
+            self.part_of.update({state.name: part for state in self.states_of(part)})
             if states := [state for state in self.states_of(part) if state.size]:
                 self.gradients[part] = torch.zeros(sum(s.size for s in states), device=self._device)
                 for state, gradient in zip(states, self.gradients[part].split([s.size for s in states]), strict=True):
