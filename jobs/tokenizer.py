@@ -21,7 +21,7 @@ from jobs.corpus import Texts, permutation
 from jobs.files import CorpusError
 
 END, PAD = "<|endoftext|>", "<|pad|>"
-KINDS = ("bytes", "bpe", "model")
+TOKENIZERS = ("bytes", "bpe", "model")
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -48,8 +48,8 @@ def build_tokenizer(
     """
     if kind == "model":
         return _of_model(model_dir)
-    if kind not in KINDS:
-        raise TokenizerError(f"tokenizer is {kind!r}; allowed: {', '.join(KINDS)}")
+    if kind not in TOKENIZERS:
+        raise TokenizerError(f"tokenizer is {kind!r}; allowed: {', '.join(TOKENIZERS)}")
     alphabet = {character: byte for byte, character in enumerate(_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -21,7 +21,7 @@ from pipeline.model.weights import PRESETS
 from pipeline.runtime.groups import address_towards
 from schedulers import ENGINES
 
-PACKAGES = ("unbroken", "torch", "transformers", "safetensors", "tokenizers", "datasets", "numpy", "tyro", "rich")
+VERSIONED = ("unbroken", "torch", "transformers", "safetensors", "tokenizers", "datasets", "numpy", "tyro", "rich")
 EXTRAS = ("gguf", "accelerate", "tensorboard", "deepspeed", "ray", "torchft-nightly")
 
 
@@ -72,7 +72,7 @@ def doctor(config: DoctorConfig) -> tuple[dict[str, Any], str]:
     memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.getcwd())
     findings: dict[str, Any] = {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in VERSIONED},
         "extras": {name: _version(name) for name in EXTRAS},
         "cores": len(os.sched_getaffinity(0)),
         "memory_free_gib": round(memory.available / 2**30, 1),

@@ -26,7 +26,7 @@ from pipeline.wire import checked
 
 _PR_SET_PDEATHSIG = 1
 _ANSWER_S = 10.0
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that a terminal or a scheduler sends to all processes of a run: the agent alone decides what they mean."""
 
 
@@ -84,7 +84,7 @@ class ForkServer:
             for other in [*_OPEN, self]:
                 other._channel.close()
             die_with_parent(agent)
-            for signum in IGNORED:
+            for signum in DEAF_TO:
                 signal.signal(signum, signal.SIG_IGN)
             with contextlib.suppress(BaseException):
                 _Server(Channel(theirs), entry).run()

@@ -24,7 +24,7 @@ POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "j
 POOL_POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")
 """What workers that hold nothing meet: a unit is there, its weights are being loaded, they are loaded, it is computed
 forward or back, its gradient is told, it counts."""
-KINDS = ("kill", "term", "stop", "exception", "slow", "nan", "cut")
+FAULTS = ("kill", "term", "stop", "exception", "slow", "nan", "cut")
 _DRAWN = {False: POINTS[:5], True: ("order", "forward", "backward", "commit", "committed")}
 """Whether it is a pool -> the points that every worker meets in every step, from which a rate draws."""
 _ANY = (*POINTS, *(point for point in POOL_POINTS if point not in POINTS))
@@ -99,15 +99,15 @@ def _parse(text: str, name: str, ground: Ground | None) -> Fault | Rate:
             raise _refusal(text, f"{pair!r}; allowed: name=value, once for each name")
         values[key.strip()] = value.strip()
     allowed = ("p", "stages", "seed", "kind") if kind == "rate" else ("worker", "stage", "step", "at", "factor")
-    if kind not in (*KINDS, "rate"):
-        raise _refusal(text, f"{kind!r} is no fault; allowed: {', '.join(KINDS)}, rate")
+    if kind not in (*FAULTS, "rate"):
+        raise _refusal(text, f"{kind!r} is no fault; allowed: {', '.join(FAULTS)}, rate")
     if unknown := set(values) - set(allowed):
         raise _refusal(text, f"{', '.join(sorted(unknown))}; allowed for {kind}: {', '.join(allowed)}")
     pool = ground is not None and ground.pool
     if kind == "rate":
         what = values.get("kind", "kill")
-        if what not in KINDS:
-            raise _refusal(text, f"kind is {what!r}; allowed: {', '.join(KINDS)}")
+        if what not in FAULTS:
+            raise _refusal(text, f"kind is {what!r}; allowed: {', '.join(FAULTS)}")
         p, seed = _number(text, values, "p", float), _number(text, values, "seed", int, "0")
         return Rate(p, _stages(text, values.get("stages", ""), ground), seed, what, _DRAWN[pool])
     if ("worker" in values) == ("stage" in values):

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.schedule.holdings import KINDS
+from pipeline.schedule.holdings import HELD
 from pipeline.schedule.ops import RECV, SEND, STEP, B, F, I, Key, R, Schedule, W
 
-ACTIVATIONS, RECEIVED, OUTPUTS, SENT, *_ = range(len(KINDS))
+ACTIVATIONS, RECEIVED, OUTPUTS, SENT, *_ = range(len(HELD))
 Most = dict[int, np.ndarray]
 """Worker -> [kinds, and all of them together; ops of the lane, and its end]."""
 
@@ -94,7 +94,7 @@ class Model:
     def held(self, state: State, w: int) -> list[int]:
         """Of each kind, by worker w, and all together."""
         at = state.at[w]
-        found = [0] * len(KINDS)
+        found = [0] * len(HELD)
         found[ACTIVATIONS], found[RECEIVED], found[OUTPUTS] = self.own[w][at % self.lap[w]]
         for k, (a, b) in enumerate(self.links):
             if b == w:
@@ -111,7 +111,7 @@ class Model:
                 np.maximum(column, self.held(state, w), out=column)
 
     def nothing(self) -> Most:
-        return {worker: np.zeros((len(KINDS) + 1, self.lap[w])) for w, worker in enumerate(self.workers)}
+        return {worker: np.zeros((len(HELD) + 1, self.lap[w])) for w, worker in enumerate(self.workers)}
 
     # ---- ways to run ----
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.schedule.graph import compiled
-from pipeline.schedule.holdings import KINDS, Bound, Held, Sizes, bounds, levels
+from pipeline.schedule.holdings import HELD, Bound, Held, Sizes, bounds, levels
 from pipeline.schedule.lower import add_redundant, lower
 from pipeline.schedule.memory import lane_peaks
 from pipeline.schedule.ops import Schedule, Span
@@ -37,7 +37,7 @@ def check(schedule: Schedule, found: Most, expected: Most, what: slice | list[in
         if (wrong := np.argwhere(ours != theirs)).size:
             kind, at = wrong[0]
             op = lane[at] if at < len(lane) else "the end"
-            names = np.array([*KINDS, "all"])[what]
+            names = np.array([*HELD, "all"])[what]
             raise AssertionError(f"{names[kind]} of worker {worker} at {op}: proved {ours[kind, at]}, "
                                  f"seen {theirs[kind, at]}\n{schedule}")  # fmt: skip
 

@@ -54,8 +54,8 @@ class Held:
         return self.activations + self.messages + self.posted + self.working
 
 
-KINDS = tuple(field.name for field in fields(Held))
-_ACTIVATIONS, _RECEIVED, _OUTPUTS, _SENT, _POSTED, _WORKING = range(len(KINDS))
+HELD = tuple(field.name for field in fields(Held))
+_ACTIVATIONS, _RECEIVED, _OUTPUTS, _SENT, _POSTED, _WORKING = range(len(HELD))
 
 
 class Bound(NamedTuple):
@@ -168,7 +168,7 @@ def _lane_levels(
     """One lane, read from its end to its start, so that what is used later is known where it is made."""
     ops, waits, frees, routes = graph.ops, graph.waits, graph.frees, graph.schedule.routes
     start, end = lane.start, len(lane)  # the end is no op: all have settled
-    changes = [array("d", bytes(8 * (end + 2))) for _ in KINDS]  # what each op adds; quicker than NumPy's, one by one
+    changes = [array("d", bytes(8 * (end + 2))) for _ in HELD]  # what each op adds; quicker than NumPy's, one by one
     activations, received, outputs, sent, posted, working = changes
     used: dict[tuple[bool, int], int] = {}  # (forward, microbatch) -> the next op that uses an output of it
     sends: dict[Key, int] = {}
