@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
@@ -156,9 +157,15 @@ def publish(store: dist.Store, view: View, layout: Layout) -> None:
 def read_layout(store: dist.Store, view: View, place: int) -> Part:
     """What a place needs of a view's layout. Raises MembershipError for what is none."""
     try:
-        return read_part(store.get(layout_key(view.layout)), place)
+        return _part(store.get(layout_key(view.layout)), place)
     except WireError as error:
         raise MembershipError(f"the layout of view {view.number} cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _part(text: bytes, place: int) -> Part:
+    """A worker asks for the same one several times while it is built."""
+    return read_part(text, place)
 
 
 def read_view(store: dist.Store, number: int) -> View:

@@ -68,10 +68,11 @@ class ResidentStore:
         wanted = self.model.states_of(layers)
         states = {state.name: self.states[state.name] for state in wanted if state.name in self.states}
         share = {name: p for state in states.values() for name, p in state.parameters.items()}
-        for layer in layers:
-            if layer not in have:
-                built = self._build(layer, source, share)
-                have[layer], rotary = built.layers[str(layer)], rotary or built.rotary
+        for run in _runs(layer for layer in layers if layer not in have):
+            built = self._build(run, source, share)
+            have |= dict(_layers(built))
+            rotary = rotary or built.rotary
+            for layer in range(*run):
                 share |= built.named_layer_parameters(layer)
         for spec in wanted:
             if spec.name not in states:
@@ -87,9 +88,9 @@ class ResidentStore:
         self.train(self._training)
         self._lay_out()
 
-    def _build(self, layer: int, source: Path | None, share: Mapping[str, nn.Parameter] | None = None) -> SpanModule:
+    def _build(self, span: Span, source: Path | None, share: Mapping[str, nn.Parameter] | None = None) -> SpanModule:
         return self.model.build(
-            (layer, layer + 1), seed=self._seed, device=self._device, source=source, share=share, came_on=self._came_on
+            span, seed=self._seed, device=self._device, source=source, share=share, came_on=self._came_on
         )
 
     def _lay_out(self) -> None:
@@ -152,12 +153,23 @@ class ResidentStore:
         fresh: dict[str, nn.Parameter] = {}
         for layer in self.layers():
             if not wanted.isdisjoint(self.model.shapes(layer)):
-                fresh |= self._build(layer, source).named_layer_parameters(layer)
+                fresh |= self._build((layer, layer + 1), source).named_layer_parameters(layer)
         for state in states:
             state.begin_anew()
             state.version = 0
             for name, weight in state.weights().items():
                 weight.copy_(fresh[name])
+
+
+def _runs(layers: Iterable[int]) -> list[Span]:
+    """Ascending layers as spans of neighbours."""
+    runs: list[Span] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer:
+            runs[-1] = runs[-1][0], layer + 1
+        else:
+            runs.append((layer, layer + 1))
+    return runs
 
 
 def _layers(module: SpanModule) -> list[tuple[int, nn.Module]]:
