@@ -23,7 +23,7 @@ from pipeline.runtime.probe import Pulse
 from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
 from pipeline.runtime.worker import Worker
-from pipeline.schedule.layout import Excerpt, Part
+from pipeline.schedule.layout import Assignment, Excerpt
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes, all_kept
 from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked, view_key
@@ -66,14 +66,14 @@ class Member:
     checkpoints: Path
     """Where the run saves."""
     view: View | None = None
-    part: Part | None = None
+    assignment: Assignment | None = None
     """What its place does in the view."""
-    _parts: dict[tuple[str, int], Part] = field(default_factory=dict)
+    _assignments: dict[tuple[str, int], Assignment] = field(default_factory=dict)
 
     def excerpt(self, purpose: str) -> Excerpt:
         """What is done for a purpose. Raises KeyError."""
-        assert self.part is not None
-        return self.part.excerpts[purpose]
+        assert self.assignment is not None
+        return self.assignment.excerpts[purpose]
 
     def complain(self, error: Exception) -> None:
         """An interruption that no view has brought is the coordinator's to know: a link may have broken by itself."""
@@ -111,10 +111,9 @@ class Member:
         worker.transport.mailbox.advance(view.number, 0)
         self.communicator.quiesce(set(view.workers), deadline)
         worker.commit = StepCommit(Ballot(self.store, view.number, worker.id, view.workers, self.guided))
-        part = self._read(view)
-        norms = dict(worker.norms)
-        vote = {"position": position, "last": last, "norms": norms, **self.communicator.kept()}
-        found = worker.commit.agree(vote, combine_ready)
+        mine = self._read(view)
+        told = {"position": position, "last": last, "norms": dict(worker.norms), **self.communicator.kept()}
+        found = worker.commit.agree(told, combine_ready)
         times["ready"] = time.monotonic()
         step = int((position or {}).get("step", 0))
         probe("join" if position is None else "recovery", step)
@@ -124,16 +123,16 @@ class Member:
         worker.store.drop()  # after the last sum: one that was under way still wrote into the gradients
         model = worker.store.model
         worker.workers = view.at
-        parts = parts_of(view, part.holders, model.num_layers, model.tied)
-        sends = {pair for excerpt in part.excerpts.values() for pair in excerpt.sends}
+        parts = parts_of(view, mine.holders, model.num_layers, model.tied)
+        sends = {pair for excerpt in mine.excerpts.values() for pair in excerpt.sends}
         pairs = link_pairs({(worker.workers[a], worker.workers[b]) for a, b in sends})
         self.communicator.edit(view.number, pairs, parts, self.shapes(view))
         times["edited"] = time.monotonic()
         known = dict(found["norms"])
         where = dict(*found["positions"])
-        wanted = {layer for span in part.spans for layer in range(*span)}
+        wanted = {layer for span in mine.spans for layer in range(*span)}
         given = [(layer, layer + 1) for layer in worker.store.layers() if layer not in wanted]
-        worker.store.hold([*part.spans, *given])  # what this place holds no more may be what others take
+        worker.store.hold([*mine.spans, *given])  # what this place holds no more may be what others take
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
         if view.rollback is not None:
@@ -141,24 +140,24 @@ class Member:
             known = {}
         else:
             restore(worker, view, self.communicator, self.remedies, known, int(where.get("step", view.first_step)))
-        worker.store.hold(part.spans)
+        worker.store.hold(mine.spans)
         self._check_states(view, int(where.get("step", view.first_step)))
         copies = {part for part, workers in parts.items() if len(workers) > 1 and worker.id in workers}
-        vote = {"copies": {part: _fingerprint(worker, part) for part in copies}}
-        if told := worker.commit.agree(vote, partial(compare_copies, parts))["differ"]:
-            raise MembershipError(f"view {view.number}: {told}")
+        told = {"copies": {part: _fingerprint(worker, part) for part in copies}}
+        if differ := worker.commit.agree(told, partial(compare_copies, parts))["differ"]:
+            raise MembershipError(f"view {view.number}: {differ}")
         times["restored"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
-        self.view, self.part = view, part
+        self.view, self.assignment = view, mine
         return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()})
 
-    def _read(self, view: View) -> Part:
+    def _read(self, view: View) -> Assignment:
         """What this worker's place needs of the layout, read once."""
         key = view.layout, view.places[self.worker.id]
-        if key not in self._parts:
-            self._parts = {key: read_layout(self.store, view, key[1])}
-        return self._parts[key]
+        if key not in self._assignments:
+            self._assignments = {key: read_layout(self.store, view, key[1])}
+        return self._assignments[key]
 
     def _check_states(self, view: View, step: int) -> None:
         """All that is held is of the committed step and of the run's generation. Raises MembershipError."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.schedule.layout import Layout, Part, read_part
+from pipeline.schedule.layout import Assignment, Layout, read_assignment
 from pipeline.state.resident import Holders, part_holders
 from pipeline.wire import WireError, as_runs, checked, listed, numbered, parse, whole
 from recovery.keys import layout_key, view_key
@@ -154,18 +154,18 @@ def publish(store: dist.Store, view: View, layout: Layout) -> None:
     store.set(view_key(view.number), json.dumps({**text, "moves": [asdict(move) for move in view.moves]}))
 
 
-def read_layout(store: dist.Store, view: View, place: int) -> Part:
+def read_layout(store: dist.Store, view: View, place: int) -> Assignment:
     """What a place needs of a view's layout. Raises MembershipError for what is none."""
     try:
-        return _part(store.get(layout_key(view.layout)), place)
+        return _assignment(store.get(layout_key(view.layout)), place)
     except WireError as error:
         raise MembershipError(f"the layout of view {view.number} cannot be read: {error}") from error
 
 
 @lru_cache(maxsize=4)
-def _part(text: bytes, place: int) -> Part:
+def _assignment(text: bytes, place: int) -> Assignment:
     """A worker asks for the same one several times while it is built."""
-    return read_part(text, place)
+    return read_assignment(text, place)
 
 
 def read_view(store: dist.Store, number: int) -> View:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.schedule.layout import EVALUATE, TRAIN, Excerpt, Layout, read_part
+from pipeline.schedule.layout import EVALUATE, TRAIN, Excerpt, Layout, read_assignment
 from pipeline.schedule.lower import lower
 from pipeline.schedule.ops import Span
 from pipeline.wire import WireError
@@ -28,13 +28,13 @@ def layout(scheduler: str = "one_f_one_b", workers: int = 4, replicas: int = 1) 
 def test_each_place_reads_its_own_lane_and_what_all_need_to_know(scheduler: str, replicas: int) -> None:
     whole = layout(scheduler, replicas=replicas)
     for place in (*range(4), 9):
-        part = read_part(whole.text, place)
+        part = read_assignment(whole.text, place)
         for purpose, schedule in whole.schedules.items():
             assert part.excerpts[purpose] == Excerpt.of(schedule, place)
             assert part.excerpts[purpose].holders == schedule.holders
         assert part.holders == whole.holders
         assert part.spans == tuple(span for span, places in whole.holders.items() if place in places)
-    assert read_part(whole.text, 9).train.lane == (), "a place without work has a lane without ops"
+    assert read_assignment(whole.text, 9).train.lane == (), "a place without work has a lane without ops"
 
 
 def test_equal_layouts_have_one_key() -> None:
@@ -65,11 +65,11 @@ def test_what_is_no_layout_is_refused(change: Any, told: str) -> None:
     values = json.loads(layout().text)
     change(values)
     with pytest.raises(WireError, match=told):
-        read_part(json.dumps(values), 1)
+        read_assignment(json.dumps(values), 1)
 
 
 def test_a_lane_that_nobody_here_runs_is_not_read() -> None:
     """Of many thousand ops a worker reads its own: the others may say what they like."""
     values = json.loads(layout().text)
     values["schedules"][TRAIN]["lanes"]["2"] = "nonsense"
-    assert read_part(json.dumps(values), 1) == read_part(layout().text, 1)
+    assert read_assignment(json.dumps(values), 1) == read_assignment(layout().text, 1)

@@ -102,7 +102,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Part:
+class Assignment:
     """What the worker in one place needs of a layout."""
 
     excerpts: Mapping[str, Excerpt]
@@ -133,7 +133,7 @@ def with_backups(
     return {span: tuple(sorted(places)) for span, places in sorted(found.items())}
 
 
-def read_part(text: str | bytes, place: int) -> Part:
+def read_assignment(text: str | bytes, place: int) -> Assignment:
     """What `place` needs of the text of a layout. Raises WireError for what is none."""
     what = "a layout"
     values = checked(parse(text, what), what, schedules=dict, backups=list)
@@ -155,7 +155,7 @@ def read_part(text: str | bytes, place: int) -> Part:
             raise WireError(f"{name} cannot be read: {error}") from error
     if TRAIN not in excerpts:
         raise WireError(f"{what} has no schedule {TRAIN!r}")
-    return Part(excerpts, listed(values["backups"], "the backups of a layout", _backup))
+    return Assignment(excerpts, listed(values["backups"], "the backups of a layout", _backup))
 
 
 def _pair(value: Any) -> tuple[int, int]:
