@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from recovery.commit import COMMIT, Ballot, Follower
 from recovery.policy import Recovery
@@ -22,6 +23,7 @@ SEEDS, CHUNK = 2000, 200
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_every_invariant_holds_in_every_run(first: int) -> None:
     ended = [simulate(seed).codes[0] for seed in range(first, first + CHUNK)]
+    assert torch.is_grad_enabled(), "a simulated run has left something behind"
     assert ended.count(0) > 0.9 * CHUNK, "nearly all faults are survived"
 
 

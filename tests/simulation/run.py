@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 import jobs.train as train_module
 import launch.worker_main as worker_module
 from jobs.train import STOPPED
@@ -165,4 +167,6 @@ def virtual(run: Run) -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, value in changes:
             stack.enter_context(patch.object(module, name, value))
+        # actors hand on inside torch.no_grad, which belongs to their one thread: none of them can put it back
+        stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
         yield
