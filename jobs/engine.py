@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from pipeline.model.layered import LayeredModel
 from pipeline.runtime.worker import StepResult
+from pipeline.state.layer_state import LayerStates
 from pipeline.wire import WireError, checked
 from recovery.checkpoint import Fence
 from recovery.member import Joined
@@ -54,9 +52,6 @@ class Engine(Protocol):
 
     interruptions: tuple[type[Exception], ...]
     """What ends a view in the middle of anything; the state is then that of the last committed step."""
-
-    @property
-    def model(self) -> LayeredModel: ...
 
     @property
     def leads(self) -> bool:
@@ -127,16 +122,9 @@ class Engine(Protocol):
         """The member that this trainer is."""
         ...
 
-    def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """What the layer's file in a checkpoint has."""
-        ...
-
-    def stamp(self, layer: int) -> tuple[int, int]:
-        """The step and generation that a layer's state is of."""
-        ...
-
-    def parameters(self, layer: int) -> dict[str, Tensor]:
-        """Full name -> weight of what the layer owns."""
+    @property
+    def states(self) -> LayerStates:
+        """Those that this member holds."""
         ...
 
     def pulse(self) -> None:

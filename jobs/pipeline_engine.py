@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from jobs.engine import Position
-from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Job
 from pipeline.runtime.worker import StepResult, Worker
 from pipeline.schedule.layout import EVALUATE, FULL, TRAIN
+from pipeline.state.layer_state import LayerStates
 from recovery.checkpoint import Fence
 from recovery.member import INTERRUPTIONS, Joined, Member
 from recovery.membership import View
@@ -42,8 +40,8 @@ class PipelineEngine:
         return self.member.view
 
     @property
-    def model(self) -> LayeredModel:
-        return self.worker.store.model
+    def states(self) -> LayerStates:
+        return self.worker.store
 
     @property
     def me(self) -> int:
@@ -101,21 +99,12 @@ class PipelineEngine:
     def missing(self) -> list[int]:
         """Their stage is being rebuilt, and routes lead around it."""
         held = self.owners()
-        return [layer for layer in range(self.model.num_layers) if layer not in held]
+        return [layer for layer in range(self.states.model.num_layers) if layer not in held]
 
     def owners(self) -> Mapping[int, int]:
         """The worker in the lowest place that computes each layer."""
         holders = self.member.excerpt(TRAIN).holders
         return {layer: self.worker.workers[places[0]] for span, places in holders.items() for layer in range(*span)}
-
-    def layer_state(self, layer: int) -> dict[str, Tensor]:
-        return self.worker.store.layer_state(layer)
-
-    def stamp(self, layer: int) -> tuple[int, int]:
-        return self.worker.store.stamp(layer)
-
-    def parameters(self, layer: int) -> dict[str, Tensor]:
-        return self.worker.store.parameters(layer)
 
     def pulse(self) -> None:
         self.worker.pulse()

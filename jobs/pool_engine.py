@@ -6,25 +6,20 @@ loss is not finite twice, or that the host itself is out of memory or disk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from jobs.engine import Position
 from jobs.text import TextJob
-from pipeline.model.layered import LayeredModel
-from pipeline.runtime.step_commit import NonFiniteLoss, Settled, agree
+from pipeline.runtime.step_commit import NonFiniteLoss, Settled, Vote, agree
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.worker import StepResult
 from pipeline.schedule.layout import EVALUATE, TRAIN
 from pipeline.schedule.work_units import Cut, WorkUnit, forward_units
 from pipeline.state.host_optimizer import HostOptimizer
+from pipeline.state.layer_state import LayerStates
 from pipeline.state.optimizer import learning_rate
-from recovery import checkpoint
 from recovery.checkpoint import Fence
 from recovery.pool import Pool
 from recovery.runs import Iteration
@@ -54,8 +49,8 @@ class PoolEngine:
     _ran: Iteration | None = None
 
     @property
-    def model(self) -> LayeredModel:
-        return self.optimizer.model
+    def states(self) -> LayerStates:
+        return self.optimizer
 
     @property
     def fence(self) -> Fence:
@@ -97,7 +92,9 @@ class PoolEngine:
         _, norms = self.pool.wait_for("norms")
         squares = {state: norm**2 for state, norm in norms.items()}
         try:
-            settled = self._agree(step, run, self.job, step, squares, wish())
+            settled = self._agree(
+                step, self.job, self.optimizer.store.layout.microbatches, Vote(run.sums, squares, wish())
+            )
         except NonFiniteLoss:
             self.optimizer.drop()
             raise
@@ -110,21 +107,17 @@ class PoolEngine:
             settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes
         )  # fmt: skip
 
-    def _agree(
-        self, step: int | None, run: Iteration, job: TextJob, part: int, squares: Mapping[str, float],
-        wish: Mapping[str, Any],
-    ) -> Settled:  # fmt: skip
-        terms = StepTerms.whole(job, part, self.optimizer.store.layout.microbatches)
-        vote = {"sums": {str(m): sums for m, sums in run.sums.items()}, "squares": squares, "wish": wish}
-        return agree(step, terms, [state.name for state in self.model.states], {_HOST: vote})
+    def _agree(self, step: int | None, job: TextJob, count: int, vote: Vote) -> Settled:
+        """What a step comes to, or, with a step of None, an evaluation of `count` microbatches."""
+        terms = StepTerms.of(job, step or 0, count)
+        return agree(step, terms, [state.name for state in self.states.model.states], {_HOST: vote.as_json()})
 
     def evaluate(self) -> StepResult:
         """See Engine."""
         self.rest()
-        size, many = self.optimizer.store.layout.microbatches, self.held_out.limit or 0
-        count = -(-many // self.held_out.size)
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        size = self.optimizer.store.layout.microbatches
+        count = -(-(self.held_out.limit or 0) // self.held_out.size)
+        sums: dict[int, Mapping[str, float]] = {}
         for part, lo in enumerate(range(0, count, size)):
             run = self.pool.dispatcher.submit(
                 forward_units(self.cut, min(size, count - lo), self.round_size),
@@ -132,12 +125,9 @@ class PoolEngine:
                 version=self.optimizer.updates,
             )  # fmt: skip
             self.pool.finish(run)
-            found = self._agree(None, run, self.held_out, part, {}, {})
-            for term, mean in found.means.items():
-                sums[term] = sums.get(term, 0.0) + mean * found.counts[term]
-                counts[term] = counts.get(term, 0) + found.counts[term]
-        means = {term: value / max(1, counts[term]) for term, value in sums.items()}
-        return StepResult(math.fsum(self.held_out.terms[t] * mean for t, mean in means.items()), means, counts)
+            sums |= {lo + m: found for m, found in run.sums.items()}
+        settled = self._agree(None, self.held_out, count, Vote(sums))
+        return StepResult(settled.loss, settled.means, settled.counts)
 
     def about(self) -> dict[str, Any]:
         version = None if self._ran is None else self._ran.version
@@ -162,29 +152,10 @@ class PoolEngine:
         return []
 
     def owners(self) -> Mapping[int, int]:
-        return dict.fromkeys(range(self.model.num_layers), _HOST)
-
-    def layer_state(self, layer: int) -> dict[str, Tensor]:
-        return self.optimizer.layer_state(layer)
-
-    def stamp(self, layer: int) -> tuple[int, int]:
-        return self.optimizer.stamp(layer)
-
-    def parameters(self, layer: int) -> dict[str, Tensor]:
-        return self.optimizer.parameters(layer)
+        return dict.fromkeys(range(self.states.model.num_layers), _HOST)
 
     def pulse(self) -> None:
         """Nobody watches the host."""
 
     def layout(self) -> Mapping[str, Any]:
         return {"host": [list(span) for span in (*self.cut.forward, self.cut.fused)]}
-
-    def load(self, path: Path) -> int:
-        """Take the state of a checkpoint, whichever scheduler has written it; returns its step. Raises CheckpointError,
-        and SourceRefused for one of another generation."""
-        manifest, read = checkpoint.read_manifest(path), dict[str, Tensor]()
-        source = checkpoint.source(path, manifest).require(None, self.generation)
-        for layer in sorted({state.owner for state in self.model.states}):
-            read |= self.optimizer.load(layer, checkpoint.read_layer(path, manifest, layer))
-        self.optimizer.start(source.step, read, self.generation)
-        return source.step

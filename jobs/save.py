@@ -31,14 +31,14 @@ def save(engine: Engine, root: Path, done: int, about: Mapping[str, Any], keep: 
             checkpoint.begin(root, done, fence)
     except (OSError, checkpoint.CheckpointError) as problem:
         error = str(problem)
-    error = _first_error(engine, error)
+    error = _first_error(engine.gather({"error": error}))
     if error is None:
         try:
             records = _write_layers(engine, checkpoint.temporary(root, done, fence), done)
         except (OSError, checkpoint.CheckpointError) as problem:
             error = str(problem)
     votes = engine.gather({"error": error, "records": [record.as_json() for record in records]})
-    error = next((vote["error"] for vote in votes.values() if vote["error"]), None)
+    error = _first_error(votes)
     if error is None and engine.leads:
         try:
             written = [checkpoint.FileRecord.from_json(r) for vote in votes.values() for r in vote["records"]]
@@ -49,7 +49,7 @@ def save(engine: Engine, root: Path, done: int, about: Mapping[str, Any], keep: 
             checkpoint.commit(root, done, written, manifest, fence=fence)
         except (OSError, checkpoint.CheckpointError) as problem:
             error = str(problem)
-    error = _first_error(engine, error)
+    error = _first_error(engine.gather({"error": error}))
     if error is not None and engine.leads:
         checkpoint.abort(root, done, fence)
     elif engine.leads:  # all know of the new one: whatever is lost now, nobody goes back to what is dropped
@@ -57,9 +57,8 @@ def save(engine: Engine, root: Path, done: int, about: Mapping[str, Any], keep: 
     return error
 
 
-def _first_error(engine: Engine, error: str | None) -> str | None:
+def _first_error(votes: Mapping[int, Mapping[str, Any]]) -> str | None:
     """Everyone's first error, so that all go the same way."""
-    votes = engine.gather({"error": error})
     return next((vote["error"] for vote in votes.values() if vote["error"]), None)
 
 
@@ -67,12 +66,12 @@ def _write_layers(engine: Engine, folder: Path, done: int) -> list[checkpoint.Fi
     records: list[checkpoint.FileRecord] = []
     for layer, owner in sorted(engine.owners().items()):
         if owner == engine.me:
-            if (found := engine.stamp(layer)) != (wanted := (done, engine.generation)):
+            if (found := engine.states.stamp(layer)) != (wanted := (done, engine.generation)):
                 raise checkpoint.CheckpointError(
                     f"layer {layer} is of step {found[0]}, generation {found[1]}; the checkpoint is to be of "
                     f"step {wanted[0]}, generation {wanted[1]}"
                 )
-            records.append(checkpoint.write_layer(folder, layer, engine.layer_state(layer)))
+            records.append(checkpoint.write_layer(folder, layer, engine.states.tensors(layer)))
             engine.pulse()
     return records
 
@@ -92,13 +91,13 @@ def export(engine: Engine, path: Path, tokenizer: Path, base: str) -> None:
 
 
 def _export(engine: Engine, path: Path, unfinished: Path, tokenizer: Path, base: str) -> None:
-    model, files = engine.model, _files(engine)
+    model, files = engine.states.model, _files(engine)
     shards: dict[str, str] = {}
     adapters: dict[str, Tensor] = {}
     for number, (writer, layers) in enumerate(files, 1):
         tensors: dict[str, Tensor] = {}
         if writer == engine.me:
-            tensors = {name: tensor for layer in layers for name, tensor in engine.parameters(layer).items()}
+            tensors = {name: tensor for layer in layers for name, tensor in engine.states.weights(layer).items()}
         if model.lora is not None:
             adapters |= {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
             tensors = merge_adapters(model.lora, tensors, model.module)
@@ -126,9 +125,9 @@ def _files(engine: Engine) -> list[tuple[int, list[int]]]:
     for writer, layers in sorted(owned.items()):
         size = math.inf
         for layer in layers:
-            if size + engine.model.parameter_bytes(layer) > _FILE_BYTES:
+            if size + engine.states.model.parameter_bytes(layer) > _FILE_BYTES:
                 files.append((writer, []))
                 size = 0
             files[-1][1].append(layer)
-            size += engine.model.parameter_bytes(layer)
+            size += engine.states.model.parameter_bytes(layer)
     return files

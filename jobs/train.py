@@ -169,7 +169,7 @@ class Trainer:
         if error is None:
             about = {
                 "next_sample": self.job.next_sample(done), **identity(config),
-                "model": model_fingerprint(self.engine.model.config), "data": self.data_fingerprint,
+                "model": model_fingerprint(self.engine.states.model.config), "data": self.data_fingerprint,
             }  # fmt: skip
             error = save(self.engine, config.out / "checkpoints", done, about, config.keep, self.reports)
         event = "checkpoint" if error is None else "checkpoint_failed"

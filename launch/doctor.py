@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from jobs.bounds import Within, check_bounds
 from launch.devices import count_cuda
-from pipeline.model.layered import FAMILIES
+from pipeline.model.families import FAMILIES
 from pipeline.model.weights import PRESETS
 from pipeline.runtime.groups import address_towards
 from schedulers import ENGINES

@@ -42,6 +42,7 @@ from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, StoreLayout, store_path
 from recovery.dispatcher import ROOM
 from recovery.pool import NoWorkerLeft, Pool
+from recovery.restore import load_checkpoint
 
 
 def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
@@ -149,7 +150,7 @@ def _host(
                 stop.is_set, view.first_step, evaluate_first=source is not None and not view.checkpoint,
             )  # fmt: skip
             if view.checkpoint is not None:
-                engine.load(Path(view.checkpoint))
+                load_checkpoint(optimizer, Path(view.checkpoint), view.generation)
             else:
                 optimizer.initialise(config.seed, None if source is None else Path(source))
             pool.open(config.workers)

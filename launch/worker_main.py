@@ -37,6 +37,7 @@ from pipeline.runtime.step_commit import NonFiniteLoss, StepCommit
 from pipeline.runtime.transport import Shape, Transport, span_bytes
 from pipeline.runtime.worker import Worker
 from pipeline.state.resident import ResidentStore
+from pipeline.state.source import SourceRefused
 from pipeline.wire import checked, parse
 from recovery import keys
 from recovery.checkpoint import CheckpointError, last_attempt
@@ -52,7 +53,7 @@ from recovery.restore import load_checkpoint
 log = logging.getLogger(__name__)
 _POLL_S = 0.005
 _FOREVER = timedelta(days=365)  # an agent that ends takes its spare workers along
-FATAL = (NonFiniteLoss, CheckpointError, ModelError, CorpusError, ConfigError, MembershipError)
+FATAL = (NonFiniteLoss, CheckpointError, SourceRefused, ModelError, CorpusError, ConfigError, MembershipError)
 """Errors that another worker in the same place would meet too: the run ends with them."""
 
 
@@ -142,7 +143,7 @@ def load_start(worker: Worker, view: View, checkpoints: Path, joins: bool) -> No
     """Fill a worker from what the run began with. Raises CheckpointError where that is gone, unless the worker `joins`
     a run that has saved since: then its state comes from others, or from a newer checkpoint."""
     try:
-        load_checkpoint(worker, Path(view.checkpoint or ""), view.generation)
+        load_checkpoint(worker.store, Path(view.checkpoint or ""), view.generation, worker.pulse)
     except CheckpointError:
         if not joins or last_attempt(checkpoints) < int(view.details["attempt"]):
             raise

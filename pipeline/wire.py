@@ -60,6 +60,13 @@ def listed(values: Any, what: str, of: Callable[[Any], T]) -> tuple[T, ...]:
     return tuple(of(value) for value in values)
 
 
+def pair(value: Any, what: str) -> tuple[Any, Any]:
+    """Both elements of a JSON array of two. Raises WireError."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise WireError(f"{what} is {_short(value)}; expected a pair")
+    return value[0], value[1]
+
+
 def whole(value: Any, what: str, least: int = 0) -> int:
     """A whole number of at least `least`. Raises WireError."""
     if type(value) is not int or value < least:

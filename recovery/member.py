@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,6 @@ class Member:
     view: View | None = None
     assignment: Assignment | None = None
     """What its place does in the view."""
-    _assignments: dict[tuple[str, int], Assignment] = field(default_factory=dict)
 
     def excerpt(self, purpose: str) -> Excerpt:
         """What is done for a purpose. Raises KeyError."""
@@ -115,8 +114,7 @@ class Member:
         told = {"position": position, "last": last, "norms": dict(worker.norms), **self.communicator.kept()}
         found = worker.commit.agree(told, combine_ready)
         times["ready"] = time.monotonic()
-        step = int((position or {}).get("step", 0))
-        probe("join" if position is None else "recovery", step)
+        probe("join" if position is None else "recovery", int((position or {}).get("step", 0)))
         if len(found["positions"]) > 1:
             raise MembershipError(f"the workers of view {view.number} stand at different places: {found['positions']}")
         self.communicator.agree(found, deadline)
@@ -135,13 +133,14 @@ class Member:
         worker.store.hold([*mine.spans, *given])  # what this place holds no more may be what others take
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
+        step = int(where.get("step", view.first_step))
         if view.rollback is not None:
-            where["step"] = roll_back(worker, view, self.checkpoints)
+            where["step"] = step = roll_back(worker, view, self.checkpoints)
             known = {}
         else:
-            restore(worker, view, self.communicator, self.remedies, known, int(where.get("step", view.first_step)))
+            restore(worker, view, self.communicator, self.remedies, known, step)
         worker.store.hold(mine.spans)
-        self._check_states(view, int(where.get("step", view.first_step)))
+        self._check_states(view, step)
         copies = {part for part, workers in parts.items() if len(workers) > 1 and worker.id in workers}
         told = {"copies": {part: _fingerprint(worker, part) for part in copies}}
         if differ := worker.commit.agree(told, partial(compare_copies, parts))["differ"]:
@@ -153,11 +152,11 @@ class Member:
         return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()})
 
     def _read(self, view: View) -> Assignment:
-        """What this worker's place needs of the layout, read once."""
-        key = view.layout, view.places[self.worker.id]
-        if key not in self._assignments:
-            self._assignments = {key: read_layout(self.store, view, key[1])}
-        return self._assignments[key]
+        """What this worker's place needs of the layout, which most views have in common."""
+        place, old = view.places[self.worker.id], self.assignment
+        if old is not None and self.view is not None and (self.view.layout, old.train.place) == (view.layout, place):
+            return old
+        return read_layout(self.store, view, place)
 
     def _check_states(self, view: View, step: int) -> None:
         """All that is held is of the committed step and of the run's generation. Raises MembershipError."""

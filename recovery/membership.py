@@ -13,8 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.schedule.layout import Assignment, Layout, read_assignment
-from pipeline.state.resident import Holders, part_holders
-from pipeline.wire import WireError, as_runs, checked, listed, numbered, parse, whole
+from pipeline.state.resident import Holders, part_holders, part_span
+from pipeline.wire import WireError, as_runs, checked, listed, numbered, pair, parse, whole
 from recovery.keys import layout_key, view_key
 
 START = "start"
@@ -56,9 +56,10 @@ class Move:
 
 
 def _source(value: Any) -> tuple[int, str]:
-    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], str):
+    worker, part = pair(value, "a source")
+    if not isinstance(part, str):
         raise WireError(f"a source is {value!r}; expected a worker and a part")
-    return whole(value[0], "a source"), value[1]
+    return whole(worker, "a source"), part
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class View:
 
 def part_name(part: str) -> str:
     """A part for a person."""
-    return f"span {part}" if ":" in part else f"the {part} weight"
+    return f"the {part} weight" if part_span(part) is None else f"span {part}"
 
 
 def parts_of(view: View, holders: Holders, num_layers: int, tied: bool) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from pipeline.schedule.layout import Layout
-from pipeline.schedule.ops import Schedule, Span, parse_span, span_text
+from pipeline.schedule.ops import Schedule, Span, span_text
+from pipeline.state.resident import part_span
 from recovery.membership import Move, View, part_name, parts_of
 
 State = Mapping[str, Tensor]
@@ -28,7 +29,7 @@ class CannotRestore(RuntimeError):
 @dataclass(frozen=True)
 class Loss:
     """One part that a worker, `joiner`, needs in the next view and does not have: a span, or a weight that layers
-    share, which has no `span`.
+    share.
 
     `before` and `after` are the holders of the spans next to it that have state, lowest first; `copies` those of the
     part itself, `twin` that of the span it changes places with on swapped routes. `num_layers` counts both ends.
@@ -36,7 +37,6 @@ class Loss:
 
     joiner: int
     part: str
-    span: Span | None
     num_layers: int
     copies: tuple[int, ...]
     before: tuple[int, Span] | None = None
@@ -51,7 +51,8 @@ class Loss:
     @property
     def blocks(self) -> bool:
         """Whether it is decoder blocks alone: neither the embedding nor the head."""
-        return self.span is not None and self.span[0] > 0 and self.span[1] < self.num_layers
+        span = part_span(self.part)
+        return span is not None and span[0] > 0 and span[1] < self.num_layers
 
     def restored(self, remedy: str, *sources: tuple[int, Span]) -> Move:
         """That it comes from holders of spans."""
@@ -64,7 +65,8 @@ Has = Mapping[int, Set[str]]
 
 def states_of(part: str) -> set[str]:
     """The names of the states of a part."""
-    return {str(layer) for layer in range(*parse_span(part))} if ":" in part else {part}
+    span = part_span(part)
+    return {part} if span is None else {str(layer) for layer in range(*span)}
 
 
 def has(view: View, layout: Layout, num_layers: int, tied: bool) -> Has:
@@ -92,12 +94,11 @@ def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool)
         return min(found) if found else None
 
     def lost(joiner: int, part: str) -> Loss:
-        if ":" not in part:
-            return Loss(joiner, part, None, num_layers, alive[part])
-        span = parse_span(part)
+        if (span := part_span(part)) is None:
+            return Loss(joiner, part, num_layers, alive[part])
         others = [(alive[text][0], other) for other in twins.get(span, ()) if alive[text := span_text(other)]]
         return Loss(
-            joiner, part, span, num_layers, alive[part], neighbour(span[0], 1), neighbour(span[1], 0),
+            joiner, part, num_layers, alive[part], neighbour(span[0], 1), neighbour(span[1], 0),
             next(iter(others), None),
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ crosses the wire.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from pipeline.runtime.groups import Group
 from pipeline.runtime.transport import LinkError
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.ops import parse_span
-from pipeline.state.layer_state import LayerState
+from pipeline.state.layer_state import LayerState, LayerStates, stamp
 from pipeline.state.source import Source, SourceRefused
 from recovery import checkpoint
 from recovery.communicator import Communicator
 from recovery.membership import START, Move, View, part_name
-from recovery.remedy import Remedy
+from recovery.remedy import Remedy, states_of
 
 
 def matching(layers: Sequence[int], source: Sequence[int]) -> list[int]:
@@ -119,13 +119,13 @@ def _take(
             found.append({k: part.view(t.shape) for (k, t), part in zip(wanted.items(), parts, strict=True)})
         for key, tensor in (remedy.combine(found, weights) or {}).items():
             wanted[key].copy_(tensor)
-        state.version, state.generation = step, view.generation
+        stamp((state,), step, view.generation)
 
 
 def _norm(worker: Worker, part: str, norms: Mapping[str, float]) -> float:
     """Of the last gradient of a whole part."""
-    model = worker.store.model
-    names = [s.name for s in model.states_of(range(*parse_span(part))) if not s.shared] if ":" in part else [part]
+    inside = states_of(part)
+    names = [state.name for state in worker.store.model.states if state.name in inside]
     return math.sqrt(sum(norms.get(name, 0.0) ** 2 for name in names))
 
 
@@ -138,7 +138,7 @@ def roll_back(worker: Worker, view: View, checkpoints: Path) -> int:
     if worker.id == min(view.workers):
         checkpoint.drop_newer(checkpoints, target, view.fence)
     if target is not None:
-        return load_checkpoint(worker, target, view.generation)
+        return load_checkpoint(worker.store, target, view.generation, worker.pulse)
     _start_again(worker, view, worker.store.states.values())
     return view.first_step
 
@@ -152,23 +152,19 @@ def _start_again(worker: Worker, view: View, states: Iterable[LayerState]) -> No
     )
     states = list(states)
     worker.store.start_again(states, None if path is None else Path(path))
-    for state in states:
-        state.version, state.generation = view.first_step, view.generation
+    stamp(states, view.first_step, view.generation)
 
 
-def load_checkpoint(worker: Worker, path: Path, generation: int = 0) -> int:
-    """Fill the worker's layers from a checkpoint that `checkpoint.find` has verified; returns its step. Raises
-    CheckpointError, and SourceRefused for one of another generation."""
+def load_checkpoint(
+    states: LayerStates, path: Path, generation: int = 0, came_on: Callable[[], None] = lambda: None
+) -> int:
+    """Fill states in from a checkpoint that `checkpoint.find` has verified, whichever scheduler has written it; returns
+    its step. `came_on` is called after each layer. Raises CheckpointError, and SourceRefused for another generation."""
     manifest = checkpoint.read_manifest(path)
     source = checkpoint.source(path, manifest).require(None, generation)
-    owners = {spec.name: spec.owner for spec in worker.store.model.states}
-    for layer in sorted({owners[name] for name in worker.store.states}):
-        saved = checkpoint.read_layer(path, manifest, layer)
-        for name, state in worker.store.states.items():
-            if owners[name] == layer:  # a shared weight is in its owner's file, wherever that is computed
-                state.load(saved)
-                state.version, state.generation = source.step, source.generation
-        worker.pulse()
+    for layer in states.owners:
+        states.load(layer, checkpoint.read_layer(path, manifest, layer), source.step, source.generation)
+        came_on()
     return source.step
 
 

@@ -113,7 +113,7 @@ def entry(payload: dict[str, Any]) -> int:
 
     worker.commit.exchange = watching
     results = [worker.run(train, job, step) for step in range(config.steps)]
-    weights = {n: t for layer in worker.store.layers() for n, t in worker.store.parameters(layer).items()}
+    weights = {n: t for layer in worker.store.layers() for n, t in worker.store.weights(layer).items()}
     out = Path(payload["out"])
     save_file({n: t.cpu().contiguous() for n, t in weights.items()}, out / f"weights-{me}.safetensors")
     save_file({n: t.cpu().contiguous() for n, t in gradients.items()}, out / f"gradients-{me}.safetensors")
@@ -299,7 +299,7 @@ def run_pool(
                 trainer._evaluate(config.steps)
             optimizer.drain(TIMEOUT_S)
             outcome.weights = {
-                n: t.clone() for layer in range(model.num_layers) for n, t in optimizer.parameters(layer).items()
+                n: t.clone() for layer in range(model.num_layers) for n, t in optimizer.weights(layer).items()
             }
             most = max((member.most_held for member in pool.members.values()), default=0)
             outcome.details[0] = {

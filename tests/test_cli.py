@@ -29,7 +29,8 @@ from jobs.data import Dataset
 from jobs.prepare import blocks, prepare
 from jobs.tokenizer import build_tokenizer
 from launch.cli import COMMANDS, main
-from pipeline.model.layered import FAMILIES, LayeredModel
+from pipeline.model.families import FAMILIES
+from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import PRESETS, finish_export, preset, write_shard
 from pipeline.schedule.lower import lower
 from pipeline.schedule.ops import loads

@@ -64,7 +64,7 @@ def test_activations_are_what_autograd_says_it_saves(name: str, span: Span, spli
     """Unique storages of saved tensors, with the span's input and output; and what an I leaves for its W."""
     schedule = lower((zero_bubble if split else one_f_one_b)(SPANS, 4))
     found = measure(model(name), schedule, JOB, CPU)[span]
-    terms = StepTerms.whole(JOB, 0, 4)
+    terms = StepTerms.of(JOB, 0, 4)
     module, saved = model(name).build(span, seed=0), list[Tensor]()
     batch, later = JOB.batch(0, 0, Needs.INPUT | Needs.LOSS), WeightGradients()
     x = batch["input_ids"] if span[0] == 0 else torch.zeros(BATCH, SEQUENCE, HIDDEN, requires_grad=True)

@@ -24,7 +24,7 @@ from tests.test_restore import joiner, trained
 def save(root: Path, step: int, generation: int) -> Path:
     each = trained(1)
     folder = checkpoint.begin(root, step)
-    records = [checkpoint.write_layer(folder, layer, each.layer_state(layer)) for layer in each.layers()]
+    records = [checkpoint.write_layer(folder, layer, each.tensors(layer)) for layer in each.layers()]
     return checkpoint.commit(root, step, records, {"step": step, "generation": generation})
 
 
@@ -63,9 +63,9 @@ def test_a_worker_loads_no_checkpoint_of_another_generation(tmp_path: Path) -> N
     path, worker = save(tmp_path, 3, 1), joiner()
     before = {name: state.fingerprint() for name, state in worker.store.states.items()}
     with pytest.raises(SourceRefused, match="is of generation 1; the run is at generation 0"):
-        load_checkpoint(worker, path)
+        load_checkpoint(worker.store, path)
     assert {name: state.fingerprint() for name, state in worker.store.states.items()} == before
-    assert load_checkpoint(worker, path, 1) == 3
+    assert load_checkpoint(worker.store, path, 1) == 3
     assert {(s.version, s.generation) for s in worker.store.states.values()} == {(3, 1)}
 
 

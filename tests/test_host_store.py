@@ -133,7 +133,7 @@ def test_versions_and_sides(model: LayeredModel, tmp_path: Path, behind: bool) -
     optimizer = HostOptimizer(store, OptimizerConfig(lr=0.1, warmup_steps=0), lambda *_: None)
     try:
         optimizer.initialise(0, None)
-        history = [{n: t.clone() for n, t in optimizer.parameters(1).items()}]
+        history = [{n: t.clone() for n, t in optimizer.weights(1).items()}]
         for step in range(3):
             source = f"read{(step + 1) % 2}" if behind else "param"
             version = max(0, step - 1) if behind else step
@@ -145,7 +145,7 @@ def test_versions_and_sides(model: LayeredModel, tmp_path: Path, behind: bool) -
             optimizer.measure(step)
             optimizer.update(step, 1.0, 0.1)
             optimizer.drain(10)
-            history.append({n: t.clone() for n, t in optimizer.parameters(1).items()})
+            history.append({n: t.clone() for n, t in optimizer.weights(1).items()})
             assert float(store["grad/3"].abs().max()) == 0.0
         assert optimizer.updates == 3
     finally:

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from pipeline.model.layered import FAMILIES, LayeredModel, ModelError, SpanModule
+from pipeline.model.families import FAMILIES
+from pipeline.model.layered import LayeredModel, ModelError, SpanModule
 from pipeline.model.rng import RngKey, keyed_dropout
 
 SHAPE = {

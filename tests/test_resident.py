@@ -136,7 +136,7 @@ def test_a_checkpoint_of_before_has_one_learning_rate_scale_for_a_layer_and_what
     each = store(GPT2, (0, 2))
     train(each)
     each.states["0"].lr_scale.fill_(1.1)
-    saved = {key: tensor.clone() for key, tensor in each.layer_state(0).items()}
+    saved = {key: tensor.clone() for key, tensor in each.tensors(0).items()}
     (own,) = (key for key in each.states["0"].tensors() if key.startswith("lr_scale/"))
     again = store(GPT2, (0, 2))
     again.states["0"].load({key: tensor for key, tensor in saved.items() if key != own})

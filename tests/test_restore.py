@@ -33,7 +33,7 @@ def store(seed: int = 0) -> ResidentStore:
 
 
 def state(of: ResidentStore) -> dict[str, torch.Tensor]:
-    return {key: tensor.clone() for layer in range(*MIDDLE) for key, tensor in of.layer_state(layer).items()}
+    return {key: tensor.clone() for layer in range(*MIDDLE) for key, tensor in of.tensors(layer).items()}
 
 
 def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
@@ -62,7 +62,7 @@ def joiner(seed: int = 0) -> Any:
 
 
 def flat(of: ResidentStore, layer: int, what: str) -> torch.Tensor:
-    found = of.layer_state(layer)
+    found = of.tensors(layer)
     keys = [key for key in sorted(found) if what == "state" or key.startswith("param/")]
     return torch.cat([found[key].reshape(-1) for key in keys])
 

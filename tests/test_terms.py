@@ -194,7 +194,7 @@ def test_terms_of_one_microbatch_that_would_need_two_backwards_are_refused() -> 
 def test_a_microbatch_of_a_term_that_the_job_has_not_is_named() -> None:
     job = Mixed(("forget", "anchor"))
     with pytest.raises(TermError, match=r"microbatch 1 counts for term 'anchor'; the job has forget, retain, flat"):
-        StepTerms.whole(job, 0, 2)
+        StepTerms.of(job, 0, 2)
 
 
 def test_a_term_of_which_nothing_counts_adds_nothing() -> None:

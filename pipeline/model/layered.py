@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,46 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from pipeline.model.families import DROPOUTS, FAMILIES, FULL_ATTENTION, SLIDING, Embedding, Head
 from pipeline.model.lora import Lora, first_value, is_adapter, plain_name
 from pipeline.model.rng import RngKey, derive, keyed_dropout
 from pipeline.model.weights import ModelError as ModelError
 from pipeline.model.weights import Weights
 from pipeline.schedule.ops import Span
 
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family's parts are in its causal LM, and which of its blocks see a sliding window only."""
-
-    tokens: str = "model.embed_tokens"
-    positions: str | None = None
-    dropout: str | None = None
-    blocks: str = "model.layers"
-    norm: str = "model.norm"
-    head: str = "lm_head"
-    rotary: str | None = "model.rotary_emb"
-    window: Literal["never", "if set", "by layer"] = "never"
-    rotary_by_type: bool = False
-    attentions: tuple[str, ...] = ("sdpa", "eager")
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
-    "qwen2": Family(window="by layer"),
-    "qwen3": Family(window="by layer"),
-    "mistral": Family(window="if set"),
-    "gpt2": Family(
-        tokens="transformer.wte", positions="transformer.wpe", dropout="transformer.drop", blocks="transformer.h",
-        norm="transformer.ln_f", rotary=None,
-    ),
-    "gemma": Family(),
-    "gemma2": Family(window="by layer", attentions=("eager",)),
-    "gemma3_text": Family(window="by layer", rotary_by_type=True),
-}  # fmt: skip
-"""Supported families by `model_type`."""
-
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 TIED = "tied"
 """The name of the state of a weight that embedding and head share."""
 
@@ -91,34 +58,6 @@ class NamedState:
         return len(self.users) > 1
 
 
-class Embedding(nn.Module):
-    """Layer 0: ids [batch, sequence] -> hidden [batch, sequence, hidden]."""
-
-    def __init__(self, tokens: nn.Module, positions: nn.Embedding | None = None, dropout: nn.Module | None = None):
-        super().__init__()
-        self.tokens, self.positions, self.dropout = tokens, positions, dropout
-
-    def forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        hidden = self.tokens(ids)
-        if self.positions is not None:
-            if ids.shape[1] > (limit := self.positions.num_embeddings):
-                raise ModelError(f"a sequence has {ids.shape[1]} tokens; this model allows up to {limit}")
-            hidden = hidden + self.positions(position_ids)
-        return hidden if self.dropout is None else self.dropout(hidden)
-
-
-class Head(nn.Module):
-    """The last layer: hidden [batch, sequence, hidden] -> logits [batch, sequence, vocabulary]."""
-
-    def __init__(self, norm: nn.Module, head: nn.Module, cap: float | None = None):
-        super().__init__()
-        self.norm, self.head, self.cap = norm, head, cap
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.head(self.norm(hidden))
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-
 class LayeredModel:
     """The blueprint of a model: it knows every layer's parameters and can build any span, and holds no weights.
 
@@ -136,8 +75,8 @@ class LayeredModel:
             if value := getattr(config, option, None):
                 raise ModelError(f"{config.model_type} with {option} = {value!r} is not supported; leave it unset")
         self.family = family
-        self.has_dropout = any(getattr(config, name, 0.0) for name in _DROPOUTS)
-        allowed = ("eager",) if any(getattr(config, name, 0.0) for name in _DROPOUTS[:2]) else family.attentions
+        self.has_dropout = any(getattr(config, name, 0.0) for name in DROPOUTS)
+        allowed = ("eager",) if any(getattr(config, name, 0.0) for name in DROPOUTS[:2]) else family.attentions
         if attention is not None and attention not in allowed:
             raise ModelError(f"attention {attention!r} for this {config.model_type}; allowed: {', '.join(allowed)}")
         self.config = copy.deepcopy(config)
@@ -157,8 +96,8 @@ class LayeredModel:
         self.aliases: Mapping[str, str] = {head: tokens} if self.tied else {}
         self.tied_keys: tuple[str, ...] = tuple(self.aliases.values())
         """Parameters that the head holds too: layer 0 owns them, and both gradients must be summed."""
-        if other := {self.attention_type(layer) for layer in range(1, self.num_layers - 1)} - {_FULL, _SLIDING}:
-            raise ModelError(f"layer_types has {', '.join(sorted(other))}; supported: {_FULL}, {_SLIDING}")
+        if other := {self.attention_type(layer) for layer in range(1, self.num_layers - 1)} - {FULL_ATTENTION, SLIDING}:
+            raise ModelError(f"layer_types has {', '.join(sorted(other))}; supported: {FULL_ATTENTION}, {SLIDING}")
         self.lora = lora
         self._adapted: dict[str, nn.Module] = {}
         if lora is not None:
@@ -248,7 +187,7 @@ class LayeredModel:
         """What a decoder block sees: "full_attention" or "sliding_attention"."""
         if self.family.window == "by layer":
             return self.config.layer_types[layer - 1]
-        return _SLIDING if self.family.window == "if set" and self.config.sliding_window is not None else _FULL
+        return SLIDING if self.family.window == "if set" and self.config.sliding_window is not None else FULL_ATTENTION
 
     # ---- building ----
 
@@ -429,7 +368,7 @@ class SpanModule(nn.Module):
         blocks = range(max(1, self.span[0]), min(self.span[1], model.num_layers - 1))
         made: dict[str, dict[str, Any]] = {}
         for kind in {model.attention_type(layer) for layer in blocks}:
-            create = create_sliding_window_causal_mask if kind == _SLIDING else create_causal_mask
+            create = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
             # The fourth argument, no cache, has another name in every few releases of transformers.
             made[kind] = {
                 "attention_mask": create(model.config, hidden, attention_mask, None, position_ids),

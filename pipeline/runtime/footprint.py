@@ -132,10 +132,10 @@ def _measure(
 ) -> SpanBytes:
     """Run the forward of microbatch m, and its backward if it has one, in the lane of `worker`, on made-up inputs."""
     store = ResidentStore(model, [span], OptimizerConfig(), seed=0, device=settings.device)
-    terms = StepTerms.of(job, schedule.routes, 0, model.num_layers)
+    terms = StepTerms.of(job, 0, len(schedule.routes))
     lane = Lane(
         Excerpt.of(schedule, worker), job, 0, terms, model, store.modules, {span: torch.zeros(0)}, _Nobody(),
-        lambda _: None, settings,
+        lambda _: None, math.inf, settings,
     )  # fmt: skip
     executor = LaneExecutor(lane)
     store.train(lane.excerpt.trains)

@@ -61,7 +61,7 @@ class Lane:
     """One run of one lane: what is to be done, for which step of which job, and with what.
 
     `gradients[span]` is the flat gradient into which the backward of a span adds; `reduce(span)` starts summing it over
-    the span's replicas, and returns at once.
+    the span's replicas, and returns at once. Nothing is waited for after `deadline` (time.monotonic seconds).
     """
 
     excerpt: Excerpt
@@ -73,6 +73,7 @@ class Lane:
     gradients: Mapping[Span, Tensor]
     links: Links
     reduce: Callable[[Span], None]
+    deadline: float
     settings: Settings
     probe: Probe = field(default_factory=Unprobed)
     spare: Spare = field(default_factory=dict)
@@ -111,7 +112,6 @@ class LaneExecutor:
 
     def __init__(self, lane: Lane) -> None:
         self.lane, self.settings, self.routes = lane, lane.settings, lane.excerpt.routes
-        self.deadline = time.monotonic() + self.settings.deadline_s
         self.values: dict[tuple[str, Span, int], Tensor] = {}
         self.saved: dict[tuple[Span, int], Saved] = {}
         self.sums: dict[int, Mapping[str, Tensor]] = {}
@@ -247,7 +247,7 @@ class LaneExecutor:
 
     def receive(self, op: Op) -> None:
         assert op.of is not None
-        tensor = self.lane.links.receive(op.of, op.peer, self.deadline)
+        tensor = self.lane.links.receive(op.of, op.peer, self.lane.deadline)
         self.values[op.of[:3]] = tensor.to(self.settings.device, non_blocking=True)
 
     def reduce(self, op: Op) -> None:

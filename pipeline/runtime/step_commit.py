@@ -46,7 +46,7 @@ class Vote:
     """What one worker has found in a step: microbatch -> term -> sum; the squared norms of the gradients that it alone
     answers for, by state; and what it wishes for, for all to see."""
 
-    sums: Mapping[int, Mapping[str, Tensor]]
+    sums: Mapping[int, Mapping[str, Tensor | float]]
     squares: Mapping[str, float] = field(default_factory=dict)
     wish: Mapping[str, Any] = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ gradient then by its *share*: the part of the count that came by. Where all micr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.batch import Job
-from pipeline.schedule.ops import Route
 
 
 class TermError(ValueError):
@@ -25,11 +24,11 @@ class TermError(ValueError):
 @dataclass(frozen=True)
 class StepTerms:
     """The terms of one step. `counts[m]` are those of microbatch m; `visits[layer]` the microbatches that come by, and
-    is empty where all come by all."""
+    is empty where none skips what another visits."""
 
     weights: Mapping[str, float]
     counts: tuple[Mapping[str, int], ...]
-    visits: tuple[frozenset[int], ...]
+    visits: Mapping[int, frozenset[int]] = field(default_factory=dict)
     totals: Mapping[str, int] = field(init=False)
     _shares: dict[int, dict[str, Fraction]] = field(init=False, default_factory=dict)
 
@@ -43,20 +42,11 @@ class StepTerms:
         object.__setattr__(self, "totals", found)
 
     @classmethod
-    def of(cls, job: Job, routes: Sequence[Route], step: int, num_layers: int) -> StepTerms:
-        """Those of a job's step whose microbatches take these routes. Raises TermError."""
-        counts = tuple(job.counts(step, m) for m in range(len(routes)))
-        visits: list[set[int]] = [set() for _ in range(num_layers)]
-        for m, route in enumerate(routes):
-            for span in route.forward:
-                for layer in range(*span):
-                    visits[layer].add(m)
-        return cls(job.terms, counts, tuple(map(frozenset, visits)))
-
-    @classmethod
-    def whole(cls, job: Job, step: int, microbatches: int) -> StepTerms:
-        """Those of a step in which every microbatch visits every layer. Raises TermError."""
-        return cls(job.terms, tuple(job.counts(step, m) for m in range(microbatches)), ())
+    def of(
+        cls, job: Job, step: int, microbatches: int, visits: Mapping[int, frozenset[int]] | None = None
+    ) -> StepTerms:
+        """Those of a job's step. Raises TermError."""
+        return cls(job.terms, tuple(job.counts(step, m) for m in range(microbatches)), visits or {})
 
     def scaled(self, sums: Mapping[str, Tensor]) -> Tensor:
         """The scalar whose backward is that of a microbatch with these sums. A term that nothing counts for is 0."""
@@ -73,7 +63,7 @@ class StepTerms:
             return {}
         if layer not in self._shares:
             came: dict[str, int] = {}
-            for m in self.visits[layer]:
+            for m in self.visits.get(layer, ()):
                 for term, count in self.counts[m].items():
                     came[term] = came.get(term, 0) + count
             self._shares[layer] = {t: Fraction(n, self.totals[t]) for t, n in came.items() if n}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.layered import TIED
 from pipeline.runtime.batch import Job
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.lane_executor import Lane, LaneExecutor, LaneResult, Spare
@@ -25,10 +24,10 @@ from pipeline.runtime.step_commit import NonFiniteLoss, Settled, StepCommit, Vot
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import LinkError, Transport
 from pipeline.schedule.layout import Excerpt
-from pipeline.schedule.ops import Op, parse_span, span_text
+from pipeline.schedule.ops import Op, span_text
 from pipeline.schedule.timeline import Event
 from pipeline.state.optimizer import clip_factor, learning_rate
-from pipeline.state.resident import ResidentStore, part_holders
+from pipeline.state.resident import ResidentStore, part_holders, part_span
 
 Wish = Callable[[], Mapping[str, Any]]
 
@@ -77,7 +76,7 @@ class Worker:
         is lost or the step deadline passes, NonFiniteLoss on every worker alike, and whatever the model raises.
         """
         deadline = time.monotonic() + self.settings.deadline_s
-        lane = self._lane(excerpt, job, step)
+        lane = self._lane(excerpt, job, step, deadline)
         self.store.train(lane.excerpt.trains)
         for old in [key for key in self.spare if key[0] != step]:
             del self.spare[old]
@@ -102,16 +101,16 @@ class Worker:
             tuple(events) if record else (),
         )  # fmt: skip
 
-    def _lane(self, excerpt: Excerpt, job: Job, step: int) -> Lane:
+    def _lane(self, excerpt: Excerpt, job: Job, step: int, deadline: float) -> Lane:
         iteration = self.commit.begin()
         self.transport.mailbox.advance(self.transport.view, iteration)
         model, modules = self.store.model, self.store.modules
         flat = self.store.gradients
         gradients = {span: flat[text] for span in modules if (text := span_text(span)) in flat}
         return Lane(
-            excerpt, job, step, StepTerms.of(job, excerpt.routes, step, model.num_layers), model, modules,
+            excerpt, job, step, StepTerms.of(job, step, excerpt.num_microbatches, excerpt.visits), model, modules,
             gradients, _Links(self.transport, iteration, self.workers),
-            lambda span: self.reducer.start(span_text(span)), self.settings, self.probe, self.spare,
+            lambda span: self.reducer.start(span_text(span)), deadline, self.settings, self.probe, self.spare,
         )  # fmt: skip
 
     def _settle(
@@ -177,4 +176,5 @@ class _Links:
 
 def _layers(part: str, num_layers: int) -> tuple[int, ...]:
     """The layers that compute with a part."""
-    return (0, num_layers - 1) if part == TIED else tuple(range(*parse_span(part)))
+    span = part_span(part)
+    return (0, num_layers - 1) if span is None else tuple(range(*span))

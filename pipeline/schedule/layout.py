@@ -28,7 +28,7 @@ from pipeline.schedule.ops import (
     routes_text,
     span_text,
 )  # fmt: skip
-from pipeline.wire import WireError, checked, listed, parse, whole
+from pipeline.wire import WireError, checked, listed, pair, parse, whole
 
 TRAIN, EVALUATE, FULL = "train", "evaluate", "full"
 """Purposes: a step, an evaluation, and a step in which no span is skipped."""
@@ -52,6 +52,18 @@ class Excerpt:
     @property
     def num_microbatches(self) -> int:
         return len(self.routes)
+
+    @cached_property
+    def visits(self) -> Mapping[int, frozenset[int]]:
+        """Layer -> the microbatches that visit it; empty where they all visit the same layers."""
+        found: dict[int, set[int]] = {}
+        for m, route in enumerate(self.routes):
+            for lo, hi in route.forward:
+                for layer in range(lo, hi):
+                    found.setdefault(layer, set()).add(m)
+        if all(len(microbatches) == len(self.routes) for microbatches in found.values()):
+            return {}
+        return {layer: frozenset(microbatches) for layer, microbatches in found.items()}
 
     @property
     def trains(self) -> bool:
@@ -82,10 +94,10 @@ class Layout:
 
     @cached_property
     def text(self) -> str:
-        """For `read_layout` and `excerpts`."""
+        """For `read_assignment`."""
         made = {
             purpose: {
-                "name": schedule.name, "routes": routes_text(schedule.routes),
+                "routes": routes_text(schedule.routes),
                 "lanes": {str(place): lane_text(lane) for place, lane in schedule.lanes.items()},
                 "holders": {span_text(span): list(places) for span, places in schedule.holders.items()},
                 "sends": sorted(sends(schedule)),
@@ -149,7 +161,7 @@ def read_assignment(text: str | bytes, place: int) -> Assignment:
                 parse_lane(str(found["lanes"].get(str(place), ""))),
                 {parse_span(span): listed(places, f"the holders in {name}", lambda each: whole(each, "a place"))
                  for span, places in found["holders"].items()},
-                frozenset(listed(found["sends"], f"the sends of {name}", _pair)),
+                frozenset(listed(found["sends"], f"the sends of {name}", _send)),
             )  # fmt: skip
         except (ScheduleError, ValueError) as error:
             raise WireError(f"{name} cannot be read: {error}") from error
@@ -158,16 +170,14 @@ def read_assignment(text: str | bytes, place: int) -> Assignment:
     return Assignment(excerpts, listed(values["backups"], "the backups of a layout", _backup))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise WireError(f"a send is {value!r}; expected a pair")
-    return whole(value[0], "a place"), whole(value[1], "a place")
+def _send(value: Any) -> tuple[int, int]:
+    source, target = pair(value, "a send")
+    return whole(source, "a place"), whole(target, "a place")
 
 
 def _backup(value: Any) -> tuple[Span, int]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise WireError(f"a backup is {value!r}; expected a pair")
+    span, place = pair(value, "a backup")
     try:
-        return parse_span(str(value[0])), whole(value[1], "a place")
+        return parse_span(str(span)), whole(place, "a place")
     except ValueError as error:
         raise WireError(f"a backup is {value!r}; expected a span and a place") from error

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.model.layered import NamedState
 from pipeline.schedule.ops import Span
 from pipeline.state.host_store import HostStore
-from pipeline.state.layer_state import LayerState
+from pipeline.state.layer_state import LayerState, LayerStates
 from pipeline.state.optimizer import OptimizerConfig, clip_factor
 
 log = logging.getLogger(__name__)
@@ -31,15 +31,15 @@ Told = Callable[[str, Any], None]
 exception."""
 
 
-class HostOptimizer:
+class HostOptimizer(LayerStates):
     """The weights, gradients and moments in a host store, and the thread that changes them.
 
     `told` is called on that thread. Whatever else reads the state calls `drain` first.
     """
 
     def __init__(self, store: HostStore, config: OptimizerConfig, told: Told) -> None:
-        self.store, self.config = store, config
-        self.model, self.behind = store.layout.model, store.layout.behind
+        super().__init__(store.layout.model)
+        self.store, self.config, self.behind = store, config, store.layout.behind
         self._told = told
         self.states = {spec.name: self._state(spec) for spec in self.model.states}
         self.updates = 0
@@ -61,9 +61,6 @@ class HostOptimizer:
             moments={key: {kind: self.store[f"{kind}/{key}"] for kind in ("exp_avg", "exp_avg_sq")} for key in trained},
         )  # fmt: skip
 
-    def _owned(self, layer: int) -> list[LayerState]:
-        return [self.states[spec.name] for spec in self.model.states if spec.owner == layer]
-
     # ---- state ----
 
     @torch.no_grad()
@@ -74,49 +71,31 @@ class HostOptimizer:
             for name, parameter in module.named_layer_parameters(layer).items():
                 if name in self.model.keys(layer):
                     self.store[f"param/{name}"].copy_(parameter)
-        self.start(0)
+            self._publish(layer, 0, {})
 
     @torch.no_grad()
-    def start(self, updates: int, read: Mapping[str, Tensor] | None = None, generation: int = 0) -> None:
-        """The weights are there, after so many updates; `read` are those of the update before, if they differ."""
+    def _publish(self, layer: int, updates: int, read: Mapping[str, Tensor]) -> None:
+        """A layer's weights are there, after so many updates; `read` are those of the update before, if they differ."""
         self.updates = updates
-        for state in self.states.values():
-            state.version, state.generation = updates, generation
-        self.store["version/param"].fill_(updates)
-        if self.behind:
-            for side in (0, 1):
-                behind = (updates + side) % 2 == 1  # the side that the iteration to come reads
-                for layer in range(self.model.num_layers):
-                    for key in self.model.trainable(layer):
-                        given = read.get(key) if behind and read else None
-                        target = self.store[f"read{side}/{key}"]
-                        target.copy_(self.store[f"param/{key}"] if given is None else given)
-                self.store[f"version/read{side}"].fill_(max(0, updates - 1) if behind else updates)
+        self.store["version/param"][layer] = updates
+        for side in (0, 1) if self.behind else ():
+            behind = (updates + side) % 2 == 1  # the side that the iteration to come reads
+            for key in self.model.trainable(layer):
+                given = read.get(key) if behind else None
+                self.store[f"read{side}/{key}"].copy_(self.store[f"param/{key}"] if given is None else given)
+            self.store[f"version/read{side}"][layer] = max(0, updates - 1) if behind else updates
 
-    def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """As `ResidentStore.layer_state`; under an optimizer that is behind also `read/NAME`, what is read next."""
-        found: dict[str, Tensor] = {}
-        for state in self._owned(layer):
-            found |= state.tensors()
-            if self.behind:
-                side = (self.updates + 1) % 2
-                found |= {f"read/{name}": self.store[f"read{side}/{name}"] for name in state.parameters}
-        return found
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """See LayerStates; under an optimizer that is behind also `read/NAME`, what is read next."""
+        side = (self.updates + 1) % 2
+        read = {f"read/{key}": self.store[f"read{side}/{key}"] for key in self.model.trainable(layer) if self.behind}
+        return super().tensors(layer) | read
 
-    def stamp(self, layer: int) -> tuple[int, int]:
-        """As `ResidentStore.stamp`."""
-        return min((state.version, state.generation) for state in self._owned(layer))
-
-    def load(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy the states that a layer owns in, from this or another scheduler's checkpoint; returns what of it is read
-        next, if that differs. Raises KeyError for a missing tensor."""
-        for state in self._owned(layer):
-            state.load(tensors)
-        return {key.removeprefix("read/"): tensor for key, tensor in tensors.items() if key.startswith("read/")}
-
-    def parameters(self, layer: int) -> dict[str, Tensor]:
-        """Full name -> weight of the parameters that `layer` owns, as last updated."""
-        return {name: weight for state in self._owned(layer) for name, weight in state.weights().items()}
+    def load(self, layer: int, tensors: Mapping[str, Tensor], step: int, generation: int) -> None:
+        """See LayerStates: from this or another scheduler's checkpoint."""
+        super().load(layer, tensors, step, generation)
+        read = {key.removeprefix("read/"): tensor for key, tensor in tensors.items() if key.startswith("read/")}
+        self._publish(layer, step, read)
 
     def version(self, span: Span, source: str) -> int:
         """The least version among a span's layers, the layer of a tied weight included."""
@@ -194,7 +173,7 @@ class HostOptimizer:
         if self.behind:  # the iteration under way reads the other side
             source = f"read{(self.updates + 1) % 2}"
         for layer in range(self.model.num_layers):
-            for state in self._owned(layer):
+            for state in self.owned(layer):
                 state.apply(scale, lr)
             if self.behind:
                 for key in self.model.trainable(layer):

@@ -10,11 +10,12 @@ part of a larger one: what is summed over replicas at once lies together.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.layered import LayeredModel
 from pipeline.state.cpu_adam import make_adamw
 from pipeline.state.optimizer import OptimizerConfig, decay_groups
 
@@ -130,3 +131,50 @@ class LayerState:
         for _, tensor in sorted(self.tensors().items()):
             crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
         return crc
+
+
+class LayerStates:
+    """The states of some layers of one model, by name: what is saved, exported and filled in from a checkpoint.
+
+    A file of a checkpoint has what one layer owns; a shared weight is in that of its owner, wherever it is computed.
+    """
+
+    def __init__(self, model: LayeredModel) -> None:
+        self.model = model
+        self.states: dict[str, LayerState] = {}
+
+    def owned(self, layer: int) -> list[LayerState]:
+        """Those of the states held that `layer` owns."""
+        return [
+            self.states[spec.name] for spec in self.model.states if spec.owner == layer and spec.name in self.states
+        ]
+
+    @property
+    def owners(self) -> list[int]:
+        """The layers that own what is held, ascending."""
+        return sorted({spec.owner for spec in self.model.states if spec.name in self.states})
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """What the file of a layer has, not copied."""
+        return {key: tensor for state in self.owned(layer) for key, tensor in state.tensors().items()}
+
+    def weights(self, layer: int) -> dict[str, Tensor]:
+        """Full name -> weight of the parameters that a layer owns."""
+        return {name: tensor for state in self.owned(layer) for name, tensor in state.weights().items()}
+
+    def stamp(self, layer: int) -> tuple[int, int]:
+        """The committed step and the generation that what a layer owns is of: the least, should they differ."""
+        return min((state.version, state.generation) for state in self.owned(layer))
+
+    def load(self, layer: int, tensors: Mapping[str, Tensor], step: int, generation: int) -> None:
+        """Copy in what the file of a layer has, which is of this step and generation. Raises KeyError for a missing
+        tensor, RuntimeError for a shape."""
+        for state in self.owned(layer):
+            state.load(tensors)
+        stamp(self.owned(layer), step, generation)
+
+
+def stamp(states: Iterable[LayerState], step: int, generation: int) -> None:
+    """These states are of this committed step and generation."""
+    for state in states:
+        state.version, state.generation = step, generation

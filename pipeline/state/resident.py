@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.model.layered import TIED, LayeredModel, SpanModule
 from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
-from pipeline.state.layer_state import LayerState
+from pipeline.state.layer_state import LayerState, LayerStates
 from pipeline.state.optimizer import OptimizerConfig
 
 Holders = Mapping[Span, tuple[int, ...]]
@@ -30,7 +30,12 @@ def part_holders(holders: Holders, num_layers: int, tied: bool) -> dict[str, tup
     return parts
 
 
-class ResidentStore:
+def part_span(part: str) -> Span | None:
+    """The span that a part is; None for a shared weight."""
+    return None if part == TIED else parse_span(part)
+
+
+class ResidentStore(LayerStates):
     """The spans of one worker. No two of them overlap.
 
     `states` are those of all layers held, by name, and `part_of` says in which part each is; `gradients` has the flat
@@ -43,9 +48,9 @@ class ResidentStore:
     ) -> None:  # fmt: skip
         """Weights are those that a run begins with, drawn from the seed or read from `source`. `came_on` is called
         after each layer: a large model takes long."""
-        self.model, self.config, self._seed, self._device = model, config, seed, device
+        super().__init__(model)
+        self.config, self._seed, self._device = config, seed, device
         self._came_on = came_on
-        self.states: dict[str, LayerState] = {}
         self.modules: dict[Span, SpanModule] = {}
         self.gradients: dict[str, Tensor] = {}
         self.part_of: dict[str, str] = {}
@@ -106,9 +111,9 @@ class ResidentStore:
 
     def states_of(self, part: str) -> list[LayerState]:
         """The states of a part that are held: those of a span's layers, or a shared one."""
-        if part == TIED:
-            return [self.states[TIED]] if TIED in self.states else []
-        wanted = self.model.states_of(range(*parse_span(part)))
+        if (span := part_span(part)) is None:
+            return [self.states[part]] if part in self.states else []
+        wanted = self.model.states_of(range(*span))
         return [self.states[s.name] for s in wanted if not s.shared and s.name in self.states]
 
     def layers(self) -> list[int]:
@@ -127,23 +132,6 @@ class ResidentStore:
         """Forget the gradients of a step that does not count."""
         for gradient in self.gradients.values():
             gradient.zero_()
-
-    # ---- states ----
-
-    def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of all that `layer` owns, not copied: what its file in a checkpoint has."""
-        return {key: tensor for state in self._owned(layer) for key, tensor in state.tensors().items()}
-
-    def _owned(self, layer: int) -> list[LayerState]:
-        return [self.states[spec.name] for spec in self.model.states if spec.owner == layer]
-
-    def stamp(self, layer: int) -> tuple[int, int]:
-        """The committed step and the generation that what `layer` owns is of: the least, should they differ."""
-        return min((state.version, state.generation) for state in self._owned(layer))
-
-    def parameters(self, layer: int) -> dict[str, Tensor]:
-        """Full name -> weight of the parameters that `layer` owns."""
-        return {name: tensor for state in self._owned(layer) for name, tensor in state.weights().items()}
 
     @torch.no_grad()
     def start_again(self, states: Iterable[LayerState], source: Path | None) -> None:

@@ -130,7 +130,7 @@ class SimWorker:
                     raise LinkError(f"the output of worker {peer} did not come in time")
                 world.sleep(0.02)
             box.waiting = ""
-        terms = StepTerms.whole(job, step, excerpt.num_microbatches)
+        terms = StepTerms.of(job, step, excerpt.num_microbatches)
         last = max(excerpt.holders)
         mine = [m for m in range(excerpt.num_microbatches)
                 if self.workers[excerpt.holders[last][m % len(excerpt.holders[last])]] == self.id]  # fmt: skip
