@@ -8,10 +8,10 @@ they are, not by their path: the checkpoint tells whether they are the same.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from jobs.config import ConfigError, TrainConfig
+from pipeline.settings import names_of
 
 OF_THE_START = frozenset({"resume", "change", "inject", "out", "nodes", "node_rank", "store", "store_port"})
 FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets")
@@ -41,7 +41,7 @@ def check_resumed(before: TrainConfig, now: TrainConfig) -> list[str]:
         raise ConfigError(
             f"cannot resume: {', '.join(told)}, which would make it another run; allowed: the same, or --change"
         )
-    names = [f.name for f in fields(now) if f.name not in OF_THE_START]
+    names = [name for name in names_of(type(now)) if name not in OF_THE_START]
     return [f"{name} {_told(getattr(before, name))} -> {_told(getattr(now, name))}" for name in names
             if getattr(before, name) != getattr(now, name)]  # fmt: skip
 

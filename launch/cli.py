@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,15 @@ def _train() -> tuple[type, Callable[[Any], Any]]:
     from launch.train import train
 
     @dataclass(frozen=True)
-    class Train(TrainConfig):
-        __doc__ = TrainConfig.__doc__
+    class TerminalSettings:
+        """What is printed."""
 
         json: bool = False
         """Show no progress; print one JSON object at the end."""
+
+    @dataclass(frozen=True)
+    class Train(TrainConfig, TerminalSettings):
+        __doc__ = TrainConfig.__doc__
 
     def run(config: Train) -> int:
         plain = TrainConfig(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)})
@@ -113,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         return _say(f"unbroken {version('unbroken')}")
     if arguments[0] not in COMMANDS:
-        from jobs.names import did_you_mean
+        from pipeline.names import did_you_mean
 
         near = did_you_mean(arguments[0], COMMANDS)
         return _refuse("unbroken", f"command {arguments[0]!r} is unknown; allowed: {', '.join(COMMANDS)}{near}")
@@ -178,17 +182,33 @@ def configured(settings: type, name: str, arguments: Sequence[str]) -> Any:
 
         about = "Settings may also come from a TOML file: --config FILE; flags come last."
         tyro.cli(
-            settings, args=["--help"], default=settings(**asked), prog=name,
-            description=f"{settings.__doc__} {about}", config=(tyro.conf.OmitArgPrefixes,),
-        )  # fmt: skip
+            _by_owner(settings, asked),
+            args=["--help"],
+            prog=name,
+            description=f"{settings.__doc__} {about}",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     asked |= given(settings, words)
     kept = kept_values(Path(asked.get("out", settings().out))) if asked.get("resume") else {}
     return config_from_dict(settings, {**kept, **asked})
 
 
+def _by_owner(settings: type, asked: Mapping[str, Any]) -> type:
+    """A dataclass with a field for each group of settings, of which the help is made."""
+    from pipeline.settings import declared, groups
+
+    if (found := groups(settings)) == (settings,):
+        return settings
+    made: list[tuple[str, type, Any]] = []
+    for group in found:
+        own = {key: asked[key] for key in declared(group) if key in asked}
+        made.append((group.__name__.removesuffix("Settings").lower(), group, field(default=group(**own))))
+    return make_dataclass("Settings", made, frozen=True)
+
+
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
     """--config FILE, taken out of the arguments."""
-    from jobs.bounds import ConfigError
+    from pipeline.settings import ConfigError
 
     for at, argument in enumerate(arguments):
         if argument.startswith("--config="):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jobs.bounds import ConfigError, Within, check_bounds, limit_work, require, require_known
 from launch.generate import continue_text
 from launch.run_folder import write_whole
 from pipeline import reading
@@ -23,6 +22,7 @@ from pipeline.schedule.ops import LOAD, B, F, Schedule, dumps, loads
 from pipeline.schedule.simulate import Costs, Network, simulate
 from pipeline.schedule.timeline import Timeline
 from pipeline.schedule.verify import verify
+from pipeline.settings import ConfigError, Within, check_bounds, limit_work, require, require_known
 from schedulers import ENGINES, PLANNERS, num_spans, plan
 
 _MOST_WORKERS = 2**14

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tomli_w
 
-from jobs.bounds import ConfigError
-from jobs.names import did_you_mean
 from pipeline import reading
+from pipeline.names import did_you_mean
 from pipeline.reading import FileError
+from pipeline.settings import ConfigError, names_of
 
 C = TypeVar("C")
 
@@ -81,5 +81,6 @@ def config_from_toml(path: Path, cls: type[C]) -> C:
 
 def to_toml(config: Any) -> str:
     """The settings as TOML; unset ones are left out."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    names = names_of(type(config))
+    values = {key: str(value) if isinstance(value := getattr(config, key), Path) else value for key in names}
     return tomli_w.dumps({key: value for key, value in values.items() if value is not None})

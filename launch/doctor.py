@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import psutil
 import torch.distributed as dist
 
-from jobs.bounds import Within, check_bounds
 from launch.devices import count_cuda
 from pipeline.model.families import FAMILIES
 from pipeline.model.weights import PRESETS
 from pipeline.runtime.groups import address_towards
+from pipeline.settings import Within, check_bounds
 from schedulers import ENGINES
 
 VERSIONED = ("unbroken", "torch", "transformers", "safetensors", "tokenizers", "datasets", "numpy", "tyro", "rich")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jobs.bounds import ConfigError, Within, check_bounds, require
 from jobs.config import TrainConfig
 from jobs.corpus import TEXT_FIELD, documents
 from jobs.data import META, Dataset
@@ -27,6 +26,7 @@ from jobs.prepare import blocks
 from jobs.text import token_loss
 from launch.commands import Result
 from launch.generate import context_length, load
+from pipeline.settings import ConfigError, Within, check_bounds, require
 
 HELD_OUT = "held-out"
 _SEQUENCE_LENGTH, _SAMPLES = 128, 64

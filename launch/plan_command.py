@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
-from jobs.bounds import ConfigError, Within, check_bounds, require
-from jobs.fields import WEEK_S
 from launch.commands import Result, message_bounds, read_setting
 from launch.roundpipe_plan import plan_roundpipe
 from launch.run_folder import write_whole
@@ -22,6 +20,7 @@ from pipeline.drawing.network_picture import network_svg
 from pipeline.schedule.ops import dumps
 from pipeline.schedule.simulate import simulate
 from pipeline.schedule.verify import verify
+from pipeline.settings import WEEK_S, ConfigError, Within, check_bounds, require
 from schedulers.skippipe import SkipPlan, replay, skippipe
 from schedulers.skippipe_search.clock import STUCK
 from schedulers.skippipe_search.problem import NetworkError, RoutingProblem, routing_from_json

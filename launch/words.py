@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 
-from jobs.bounds import ConfigError
-from jobs.names import did_you_mean
+from pipeline.names import did_you_mean
+from pipeline.settings import ConfigError
 
 
 def given(settings: type, words: Sequence[str]) -> dict[str, Any]:

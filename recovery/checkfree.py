@@ -8,6 +8,7 @@ learning rate of the stage is 1.1 times what the schedule says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from recovery.membership import Move
@@ -16,6 +17,14 @@ from recovery.remedy import CannotRestore, Loss, State
 WEIGHTS = ("norm", "norm_squared", "uniform")
 LR_SCALE = 1.1
 _TINY = 1e-4  # keeps weights apart from 0, as the reference does
+
+
+@dataclass(frozen=True)
+class CheckFreeSettings:
+    """Read by the remedies checkfree and checkfree+."""
+
+    checkfree_weights: Literal["norm", "norm_squared", "uniform"] = "norm"
+    """How both neighbours are weighed: by their gradient norms, the squares of these, or alike."""
 
 
 class Average:

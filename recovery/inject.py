@@ -33,6 +33,15 @@ _LEAST = {"factor": 1}
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 
+@dataclass(frozen=True)
+class InjectionSettings:
+    """Faults that are made."""
+
+    inject: str = ""
+    """Faults to inject, e.g. 'kill:worker=2,step=30,at=backward' or 'rate:p=0.002,stages=1-4,seed=7'; ; between.
+    They are of this start: --resume does not repeat them."""
+
+
 class InjectionError(ValueError):
     """A fault that cannot be read: quotes it, and says what is allowed."""
 

@@ -6,10 +6,28 @@ An allocation that no machine has room for, or a file that cannot be read, fails
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
+from typing import Annotated
+
+from pipeline.settings import WEEK_S, Within
 
 LIMIT = 3
 STOPPING_LIMIT = 2
 """Of a run that was asked to stop: it has less time."""
+
+
+@dataclass(frozen=True)
+class SupervisionSettings:
+    """When a worker counts as lost, who takes its place, and when a run gives up."""
+
+    heartbeat: Annotated[float, Within(2, WEEK_S, note=" (seconds)")] = 10.0
+    """Seconds without a sign of life after which a worker is given up."""
+    deadline: Annotated[float, Within(0, WEEK_S, above=True, note=" (a week)")] = 300.0
+    """Seconds after which a worker that is busy with one step is given up."""
+    spares: Annotated[int, Within(0, 1024)] = 0
+    """Workers per agent that wait with everything loaded, to take a lost one's place a little sooner."""
+    max_failures: Annotated[int, Within(0, 10**9)] = 100
+    """Lost workers after which the run gives up."""
 
 
 class TooManyFailures(RuntimeError):

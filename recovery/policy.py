@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.schedule.layout import Layout
+from pipeline.settings import RunShape, require_known
 from recovery import redundant
 from recovery.baselines import Copy, Random
 from recovery.checkfree import Average
@@ -30,6 +31,19 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
     "none": (),
 }
 """--recovery NAME -> remedies in the order in which they are tried. A surviving replica is copied in any case."""
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """What brings back what is lost."""
+
+    recovery: str = "auto"
+    """What brings the state of a lost worker back: auto, replica, checkfree, checkfree+, redundant,
+    copy, random, checkpoint, or none."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for a name that is none."""
+        require_known("recovery", self.recovery, POLICIES)
 
 
 def remedies(weights: str = "norm") -> dict[str, Remedy]:

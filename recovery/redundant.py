@@ -10,13 +10,28 @@ gradient is summed in another order.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from pipeline.schedule.layout import EVALUATE, TRAIN, Layout
 from pipeline.schedule.lower import add_redundant, lower
 from pipeline.schedule.merge import merge
 from pipeline.schedule.ops import F, R, Schedule, Span
 from pipeline.schedule.verify import verify
+from pipeline.settings import RunShape, require
 from recovery.remedy import CannotRestore
+
+
+@dataclass(frozen=True)
+class RedundantSettings:
+    """Nothing of its own."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError where no stage can keep a copy of another."""
+        if run.recovery == "redundant":
+            require(
+                run.scheduler not in ("balanced", "skippipe") and run.stages > 1, "recovery", run.recovery,
+                "only with 2 or more workers per replica, and not with scheduler balanced or skippipe",
+            )  # fmt: skip
 
 
 def copies(spans_of: Sequence[Sequence[Span]]) -> tuple[tuple[Span, int], ...]:

@@ -9,10 +9,26 @@ per worker, where p divides m; paid with v times the messages and somewhat more 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, zip_longest
+from typing import Annotated
 
 from pipeline.schedule.ops import B, F, Op, Schedule, Span
+from pipeline.settings import RunShape, Within, limit_work
 from schedulers.chain import chain
+
+
+@dataclass(frozen=True)
+class InterleavedSettings:
+    """Read by --scheduler interleaved."""
+
+    chunks: Annotated[int, Within(1, 1024)] = 2
+    """Spans per worker."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for a schedule that would be too large."""
+        if run.scheduler == "interleaved":
+            limit_work("stages", run.stages * self.chunks, run.microbatches)
 
 
 def interleaved(spans: Sequence[Span], microbatches: int, replicas: int = 1, chunks: int = 2) -> Schedule:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import fsum
-from typing import Literal
+from typing import Annotated, Literal
 
 from pipeline.schedule.ops import Schedule, Span
+from pipeline.settings import RunShape, Within, limit_work, require, require_known
 from schedulers.balanced import balanced
 from schedulers.evaluation import evaluation
 from schedulers.gpipe import gpipe
@@ -28,6 +30,39 @@ ENGINES = (*PLANNERS, "skippipe", "roundpipe")
 
 
 Ends = Literal["in-line", "home", "apart"]
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """How the work is spread over workers."""
+
+    workers: Annotated[int, Within(1, 1024)] = 4
+    """Worker processes in all, over every stage and replica."""
+    replicas: Annotated[int, Within(1, 1024)] = 1
+    """Data-parallel copies of the pipeline; must divide --workers and --microbatches."""
+    scheduler: str = "one_f_one_b"
+    """gpipe, one_f_one_b, interleaved, zero_bubble, balanced (shares layers between neighbours), skippipe (partial
+    routes through the slow links of --network), or roundpipe (workers that hold nothing, state in host memory)."""
+    microbatches: Annotated[int, Within(1, 65536)] = 8
+    """Microbatches per step, over all replicas."""
+    ends: Literal["auto", "in-line", "home", "apart"] = "auto"
+    """Where the embedding and the head go: in-line with the blocks, the head home to the first worker, or both apart
+    from the blocks on a worker of their own (--scheduler one_f_one_b); auto is in-line unless --recovery needs more."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for what no schedule can be made of."""
+        require_known("scheduler", self.scheduler, ENGINES)
+        require(self.workers % self.replicas == 0, "replicas", self.replicas, f"a divisor of workers ({self.workers})")
+        require(
+            self.microbatches % self.replicas == 0, "microbatches", self.microbatches,
+            f"a multiple of replicas ({self.replicas})",
+        )  # fmt: skip
+        limit_work("stages", run.stages, self.microbatches)
+        if self.ends in ("home", "apart"):
+            require(
+                self.scheduler == "one_f_one_b" and run.stages > 1, "ends", self.ends,
+                "auto or in-line; home and apart only with scheduler one_f_one_b and 2 or more stages",
+            )  # fmt: skip
 
 
 def build(name: str, spans: Sequence[Span], microbatches: int, replicas: int = 1, **options: int) -> Schedule:

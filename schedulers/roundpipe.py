@@ -7,14 +7,56 @@ stages and R rounds of N microbatches over N workers the bubble is (N - 1) / (R 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+from pipeline.settings import RunShape, Within, require, require_owner
 from schedulers.roundpipe_search.clock import RULES, Clock, Dealt, dealt, repeated
 from schedulers.roundpipe_search.problem import RoundsProblem, cut_from, rounds_from_json
 from schedulers.roundpipe_search.search import ORDERS, search
 
 __all__ = [
-    "ORDERS", "RULES", "Clock", "Dealt", "RoundsProblem", "cut_from", "dealt", "ideal_bubble", "repeated",
-    "rounds_from_json", "search",
+    "ORDERS", "RULES", "Clock", "Dealt", "RoundPipeSettings", "RoundsProblem", "cut_from", "dealt", "ideal_bubble",
+    "repeated", "rounds_from_json", "search",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoundPipeSettings:
+    """Read by --scheduler roundpipe."""
+
+    at_once: Annotated[int, Within(0, 65536)] = 0
+    """Microbatches that go through a span before another is loaded; 0 for half of them.
+    Their gradients are summed first, so the sum depends on it, and not on --workers."""
+    rule: Literal["ready", "round_robin"] = "ready"
+    """Who gets the next span: the worker that will be through with it first, by measured
+    speed, or the next one in turn, as published."""
+    optimizer_async: bool = False
+    """Apply an update while the next iteration computes with the weights before it."""
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW updates the weights in host memory; torch's is the faster one."""
+    span_mib: Annotated[int, Within(0, 2**24)] = 0
+    """MiB that the weights of one span may take: a worker holds two of them, and on a GPU
+    one's gradients; 0 for no limit."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for what workers that hold nothing cannot do, or need not, and where these settings are not
+        read."""
+        require_owner(self, RoundPipeSettings, ("optimizer_async", "at_once", "span_mib", "cpu_adam"), "roundpipe")
+        if run.scheduler != "roundpipe":
+            return
+        for name, only in (("replicas", 1), ("nodes", 1), ("spares", 0), ("network", None), ("ends", "auto")):
+            require(getattr(run, name) == only, name, getattr(run, name), f"{only} under scheduler roundpipe")
+        require(
+            run.recovery == "auto", "recovery", run.recovery,
+            "auto under scheduler roundpipe: what a lost worker had is dealt to the others",
+        )  # fmt: skip
+        require(
+            self.cpu_adam == "torch" or find_spec("deepspeed") is not None, "cpu_adam", self.cpu_adam,
+            "torch, as deepspeed is not installed (pip install 'unbroken[deepspeed]')",
+        )  # fmt: skip
+        require(self.at_once <= run.microbatches, "at_once", self.at_once, f"0 to microbatches ({run.microbatches})")
 
 
 def ideal_bubble(workers: int, rounds: int, stages: int) -> float:

@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Annotated
 
 from pipeline.schedule.costs import Costs, Network
 from pipeline.schedule.ops import B, F, Op, Route, Schedule, Span
+from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_owner
 from schedulers.skippipe_search.anneal import Annealed, Budget, anneal
 from schedulers.skippipe_search.bounds import any_cut, lower_bounds
 from schedulers.skippipe_search.clock import STUCK, Rule, Run, clock
@@ -25,6 +27,28 @@ MOVES = 12_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
+
+
+@dataclass(frozen=True)
+class SkipPipeSettings:
+    """Read by --scheduler skippipe."""
+
+    skip: Annotated[float, Within(0, 1, below=True)] = 0.0
+    """Share of the stages that each microbatch leaves out; the first is never left out."""
+    swaps: bool = False
+    """Let a pair of neighbouring stages change places on a route, under --scheduler skippipe."""
+    full_every: Annotated[int, Within(0, MOST_STEPS)] = 0
+    """Every so many steps one in which no stage is skipped; 0 for none."""
+    search_moves: Annotated[int, Within(0, 100_000_000)] = MOVES
+    """How long routes are searched for: moves, so that the seed alone decides the result."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError where there is no network to find routes through, or these settings are not read."""
+        require(
+            run.scheduler != "skippipe" or run.network is not None, "network", run.network,
+            "a JSON file, under scheduler skippipe",
+        )  # fmt: skip
+        require_owner(self, SkipPipeSettings, ("skip", "swaps", "full_every"), "skippipe")
 
 
 @dataclass(frozen=True)

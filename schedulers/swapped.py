@@ -9,13 +9,31 @@ lock each other out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pipeline.schedule.ops import Route, Schedule, Span
+from pipeline.settings import RunShape, require
 from schedulers.chain import check
 from schedulers.greedy import greedy
 
 LEAST = 4
 """Block stages below which the two pairs would share a stage."""
+
+
+@dataclass(frozen=True)
+class SwappedSettings:
+    """Nothing of its own: who wants swapped routes asks for the remedy that reads them."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError where routes cannot be swapped."""
+        if run.recovery != "checkfree+":
+            return
+        require(
+            run.scheduler == "one_f_one_b" and run.stages > LEAST, "recovery", run.recovery,
+            f"only with scheduler one_f_one_b and {LEAST + 1} or more workers per replica (found {run.stages}): "
+            f"{LEAST} block stages, and the embedding and the head on a worker of their own",
+        )  # fmt: skip
+        require(run.ends in ("auto", "apart"), "ends", run.ends, "auto or apart under --recovery checkfree+")
 
 
 def swapped_order(spans: Sequence[Span]) -> tuple[Span, ...]:

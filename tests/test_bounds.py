@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from jobs.bounds import ConfigError, Within, bounds_of, check_bounds
 from jobs.config import TrainConfig
 from launch.cli import COMMANDS, main
 from launch.machine import check_machine
+from pipeline.settings import ConfigError, Within, bounds_of, check_bounds, declared, groups, names_of
 
 SETTINGS = {name: command.load() for name, command in COMMANDS.items()}
 
@@ -136,3 +136,17 @@ def test_small_machines_run_tests_of_many_workers(workers: int) -> None:
 
 def test_workers_on_other_machines_do_not_count() -> None:
     check_machine(TrainConfig(workers=1024, nodes=64), 16, cores=2)
+
+
+def test_every_setting_has_one_owner() -> None:
+    owned = [name for group in groups(TrainConfig) for name in declared(group)]
+    assert len(owned) == len(set(owned))
+    assert names_of(TrainConfig) == owned
+    assert {f.name for f in fields(TrainConfig)} == set(owned)
+
+
+def test_a_setting_that_its_scheduler_does_not_read_is_refused_by_its_owner() -> None:
+    with pytest.raises(ConfigError, match=r"skip is 0\.5; allowed: 0\.0 unless scheduler is skippipe"):
+        TrainConfig(skip=0.5).validate()
+    with pytest.raises(ConfigError, match=r"cpu_adam is 'deepspeed'; allowed: torch unless scheduler is roundpipe"):
+        TrainConfig(cpu_adam="deepspeed").validate()

@@ -720,3 +720,12 @@ def test_nothing_but_the_report_is_shown(capsys: pytest.CaptureFixture[str], mod
 def test_the_project_says_where_the_command_is() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"unbroken": "launch.cli:main"}
+
+
+def test_help_groups_flags_by_owner(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = told(capsys, "train", "--help")
+    panels = {panel.split(" ", 1)[0]: panel for panel in out.split("╭─ ")[1:]}
+    for owner, flag in (("skippipe", "--full-every"), ("roundpipe", "--at-once"), ("interleaved", "--chunks"),
+                        ("checkfree", "--checkfree-weights"), ("optimizer", "--beta2"), ("supervision", "--spares")):  # fmt: skip
+        assert [name for name, panel in panels.items() if f" {flag} " in panel] == [owner]

@@ -8,8 +8,8 @@ from importlib.metadata import version
 import pytest
 
 from jobs.config import TrainConfig
-from jobs.names import _ELSEWHERE, did_you_mean, nearest
 from launch.cli import COMMANDS, main
+from pipeline.names import _ELSEWHERE, did_you_mean, nearest
 from schedulers import ENGINES
 
 SETTINGS = tuple(field.name for field in fields(TrainConfig))

@@ -179,7 +179,7 @@ def test_text_that_has_changed_is_told_from_settings_that_have(
 def test_a_change_that_is_meant_is_made_and_said(resume: Callable[..., Command], tmp_path: Path) -> None:
     done = resume("--change", "--lr", "0.5", "--max-tokens", "4000", "--steps", "5", "--seed", "9")
     assert done.code == 0, done.output
-    assert "changed since the last start: steps 4 -> 5, max_tokens 6000 -> 4000, lr 0.001 -> 0.5, seed 0 -> 9\n" in (
+    assert "changed since the last start: seed 0 -> 9, steps 4 -> 5, max_tokens 6000 -> 4000, lr 0.001 -> 0.5\n" in (
         done.output
     )
     now = settings(tmp_path)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.model.rng import derive
 from pipeline.model.weights import ModelError
+from pipeline.settings import RunShape, Within, require, require_owner
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,6 +30,32 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _KEPT_AS = "base_model.model."  # what peft puts before a name in a file
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters."""
+
+    lora_rank: Annotated[int, Within(0, 65536)] = 0
+    """Under --scheduler roundpipe, train low-rank adapters of this rank and nothing else (LoRA, through peft; needs the
+    lora extra); 0 trains all weights."""
+    lora_alpha: Annotated[float, Within(0, 1_000_000, above=True)] = 16.0
+    """What an adapter adds is multiplied by this, divided by --lora-rank."""
+    lora_targets: str = ALL_LINEAR
+    """What gets adapters: all-linear (every linear layer of the decoder blocks), or names separated by commas, such as
+    q_proj,v_proj."""
+
+    def lora(self) -> Lora | None:
+        """The adapters that are trained, if it is adapters."""
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for targets that are none, and where there would be no adapters."""
+        require_owner(self, LoraSettings, ("lora_rank",), "roundpipe")
+        require(
+            all(name.strip() for name in self.lora_targets.split(",")), "lora_targets", self.lora_targets,
+            f"{ALL_LINEAR}, or names separated by commas",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import nn
+
+from pipeline.settings import MOST_STEPS, Within
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, and the learning rate."""
+
+    lr: Annotated[float | None, Within(0, 100, above=True)] = None
+    """Peak learning rate of AdamW. Unset, it is 2e-3 where weights begin at random; 2e-5 for weights that were trained
+    before, as Llama 2 was fine-tuned (arXiv 2307.09288, section 3.1); 2e-4 for adapters on these, as in QLoRA
+    (2305.14314)."""
+    warmup: Annotated[int | None, Within(0, MOST_STEPS)] = None
+    """Steps of linear warm-up; a cosine follows. Unset, a tenth of --steps, and 20 at most."""
+    min_lr_ratio: Annotated[float, Within(0, 1)] = 0.1
+    """Where the cosine ends, as a share of --lr."""
+    weight_decay: Annotated[float, Within(0, 100)] = 0.1
+    """AdamW's decay of matrices; norms and biases do not decay."""
+    beta1: Annotated[float, Within(0, 1, below=True)] = 0.9
+    """AdamW's first moment decay."""
+    beta2: Annotated[float, Within(0, 1, below=True)] = 0.95
+    """AdamW's second moment decay."""
+    eps: Annotated[float, Within(0, 1, above=True)] = 1e-8
+    """AdamW's epsilon."""
+    clip: Annotated[float, Within(0, 1_000_000)] = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never."""
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,8 @@ class Actors:
             process.code = EVICTED
         except Broken:
             raise
+        except (ArithmeticError, AttributeError, LookupError, NameError, TypeError) as error:
+            raise Broken(f"worker {payload['worker']} has met what is a slip of a programmer: {error!r}") from error
         except Exception as error:
             keys.report_error(self.client(), int(payload["worker"]), last_words(error))
             self.world.say(f"{process.name} {type(error).__name__}: {error}")

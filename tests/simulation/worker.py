@@ -69,8 +69,8 @@ class SimStore:
     """The layer states of a worker."""
 
     def __init__(self) -> None:
-        self.model = SimpleNamespace(num_layers=LAYERS, tied=False, states_of=lambda layers: [
-            SimpleNamespace(name=str(n), shared=False) for n in layers])  # fmt: skip
+        states = [SimpleNamespace(name=str(n), shared=False) for n in range(LAYERS)]
+        self.model = SimpleNamespace(num_layers=LAYERS, tied=False, states=states)
         self.states: dict[str, SimState] = {}
 
     def hold(self, spans: Any) -> None:
