@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -725,7 +726,11 @@ def test_the_project_says_where_the_command_is() -> None:
 def test_help_groups_flags_by_owner(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     _, out, _ = told(capsys, "train", "--help")
-    panels = {panel.split(" ", 1)[0]: panel for panel in out.split("╭─ ")[1:]}
-    for owner, flag in (("skippipe", "--full-every"), ("roundpipe", "--at-once"), ("interleaved", "--chunks"),
-                        ("checkfree", "--checkfree-weights"), ("optimizer", "--beta2"), ("supervision", "--spares")):  # fmt: skip
-        assert [name for name, panel in panels.items() if f" {flag} " in panel] == [owner]
+    _, *parts = re.split(r"^\W*(\w+) options\b", out, flags=re.MULTILINE)
+    panels = dict(zip(parts[::2], parts[1::2], strict=True))
+    owners = {
+        "skippipe": "--full-every", "roundpipe": "--at-once", "interleaved": "--chunks", "supervision": "--spares",
+        "checkfree": "--checkfree-weights", "optimizer": "--beta2",
+    }  # fmt: skip
+    for owner, flag in owners.items():
+        assert [name for name, panel in panels.items() if f"{flag} " in panel] == [owner], panels.keys()
