@@ -75,7 +75,9 @@ class PipelineEngine:
         """See Engine."""
         full = self.full_every and (step + 1) % self.full_every == 0  # every so often no span is skipped
         excerpt = self.member.excerpt(FULL if full else TRAIN)
-        return self.worker.run(excerpt, self.job, step, wish=wish, record=record)
+        result = self.worker.run(excerpt, self.job, step, wish=wish, record=record)
+        self.worker.store.let_go()  # the view is settled: it will not be asked for what it gave away
+        return result
 
     def evaluate(self) -> StepResult:
         return self.worker.run(self.member.excerpt(EVALUATE), self.held_out, 0)

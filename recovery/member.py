@@ -128,9 +128,7 @@ class Member:
         times["edited"] = time.monotonic()
         known = dict(found["norms"])
         where = dict(*found["positions"])
-        wanted = {layer for span in mine.spans for layer in range(*span)}
-        given = [(layer, layer + 1) for layer in worker.store.layers() if layer not in wanted]
-        worker.store.hold([*mine.spans, *given])  # what this place holds no more may be what others take
+        worker.store.hold(mine.spans)  # what this place holds no more may be what others take: it lies aside
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
         step = int(where.get("step", view.first_step))
@@ -139,7 +137,6 @@ class Member:
             known = {}
         else:
             restore(worker, view, self.communicator, self.remedies, known, step)
-        worker.store.hold(mine.spans)
         self._check_states(view, step)
         copies = {part for part, workers in parts.items() if len(workers) > 1 and worker.id in workers}
         told = {"copies": {part: _fingerprint(worker, part) for part in copies}}

@@ -70,41 +70,80 @@ def states_of(part: str) -> set[str]:
 
 
 def has(view: View, layout: Layout, num_layers: int, tied: bool) -> Has:
-    """What the workers of a view have: what its layout wants, but for what is still to move there. Where all were to go
-    back, nobody knows what they have."""
+    """What the workers of a view have: what its layout wants, but for what is still to move there; and what they are to
+    give, which they keep until the view is settled."""
     found: dict[int, set[str]] = {worker: set() for worker in view.workers}
     for part, workers in parts_of(view, layout.holders, num_layers, tied).items():
         for worker in workers:
             found[worker] |= states_of(part)
     for move in view.moves:
         found[move.worker] -= states_of(move.part)
+    for worker, part in (source for move in view.moves for source in move.sources):
+        if worker in found:
+            found[worker] |= states_of(part)
     return found
 
 
 def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool) -> tuple[Loss, ...]:
     """What moves into `view`: the difference between what its layout wants its workers to hold and what they had
-    `before`."""
+    `before`. A span that a worker has in part, or that others have in parts, is cut where its holders change."""
     train = layout.train
     twins, holders = swaps(train), train.holders
     parts = parts_of(view, layout.holders, num_layers, tied)
-    alive = {part: tuple(w for w in view.workers if states_of(part) <= before.get(w, set())) for part in parts}
+    alive = {part: _having(view, part, before) for part in parts}
 
     def neighbour(edge: int, side: int) -> tuple[int, Span] | None:
         found = [(alive[span_text(span)][0], span) for span in holders if span[side] == edge and alive[span_text(span)]]
-        return min(found) if found else None
+        return min(found) if found else _run_at(view, before, edge, side)
 
     def lost(joiner: int, part: str) -> Loss:
+        copies = _having(view, part, before)
         if (span := part_span(part)) is None:
-            return Loss(joiner, part, num_layers, alive[part])
+            return Loss(joiner, part, num_layers, copies)
         others = [(alive[text][0], other) for other in twins.get(span, ()) if alive[text := span_text(other)]]
         return Loss(
-            joiner, part, num_layers, alive[part], neighbour(span[0], 1), neighbour(span[1], 0),
-            next(iter(others), None),
-        )  # fmt: skip
+            joiner, part, num_layers, copies, neighbour(span[0], 1), neighbour(span[1], 0), next(iter(others), None)
+        )
 
     return tuple(
-        lost(joiner, part) for part, workers in parts.items() for joiner in workers if joiner not in alive[part]
+        lost(joiner, piece)
+        for part, workers in parts.items()
+        for joiner in workers
+        if joiner not in alive[part]
+        for piece in _pieces(view, part, joiner, before)
     )
+
+
+def _having(view: View, part: str, before: Has) -> tuple[int, ...]:
+    """Who has all states of a part, ascending."""
+    return tuple(worker for worker in view.workers if states_of(part) <= before.get(worker, set()))
+
+
+def _pieces(view: View, part: str, joiner: int, before: Has) -> list[str]:
+    """What a worker lacks of a part, in pieces of which each has the same holders."""
+    if (span := part_span(part)) is None:
+        return [part]
+    pieces: list[tuple[Span, tuple[int, ...]]] = []
+    for layer in range(*span):
+        if str(layer) not in before.get(joiner, set()):
+            having = _having(view, span_text((layer, layer + 1)), before)
+            if pieces and pieces[-1] == ((pieces[-1][0][0], layer), having):
+                pieces[-1] = (pieces[-1][0][0], layer + 1), having
+            else:
+                pieces.append(((layer, layer + 1), having))
+    return [span_text(piece) for piece, _ in pieces]
+
+
+def _run_at(view: View, before: Has, edge: int, side: int) -> tuple[int, Span] | None:
+    """The longest run of layers that ends (side 1) or begins (side 0) at `edge` and that one worker has."""
+    found: list[tuple[int, int]] = []
+    for worker in view.workers:
+        length = 0
+        while str(edge - 1 - length if side else edge + length) in before.get(worker, set()):
+            length += 1
+        found.append((-length, worker))
+    length, worker = min(found, default=(0, 0))
+    return None if length == 0 else (worker, (edge + length, edge) if side else (edge, edge - length))
 
 
 def swaps(schedule: Schedule) -> dict[Span, tuple[Span, ...]]:

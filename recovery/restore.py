@@ -45,21 +45,21 @@ def restore(
     for number, each in enumerate(view.moves):
         if each.remedy not in remedies:
             raise LinkError(f"view {view.number} names the remedy {each.remedy!r}; known: {', '.join(remedies)}")
-        places = [place for place, (source, _) in enumerate(each.sources) if worker.id in (source, each.worker)]
-        names = [f"view{view.number}/restore{number}/{place}" for place in places]
+        pairs = {place: (source, each.worker) for place, (source, _) in enumerate(each.sources)}
+        mine = {place: pair for place, pair in pairs.items() if worker.id in pair and pair[0] != pair[1]}
+        names = {place: f"view{view.number}/restore{number}/{place}" for place in mine}
         try:
             with _named(each):
-                groups: list[Group] = []
-                for name, place in zip(names, places, strict=True):
-                    pair = (each.sources[place][0], each.worker)
-                    groups.append(communicator.builder.build(name, pair))
-                    communicator.carrying[name] = pair, groups[-1]
+                groups: dict[int, Group] = {}
+                for place, pair in mine.items():
+                    groups[place] = communicator.builder.build(names[place], pair)
+                    communicator.carrying[names[place]] = pair, groups[place]
                 if each.worker == worker.id:
                     _take(worker, view, each, groups, remedies[each.remedy], norms, step)
                 else:
-                    _give(worker, each, [each.sources[place][1] for place in places], groups, remedies[each.remedy])
+                    _give(worker, each, groups, remedies[each.remedy])
         finally:
-            for name in names:
+            for name in names.values():
                 communicator.carrying.pop(name, None)
 
 
@@ -78,10 +78,10 @@ def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:
     return {key: tensors[key] for key in sorted(tensors) if carries == "state" or key.startswith("param/")}
 
 
-def _give(worker: Worker, each: Move, parts: Sequence[str], groups: Sequence[Group], remedy: Remedy) -> None:
+def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remedy) -> None:
     """Layer by layer, and within a layer in the order in which they are taken."""
-    for states in zip(*(_sent(worker, each, part) for part in parts), strict=True):
-        for state, group in zip(states, groups, strict=True):
+    for states in zip(*(_sent(worker, each, each.sources[place][1]) for place in groups), strict=True):
+        for state, group in zip(states, groups.values(), strict=True):
             header = torch.tensor([state.version, state.generation])
             flat = torch.cat([t.detach().float().cpu().reshape(-1) for t in _carried(state, remedy.carries).values()])
             group.send([header], 1, 0).wait(_patience(worker))
@@ -91,9 +91,10 @@ def _give(worker: Worker, each: Move, parts: Sequence[str], groups: Sequence[Gro
 
 @torch.no_grad()
 def _take(
-    worker: Worker, view: View, each: Move, groups: Sequence[Group], remedy: Remedy, norms: Mapping[str, float],
+    worker: Worker, view: View, each: Move, groups: Mapping[int, Group], remedy: Remedy, norms: Mapping[str, float],
     step: int,
 ) -> None:  # fmt: skip
+    """Who takes may be a source as well, without a group: then it has a neighbour of what it lacks."""
     mine = worker.store.states_of(each.part)
     if not each.sources:
         _start_again(worker, view, mine)
@@ -102,10 +103,16 @@ def _take(
             state.begin_anew()
             state.lr_scale.fill_(remedy.lr_scale)
     weights = [_norm(worker, part, norms) for _, part in each.sources]
-    for state in mine:
+    own = {n: _sent(worker, each, part) for n, (_, part) in enumerate(each.sources) if n not in groups}
+    for number, state in enumerate(mine):
         wanted = _carried(state, remedy.carries)
         found: list[dict[str, Tensor]] = []
-        for (source, part), group in zip(each.sources, groups, strict=True):
+        for place, (source, part) in enumerate(each.sources):
+            if place in own:
+                have = _carried(own[place][number], remedy.carries)
+                found.append(dict(zip(wanted, (tensor.clone() for tensor in have.values()), strict=True)))
+                continue
+            group = groups[place]
             header = torch.empty(2, dtype=torch.int64)
             group.recv([header], 0, 0).wait(_patience(worker))
             version, generation = header.tolist()
@@ -137,6 +144,7 @@ def roll_back(worker: Worker, view: View, checkpoints: Path) -> int:
     target = None if view.rollback == START else Path(view.rollback or "")
     if worker.id == min(view.workers):
         checkpoint.drop_newer(checkpoints, target, view.fence)
+    worker.store.let_go()
     if target is not None:
         return load_checkpoint(worker.store, target, view.generation, worker.pulse)
     _start_again(worker, view, worker.store.states.values())

@@ -140,8 +140,11 @@ class Reducer:
     def edit(self, view: int, parts: Mapping[str, tuple[int, ...]], builder: GroupBuilder) -> None:
         """Build the groups that are missing: part -> its holders. Raises RuntimeError where the others do not come.
 
-        All members of the view call this with the same parts; they meet in one order.
+        All members of the view call this with the same parts; they meet in one order. Groups of what is no part any
+        more, or has other holders now, are dropped: no sum is under way.
         """
+        for part in [part for part, members in self._members.items() if parts.get(part) != members]:
+            self._forget(part)
         for part, members in sorted(parts.items()):
             if self._worker not in members or len(members) < 2 or self._members.get(part) == members:
                 continue

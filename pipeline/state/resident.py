@@ -39,7 +39,8 @@ class ResidentStore(LayerStates):
     """The spans of one worker. No two of them overlap.
 
     `states` are those of all layers held, by name, and `part_of` says in which part each is; `gradients` has the flat
-    gradient of each part that has one.
+    gradient of each part that has one. `aside` are states that are held no more and may still be asked for: none of
+    them is of a step that was committed after it was let go.
     """
 
     def __init__(
@@ -54,24 +55,28 @@ class ResidentStore(LayerStates):
         self.modules: dict[Span, SpanModule] = {}
         self.gradients: dict[str, Tensor] = {}
         self.part_of: dict[str, str] = {}
+        self.aside: dict[str, LayerState] = {}
+        self._modules_aside: dict[int, nn.Module] = {}
         self._training = True
         self.hold(spans, source)
 
     # ---- what is held ----
 
     def hold(self, spans: Iterable[Span], source: Path | None = None) -> None:
-        """Hold these spans from now on. Layers that are held already keep their state; new ones are as at the start of
-        a run. Call it between two steps: gradients are zero afterwards. Raises ValueError for spans that overlap."""
+        """Hold these spans from now on. Layers that are held already, or lie aside, keep their state; new ones are as
+        at the start of a run; what is held no more lies aside until `let_go`. Call it between two steps: gradients are
+        zero afterwards. Raises ValueError for spans that overlap."""
         spans = sorted(spans)
         if self.modules and spans == sorted(self.modules):
             return
         layers = [layer for span in spans for layer in range(*span)]
         if len(set(layers)) < len(layers):
             raise ValueError(f"spans {', '.join(map(span_text, spans))} overlap; a worker holds a layer once")
-        have = {layer: module for module in self.modules.values() for layer, module in _layers(module)}
+        have = self._modules_aside | {n: layer for span in self.modules.values() for n, layer in _layers(span)}
         rotary = next((module.rotary for module in self.modules.values()), None)
         wanted = self.model.states_of(layers)
-        states = {state.name: self.states[state.name] for state in wanted if state.name in self.states}
+        known = self.aside | self.states
+        states = {state.name: known[state.name] for state in wanted if state.name in known}
         share = {name: p for state in states.values() for name, p in state.parameters.items()}
         for run in _runs(layer for layer in layers if layer not in have):
             built = self._build(run, source, share)
@@ -86,12 +91,19 @@ class ResidentStore(LayerStates):
                     spec.name, {name: share[name] for name in trained}, self.config,
                     frozen={name: share[name].detach() for name in frozen},
                 )  # fmt: skip
+        self.aside = {name: state for name, state in known.items() if name not in states}
+        self._modules_aside = {layer: module for layer, module in have.items() if layer not in layers}
         self.states = states
         self.modules = {
             span: SpanModule(self.model, span, {str(n): have[n] for n in range(*span)}, rotary) for span in spans
         }
         self.train(self._training)
         self._lay_out()
+
+    def let_go(self) -> None:
+        """Nobody asks any more for what is held no more."""
+        self.aside.clear()
+        self._modules_aside.clear()
 
     def _build(self, span: Span, source: Path | None, share: Mapping[str, nn.Parameter] | None = None) -> SpanModule:
         return self.model.build(
@@ -110,11 +122,11 @@ class ResidentStore(LayerStates):
                     state.bind(gradient)
 
     def states_of(self, part: str) -> list[LayerState]:
-        """The states of a part that are held: those of a span's layers, or a shared one."""
+        """The states of a part that are there, held or aside: those of a span's layers, or a shared one."""
+        known = self.aside | self.states
         if (span := part_span(part)) is None:
-            return [self.states[part]] if part in self.states else []
-        wanted = self.model.states_of(range(*span))
-        return [self.states[s.name] for s in wanted if not s.shared and s.name in self.states]
+            return [known[part]] if part in known else []
+        return [known[s.name] for s in self.model.states_of(range(*span)) if not s.shared and s.name in known]
 
     def layers(self) -> list[int]:
         """The layers held, ascending."""

@@ -72,16 +72,20 @@ class SimStore:
         states = [SimpleNamespace(name=str(n), shared=False) for n in range(LAYERS)]
         self.model = SimpleNamespace(num_layers=LAYERS, tied=False, states=states)
         self.states: dict[str, SimState] = {}
+        self.aside: dict[str, SimState] = {}
 
     def hold(self, spans: Any) -> None:
         wanted = {str(layer) for span in spans for layer in range(*span)}
-        self.states = {name: self.states.get(name) or SimState(name) for name in sorted(wanted, key=int)}
+        known = self.aside | self.states
+        self.states = {name: known.get(name) or SimState(name) for name in sorted(wanted, key=int)}
+        self.aside = {name: state for name, state in known.items() if name not in wanted}
 
-    def layers(self) -> list[int]:
-        return sorted(map(int, self.states))
+    def let_go(self) -> None:
+        self.aside.clear()
 
     def states_of(self, part: str) -> list[SimState]:
-        return [self.states[str(n)] for n in range(*parse_span(part)) if str(n) in self.states]
+        known = self.aside | self.states
+        return [known[str(n)] for n in range(*parse_span(part)) if str(n) in known]
 
     def drop(self) -> None:
         """There are no gradients."""
