@@ -16,6 +16,7 @@ from recovery.inject import Fault, Ground, InjectionSettings, Rate, parse_faults
 from recovery.losses import SupervisionSettings
 from recovery.policy import RecoverySettings
 from recovery.redundant import RedundantSettings
+from recovery.resize import ResizeSettings
 from schedulers.interleaved import InterleavedSettings
 from schedulers.plan import ScheduleSettings
 from schedulers.roundpipe import RoundPipeSettings
@@ -26,8 +27,8 @@ from schedulers.swapped import SwappedSettings
 @dataclass(frozen=True)
 class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
-    SupervisionSettings, MachineSettings, InjectionSettings, InterleavedSettings, SkipPipeSettings, RoundPipeSettings,
-    LoraSettings, CheckFreeSettings, SwappedSettings, RedundantSettings,
+    SupervisionSettings, ResizeSettings, MachineSettings, InjectionSettings, InterleavedSettings, SkipPipeSettings,
+    RoundPipeSettings, LoraSettings, CheckFreeSettings, SwappedSettings, RedundantSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 

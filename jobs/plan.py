@@ -23,6 +23,7 @@ from jobs.network import read_network
 from jobs.pipelines import layer_costs, plan_layout
 from jobs.prepare import prepare
 from jobs.remarks import remarks
+from jobs.resizing import make_planner, resize_problem
 from jobs.resume import check_resumed, other_data
 from jobs.rounds import Rounds, plan_rounds
 from jobs.space import check_space, space_needed
@@ -34,6 +35,7 @@ from recovery import checkpoint
 from recovery.generation import read_generation
 from recovery.membership import View
 from recovery.reroute import Planner
+from recovery.resize import Resize
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)."""
@@ -51,6 +53,7 @@ class Plan:
     rounds: Rounds | None = None
     said: tuple[str, ...] = ()
     """Lines for a person, before the first step."""
+    resize: Resize | None = None
 
 
 def evaluation_samples(config: TrainConfig, dataset: Dataset) -> int:
@@ -115,12 +118,17 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         model_config.save_pretrained(out / "model-config")
     rounds: Rounds | None = None
     around: Planner | None = None
+    resize: Resize | None = None
     if config.scheduler == "roundpipe":
         costs = layer_costs(model, config.sequence_length)
         rounds = plan_rounds(config, model, costs, evaluation_samples(config, dataset))
         layout = rounds.layout
     else:
-        layout, around = plan_layout(config, model, evaluation_samples(config, dataset))
+        evaluated = evaluation_samples(config, dataset)
+        layout, around = plan_layout(config, model, evaluated)
+        if config.min_workers:
+            problem = resize_problem(config, model, layer_costs(model, config.sequence_length), evaluated)
+            resize = Resize(make_planner(problem, layout), config.min_workers, config.cooldown, config.wait)
     view = View(
         number=1,
         workers=tuple(range(config.workers)),
@@ -138,7 +146,7 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         },
     )
     notes = tuple((path.name, reason) for path, reason in found.skipped)
-    return Plan(view, layout, model, notes, around, rounds, tuple(said))
+    return Plan(view, layout, model, notes, around, rounds, tuple(said), resize)
 
 
 def find_start(config: TrainConfig) -> checkpoint.Found:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from jobs.config import ConfigError
 from jobs.train import STOPPED
 from launch.forkserver import Exit, ForkServer, ForkServerGone, StartError
 from launch.signals import NotStarted
@@ -78,10 +79,31 @@ class Agent:
     _beaten: float = -math.inf
 
     def start(self) -> None:
-        """Fork the workers of the first view, each with the number of its place."""
-        for place in self.places:
-            self._start(place, place, 1, joins=False)
+        """Fork the workers of the first view, each with the number of its place; or, where there has been an agent of
+        this rank before, those that are awaited in its places. Raises ConfigError where that agent lives."""
+        newest = self._newest_view() if self._comes_back() else 0
+        if newest:
+            self._view = max(1, newest - 1)
+        else:
+            for place in self.places:
+                self._start(place, place, 1, joins=False)
         self._keep_spares()
+
+    def _comes_back(self) -> bool:
+        """Whether there has been an agent of this rank."""
+        before = keys.read_agent(self.store, self.rank)
+        if before is None:
+            return False
+        time.sleep(2.5 * _BEAT_S)
+        if keys.read_agent(self.store, self.rank) != before:
+            raise ConfigError(f"node_rank is {self.rank}; allowed: one whose agent does not live")
+        return True
+
+    def _newest_view(self) -> int:
+        number = 0
+        while self.store.check([keys.view_key(number + 1)]):
+            number += 1
+        return number
 
     def _start(self, worker: int, place: int, view: int, *, joins: bool) -> None:
         """Have a worker in a place: a spare one that is called, or a new one."""

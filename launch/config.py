@@ -24,10 +24,22 @@ def config_from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
 
 def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as the fields of `cls` hold them. Raises ConfigError for one that has no field, or does not fit."""
+    values = _range_of_workers(values)
     hints, names = get_type_hints(cls), [f.name for f in fields(cls)]
     if unknown := sorted(set(values) - set(names)):
         raise ConfigError(_unknown(unknown, names, values))
     return {name: _convert(name, value, hints[name]) for name, value in values.items()}
+
+
+def _range_of_workers(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`workers` as MIN:MAX is two settings. Raises ConfigError for what is neither that nor a number."""
+    given = values.get("workers")
+    if not isinstance(given, str) or ":" not in given:
+        return values
+    least, _, most = given.partition(":")
+    if not (least.isdecimal() and most.isdecimal() and int(least[:9]) > 0):
+        raise ConfigError(f"workers is {given!r:.40}; allowed: a whole number, or MIN:MAX with MIN of 1 or more")
+    return {**values, "min_workers": int(least), "workers": int(most)}
 
 
 def _unknown(unknown: list[str], names: list[str], values: Mapping[str, Any]) -> str:

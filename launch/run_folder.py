@@ -22,7 +22,7 @@ LEDGER = ("step", "view", "first_sample", "samples", "version")
 is how many updates the weights had seen that every unit of the step has read."""
 
 
-_LOSSES = ("remedy", "taken_over", "redealt")
+_LOSSES = ("remedy", "taken_over", "redealt", "shrunk")
 """The events that say what was done about a lost worker."""
 
 

@@ -185,7 +185,7 @@ def _coordinator(
     source = plan.view.details["source"]
     recovery = Recovery(
         config.recovery, first, plan.layout, model.num_layers, model.tied, config.out / "checkpoints", plan.around,
-        watch(None if source is None else Path(source)), Verifier(first.generation),
+        watch(None if source is None else Path(source)), Verifier(first.generation), plan.resize,
     )  # fmt: skip
     for line in forecast(config, recovery):
         display.say(line)

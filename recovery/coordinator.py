@@ -9,22 +9,34 @@ to look after the run.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.schedule.layout import Layout
+from pipeline.schedule.ops import span_text
 from pipeline.wire import WireError
 from recovery.commit import READY, Follower
-from recovery.keys import LossReport, newest_loss, read_agent, read_beat, read_complaint, read_loss, stop_asked
+from recovery.keys import (
+    LossReport,
+    ask_to_stop,
+    newest_loss,
+    read_agent,
+    read_beat,
+    read_complaint,
+    read_loss,
+    stop_asked,
+)
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
-from recovery.membership import View, next_view, publish
-from recovery.policy import CHECKPOINT, REROUTE, Recovery
+from recovery.membership import View, publish
+from recovery.policy import CHECKPOINT, REDUNDANT, REROUTE, RESIZE, Recovery
 from recovery.remedy import CannotRestore
 
 Event = Callable[..., None]
@@ -35,6 +47,8 @@ _GRACE_S = 1.0  # a broken link is most often a lost worker, of which a report i
 _COMPLAINTS = 3
 _READ_S = 1.0
 _AT_ONCE_S = 0.05  # what is found out within it needs no further tick
+_MEANWHILE = {REROUTE: "rerouted", REDUNDANT: "taken_over", RESIZE: "shrunk"}
+"""What is done until a replacement is ready -> the event that says so."""
 _FRESH = "the weights of the start, as nothing was trained yet"
 
 
@@ -88,6 +102,9 @@ class Coordinator:
     _trained: bool = False
     _complained: float | None = None
     _complaints: int = 0
+    _changed: float = -math.inf
+    _short: float | None = None
+    """Since when there have been fewer workers than the run goes on with."""
 
     def __post_init__(self) -> None:
         self._losses = Losses(self.max_failures)
@@ -107,6 +124,7 @@ class Coordinator:
             self._publish_found(self._search, 0.0)
         elif self.view.awaited:
             self._let_in(committed)
+        self._give_up_short()
 
     @property
     def valid(self) -> int | None:
@@ -182,6 +200,9 @@ class Coordinator:
         """Why a worker is given up, if it is."""
         beat, awaited = read_beat(self.store, worker), worker in self.view.awaited
         if beat is None:
+            if self._vacant(worker, alive):
+                self._signs.pop(f"start/{worker}", None)
+                return None
             if self.view.agents[self.view.places[worker]] not in alive:
                 return "was being started by an agent that has given no sign of life since"
             # nobody waits for who is awaited: the others come on without
@@ -200,6 +221,12 @@ class Coordinator:
         if busy and not self._follower.voted(worker):
             return f"has been busy with one step for {self.deadline_s:g} s"
         return None
+
+    def _vacant(self, worker: int, alive: Collection[int]) -> bool:
+        """Whether a worker is to be started by a machine that is gone: where a run changes its size, the others go on
+        without until it comes back."""
+        waits = self.recovery.resize is not None and worker in self.view.awaited
+        return waits and self.view.agents[self.view.places[worker]] not in alive
 
     def _sign(self, key: str, number: object, progress: int = 0) -> _Sign:
         """Take note of a sign of life."""
@@ -237,7 +264,7 @@ class Coordinator:
         every = {**(self._search.lost if self._search is not None else {}), **lost}
         gone = tuple(sorted(every))
         # until something was trained, what a worker builds by itself is what all have
-        find = self.recovery.after_loss if self._trained else next_view
+        find = self.recovery.after_loss if self._trained else self.recovery.before_training
         self._joining = None
         self._search = _Search(base, every, _aside(find, base, gone), time.monotonic())
         self._publish_found(self._search, _AT_ONCE_S)
@@ -262,6 +289,8 @@ class Coordinator:
     def _let_in(self, committed: bool) -> None:
         """Let awaited workers that are ready join at the end of a step: it costs least when the next has only begun."""
         if self._joining is None:
+            if self._short is None and time.monotonic() - self._changed < self._cooldown_s:
+                return
             ready = tuple(w for w in self.view.awaited if (b := read_beat(self.store, w)) is not None and b.built)
             if not (ready and committed):
                 return
@@ -275,12 +304,31 @@ class Coordinator:
             self._publish(found.result(), event="rejoined")
 
     @property
+    def _cooldown_s(self) -> float:
+        return 0.0 if self.recovery.resize is None else self.recovery.resize.cooldown_s
+
+    def _give_up_short(self) -> None:
+        """A run of too few workers saves itself and ends, once nobody has come for long enough."""
+        resize = self.recovery.resize
+        if resize is None or len(self.view.workers) >= resize.least:
+            self._short = None
+            return
+        now = time.monotonic()
+        self._short = now if self._short is None else self._short
+        if now - self._short >= resize.wait_s and not stop_asked(self.store):
+            self.event("too_few", workers=len(self.view.workers), least=resize.least, waited=resize.wait_s)
+            ask_to_stop(self.store)
+
+    @property
     def _settled(self) -> bool:
         return self._follower.iteration > READY
 
     def _with_agents(self, view: View) -> View:
         """Places of workers that nobody was told to start yet, where the agent is gone with its machine, go to those
-        with the fewest. A worker that was told of may live, or be started yet: it keeps its agent, or is lost."""
+        with the fewest. A worker that was told of may live, or be started yet: it keeps its agent, or is lost. A run
+        that changes its size is smaller without them: another machine has no device for more."""
+        if self.recovery.resize is not None:
+            return view
         agents, alive = dict(view.agents), self.alive
         for worker in (*view.joined, *view.awaited):
             if worker not in self.view.places and agents[view.places[worker]] not in alive:
@@ -291,16 +339,22 @@ class Coordinator:
     def _publish(self, view: View, lost: Sequence[int] = (), event: str = "remedy") -> None:
         view = self._with_agents(view)
         publish(self.store, view, self.recovery.layouts[view.layout])
+        resized = len(view.workers) != len(self.view.workers)
         self.view, self._follower, self._complained = view, Follower(self.store, view.number), None
+        self._changed = time.monotonic() if resized else self._changed
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
         remedies = sorted({move.remedy for move in view.moves}) if view.rollback is None else [CHECKPOINT]
+        remedy, size = "+".join(remedies) or _FRESH, len(view.workers)
         for joiner, old in view.joined.items():
-            remedy = "+".join(remedies) or _FRESH
             self.event(event, worker=old, replacement=joiner, remedy=remedy, view=view.number)
+        meanwhile = self.recovery.meanwhile or ""
         for replacement, old in view.awaited.items():
             if old in lost:
-                name = "rerouted" if self.recovery.meanwhile == REROUTE else "taken_over"
-                self.event(name, worker=old, replacement=replacement, remedy=self.recovery.meanwhile, view=view.number)
+                told = remedy if meanwhile == RESIZE else meanwhile
+                fields = {"worker": old, "replacement": replacement, "remedy": told, "view": view.number}
+                self.event(_MEANWHILE[meanwhile], **fields, workers=size)
+        if resized and meanwhile == RESIZE:
+            self.event("resized", workers=size, layers=as_layers(self.recovery.layouts[view.layout]), view=view.number)
 
 
 def _aside(function: Callable[..., View], *arguments: Any) -> Future[View]:
@@ -315,6 +369,15 @@ def _aside(function: Callable[..., View], *arguments: Any) -> Future[View]:
 
     threading.Thread(target=run, name="next-view", daemon=True).start()
     return future
+
+
+def as_layers(layout: Layout) -> dict[str, list[str]]:
+    """Place -> the spans that it holds, as text."""
+    found: dict[str, list[str]] = {}
+    for span, places in layout.holders.items():
+        for place in places:
+            found.setdefault(str(place), []).append(span_text(span))
+    return found
 
 
 def _as_text(joined: Mapping[int, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from recovery.membership import START, Move, View, next_view
 from recovery.remedy import CannotRestore, Loss, Remedy, has, losses
 from recovery.replica import Replica
 from recovery.reroute import Planner
+from recovery.resize import Resize
 
-CHECKPOINT, REDUNDANT, REROUTE = "checkpoint", "redundant", "reroute"
+CHECKPOINT, REDUNDANT, REPLICA, REROUTE, RESIZE = "checkpoint", "redundant", "replica", "reroute", "resize"
 POLICIES: Mapping[str, tuple[str, ...]] = {
     "auto": ("replica", "checkfree", CHECKPOINT),
     "replica": ("replica",),
@@ -67,6 +69,8 @@ class Recovery:
     source_changed: Callable[[], str] = str
     """Why the weights that the run began with cannot be had again, "" where they can."""
     verifier: Verifier = field(default_factory=Verifier)
+    resize: Resize | None = None
+    """How the run goes on with fewer workers, if it does."""
     layouts: dict[str, Layout] = field(default_factory=dict)
     """All layouts that a view of the run has had, by key."""
 
@@ -79,19 +83,34 @@ class Recovery:
         `view.moves` are those that have not been made yet.
         """
         if view.rollback is not None:  # everybody is still to go back
-            return next_view(view, lost)
+            return self.going_back(view, lost)
         reasons = list[str]()
         if (name := self.meanwhile) is not None:
             try:
                 left = next_view(view, lost, wait=True)
                 after = self._cured(view, replace(left, layout=self._around(left)))
                 back = self._come_back(after, tuple(after.awaited)) if name == REROUTE else after
-                if after.rollback or back.rollback:
+                if name != RESIZE and (after.rollback or back.rollback):
                     raise CannotRestore("what was lost will come back from a checkpoint alone, so it is now")
                 return after
             except CannotRestore as error:
                 reasons.append(f"{name}: {error}")
         return self._cured(view, next_view(view, lost), reasons)
+
+    def going_back(self, view: View, lost: tuple[int, ...]) -> View:
+        """The view after one in which all go back, or begin, and which has nothing to lose: as `after_loss`."""
+        if self.resize is not None:
+            with suppress(CannotRestore):
+                left = next_view(view, lost, wait=True)
+                return replace(left, layout=self._around(left))
+        return next_view(view, lost)
+
+    def before_training(self, view: View, lost: tuple[int, ...]) -> View:
+        """As `after_loss`, of a run that has not made a step: what a worker builds by itself is what all have."""
+        after = self.going_back(view, lost)
+        # the layers that somebody has now and did not build are filled in like those of a worker that joins
+        moved = after.layout != view.layout and after.rollback is None
+        return replace(after, rollback=self.home.checkpoint or START) if moved else after
 
     def with_ready(self, view: View, ready: tuple[int, ...]) -> View:
         """The view after `view`, which is settled, in which awaited workers that are ready join. Raises
@@ -100,11 +119,13 @@ class Recovery:
 
     def _come_back(self, view: View, ready: tuple[int, ...]) -> View:
         after = next_view(view, ready=ready)
-        return self._cured(view, replace(after, layout=self._around(after), rollback=None))
+        return self._cured(view, replace(after, layout=self._around(after), rollback=None), first=(REPLICA,))
 
     @property
     def meanwhile(self) -> str | None:
-        """What is done until a replacement is ready: REROUTE, REDUNDANT, or nothing, which is to wait for it."""
+        """What is done until a replacement is ready: RESIZE, REROUTE, REDUNDANT; None is to wait for it."""
+        if self.resize is not None:
+            return RESIZE
         if POLICIES[self.policy] not in ((), (CHECKPOINT,)) and self.planner is not None:
             return REROUTE
         return REDUNDANT if REDUNDANT in POLICIES[self.policy] else None
@@ -114,15 +135,17 @@ class Recovery:
         alive = sorted(view.at)
         if set(alive) == set(self.layout.train.lanes):
             return self.layout.key
-        found = redundant.takeover(self.layout, alive) if self.planner is None else self.planner(alive)
+        planner = self.planner if self.resize is None else self.resize.planner
+        found = redundant.takeover(self.layout, alive) if planner is None else planner(alive)
         self.layouts[found.key] = found
         return found.key
 
-    def _cured(self, before: View, after: View, reasons: Sequence[str] = ()) -> View:
-        """`after` with what moves into it, or to what it goes back. Raises CannotRestore."""
+    def _cured(self, before: View, after: View, reasons: Sequence[str] = (), first: tuple[str, ...] = ()) -> View:
+        """`after` with what moves into it, or to what it goes back. `first` are remedies that go before those of the
+        policy: where nothing is lost, what moves is copied. Raises CannotRestore."""
         had = has(before, self.layouts[before.layout], self.num_layers, self.tied)
         wanted = losses(after, self.layouts[after.layout], had, self.num_layers, self.tied)
-        return cure(after, wanted, self.policy, self.rollback_target, reasons)
+        return cure(after, wanted, (*first, *POLICIES[self.policy]), self.rollback_target, reasons)
 
     def rollback_target(self) -> str:
         """What all can go back to: the newest valid checkpoint, or the start of the run. Raises CannotRestore."""
@@ -143,7 +166,7 @@ class Recovery:
             after = self._tried(worker)
         except CannotRestore as error:
             return f"the run ends ({error})"
-        if after.awaited:
+        if after.awaited and self.resize is None:
             return f"{self.meanwhile}, without waiting for anybody"
         if after.rollback is not None:
             return CHECKPOINT
@@ -163,23 +186,24 @@ class _Always(Verifier):
 
 
 def cure(
-    view: View, wanted: Sequence[Loss], policy: str, rollback: Callable[[], str], tried: Sequence[str] = ()
+    view: View, wanted: Sequence[Loss], remedies: Sequence[str], rollback: Callable[[], str], tried: Sequence[str] = ()
 ) -> View:
-    """`view`, with how each part that is `wanted` comes back. Raises CannotRestore.
+    """`view`, with how each part that is `wanted` comes back, by the first of the remedies, by name, that can. Raises
+    CannotRestore.
 
     Rolling back concerns everybody, so it is taken for all parts or for none; `rollback()` says to what. `tried` says
     what has been found impossible before.
     """
     reasons = list(tried)
-    moves = [found for loss in wanted if (found := _plan(loss, POLICIES[policy], reasons))]
+    moves = [found for loss in wanted if (found := _plan(loss, remedies, reasons))]
     if len(moves) == len(wanted):
         return replace(view, moves=tuple(moves))
-    if CHECKPOINT in POLICIES[policy]:
+    if CHECKPOINT in remedies:
         try:
             return replace(view, rollback=rollback())
         except CannotRestore as error:
             reasons.append(f"{CHECKPOINT}: {error}")
-    raise CannotRestore(f"recovery {policy!r} cannot bring back what was lost: {'; '.join(reasons) or 'it is off'}")
+    raise CannotRestore(f"recovery cannot bring back what was lost: {'; '.join(reasons) or 'it is off'}")
 
 
 def _plan(loss: Loss, names: Sequence[str], reasons: list[str]) -> Move | None:

@@ -94,7 +94,7 @@ def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool)
 
     def neighbour(edge: int, side: int) -> tuple[int, Span] | None:
         found = [(alive[span_text(span)][0], span) for span in holders if span[side] == edge and alive[span_text(span)]]
-        return min(found) if found else _run_at(view, before, edge, side)
+        return min(found) if found else _run_next_to(view, before, edge, side, num_layers)
 
     def lost(joiner: int, part: str) -> Loss:
         copies = _having(view, part, before)
@@ -134,16 +134,21 @@ def _pieces(view: View, part: str, joiner: int, before: Has) -> list[str]:
     return [span_text(piece) for piece, _ in pieces]
 
 
-def _run_at(view: View, before: Has, edge: int, side: int) -> tuple[int, Span] | None:
-    """The longest run of layers that ends (side 1) or begins (side 0) at `edge` and that one worker has."""
+def _run_next_to(view: View, before: Has, edge: int, side: int, num_layers: int) -> tuple[int, Span] | None:
+    """The longest run of layers that one worker has and that ends before `edge` (side 1) or begins after it (side 0),
+    with nothing but lost layers between."""
+    on = -1 if side else 1
+    at = edge - 1 if side else edge  # the first layer beside the edge
+    while 0 <= at < num_layers and not _having(view, span_text((at, at + 1)), before):
+        at += on
     found: list[tuple[int, int]] = []
     for worker in view.workers:
         length = 0
-        while str(edge - 1 - length if side else edge + length) in before.get(worker, set()):
+        while 0 <= (layer := at + on * length) < num_layers and str(layer) in before.get(worker, set()):
             length += 1
         found.append((-length, worker))
     length, worker = min(found, default=(0, 0))
-    return None if length == 0 else (worker, (edge + length, edge) if side else (edge, edge - length))
+    return None if length == 0 else (worker, (at + length + 1, at + 1) if side else (at, at - length))
 
 
 def swaps(schedule: Schedule) -> dict[Span, tuple[Span, ...]]:

@@ -69,7 +69,8 @@ def _sent(worker: Worker, each: Move, part: str) -> list[LayerState]:
         return worker.store.states_of(part)
     last = worker.store.model.num_layers - 1
     blocks = [layer for layer in range(*parse_span(part)) if 0 < layer < last]
-    return [worker.store.states[str(layer)] for layer in matching(range(*parse_span(each.part)), blocks)]
+    found = {state.name: state for state in worker.store.states_of(part)}
+    return [found[str(layer)] for layer in matching(range(*parse_span(each.part)), blocks)]
 
 
 def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:

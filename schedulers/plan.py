@@ -37,7 +37,8 @@ class ScheduleSettings:
     """How the work is spread over workers."""
 
     workers: Annotated[int, Within(1, 1024)] = 4
-    """Worker processes in all, over every stage and replica."""
+    """Worker processes in all, over every stage and replica; or MIN:MAX, where the run goes on with fewer and with more
+    (see --min-workers)."""
     replicas: Annotated[int, Within(1, 1024)] = 1
     """Data-parallel copies of the pipeline; must divide --workers and --microbatches."""
     scheduler: str = "one_f_one_b"
@@ -79,7 +80,8 @@ def num_spans(name: str, stages: int, chunks: int) -> int:
 
 def plan(
     name: str, layer_costs: Sequence[float], stages: int, microbatches: int, replicas: int = 1, *, chunks: int = 2,
-    evaluated: int | None = None, ends: Ends = "in-line", swap: bool = False,
+    evaluated: int | None = None, ends: Ends = "in-line", swap: bool = False, speeds: Sequence[float] | None = None,
+    memory: Sequence[float] | None = None, limits: Sequence[float] | None = None,
 ) -> Schedule:  # fmt: skip
     """A schedule of layers that cost `layer_costs` seconds each, on `stages` workers per replica; not yet lowered.
 
@@ -87,6 +89,9 @@ def plan(
     microbatches, on the spans and workers of training. `ends` says where the first and the last layer, the embedding
     and the head, go: "in-line" with the others; the head "home" to the first worker, or both "apart" there, as spans
     of their own, both in the order of 1F1B; `swap` then swaps the routes of every other microbatch.
+
+    In-line, `speeds[k]` and `limits[k]` are those of stage k's slowest and smallest worker, `memory[l]` the bytes of a
+    layer: see `partition`. The scheduler that shares layers between neighbours takes all workers as alike.
 
     Raises ValueError, or PartitionError where there are fewer layers than spans.
     """
@@ -105,7 +110,10 @@ def plan(
             spans = ((0, 1), *((lo + 1, hi + 1) for lo, hi in blocks), head)
         order = swapped if swap else head_with_embedding
         return order(spans, count, replicas, evaluate=evaluated is not None)
-    spans = partition(layer_costs, [1.0] * num_spans(name, stages, chunks))
+    turns = num_spans(name, stages, chunks) // stages  # how often a stage has a span
+    paces, rooms = [*(speeds or [1.0] * stages)] * turns, [*(limits or [])] * turns
+    fits = {} if memory is None else {"memory": memory, "limits": [room / turns for room in rooms]}
+    spans = partition(layer_costs, paces, **fits)
     if evaluated is not None:
         return evaluation(spans, count, replicas, stages=stages)
     return build(name, spans, microbatches, replicas, **({"chunks": chunks} if name == "interleaved" else {}))

@@ -1,0 +1,43 @@
+"""A job that changes its size: what the planner of layouts is given, and how it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from jobs.config import TrainConfig
+from pipeline.model.layered import LayeredModel
+from pipeline.schedule.layout import Layout
+from recovery.remedy import CannotRestore
+from recovery.reroute import Planner
+from schedulers import PartitionError
+from schedulers.resize import ResizeProblem, resize
+
+_STATE = 4  # fp32 copies of a trained weight: itself, its gradient and two moments
+
+
+def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[float], evaluated: int) -> ResizeProblem:
+    """What is known of a job before it runs; `evaluated` are the samples of an evaluation."""
+    held = [_STATE * float(model.parameter_bytes(layer)) for layer in range(model.num_layers)]
+    return ResizeProblem(
+        config.scheduler, layer_costs, config.microbatches, -(-evaluated // config.microbatch_size), config.replicas,
+        config.chunks, held,
+    )  # fmt: skip
+
+
+def make_planner(problem: ResizeProblem, home: Layout) -> Planner:
+    """The layout for the places that have workers. Layers stay in the places that have them in `home`, where they can,
+    so it depends on nothing but who is there."""
+    held: dict[int, set[int]] = {place: set() for place in home.train.lanes}
+    for span, places in home.holders.items():
+        for place in places:
+            held[place] |= set(range(*span))
+
+    def planner(alive: Collection[int]) -> Layout:
+        if not alive:
+            raise CannotRestore("no worker is left")
+        try:
+            return resize(problem, alive, held=held).layout
+        except PartitionError as error:
+            raise CannotRestore(str(error)) from error
+
+    return planner

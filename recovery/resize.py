@@ -1,0 +1,49 @@
+"""Fewer or more workers in the middle of a run: how few it goes on with, and when it lets others in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pipeline.settings import WEEK_S, RunShape, Within, require
+from recovery.reroute import Planner
+
+
+@dataclass(frozen=True)
+class ResizeSettings:
+    """Read where --workers is MIN:MAX."""
+
+    min_workers: Annotated[int, Within(0, 1024)] = 0
+    """The MIN of --workers MIN:MAX: the fewest workers that the run goes on with. 0 is a run of one size, in which what
+    is lost is replaced."""
+    cooldown: Annotated[float, Within(0, WEEK_S)] = 10.0
+    """Seconds after a change of size in which nobody is let in, unless there are fewer than MIN."""
+    wait: Annotated[float, Within(0, WEEK_S)] = 0.0
+    """Seconds for which fewer than MIN workers go on, in which others may come; then the run saves itself and ends with
+    the code 75."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for a range that is none, or that the scheduler or the remedy has no layouts for."""
+        if self.min_workers == 0:
+            return
+        require(self.min_workers <= run.workers, "workers", f"{self.min_workers}:{run.workers}", "MIN:MAX, MIN first")
+        require(
+            run.scheduler not in ("skippipe", "roundpipe"), "workers", f"{self.min_workers}:{run.workers}",
+            f"one number under scheduler {run.scheduler}, which goes on with the workers that are left by itself",
+        )  # fmt: skip
+        require(
+            run.recovery not in ("redundant", "checkfree+"), "recovery", run.recovery,
+            "one that keeps no copies in certain places, where workers are MIN:MAX",
+        )  # fmt: skip
+        require(run.ends in ("auto", "in-line"), "ends", run.ends, "auto or in-line where workers are MIN:MAX")
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How a run changes its size: `planner` gives the layout over the places that have workers, `least` is how few it
+    goes on with, for longer than `wait_s` seconds; nobody is let in for `cooldown_s` after a change."""
+
+    planner: Planner
+    least: int
+    cooldown_s: float
+    wait_s: float
