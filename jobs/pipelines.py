@@ -45,6 +45,8 @@ def plan_layout(config: TrainConfig, model: LayeredModel, evaluated: int) -> tup
         return routes.layout, routes.around
     require_layers(config, model.num_layers)
     ends = where_ends_go(config)
+    if config.exact_sums and model.tied and config.stages == 1 and ends == "in-line":
+        ends = "home"  # the gradients of both on the weight that they share are summed one by one
     made: dict[str, Schedule] = {}
     for purpose, count in ((TRAIN, None), (EVALUATE, -(-evaluated // config.microbatch_size))):
         schedule = plan(

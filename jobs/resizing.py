@@ -20,7 +20,7 @@ def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[f
     held = [_STATE * float(model.parameter_bytes(layer)) for layer in range(model.num_layers)]
     return ResizeProblem(
         config.scheduler, layer_costs, config.microbatches, -(-evaluated // config.microbatch_size), config.replicas,
-        config.chunks, held,
+        config.chunks, held, config.exact_sums and model.tied,
     )  # fmt: skip
 
 

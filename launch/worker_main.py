@@ -162,14 +162,14 @@ def build_member(
     source = view.details["source"]
     held = ResidentStore(
         model, read_layout(store, view, place).spans, config.optimizer(), seed=config.seed, device=device,
-        source=None if source is None or view.checkpoint else Path(source), came_on=pulse,
+        source=None if source is None or view.checkpoint else Path(source), came_on=pulse, exact=config.exact_sums,
     )  # fmt: skip
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,
         2 * config.deadline,  # the coordinator, who knows whom all wait for, comes first
     )  # fmt: skip
     transport, backend = Transport(worker_id), "nccl" if payload["nccl"] else "gloo"
-    reducer = Reducer(worker_id, held.gradients.get, timeout_s=settings.deadline_s, backend=backend)
+    reducer = Reducer(worker_id, held.summed, timeout_s=settings.deadline_s, backend=backend)
     commit = StepCommit(Ballot(store, 0, worker_id, ()))
     worker = Worker(worker_id, held, transport, reducer, commit, settings, pulse=pulse)
     address = address_towards(payload["store"]["host"], payload["store"]["port"])

@@ -37,6 +37,9 @@ class ResizeProblem:
     most_replicas: int = 1
     chunks: int = 2
     layer_bytes: Sequence[float] = ()
+    ends_apart: bool = False
+    """Whether the first and the last layer may not be in one span: their gradients on a weight that they share are to
+    be summed one by one."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def _sized(
     def made(evaluated: int | None) -> Schedule:
         schedule = plan(
             problem.scheduler, problem.layer_costs, stages, problem.microbatches, replicas, chunks=problem.chunks,
-            evaluated=evaluated, speeds=paces, memory=problem.layer_bytes or None, limits=rooms,
+            evaluated=evaluated, ends="home" if stages == 1 and problem.ends_apart else "in-line", speeds=paces,
+            memory=problem.layer_bytes or None, limits=rooms,
         )  # fmt: skip
         lanes = {at[worker]: lane for worker, lane in schedule.lanes.items()}
         return Schedule(schedule.routes, dict(sorted(lanes.items())), schedule.name)

@@ -77,6 +77,8 @@ class Lane:
     settings: Settings
     probe: Probe = field(default_factory=Unprobed)
     spare: Spare = field(default_factory=dict)
+    counted: Callable[[Span], None] = lambda _: None
+    """Told when a microbatch's part of the gradient of a span has been added."""
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -211,6 +213,7 @@ class LaneExecutor:
             gradient = self.values.pop((kind, before, m))
         with self.weighed(span, m):
             torch.autograd.backward(saved.output.y, gradient)
+        self.lane.counted(span)
         saved.output = Output(saved.output.y.detach())  # the graph and what it holds can go; W keeps its own inputs
         if place + 1 < len(route.backward):
             assert saved.x.grad is not None
@@ -224,6 +227,7 @@ class LaneExecutor:
         if saved.later is not None:
             with self.weighed(op.span, op.microbatch):
                 saved.later.run()
+            self.lane.counted(op.span)
 
     @contextmanager
     def weighed(self, span: Span, m: int) -> Iterator[None]:

@@ -131,7 +131,9 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
                     raise NonFiniteLoss(f"the held-out loss is {value} at microbatch {m}")
                 raise NonFiniteLoss(f"the loss is {value} at step {step + 1}, microbatch {m}; the step was not taken")
             totals[term] = totals.get(term, 0.0) + value
-    found = {state: value for vote in votes.values() for state, value in vote["squares"].items()}
+    found: dict[str, float] = {}
+    for state, value in ((state, value) for vote in votes.values() for state, value in vote["squares"].items()):
+        found[state] = found.get(state, 0.0) + value  # one answers; another only says that it has none
     squares = {state: found[state] for state in states if state in found}
     for state, value in squares.items():
         if not math.isfinite(value):

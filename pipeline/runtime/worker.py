@@ -6,6 +6,7 @@ The worker knows no scheduler and no remedy. A step is its lane (`lane_executor.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -111,6 +112,7 @@ class Worker:
             excerpt, job, step, StepTerms.of(job, step, excerpt.num_microbatches, excerpt.visits), model, modules,
             gradients, _Links(self.transport, iteration, self.workers),
             lambda span: self.reducer.start(span_text(span)), deadline, self.settings, self.probe, self.spare,
+            lambda span: self.store.count(span, excerpt.num_microbatches),
         )  # fmt: skip
 
     def _settle(
@@ -123,6 +125,8 @@ class Worker:
             if steps and part not in steps:  # held, but not computed in this lane: a shared weight, a copy for others
                 self.reducer.start(part)
         self.reducer.finish(deadline)
+        if steps:
+            self.store.finish_sums()
         divisors = {part: lane.terms.divisor(_layers(part, model.num_layers)) or 1.0 for part in parts}
         holders = part_holders(lane.excerpt.holders, model.num_layers, model.tied)
         squares = {
@@ -131,6 +135,7 @@ class Worker:
             if holders.get(part, (lane.place,))[0] == lane.place
             for state in self.store.states_of(part)
         }
+        squares |= dict.fromkeys(self.store.beyond() if steps else (), math.nan)
         settled = self.commit.settle(
             lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in model.states],
             Vote(found.sums, squares, wish()), deadline, lambda: self.probe("commit", lane.step),

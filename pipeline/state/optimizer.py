@@ -13,7 +13,7 @@ from typing import Annotated
 
 from torch import nn
 
-from pipeline.settings import MOST_STEPS, Within
+from pipeline.settings import MOST_STEPS, RunShape, Within, require
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class OptimizerSettings:
     """AdamW's epsilon."""
     clip: Annotated[float, Within(0, 1_000_000)] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never."""
+    exact_sums: bool = False
+    """Sum gradients over microbatches in whole numbers, so that the sum depends neither on --workers nor on --replicas:
+    a run that changes its size is bitwise the run that does not. Takes 8 bytes more a parameter."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError where sums are independent of the workers anyway."""
+        require(
+            not self.exact_sums or run.scheduler != "roundpipe", "exact_sums", self.exact_sums,
+            "False under scheduler roundpipe, whose sums do not depend on the workers",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.model.layered import TIED, LayeredModel, SpanModule
 from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
+from pipeline.state.exact_sum import ExactSum
 from pipeline.state.layer_state import LayerState, LayerStates
 from pipeline.state.optimizer import OptimizerConfig
 
@@ -46,14 +47,16 @@ class ResidentStore(LayerStates):
     def __init__(
         self, model: LayeredModel, spans: Iterable[Span], config: OptimizerConfig, *, seed: int,
         device: torch.device, source: Path | None = None, came_on: Callable[[], None] = lambda: None,
+        exact: bool = False,
     ) -> None:  # fmt: skip
         """Weights are those that a run begins with, drawn from the seed or read from `source`. `came_on` is called
-        after each layer: a large model takes long."""
+        after each layer: a large model takes long. With `exact`, gradients are summed in no order."""
         super().__init__(model)
         self.config, self._seed, self._device = config, seed, device
-        self._came_on = came_on
+        self._came_on, self._exact = came_on, exact
         self.modules: dict[Span, SpanModule] = {}
         self.gradients: dict[str, Tensor] = {}
+        self.sums: dict[str, ExactSum] = {}
         self.part_of: dict[str, str] = {}
         self.aside: dict[str, LayerState] = {}
         self._modules_aside: dict[int, nn.Module] = {}
@@ -113,6 +116,7 @@ class ResidentStore(LayerStates):
     def _lay_out(self) -> None:
         """Put the gradients of each part into one flat tensor."""
         self.gradients.clear()  # the same mapping: who sums them looks in it
+        self.sums.clear()
         self.part_of.clear()
         for part in (*map(span_text, self.modules), TIED):
             self.part_of.update({state.name: part for state in self.states_of(part)})
@@ -120,6 +124,8 @@ class ResidentStore(LayerStates):
                 self.gradients[part] = torch.zeros(sum(s.size for s in states), device=self._device)
                 for state, gradient in zip(states, self.gradients[part].split([s.size for s in states]), strict=True):
                     state.bind(gradient)
+                if self._exact:
+                    self.sums[part] = ExactSum(self.gradients[part])
 
     def states_of(self, part: str) -> list[LayerState]:
         """The states of a part that are there, held or aside: those of a span's layers, or a shared one."""
@@ -140,10 +146,32 @@ class ResidentStore(LayerStates):
         for module in self.modules.values():
             module.train(mode)
 
+    def summed(self, part: str) -> Tensor | None:
+        """What of a part is summed over its holders, if it has a gradient here."""
+        return self.sums[part].total if part in self.sums else self.gradients.get(part)
+
+    def count(self, span: Span, microbatches: int) -> None:
+        """The gradient of one of so many microbatches on a span is there."""
+        parts = [span_text(span), *([TIED] if span[0] == 0 or span[1] == self.model.num_layers else [])]
+        for part in parts:
+            if part in self.sums:
+                self.sums[part].count(microbatches)
+
+    def finish_sums(self) -> None:
+        """All sums over holders have ended: what is to be applied stands in `gradients`."""
+        for each in self.sums.values():
+            each.finish()
+
+    def beyond(self) -> list[str]:
+        """States of the parts of which this worker has met a gradient that cannot be counted, one each."""
+        return [self.states_of(part)[0].name for part, each in self.sums.items() if each.beyond]
+
     def drop(self) -> None:
         """Forget the gradients of a step that does not count."""
         for gradient in self.gradients.values():
             gradient.zero_()
+        for each in self.sums.values():
+            each.drop()
 
     @torch.no_grad()
     def start_again(self, states: Iterable[LayerState], source: Path | None) -> None:
