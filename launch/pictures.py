@@ -32,6 +32,8 @@ class Pictures:
     def __init__(self, config: TrainConfig, plan: Plan, folder: RunFolder, event: Callable[..., None]) -> None:
         self._config, self._plan, self._folder, self._event = config, plan, folder, event
         self.paths: list[Path] = []
+        self.layout = plan.layout
+        """The one in force."""
 
     def timeline(self, lanes: Lanes) -> None:
         """timeline.svg and trace.json of a measured iteration; the plan above it uses the measured op times."""
@@ -46,8 +48,8 @@ class Pictures:
             network, _ = read_network(config.network, config.workers)
             size = config.microbatch_size * config.sequence_length * self._plan.model.hidden_size * 4
         costs = replace(measured_costs(measured), output_bytes=size)
-        planned = simulate(self._plan.layout.train, costs, network)
-        title = f"{config.scheduler}, {config.workers} workers, {config.microbatches} microbatches"
+        planned = simulate(self.layout.train, costs, network)
+        title = f"{config.scheduler}, {len(planned.workers)} workers, {config.microbatches} microbatches"
         return compare_svg(planned, measured, title=title)
 
     def loss(self) -> None:

@@ -21,6 +21,7 @@ from launch.records import check_record
 from launch.report import loss_terminal
 from launch.run_folder import RunFolder
 from launch.signals import skippable
+from pipeline.schedule.layout import Layout
 from pipeline.wire import WireError
 from recovery import keys
 
@@ -64,9 +65,10 @@ class Story:
         self.step = plan.view.first_step
         self._began = time.monotonic()
 
-    def tick(self, workers: Iterable[int], view: int | None) -> None:
+    def tick(self, workers: Iterable[int], view: int | None, layout: Layout | None = None) -> None:
         """Handle every record that has come from `workers`, and the last ones of those who were lost since. `view` is
-        the one in which a checkpoint may be made true: none while the next is being found out."""
+        the one in which a checkpoint may be made true: none while the next is being found out. `layout` is theirs."""
+        self._pictures.layout = layout or self._pictures.layout
         assert self._store is not None
         self._view = view
         now = set(workers)

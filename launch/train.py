@@ -154,13 +154,13 @@ def _follow(
 
         def tick() -> None:
             coordinator.tick()
-            story.tick(coordinator.view.workers, coordinator.valid)
+            story.tick(coordinator.view.workers, coordinator.valid, coordinator.layout)
 
         code = agent.supervise(tick)
         signals.over()
         keys.end(store, code)
         _await_agents(coordinator, store)
-        story.tick(coordinator.view.workers, coordinator.valid)
+        story.tick(coordinator.view.workers, coordinator.valid, coordinator.layout)
     except Exception as error:
         with suppress(RuntimeError):  # the store may be what failed
             keys.fail(store, str(error))

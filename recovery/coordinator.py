@@ -127,6 +127,11 @@ class Coordinator:
         self._give_up_short()
 
     @property
+    def layout(self) -> Layout:
+        """That of the view."""
+        return self.recovery.layouts[self.view.layout]
+
+    @property
     def valid(self) -> int | None:
         """The view in which something may become true; None while the next one is being found out."""
         return self.view.number if self._search is None else None
@@ -352,7 +357,7 @@ class Coordinator:
             if old in lost:
                 told = remedy if meanwhile == RESIZE else meanwhile
                 fields = {"worker": old, "replacement": replacement, "remedy": told, "view": view.number}
-                self.event(_MEANWHILE[meanwhile], **fields, workers=size)
+                self.event(_MEANWHILE.get(meanwhile, "taken_over"), **fields, workers=size)
         if resized and meanwhile == RESIZE:
             self.event("resized", workers=size, layers=as_layers(self.recovery.layouts[view.layout]), view=view.number)
 

@@ -35,6 +35,9 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
 """--recovery NAME -> remedies in the order in which they are tried. A surviving replica is copied in any case."""
 
 
+_CANNOT = "what was lost cannot be brought back: "
+
+
 @dataclass(frozen=True)
 class RecoverySettings:
     """What brings back what is lost."""
@@ -94,7 +97,7 @@ class Recovery:
                     raise CannotRestore("what was lost will come back from a checkpoint alone, so it is now")
                 return after
             except CannotRestore as error:
-                reasons.append(f"{name}: {error}")
+                reasons.append(f"{name}: {str(error).removeprefix(_CANNOT)}")
         return self._cured(view, next_view(view, lost), reasons)
 
     def going_back(self, view: View, lost: tuple[int, ...]) -> View:
@@ -203,7 +206,7 @@ def cure(
             return replace(view, rollback=rollback())
         except CannotRestore as error:
             reasons.append(f"{CHECKPOINT}: {error}")
-    raise CannotRestore(f"recovery cannot bring back what was lost: {'; '.join(reasons) or 'it is off'}")
+    raise CannotRestore(f"{_CANNOT}{'; '.join(reasons) or 'recovery is off'}")
 
 
 def _plan(loss: Loss, names: Sequence[str], reasons: list[str]) -> Move | None:

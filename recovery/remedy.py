@@ -91,10 +91,12 @@ def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool)
     twins, holders = swaps(train), train.holders
     parts = parts_of(view, layout.holders, num_layers, tied)
     alive = {part: _having(view, part, before) for part in parts}
+    lacking = [(part, joiner) for part, workers in parts.items() for joiner in workers if joiner not in alive[part]]
+    recut = any(joiner not in view.joined for _, joiner in lacking)  # a lost stage is not a span of this layout
 
     def neighbour(edge: int, side: int) -> tuple[int, Span] | None:
         found = [(alive[span_text(span)][0], span) for span in holders if span[side] == edge and alive[span_text(span)]]
-        return min(found) if found else _run_next_to(view, before, edge, side, num_layers)
+        return min(found) if found else _run_next_to(view, before, edge, side, num_layers) if recut else None
 
     def lost(joiner: int, part: str) -> Loss:
         copies = _having(view, part, before)
@@ -105,13 +107,7 @@ def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool)
             joiner, part, num_layers, copies, neighbour(span[0], 1), neighbour(span[1], 0), next(iter(others), None)
         )
 
-    return tuple(
-        lost(joiner, piece)
-        for part, workers in parts.items()
-        for joiner in workers
-        if joiner not in alive[part]
-        for piece in _pieces(view, part, joiner, before)
-    )
+    return tuple(lost(joiner, piece) for part, joiner in lacking for piece in _pieces(view, part, joiner, before))
 
 
 def _having(view: View, part: str, before: Has) -> tuple[int, ...]:

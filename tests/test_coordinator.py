@@ -22,6 +22,7 @@ from recovery.losses import Losses, TooManyFailures
 from recovery.membership import START, View, next_view, read_view
 from recovery.policy import Recovery
 from recovery.remedy import CannotRestore
+from recovery.resize import Resize
 from schedulers import plan
 
 LAYOUT = Layout({TRAIN: plan("one_f_one_b", [1.0] * 6, 3, 4)})
@@ -34,12 +35,16 @@ class Scripted:
     go: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[int, ...]] = field(default_factory=list)
     meanwhile: str | None = None
+    resize: Resize | None = None
     layouts: dict[str, Layout] = field(default_factory=lambda: {LAYOUT.key: LAYOUT})
     verifier: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(came_on_at=0.0))
 
     def after_loss(self, view: View, lost: tuple[int, ...]) -> View:
         self.asked.append(lost)
         assert self.go.wait(20)
+        return next_view(view, lost)
+
+    def before_training(self, view: View, lost: tuple[int, ...]) -> View:
         return next_view(view, lost)
 
     def with_ready(self, view: View, ready: Sequence[int]) -> View:
@@ -49,10 +54,10 @@ class Scripted:
 class Run:
     """A coordinator and a store; the workers are what a test says of them."""
 
-    def __init__(self, recovery: Any = None, **changes: Any) -> None:
+    def __init__(self, recovery: Any = None, view: View | None = None, **changes: Any) -> None:
         self.store, self.events = dist.HashStore(), list[dict[str, Any]]()
         self.recovery = recovery or Scripted()
-        view = View(
+        view = view or View(
             1, (0, 1, 2), LAYOUT.key, places={w: w for w in range(3)}, agents=dict.fromkeys(range(3), 0), next_worker=3
         )
         settings = {"heartbeat_s": 10.0, "deadline_s": 30.0, "max_failures": 100, **changes}
@@ -415,7 +420,7 @@ def test_what_would_happen_is_known_before_the_first_step(tmp_path: Path) -> Non
     made = recovery(tmp_path)
     assert made.forecast(1) == "checkpoint"
     assert replace(made, policy="auto").forecast(1) == "checkfree"
-    assert replace(made, policy="checkfree").forecast(0).startswith("the run ends (recovery 'checkfree' cannot bring ")
+    assert replace(made, policy="checkfree").forecast(0).startswith("the run ends (what was lost cannot be ")
 
 
 def test_a_checkpoint_that_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def cured(after: View, policy: str, layers: int, tied: bool, checkpoints: Path) 
     """What the policy makes of a view, where the run cannot start again."""
     layout = LAYOUTS[after.layout]
     recovery = Recovery(policy, after, layout, layers, tied, checkpoints, source_changed=lambda: "its source is gone")
-    return cure(after, moving(after, layers, tied), policy, recovery.rollback_target)
+    return cure(after, moving(after, layers, tied), POLICIES[policy], recovery.rollback_target)
 
 
 def in_line(stages: int = 4, replicas: int = 1) -> View:
@@ -111,7 +111,7 @@ def test_checkfree_asks_both_neighbours_and_weighs_them_by_their_norms(tmp_path:
         (apart(5, swap=True), (0, 1), "checkfree+", r"no other worker holds span 0:1"),
         (apart(5, swap=True), (1, 2), "checkfree+", r"span 1:3 has no twin that is left"),
         (in_line(), (1,), "replica", r"no other worker holds span"),
-        (in_line(), (1,), "none", r"recovery 'none' cannot bring back what was lost: it is off"),
+        (in_line(), (1,), "none", r"what was lost cannot be brought back: recovery is off"),
         (in_line(), (1,), "checkpoint", r"checkpoint: '.*' holds no valid one"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_stage_and_who_keeps_its_copy_cannot_be_taken_over(tmp_path: Path) -> 
     with pytest.raises(CannotRestore, match=r"redundant: stage 2: the stage that keeps the copy, 1, is lost too; "):
         recovery.after_loss(home, (1, 2))
     joining = replace(recovery.with_ready(recovery.after_loss(home, (1,)), (4,)), checkpoint=None)
-    with pytest.raises(CannotRestore, match=r"redundant: recovery .* replica: no other worker holds span"):
+    with pytest.raises(CannotRestore, match=r"redundant: replica: no other worker holds span"):
         recovery.after_loss(joining, (2,))  # worker 4 has joined as stage 1, and has no state yet
 
 

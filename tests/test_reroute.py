@@ -147,4 +147,4 @@ def test_without_recovery_the_loss_ends_the_run_by_name(
 ) -> None:
     flags = ["--recovery", "none", "--inject", "kill:worker=2,step=3,at=forward"]
     done = train(forkserver, network, model, tmp_path / "run", *flags, code=1)
-    assert "cannot bring back what was lost: it is off" in done.output
+    assert "what was lost cannot be brought back: recovery is off" in done.output

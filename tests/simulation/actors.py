@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jobs.config import TrainConfig
 from jobs.pipeline_engine import PipelineEngine
+from jobs.resizing import make_planner
 from jobs.train import Trainer
 from launch.agent import Agent, RunFailed
 from launch.forkserver import Exit
@@ -33,7 +34,9 @@ from recovery.member import Member, Watcher
 from recovery.membership import EVICTED, Evicted, View, await_view, read_layout, read_view
 from recovery.policy import Recovery, remedies
 from recovery.remedy import CannotRestore
+from recovery.resize import Resize
 from schedulers import plan
+from schedulers.resize import ResizeProblem
 from tests.simulation.store import Client, Server
 from tests.simulation.worker import LAYERS, SimCommunicator, SimState, SimWorker
 from tests.simulation.world import Broken, Process, World
@@ -81,8 +84,10 @@ class Actors:
         self.stages = chance.choice((2, 3))
         self.agents = chance.choice((1, 2))
         self.policy = chance.choice(("auto", "replica", "checkpoint", "redundant"))
+        self.elastic = self.policy != "redundant" and chance.choice((False, True))
         workers = self.replicas * self.stages
         self.layout = self._plan(workers)
+        self.least = chance.randrange(1, workers) if self.elastic else 0
         self.server = Server()
         places = {w: w for w in range(workers)}
         details = {"attempt": 1, "source": None}
@@ -247,8 +252,10 @@ class Actors:
             return Found(None if newest is None else Path(f"step-{newest}"), None)
 
         verifier: Any = SimpleNamespace(find=find, came_on_at=0.0, generation=0)
+        problem = ResizeProblem("one_f_one_b", [1.0] * LAYERS, 4, 2, self.replicas)
+        resize = Resize(make_planner(problem, self.layout), self.least, 0.5, 2.0) if self.elastic else None
         recovery = Recovery(
-            self.policy, self.view, self.layout, LAYERS, False, Path("checkpoints"), verifier=verifier
+            self.policy, self.view, self.layout, LAYERS, False, Path("checkpoints"), verifier=verifier, resize=resize
         )  # fmt: skip
         return Coordinator(store, self.view, recovery, self.event, HEARTBEAT_S, DEADLINE_S, 20)
 

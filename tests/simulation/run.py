@@ -66,12 +66,23 @@ class Run(Actors):
                 for worker, process in self.processes.items():
                     if self._agent_of(worker) == fault.whom:
                         process.dead = True
+                if self.elastic:
+                    self.world.start(Process("return"), lambda fault=fault: self._return(fault.whom, fault.seconds))
             elif (process := self.processes.get(fault.whom)) is not None and process.code is None:
                 self.world.say(f"worker {fault.whom}: {fault.kind} {fault.seconds if fault.kind == 'stop' else ''}")
                 if fault.kind == "kill":
                     process.dead = True
                 else:
                     process.stopped_until = self.world.now + fault.seconds
+
+    def _return(self, rank: int, after: float) -> None:
+        """A machine comes back, with its agent."""
+        self.world.sleep(after)
+        if not self.agent_processes[rank].dead:
+            return  # it has been back before
+        self.world.say(f"machine {rank} is back")
+        process = self.agent_processes[rank] = Process(f"agent {rank}")
+        self.world.start(process, lambda: self._agent(rank))
 
     def _agent_of(self, worker: int) -> int:
         view = self.view if self.coordinator is None else self.coordinator.view
@@ -103,12 +114,16 @@ class Run(Actors):
             if not living <= who and 0 in self.codes and self.codes[0] == 0 and self._went_on(view, iteration):
                 raise Broken(f"step {step} of view {view} is committed on {sorted(who)}, not on {sorted(living - who)}")
         if self.codes.get(0) in (0, STOPPED):
-            if sorted(self.ledger) != list(range(1, STEPS + 1)):
+            stopped = self.codes[0] == STOPPED
+            if sorted(self.ledger) != list(range(1, (max(self.saved, default=0) if stopped else STEPS) + 1)):
                 raise Broken(f"the ledger has steps {sorted(self.ledger)}")
             for step, record in self.ledger.items():
                 if record["first_sample"] != (step - 1) * 8:
                     raise Broken(f"step {step} took samples from {record['first_sample']} on")
-            remedies_taken = {str(event["remedy"]) for event in self.events if event["event"] in ("remedy", "rejoined")}
+            if stopped:
+                return
+            said = ("remedy", "rejoined", "shrunk")
+            remedies_taken = {str(event["remedy"]) for event in self.events if event["event"] in said}
             approximate = any("checkfree" in remedy for remedy in remedies_taken)
             for layer in range(LAYERS):
                 if approximate:
