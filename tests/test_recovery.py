@@ -66,12 +66,12 @@ def train(forkserver: ForkServer, out: Path, *more: str, timeout_s: float = 60.0
     return done
 
 
-def whole_ledger(out: Path) -> list[dict[str, Any]]:
+def whole_ledger(out: Path, steps: int = STEPS) -> list[dict[str, Any]]:
     """Every step was committed in the end, each on the samples that follow those of the step before: its lines."""
     lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     last = {line["step"]: line for line in lines}
-    assert sorted(last) == list(range(1, STEPS + 1))
-    assert [last[step]["first_sample"] for step in sorted(last)] == [8 * i for i in range(STEPS)]
+    assert sorted(last) == list(range(1, steps + 1))
+    assert [last[step]["first_sample"] for step in sorted(last)] == [8 * i for i in range(steps)]
     assert {line["samples"] for line in last.values()} == {8}
     return lines
 
@@ -365,12 +365,15 @@ def test_the_loss_of_the_store_ends_every_machine_by_name(tmp_path: Path) -> Non
 
 
 @contextmanager
-def _nodes(folder: Path, arguments: list[str], launcher: Sequence[str] = ()) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The same command on two nodes, each with a torchrun of its own if `launcher` is one."""
+def _nodes(
+    folder: Path, arguments: list[str], launcher: Sequence[str] = (), ranks: Sequence[int] = (0, 1)
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The same command on two nodes, or one of them, each with a torchrun of its own if `launcher` is one."""
+    folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         nodes: list[subprocess.Popen[bytes]] = []
-        for rank in range(2):
+        for rank in ranks:
             log = stack.enter_context((folder / f"node{rank}.log").open("wb"))
             more = ["--master-port", str(free_port())] if launcher else []
             command = [sys.executable, *launcher, *more, "-m", "launch", *arguments, "--node-rank", str(rank)]

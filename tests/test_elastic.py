@@ -1,0 +1,110 @@
+"""Runs that shrink and grow under real kills: what comes out is, bit for bit, the run that nobody disturbed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.forkserver import ForkServer
+from tests.harness import run_command
+from tests.test_recovery import (
+    POINTS,
+    _await_steps,
+    _end_family,
+    _nodes,
+    events,
+    free_port,
+    metrics,
+    same_weights,
+    settings,
+    train,
+    whole_ledger,
+)
+
+STEPS = 160  # a worker that is started is there after some twenty
+SMALL = ["--steps", str(STEPS), "--checkpoint-every", "50", "--replicas", "2", "--exact-sums", "--workers"]
+
+
+@pytest.fixture(scope="module")
+def calm(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of another size that nothing has happened to."""
+    out = tmp_path_factory.mktemp("calm") / "run"
+    train(forkserver, out, *SMALL, "2", "--replicas", "1")
+    return out
+
+
+def sizes(out: Path) -> list[int]:
+    return [event["workers"] for event in events(out, "resized")]
+
+
+def test_a_run_that_shrinks_at_every_point_of_a_step_and_grows_is_bitwise_the_calm_run(
+    forkserver: ForkServer, calm: Path, tmp_path: Path
+) -> None:
+    kills = ";".join(f"kill:worker={worker},step={8 + 30 * worker},at={at}" for worker, at in enumerate(POINTS))
+    flags = [*SMALL, "1:4", "--cooldown", "0", "--recovery", "replica", "--inject", kills]
+    done = train(forkserver, out := tmp_path / "run", *flags)
+    assert done.output.count("was killed by SIGKILL") == len(POINTS)
+    assert sizes(out).count(4) >= 3, "it has grown again"
+    assert {event["remedy"] for event in events(out, "shrunk")} == {"replica"}
+    assert len(metrics(out)) == STEPS, "a step was told twice or not at all"
+    whole_ledger(out, STEPS)
+    assert same_weights(out, calm)
+
+
+def test_with_nobody_let_in_it_goes_on_smaller_and_with_nothing_lost(
+    forkserver: ForkServer, calm: Path, tmp_path: Path
+) -> None:
+    kills = "kill:worker=3,step=30,at=commit;kill:worker=0,step=60,at=forward"
+    out = tmp_path / "run"
+    train(forkserver, out, *SMALL, "2:4", "--cooldown", "3600", "--recovery", "checkpoint", "--inject", kills)
+    assert sizes(out) == [3, 2]
+    whole_ledger(out, STEPS)
+    assert same_weights(out, calm)
+
+
+def test_too_few_workers_save_themselves_and_the_run_is_resumed(
+    forkserver: ForkServer, calm: Path, tmp_path: Path
+) -> None:
+    kills = "kill:worker=3,step=20,at=backward;kill:worker=0,step=30,at=forward"
+    out = tmp_path / "run"
+    flags = [*SMALL, "3:4", "--cooldown", "3600"]
+    done = run_command(forkserver, out.with_suffix(".log"), *settings(out, *flags, "--inject", kills))
+    assert done.code == 75, done.output
+    assert "2 worker(s) are left, and 3 are the fewest: the run saves itself and stops" in done.output
+    train(forkserver, out, *flags, "--resume")
+    whole_ledger(out, STEPS)
+    assert same_weights(out, calm)
+
+
+@pytest.mark.timeout(150)
+def test_a_machine_that_goes_and_comes_back(forkserver: ForkServer, tmp_path: Path) -> None:
+    """The others go on at once without its workers, and with them again once its agent is there."""
+    out = tmp_path / "run"
+    flags = ["--workers", "2:4", "--nodes", "2", "--store", f"127.0.0.1:{free_port()}", "--heartbeat", "2"]
+    flags += ["--steps", "100000", "--cooldown", "0.5", "--checkpoint-every", "20"]
+
+    def until(name: str, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while not (out / "events.jsonl").exists() or len(events(out, name)) < count:
+            assert time.monotonic() < deadline, (tmp_path / "node0.log").read_text()[-3000:]
+            time.sleep(0.1)
+
+    with _nodes(tmp_path, settings(out, *flags)) as nodes:
+        _await_steps(out, 25)
+        _end_family(nodes[1])
+        until("resized", 1)
+        assert sizes(out) == [2]
+        with _nodes(tmp_path / "again", settings(out, *flags), ranks=(1,)) as (back,):
+            until("rejoined", 2)  # at once, or one after the other
+            assert sizes(out)[-1] == 4
+            before = metrics(out)[-1]["step"]
+            while metrics(out)[-1]["step"] < before + 5:
+                time.sleep(0.1)
+            psutil.Process(nodes[0].pid).terminate()
+            assert nodes[0].wait(60) == 75
+            assert back.wait(30) == 75
+    steps = [line["step"] for line in metrics(out)]
+    assert steps[-1] > 25
