@@ -17,6 +17,7 @@ from recovery.losses import SupervisionSettings
 from recovery.policy import RecoverySettings
 from recovery.redundant import RedundantSettings
 from recovery.resize import ResizeSettings
+from recovery.snapshot import SnapshotSettings
 from schedulers.interleaved import InterleavedSettings
 from schedulers.plan import ScheduleSettings
 from schedulers.roundpipe import RoundPipeSettings
@@ -27,8 +28,8 @@ from schedulers.swapped import SwappedSettings
 @dataclass(frozen=True)
 class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
-    SupervisionSettings, ResizeSettings, MachineSettings, InjectionSettings, InterleavedSettings, SkipPipeSettings,
-    RoundPipeSettings, LoraSettings, CheckFreeSettings, SwappedSettings, RedundantSettings,
+    SupervisionSettings, ResizeSettings, SnapshotSettings, MachineSettings, InjectionSettings, InterleavedSettings,
+    SkipPipeSettings, RoundPipeSettings, LoraSettings, CheckFreeSettings, SwappedSettings, RedundantSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 

@@ -90,12 +90,12 @@ def where_ends_go(config: TrainConfig) -> Ends:
 
 def backups(config: TrainConfig, schedule: Schedule) -> tuple[tuple[Span, int], ...]:
     """Copies that are kept for recovery alone, as (span, worker): under checkfree+ both ends on the second worker,
-    under redundant each stage on the one before it."""
+    under redundant, and with snapshots, each stage on the one before it."""
     holders, found = schedule.holders, list[tuple[Span, int]]()
     for base in range(0, config.workers, config.stages):
         if config.recovery == "checkfree+":
             found += [(span, base + 1) for span in (min(holders), max(holders))]
-        elif config.recovery == "redundant":
+        elif config.recovery == "redundant" or (config.snapshot == "neighbour" and config.replicas == 1):
             stages = [[s for s, workers in holders.items() if base + k in workers] for k in range(config.stages)]
             found += [(span, base + worker) for span, worker in redundant.copies(stages)]
     return tuple(found)

@@ -20,7 +20,7 @@ def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[f
     held = [_STATE * float(model.parameter_bytes(layer)) for layer in range(model.num_layers)]
     return ResizeProblem(
         config.scheduler, layer_costs, config.microbatches, -(-evaluated // config.microbatch_size), config.replicas,
-        config.chunks, held, config.exact_sums and model.tied,
+        config.chunks, held, config.snapshot == "neighbour", config.exact_sums and model.tied,
     )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def make_planner(problem: ResizeProblem, home: Layout) -> Planner:
     """The layout for the places that have workers. Layers stay in the places that have them in `home`, where they can,
     so it depends on nothing but who is there."""
     held: dict[int, set[int]] = {place: set() for place in home.train.lanes}
-    for span, places in home.holders.items():
+    for span, places in home.train.holders.items():
         for place in places:
             held[place] |= set(range(*span))
 

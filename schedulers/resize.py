@@ -15,7 +15,7 @@ from math import fsum
 from pipeline.schedule.costs import Costs
 from pipeline.schedule.layout import EVALUATE, TRAIN, Layout
 from pipeline.schedule.lower import lower
-from pipeline.schedule.ops import Schedule
+from pipeline.schedule.ops import Schedule, Span
 from pipeline.schedule.simulate import simulate
 from pipeline.schedule.verify import verify
 from schedulers.partition import PartitionError
@@ -37,6 +37,8 @@ class ResizeProblem:
     most_replicas: int = 1
     chunks: int = 2
     layer_bytes: Sequence[float] = ()
+    copies: bool = False
+    """Whether each stage that has no replica has a copy on the one before it."""
     ends_apart: bool = False
     """Whether the first and the last layer may not be in one span: their gradients on a weight that they share are to
     be summed one by one."""
@@ -127,4 +129,8 @@ def _sized(
     lowered = {purpose: lower(schedule) for purpose, schedule in schedules.items()}
     for schedule in lowered.values():
         verify(schedule)
-    return Sized(stages, replicas, seconds, Layout(lowered))
+    backups: list[tuple[Span, int]] = []
+    if problem.copies and replicas == 1 and stages > 1:
+        before = {place: at[worker - 1] for worker, place in enumerate(at)}
+        backups = [(span, before[place]) for span, places in lowered[TRAIN].holders.items() for place in places]
+    return Sized(stages, replicas, seconds, Layout(lowered, tuple(backups)))
