@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jobs.pipeline_engine import PipelineEngine
 from jobs.pipelines import stage_at
 from jobs.plan import open_dataset
 from jobs.registry import EVALUATE, TRAIN, Start, make_jobs
+from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
 from pipeline.model.layered import LayeredModel
@@ -120,6 +121,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         reports = Reports(connect(payload["store"], 60.0), worker_id)
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
         jobs = make_jobs(config, dataset, Start(view.first_step, view.first_sample))
+        member.keys = partial(sample_keys, config.seed, jobs[TRAIN])
         engine = PipelineEngine(member, jobs[TRAIN], jobs[EVALUATE], number, joins, config.full_every)
         trainer = Trainer(
             config,
@@ -137,6 +139,11 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         watcher.stop()
         if watcher.member is not None:
             watcher.member.worker.transport.close()
+
+
+def sample_keys(seed: int, job: TextJob, step: int) -> dict[str, Any]:
+    """What the samples of a step and its random numbers follow from."""
+    return {"seed": seed, "next_sample": job.next_sample(step), "microbatches": job.microbatches, "size": job.size}
 
 
 def load_start(worker: Worker, view: View, checkpoints: Path, joins: bool) -> None:

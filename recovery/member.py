@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,13 @@ from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.layout import Assignment, Excerpt
+from recovery.certificate import Testimony, certify, write
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes, all_kept
 from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked, view_key
 from recovery.lifeline import Lifeline
 from recovery.membership import Evicted, MembershipError, View, await_view, parts_of, read_layout, read_view
-from recovery.remedy import Remedy
+from recovery.remedy import Remedy, states_of
 from recovery.restore import restore, roll_back
 
 INTERRUPTIONS = (Aborted, CommitError, LinkError)
@@ -65,6 +66,8 @@ class Member:
     guided: Lifeline
     checkpoints: Path
     """Where the run saves."""
+    keys: Callable[[int], Mapping[str, Any]] = lambda step: {}
+    """What a worker counts samples and draws random numbers by at a step: the same on all, or the view is refused."""
     view: View | None = None
     assignment: Assignment | None = None
     """What its place does in the view."""
@@ -128,6 +131,7 @@ class Member:
         times["edited"] = time.monotonic()
         known = dict(found["norms"])
         where = dict(*found["positions"])
+        before = {} if view.rollback else {name: s.fingerprint() for name, s in worker.store.states.items()}
         worker.store.hold(mine.spans)  # what this place holds no more may be what others take: it lies aside
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
@@ -138,11 +142,9 @@ class Member:
         else:
             restore(worker, view, self.communicator, self.remedies, known, step)
         self._check_states(view, step)
-        copies = {part for part, workers in parts.items() if len(workers) > 1 and worker.id in workers}
-        told = {"copies": {part: _fingerprint(worker, part) for part in copies}}
-        if differ := worker.commit.agree(told, partial(compare_copies, parts))["differ"]:
-            raise MembershipError(f"view {view.number}: {differ}")
         times["restored"] = time.monotonic()
+        self._certify(view, parts, before, step)
+        times["certified"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
         self.view, self.assignment = view, mine
@@ -155,6 +157,23 @@ class Member:
             return old
         return read_layout(self.store, view, place)
 
+    def _certify(self, view: View, parts: Mapping[str, tuple[int, ...]], before: Mapping[str, int], step: int) -> None:
+        """All testify, and the view becomes true, or its moves are made again (LinkError), or nobody knows what is
+        right (MembershipError)."""
+        worker, keys = self.worker, self.keys(step)
+        copied = [move for move in view.moves if self.remedies[move.remedy].carries == "state"]
+        known = worker.store.aside | worker.store.states
+        told = Testimony.of(worker.id, worker.store.states, known, before, view.moves, keys)
+        names = {state.name for state in worker.store.model.states}  # a layer may own nothing but a shared weight
+        holders = {name: workers for part, workers in parts.items() for name in states_of(part) & names}
+        found = worker.commit.agree(asdict(told), partial(certify, holders, copied))
+        if found["again"]:
+            raise LinkError(f"view {view.number}: {found['error']}")
+        if found["error"]:
+            raise MembershipError(f"view {view.number}: {found['error']}")
+        if worker.id == min(view.workers):
+            write(self.checkpoints.parent / "certificates", view, step, found["states"], keys)
+
     def _check_states(self, view: View, step: int) -> None:
         """All that is held is of the committed step and of the run's generation. Raises MembershipError."""
         for state in self.worker.store.states.values():
@@ -163,10 +182,6 @@ class Member:
                     f"view {view.number}: worker {self.worker.id} has layer {state.name} of step {state.version}, "
                     f"generation {state.generation}; the run is at step {step}, generation {view.generation}"
                 )
-
-
-def _fingerprint(worker: Worker, part: str) -> list[int]:
-    return [state.fingerprint() for state in worker.store.states_of(part)]
 
 
 def combine_ready(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
@@ -180,15 +195,6 @@ def combine_ready(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         "norms": {state: norm for vote in each for state, norm in vote["norms"].items()},
         **all_kept(votes),
     }
-
-
-def compare_copies(parts: Mapping[str, tuple[int, ...]], votes: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """All holders of a part have the same state, bit for bit; else which of them differ, in `differ`."""
-    for part, workers in parts.items():
-        found = {worker: votes[worker]["copies"].get(part) for worker in workers}
-        if any(each != found[workers[0]] for each in found.values()):
-            return {"differ": f"the copies of {part} differ, by checksum: {found}"}
-    return {"differ": ""}
 
 
 class Watcher:

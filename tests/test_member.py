@@ -17,7 +17,7 @@ from jobs.train import Trainer
 from pipeline.runtime.mailbox import Mailbox
 from pipeline.schedule.layout import TRAIN, Layout
 from recovery import keys
-from recovery.member import Joined, Member, Watcher, combine_ready, compare_copies
+from recovery.member import Joined, Member, Watcher, combine_ready
 from recovery.membership import View, publish
 from schedulers import plan
 
@@ -64,11 +64,11 @@ def entered(mine: dict[str, Any] | None, others: dict[int, dict[str, Any]]) -> J
     publish(store, View(2, (0, 3), layout.key, places={0: 0, 3: 1}, joined={3: 1}), layout)
     worker, communicator = MagicMock(id=3, norms={}), MagicMock()
     worker.store.model.num_layers, worker.store.model.tied = 6, False
-    worker.store.states = {}
+    worker.store.states = worker.store.aside = {}
     kept = {"norms": {}, "links": [], "sums": {}}
     communicator.kept.return_value = {}
     votes = {w: {**kept, **vote} for w, vote in {**others, 3: {"position": None, "last": mine}}.items()}
-    exchange = MagicMock(side_effect=[combine_ready(votes), {"differ": ""}])
+    exchange = MagicMock(side_effect=[combine_ready(votes), {"error": "", "again": False}])
     member = Member(worker, communicator, store, {}, lambda _: None, lambda: True, Path())
     with patch("recovery.member.StepCommit", lambda _: SimpleNamespace(agree=exchange)):
         return member.enter(2, None, mine)
@@ -133,12 +133,3 @@ def test_what_a_view_comes_to_before_anything_moves() -> None:
     assert found["sums"] == {"0:1": (4, [2, 3]), "tied": (1, [2])}
     assert combine_ready({1: vote(5), 2: vote(6), 3: vote(5)})["positions"] == [{"step": 5}, {"step": 6}]
     assert combine_ready({1: vote(None), 2: vote(None)})["positions"] == []
-
-
-def test_copies_that_differ_are_told_with_who_has_which() -> None:
-    parts = {"0:1": (1, 2), "1:2": (2, 3)}
-    same = {1: {"copies": {"0:1": [7]}}, 2: {"copies": {"0:1": [7], "1:2": [8, 9]}}, 3: {"copies": {"1:2": [8, 9]}}}
-    assert compare_copies(parts, same) == {"differ": ""}
-    other = {**same, 3: {"copies": {"1:2": [8, 1]}}}
-    assert compare_copies(parts, other) == {"differ": "the copies of 1:2 differ, by checksum: {2: [8, 9], 3: [8, 1]}"}
-    assert "{1: None, 2: [7]}" in compare_copies(parts, {**same, 1: {"copies": {}}})["differ"]

@@ -162,6 +162,7 @@ def virtual(run: Run) -> Iterator[None]:
 
     def back(worker: Any, view: View, checkpoints: Path) -> int:
         step = 0 if view.rollback == START else int(str(view.rollback).removeprefix("step-"))
+        worker.store.let_go()
         for newer in [saved for saved in run.saved if saved > step]:
             del run.saved[newer]
         for name, state in worker.store.states.items():
@@ -175,7 +176,8 @@ def virtual(run: Run) -> Iterator[None]:
     )  # fmt: skip
     changes = [
         (agent_module, "_send", send), (agent_module, "_POLL_S", 0.1), (coordinator_module, "_aside", aside),
-        (member_module, "roll_back", back), (member_module, "Ballot", run.ballot),
+        (member_module, "roll_back", back), (member_module, "write", lambda *_: None),
+        (member_module, "Ballot", run.ballot),
         (member_module, "threading", SimpleNamespace(Thread=spawn, Event=threading.Event)),
         *((module, "time", world) for module in timed),
     ]  # fmt: skip
