@@ -75,6 +75,9 @@ class Agent:
     _told_to_stop: bool = False
     _saved: bool = False
     """A worker has ended well: there is nothing left to be asked for."""
+    _leave_by: float | None = None
+    """The machine is about to go: until when its workers may hand over what they hold."""
+    _told_to_leave: bool = False
     _beats: int = 0
     _beaten: float = -math.inf
 
@@ -82,6 +85,7 @@ class Agent:
         """Fork the workers of the first view, each with the number of its place; or, where there has been an agent of
         this rank before, those that are awaited in its places. Raises ConfigError where that agent lives."""
         newest = self._newest_view() if self._comes_back() else 0
+        keys.stay(self.store, self.rank)
         if newest:
             self._view = max(1, newest - 1)
         else:
@@ -165,6 +169,8 @@ class Agent:
                     self._lost(worker, exit_)
             self._beat()
             self._pass_on()
+            if self._leave_by is not None and self._has_left(self._leave_by):
+                return STOPPED
             self._try_again()
             tick()
             over = keys.ended(self.store)
@@ -181,6 +187,21 @@ class Agent:
         if self._stopping and not self._told_to_stop:
             self._told_to_stop = True
             keys.ask_to_stop(self.store)
+
+    def leave(self, grace_s: float) -> None:
+        """A handler of signals: the machine goes in `grace_s` seconds; the others go on without its workers."""
+        self._leave_by = self._leave_by or time.monotonic() + grace_s
+
+    def _has_left(self, by: float) -> bool:
+        """Whether all of its workers have handed over, or there is no more time: then they are lost."""
+        if not self._told_to_leave:
+            self._told_to_leave = True
+            keys.leave(self.store, self.rank)
+        if self.pids and time.monotonic() > by:
+            for worker in self.pids.values():
+                keys.report_loss(self.store, worker, "was on a machine that is gone")
+            return True
+        return not self.pids
 
     def _beat(self) -> None:
         if time.monotonic() - self._beaten >= _BEAT_S:
@@ -204,7 +225,8 @@ class Agent:
             self._late = {*view.awaited, *view.joined}
             running = {*self.pids.values(), *(one.worker for one in self._unstarted)}
             for worker in (*view.joined, *view.awaited):
-                if view.agents[place := view.places[worker]] == self.rank and worker not in running:
+                mine = view.agents[place := view.places[worker]] == self.rank and self._leave_by is None
+                if mine and worker not in running:
                     self._start(worker, place, view.number + (worker in view.awaited), joins=True)
             self._keep_spares()
         if over:

@@ -34,6 +34,7 @@ _SAID = {
     "not_started": "worker {worker} {reason}",
     "joined": "worker {worker} has joined: it is used from the next iteration on",
     "shrunk": "the others take its layers: {remedy}; worker {replacement} joins when it is there",
+    "left": "worker {worker} leaves, and the others have what it held",
     "resized": "the run goes on with {workers} worker(s)",
     "too_few": "{workers} worker(s) are left, and {least} are the fewest: the run saves itself and stops",
     "rerouted": "its microbatches take other routes; worker {replacement} is being started",

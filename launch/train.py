@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -84,6 +85,8 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
             if slot.coordinates:
                 return _coordinate(config, agent, handle.store, slot, as_json, signals)
             signals.trains(agent.asked_to_stop)
+            if config.min_workers and config.preempt_signal != "none":
+                signal.signal(getattr(signal, config.preempt_signal), lambda *_: agent.leave(config.grace))
             try:
                 code = agent.supervise(lambda: None)
                 keys.confirm_end(handle.store, slot.rank)

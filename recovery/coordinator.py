@@ -27,8 +27,9 @@ from recovery.commit import READY, Follower
 from recovery.keys import (
     LossReport,
     ask_to_stop,
+    leavers,
+    leaves,
     newest_loss,
-    read_agent,
     read_beat,
     read_complaint,
     read_loss,
@@ -38,6 +39,7 @@ from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
 from recovery.membership import View, publish
 from recovery.policy import CHECKPOINT, REDUNDANT, REROUTE, RESIZE, Recovery
 from recovery.remedy import CannotRestore
+from recovery.signs import Signs
 
 Event = Callable[..., None]
 """(event, **fields): what happened, for events.jsonl and for the person who watches."""
@@ -52,16 +54,6 @@ _MEANWHILE = {REROUTE: "rerouted", REDUNDANT: "taken_over", RESIZE: "shrunk"}
 _FRESH = "the weights of the start, as nothing was trained yet"
 
 
-@dataclass
-class _Sign:
-    """The last sign of life of somebody, when it was first seen, and when its work was last seen to come on."""
-
-    number: object
-    at: float
-    progress: int = 0
-    progress_at: float = 0.0
-
-
 @dataclass(frozen=True)
 class _Search:
     """What the next view is, being found out. `lost` are the workers without which it will be, and why."""
@@ -70,6 +62,15 @@ class _Search:
     lost: Mapping[int, LossReport]
     found: Future[View]
     began: float
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Who joins or leaves, being found out."""
+
+    event: str
+    who: tuple[int, ...]
+    found: Future[View]
 
 
 @dataclass
@@ -93,11 +94,11 @@ class Coordinator:
     _follower: Follower = field(init=False)
     _losses: Losses = field(init=False)
     _search: _Search | None = None
-    _joining: Future[View] | None = None
-    """The view in which awaited workers that are ready join, until something else happens."""
+    _joining: _Change | None = None
+    """The change for others than losses that is being found out, until something else happens."""
     _newest: bytes = b""
     _read: float = 0.0
-    _signs: dict[str, _Sign] = field(default_factory=dict)
+    _signs: Signs = field(init=False)
     _looked: float = 0.0
     _trained: bool = False
     _complained: float | None = None
@@ -108,6 +109,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self._losses = Losses(self.max_failures)
+        self._signs = Signs(self.store, self.heartbeat_s, self.deadline_s)
         publish(self.store, self.view, self.recovery.layouts[self.view.layout])
         self._follower = Follower(self.store, self.view.number)
 
@@ -122,6 +124,8 @@ class Coordinator:
             self._look_for_next(lost)
         elif self._search is not None:
             self._publish_found(self._search, 0.0)
+        elif self.recovery.resize is not None and (leaving := self._leaving()):
+            self._change(committed, "left", self.recovery.without, leaving)
         elif self.view.awaited:
             self._let_in(committed)
         self._give_up_short()
@@ -196,36 +200,16 @@ class Coordinator:
         alive = self.alive  # looked at as often as workers are
         lost: dict[int, LossReport] = {}
         for worker in (*self.view.workers, *self.view.awaited):
-            if self._concerns(worker) and (reason := self._hangs(worker, alive, now)) is not None:
+            if not self._concerns(worker):
+                continue
+            reason = self._signs.hangs(
+                worker, self.view, self._follower, alive, searching=self._search is not None,
+                vacant=self._vacant(worker, alive),
+            )  # fmt: skip
+            if reason is not None:
                 lost[worker] = LossReport(worker, reason, False, time.time())
                 self.event("detected", worker=worker, reason=reason)
         return lost
-
-    def _hangs(self, worker: int, alive: set[int], now: float) -> str | None:
-        """Why a worker is given up, if it is."""
-        beat, awaited = read_beat(self.store, worker), worker in self.view.awaited
-        if beat is None:
-            if self._vacant(worker, alive):
-                self._signs.pop(f"start/{worker}", None)
-                return None
-            if self.view.agents[self.view.places[worker]] not in alive:
-                return "was being started by an agent that has given no sign of life since"
-            # nobody waits for who is awaited: the others come on without
-            since = self._sign(f"start/{worker}", 0).at if awaited else self._follower.moved
-            if self._search is None and now - since > self.deadline_s:
-                return f"has not come up within {self.deadline_s:g} s"
-            return None  # it is still being started; its agent sees it end
-        sign = self._sign(f"beat/{worker}", beat.number, beat.progress)
-        if now - sign.at > self.heartbeat_s:
-            return f"has given no sign of life for {self.heartbeat_s:g} s"
-        if awaited:
-            stuck = not beat.built and now - sign.progress_at > self.deadline_s
-            return f"has not come up within {self.deadline_s:g} s" if stuck else None
-        came_on = max(self._follower.moved, sign.progress_at)
-        busy = self._search is None and not beat.waiting and now - came_on > self.deadline_s
-        if busy and not self._follower.voted(worker):
-            return f"has been busy with one step for {self.deadline_s:g} s"
-        return None
 
     def _vacant(self, worker: int, alive: Collection[int]) -> bool:
         """Whether a worker is to be started by a machine that is gone: where a run changes its size, the others go on
@@ -233,26 +217,10 @@ class Coordinator:
         waits = self.recovery.resize is not None and worker in self.view.awaited
         return waits and self.view.agents[self.view.places[worker]] not in alive
 
-    def _sign(self, key: str, number: object, progress: int = 0) -> _Sign:
-        """Take note of a sign of life."""
-        now = time.monotonic()
-        sign = self._signs.setdefault(key, _Sign(number, now, progress, now))
-        if number != sign.number:
-            sign.number, sign.at = number, now
-        if progress != sign.progress:
-            sign.progress, sign.progress_at = progress, now
-        return sign
-
     @property
     def alive(self) -> set[int]:
-        """The agents that have given a sign of life of late, or may begin yet; 0 is the coordinator's own."""
-        alive, now = {0}, time.monotonic()
-        for agent in set(self.view.agents.values()):
-            found = read_agent(self.store, agent)
-            patience = self.deadline_s if found is None else self.heartbeat_s / 2
-            if now - self._sign(f"agent/{agent}", found).at <= patience:
-                alive.add(agent)
-        return alive
+        """The agents that live, as far as is known."""
+        return self._signs.alive(self.view.agents.values())
 
     # ---- the next view ----
 
@@ -292,21 +260,37 @@ class Coordinator:
         self._publish(view, tuple(search.lost))
 
     def _let_in(self, committed: bool) -> None:
-        """Let awaited workers that are ready join at the end of a step: it costs least when the next has only begun."""
+        """Let awaited workers join that are ready."""
+        ready: tuple[int, ...] = ()
         if self._joining is None:
             if self._short is None and time.monotonic() - self._changed < self._cooldown_s:
                 return
             ready = tuple(w for w in self.view.awaited if (b := read_beat(self.store, w)) is not None and b.built)
-            if not (ready and committed):
+            if not ready:
                 return
-            self._joining = _aside(self.recovery.with_ready, self.view, ready)
-            wait([self._joining], _AT_ONCE_S)
-        if committed and self._joining.done():
-            found, self._joining = self._joining, None
-            if isinstance(found.exception(), CannotRestore):
+        self._change(committed, "rejoined", self.recovery.with_ready, ready)
+
+    def _leaving(self) -> tuple[int, ...]:
+        """The workers of the view whose machines are about to go."""
+        if not leavers(self.store):
+            return ()
+        return tuple(w for w in self.view.workers if leaves(self.store, self.view.agents[self.view.places[w]]))
+
+    def _change(
+        self, committed: bool, event: str, find: Callable[[View, tuple[int, ...]], View], who: tuple[int, ...]
+    ) -> None:
+        """Change the view for others than losses, at the end of a step: it costs least when the next has only begun."""
+        if self._joining is None or self._joining.event != event:
+            if not committed:
+                return
+            self._joining = _Change(event, who, _aside(find, self.view, who))
+            wait([self._joining.found], _AT_ONCE_S)
+        if committed and self._joining.found.done():
+            change, self._joining = self._joining, None
+            if isinstance(change.found.exception(), CannotRestore):
                 return  # the others go on without, and it is tried again
             self._follower.abort()
-            self._publish(found.result(), event="rejoined")
+            self._publish(change.found.result(), change.who if event == "left" else (), event=event)
 
     @property
     def _cooldown_s(self) -> float:
@@ -355,7 +339,7 @@ class Coordinator:
         meanwhile = self.recovery.meanwhile or ""
         for replacement, old in view.awaited.items():
             if old in lost:
-                told = remedy if meanwhile == RESIZE else meanwhile
+                told = "handed over" if event == "left" else remedy if meanwhile == RESIZE else meanwhile
                 fields = {"worker": old, "replacement": replacement, "remedy": told, "view": view.number}
                 self.event(_MEANWHILE.get(meanwhile, "taken_over"), **fields, workers=size)
         if resized and meanwhile == RESIZE:

@@ -4,6 +4,7 @@
     loss/W, losses      worker W is gone, by whoever saw it        over        the exit code of a run that has ended
     complaint/V         a link of view V is broken                 done/A      agent A has seen the end
     beat/W, agent/A     signs of life                              stop        somebody has asked the run to stop
+    leave/A, leavers    agent A is about to go
     error/W             the error that ended a worker              ledger/W/N  whether the ledger is on the disk, to N
     record/W/N          what worker W reports                      claim/X     whether fault X has happened
     spare/A/N           the place that a spare worker takes        layout/K    the text of a layout, by its key
@@ -73,6 +74,27 @@ def beat_agent(store: dist.Store, agent: int, number: int) -> None:
 def read_agent(store: dist.Store, agent: int) -> bytes | None:
     """An agent's newest sign of life, to be compared with the one before; None before the first."""
     return store.get(key) if store.check([key := f"agent/{agent}"]) else None
+
+
+def leave(store: dist.Store, agent: int) -> None:
+    """Say that an agent is about to go, with its machine."""
+    store.set(f"leave/{agent}", "1")
+    store.set("leavers", "1")
+
+
+def stay(store: dist.Store, agent: int) -> None:
+    """It has come back, or was told that it may stay."""
+    store.delete_key(f"leave/{agent}")
+
+
+def leavers(store: dist.Store) -> bool:
+    """Whether any agent has ever said that it is about to go."""
+    return store.check(["leavers"])
+
+
+def leaves(store: dist.Store, agent: int) -> bool:
+    """Whether an agent is about to go."""
+    return store.check([f"leave/{agent}"])
 
 
 # ---- losses and complaints ----

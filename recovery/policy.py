@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,6 +120,15 @@ class Recovery:
         CannotRestore."""
         return self._come_back(view.settled(), ready)
 
+    def without(self, view: View, leaving: tuple[int, ...]) -> View:
+        """The view after `view`, which is settled, on the way to one without some of its workers: first they hand over
+        what they hold, and are members that hold nothing; then they are none. Raises CannotRestore."""
+        stay = {place: worker for place, worker in view.at.items() if worker not in leaving}
+        key = self._layout_over(stay)
+        if view.layout == key:
+            return next_view(view.settled(), leaving, wait=True)
+        return self._cured(view.settled(), next_view(view.settled(), layout=key), first=(REPLICA,))
+
     def _come_back(self, view: View, ready: tuple[int, ...]) -> View:
         after = next_view(view, ready=ready)
         return self._cured(view, replace(after, layout=self._around(after), rollback=None), first=(REPLICA,))
@@ -135,7 +144,10 @@ class Recovery:
 
     def _around(self, view: View) -> str:
         """The key of the layout over the places that have workers. Raises CannotRestore."""
-        alive = sorted(view.at)
+        return self._layout_over(view.at)
+
+    def _layout_over(self, places: Collection[int]) -> str:
+        alive = sorted(places)
         if set(alive) == set(self.layout.train.lanes):
             return self.layout.key
         planner = self.planner if self.resize is None else self.resize.planner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pipeline.settings import WEEK_S, RunShape, Within, require
 from recovery.reroute import Planner
@@ -21,6 +21,12 @@ class ResizeSettings:
     wait: Annotated[float, Within(0, WEEK_S)] = 0.0
     """Seconds for which fewer than MIN workers go on, in which others may come; then the run saves itself and ends with
     the code 75."""
+
+    preempt_signal: Literal["none", "SIGUSR1", "SIGUSR2"] = "SIGUSR1"
+    """What tells the agent of a machine, other than that of node 0, that the machine is about to go: its workers hand
+    over what they hold, and the others go on."""
+    grace: Annotated[float, Within(0.1, WEEK_S)] = 25.0
+    """Seconds that a machine has left when it is told so; AWS gives 120, Google 30."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for a range that is none, or that the scheduler or the remedy has no layouts for."""

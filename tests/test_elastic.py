@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -103,8 +104,15 @@ def test_a_machine_that_goes_and_comes_back(forkserver: ForkServer, tmp_path: Pa
             before = metrics(out)[-1]["step"]
             while metrics(out)[-1]["step"] < before + 5:
                 time.sleep(0.1)
+            rollbacks = len(events(out, "rolled_back"))
+            back.send_signal(signal.SIGUSR1)  # it is told that it goes, and hands over
+            assert back.wait(30) == 75
+            until("shrunk", 4)
+            assert sizes(out)[-1] == 2
+            assert {event["remedy"] for event in events(out, "shrunk")[2:]} == {"handed over"}
+            before = metrics(out)[-1]["step"]
+            while metrics(out)[-1]["step"] < before + 5:
+                time.sleep(0.1)
+            assert len(events(out, "rolled_back")) == rollbacks, "nothing was lost"
             psutil.Process(nodes[0].pid).terminate()
             assert nodes[0].wait(60) == 75
-            assert back.wait(30) == 75
-    steps = [line["step"] for line in metrics(out)]
-    assert steps[-1] > 25

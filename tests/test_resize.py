@@ -172,6 +172,17 @@ def test_a_run_of_one_policy_goes_back_to_a_checkpoint_in_another_layout(tmp_pat
     assert [span_text(s) for s in made.layouts[after.layout].holders] == ["0:9"]
 
 
+def test_who_leaves_hands_over_first_and_is_a_member_meanwhile(tmp_path: Path) -> None:
+    made = recovery(tmp_path, "none")
+    over = made.without(made.home, (1,))
+    assert over.workers == (0, 1, 2)
+    assert not any(1 in places for places in made.layouts[over.layout].holders.values())
+    assert {(m.worker, m.remedy) for m in over.moves} == {(0, "replica"), (2, "replica")}
+    assert {source for m in over.moves for source, _ in m.sources} == {1}
+    gone = made.without(over, (1,))
+    assert (gone.workers, gone.moves, gone.layout, dict(gone.awaited)) == ((0, 2), (), over.layout, {3: 1})
+
+
 # ---- the coordinator ----
 
 
@@ -228,7 +239,7 @@ def test_a_place_whose_machine_is_gone_is_nobodys_loss(tmp_path: Path) -> None:
     run = Sized(tmp_path, agent_of_1=1)
     lose(run, 1)
     heir = next(iter(run.view.awaited))
-    run.coordinator._signs["agent/1"] = SimpleNamespace(number=None, at=-1e9, progress=0, progress_at=-1e9)  # type: ignore[assignment]
+    run.coordinator._signs._seen["agent/1"] = SimpleNamespace(number=None, at=-1e9, progress=0, progress_at=-1e9)  # type: ignore[assignment]
     number = run.view.number
     for _ in range(3):
         run.coordinator._looked = 0.0
