@@ -48,7 +48,7 @@ MODEL = [
     "--model", "llama-tiny", "--tokenizer", "bytes", "--max-tokens", "400000", "--sequence-length", "64",
     "--evaluate-every", "0", "--sample-tokens", "0", "--threads", "1",
 ]  # fmt: skip
-SAME = [*MODEL, "--steps", "99999", "--warmup", "20", "--exact-sums"]
+SAME = [*MODEL, "--steps", "99999", "--warmup", "20", "--exact-sums", "--recovery", "exact"]
 """All that decides what comes out."""
 TOKENS = 32 * 64
 

@@ -17,7 +17,7 @@ OF_THE_START = frozenset({"resume", "change", "inject", "out", "nodes", "node_ra
 FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets")
 NUMBERS = (
     "samples_per_step", "sequence_length", "seed", "dtype", "lr", "warmup", "min_lr_ratio", "weight_decay", "beta1",
-    "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async",
+    "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async", "exact_sums",
 )  # fmt: skip
 OF_THE_DATA = ("data", "text_field", "max_tokens", "held_out", "sequence_length", "seed", "tokenizer", "vocabulary")
 _CALLED = {"samples_per_step": "the global batch (microbatches x microbatch_size)"}

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
+from jobs.config import TrainConfig
 from launch.commands import Result, message_bounds, read_setting
+from launch.loss_plan import plan_losses
 from launch.roundpipe_plan import plan_roundpipe
 from launch.run_folder import write_whole
 from pipeline.drawing.draw import svg
@@ -20,7 +22,7 @@ from pipeline.drawing.network_picture import network_svg
 from pipeline.schedule.ops import dumps
 from pipeline.schedule.simulate import simulate
 from pipeline.schedule.verify import verify
-from pipeline.settings import WEEK_S, ConfigError, Within, check_bounds, require
+from pipeline.settings import WEEK_S, ConfigError, Within, check_bounds, require, require_known
 from schedulers.skippipe import SkipPlan, replay, skippipe
 from schedulers.skippipe_search.clock import STUCK
 from schedulers.skippipe_search.problem import NetworkError, RoutingProblem, routing_from_json
@@ -36,20 +38,29 @@ class PlanConfig:
     """For skippipe: JSON with hop_s, a matrix of seconds from node to node, and stages, a list of lists of nodes; and,
     if they are to differ from the defaults, forward_s, backward_s, loss_s, gap_s, speed, memory_slots, path_length and
     microbatches_per_first_stage_node."""
-    scheduler: Literal["skippipe", "roundpipe"] = "skippipe"
+    scheduler: str = "skippipe"
     """skippipe: every microbatch skips some stages, and nodes are shared by all paths. roundpipe: stages are dealt to
-    workers round robin, forward and backward cut independently."""
+    workers round robin, forward and backward cut independently. With --losses, one of those of `unbroken train` whose
+    runs change their size."""
+    losses: Annotated[int, Within(0, 4)] = 0
+    """Tell for every set of at most so many lost workers what becomes of a run of --workers, --replicas and --model."""
+    replicas: Annotated[int, Within(1, 1024)] = 1
+    """For --losses."""
+    snapshot: Literal["off", "neighbour"] = "off"
+    """For --losses: as of `unbroken train`."""
+    recovery: str = "auto"
+    """For --losses: as of `unbroken train`."""
     costs: Path | None = None
     """For roundpipe: JSON with gpus, microbatches, round and models; a model has layers, forward_ms, backward_ms,
     head_forward_ms, head_backward_ms, hop_ms and perhaps published_forward and published_backward."""
     model: str | None = None
-    """For roundpipe: which of the models in --costs."""
+    """For roundpipe: which of the models in --costs. For --losses: as of `unbroken train`."""
     rule: Literal["round_robin", "ready"] = "round_robin"
     """For roundpipe: how stages are dealt, in turn or each to the worker that will be through with it first."""
     at_once: Annotated[int | None, Within(0, 65536)] = None
     """For roundpipe: microbatches that go through a stage at once; unset: round in the file."""
     workers: Annotated[int | None, Within(1, 1024)] = None
-    """For roundpipe: unset: gpus in the file."""
+    """For roundpipe: unset: gpus in the file. For --losses: those that there are at first."""
     skip: Annotated[float | None, Within(0, 1, below=True)] = None
     """Share of the stages that a path leaves out; unset: what path_length in the file says, or nothing."""
     swaps: bool = False
@@ -77,6 +88,9 @@ class PlanConfig:
 def plan_command(config: PlanConfig) -> Result:
     """iteration_s, lower_bound_s, gap, stages and paths. Raises ConfigError or NetworkError."""
     check_bounds(config)
+    if config.losses:
+        return plan_losses(_sizes(config), config.losses)
+    require_known("scheduler", config.scheduler, ("skippipe", "roundpipe"))
     if config.scheduler == "roundpipe":
         require(config.costs is not None, "costs", None, "a JSON file, under scheduler roundpipe")
         require(config.model is not None, "model", None, "the name of a model in costs, under scheduler roundpipe")
@@ -112,6 +126,18 @@ def plan_command(config: PlanConfig) -> Result:
     }  # fmt: skip
     written = [] if config.out is None else _draw(config.out, plan, names)
     return {**found, "written": written}, _text(plan, names, found, written)
+
+
+def _sizes(config: PlanConfig) -> TrainConfig:
+    """The training job that --losses asks about."""
+    require(config.workers is not None, "workers", None, "a number, with --losses")
+    scheduler = "one_f_one_b" if config.scheduler == "skippipe" else config.scheduler
+    asked = TrainConfig(
+        workers=config.workers or 1, min_workers=1, replicas=config.replicas, scheduler=scheduler,
+        recovery=config.recovery, snapshot=config.snapshot,
+    )  # fmt: skip
+    model = asked.model if config.model is None else config.model
+    return replace(asked, model=model, microbatches=config.microbatches or asked.microbatches, data="stdlib")
 
 
 def as_json(plan: SkipPlan) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from recovery.resize import Resize
 CHECKPOINT, REDUNDANT, REPLICA, REROUTE, RESIZE = "checkpoint", "redundant", "replica", "reroute", "resize"
 POLICIES: Mapping[str, tuple[str, ...]] = {
     "auto": ("replica", "checkfree", CHECKPOINT),
+    "exact": ("replica", CHECKPOINT),
     "replica": ("replica",),
     "checkfree": ("replica", "checkfree"),
     "checkfree+": ("replica", "checkfree+", "checkfree"),
@@ -43,8 +44,8 @@ class RecoverySettings:
     """What brings back what is lost."""
 
     recovery: str = "auto"
-    """What brings the state of a lost worker back: auto, replica, checkfree, checkfree+, redundant,
-    copy, random, checkpoint, or none."""
+    """What brings the state of a lost worker back: auto, exact (a copy, else a checkpoint: never an approximation),
+    replica, checkfree, checkfree+, redundant, copy, random, checkpoint, or none."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for a name that is none."""
@@ -188,9 +189,12 @@ class Recovery:
         return "+".join(sorted({move.remedy for move in after.moves}))
 
     def _tried(self, worker: int) -> View:
-        """`after_loss`, as if there were a checkpoint."""
-        anyway = replace(self, verifier=_Always())
-        return anyway.after_loss(self.home, (worker,))
+        """`after_loss` of a run that has saved itself."""
+        return self.supposing_a_checkpoint().after_loss(self.home, (worker,))
+
+    def supposing_a_checkpoint(self) -> Recovery:
+        """The same in a run that has saved itself."""
+        return replace(self, verifier=_Always())
 
 
 class _Always(Verifier):

@@ -31,7 +31,7 @@ class SnapshotSettings:
             f"off under scheduler {run.scheduler}",
         )  # fmt: skip
         require(
-            run.recovery in ("auto", "replica", "checkfree"), "snapshot", self.snapshot,
+            run.recovery in ("auto", "exact", "replica", "checkfree"), "snapshot", self.snapshot,
             f"off under recovery {run.recovery}, which does not read it",
         )  # fmt: skip
         require(run.workers > 1, "snapshot", self.snapshot, "off with one worker")

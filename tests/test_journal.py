@@ -170,7 +170,7 @@ def test_no_checkpoint_becomes_true_in_a_view_that_is_over(tmp_path: Path) -> No
     """Others may be about to go back to an older one: who asks for the ledger of an earlier view is refused."""
     store, folder = dist.HashStore(), RunFolder(tmp_path, "", 0)
     folder.step(record(1))
-    plan: Any = SimpleNamespace(view=SimpleNamespace(first_step=0))
+    plan: Any = SimpleNamespace(view=SimpleNamespace(first_step=0), layout=None)
     story = Story(TrainConfig(out=tmp_path, steps=9), plan, folder, Display(9, quiet=True), store)
     reports = Reports(store, 0)
     answers: list[str | None] = []

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.resizing import make_planner
-from launch.cli import main
+from launch.cli import configured, main
 from launch.config import config_from_dict
+from launch.plan_command import PlanConfig, plan_command
 from pipeline.schedule.costs import Costs
 from pipeline.schedule.layout import Layout
 from pipeline.schedule.ops import Schedule, span_text
@@ -287,3 +288,37 @@ def test_the_size_of_a_view_is_what_is_left(tmp_path: Path) -> None:
     left = next_view(made.home, (2,), wait=True)
     assert left.workers == (0, 1)
     assert dict(left.awaited) == {3: 2}
+
+
+# ---- what every loss leads to ----
+
+
+def table(*flags: str) -> dict[str, Any]:
+    values, text = plan_command(given_plan(*flags))
+    assert "losses, simulated" in text
+    return values
+
+
+def given_plan(*flags: str) -> PlanConfig:
+    return configured(PlanConfig, "unbroken plan", ["--model", "llama-tiny", *flags])
+
+
+def test_every_set_of_losses_has_its_outcome() -> None:
+    found = table("--workers", "6", "--losses", "2", "--snapshot", "neighbour", "--recovery", "replica")
+    assert len(found["sets"]) == 6 + 15
+    for each in found["sets"]:
+        lost = each["lost"]
+        keepers = {place: (place - 1) % 6 for place in lost}  # the stage before keeps the copy
+        assert each["survives"] == (not any(keeper in lost for keeper in keepers.values())), each
+        if each["survives"]:
+            assert each["stages"] * each["replicas"] <= 6 - len(lost)
+            assert each["step_time"] >= 1.0
+            assert each["remedies"] == ["replica"]
+            assert each["peak_bytes"] > 0
+        else:
+            assert "no other worker holds" in each["why"]
+
+
+def test_a_table_needs_a_number_of_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--losses", "1"]) == 2
+    assert "workers is None; allowed: a number, with --losses" in capsys.readouterr().err
