@@ -1,14 +1,16 @@
-"""Runs that change their size: how fast they shrink and grow, and what a spot market costs them.
+"""Runs that change their size: how fast they shrink and grow, what a spot market costs them, and what being exact does.
 
     python benchmarks/elastic.py --kills 20 --out benchmarks/results
     python benchmarks/elastic.py --trace benchmarks/data/spot_g4dn_us_east_1c.csv --minutes 5 --json
+    python benchmarks/elastic.py --rounds 5 --out benchmarks/results
 
 The first kills workers of a run of 4 with SIGKILL, one after the other, and takes the time to the next commit; the
-worker that is started for it is let in later, and what that stalls is the longest time between two commits around it,
-beside the median one. The second replays a market: each machine is an agent with one worker, killed with all that it
-has started and started again as the trace says, in compressed time; machine 0 stays, since it has the store. Committed
-tokens stand beside the ideal: what runs of fixed sizes commit in the time in which so many machines were there. Then
-the same steps are run by 2 workers whom nothing happens to, and all weights and moments are compared.
+worker that is started for it is let in later, and what that stalls is how much longer the longest time between two
+commits around it is than the median one. The second replays a market: each machine is an agent with one worker, killed
+with all that it has started and started again as the trace says, in compressed time; machine 0 stays, since it has the
+store. Committed tokens stand beside the ideal: what runs of fixed sizes commit in the time in which so many machines
+were there. Then the same steps are run by 2 workers whom nothing happens to, and all weights and moments are compared.
+The third runs the same steps without and with --exact-sums and --snapshot neighbour, interleaved.
 """
 
 from __future__ import annotations
@@ -176,16 +178,16 @@ def kills(forkserver: ForkServer, count: int, seed: int, advance: Callable[[floa
             at = len(run.lines("ledger"))
             run.until(lambda n=at: len(run.lines("ledger")) >= n + 10)
             advance(number + 1)
-        ledger, events = run.lines("ledger"), run.lines("events")
         last = run.stop()
+        ledger, events = run.lines("ledger"), run.lines("events")
     times = sorted(line["time"] for line in ledger)
     gaps = [b - a for a, b in pairwise(times)]
+    usual = statistics.median(gaps)
     stall: list[float] = []
     for event in (e for e in events if e["event"] == "rejoined"):
         at = bisect.bisect_left(times, event["time"])
-        stall.append(max(times[at] - times[at - 1], times[min(at + 1, len(times) - 1)] - times[at]))
+        stall.append(max(times[at] - times[at - 1], times[min(at + 1, len(times) - 1)] - times[at]) - usual)
     lost, repeated = samples(ledger, last)
-    usual = statistics.median(gaps)
     return {
         "kills": count, "shrink_s": percentiles(shrink), "step_s": round(usual, 4),
         "growth_stall_s": percentiles(stall), "growth_stall_steps": percentiles([s / usual for s in stall]),
@@ -279,15 +281,43 @@ def market(
     }  # fmt: skip
 
 
+# ---- what it costs ----
+
+KINDS = {
+    "plain": [], "exact": ["--exact-sums"], "copies": ["--snapshot", "neighbour"],
+    "both": ["--exact-sums", "--snapshot", "neighbour"],
+}  # fmt: skip
+
+
+def costs(forkserver: ForkServer, rounds: int, advance: Callable[[float], None]) -> dict[str, Any]:
+    """Tokens a second of llama-2m on two workers, by kind, as a share of the plain run of the same round."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for number in range(rounds):
+        for kind in list(KINDS) if number % 2 == 0 else reversed(KINDS):
+            with tempfile.TemporaryDirectory(prefix="elastic-") as folder:
+                flags = ["--model", "llama-2m", "--tokenizer", "bytes", "--max-tokens", "400000", "--workers", "2"]
+                flags += ["--steps", "30", "--checkpoint-every", "0", *MODEL[6:], *KINDS[kind]]
+                with finished(forkserver, Path(folder), flags) as (records, _):
+                    found[kind].append(1 / statistics.median(records.steps_s[5:]))
+        advance(number + 1)
+    shares = {kind: [v / p for v, p in zip(found[kind], found["plain"], strict=True)] for kind in KINDS}
+    return {
+        "rounds": rounds,
+        **{kind: {"median": round(statistics.median(s), 3), "least": round(min(s), 3), "most": round(max(s), 3)}
+           for kind, s in shares.items()},
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="workers that are killed one by one")
     parser.add_argument("--trace", type=Path, help="CSV of (seconds, instances)")
     parser.add_argument("--minutes", type=float, default=5.0, help="in which the trace is replayed")
+    parser.add_argument("--rounds", type=int, default=0, help="of runs with and without what makes a run exact")
     parser.add_argument("--machines", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the result and nothing else")
-    parser.add_argument("--out", type=Path, help="folder for elastic-kills.json and elastic-market.json")
+    parser.add_argument("--out", type=Path, help="folder for elastic-kills.json and its like")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     forkserver, found = ForkServer(command), dict[str, Any]()
@@ -304,6 +334,9 @@ def main() -> int:
                     forkserver, options.trace, options.minutes, options.machines, options.seed,
                     lambda seconds: progress.update(task, completed=seconds),
                 )  # fmt: skip
+            if options.rounds:
+                task = progress.add_task("costs", total=options.rounds)
+                found["costs"] = costs(forkserver, options.rounds, lambda n: progress.update(task, completed=n))
     finally:
         forkserver.close()
     print(json.dumps(found["market"] if list(found) == ["market"] else found, indent=None if options.json else 1))
