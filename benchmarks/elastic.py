@@ -22,6 +22,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import statistics
@@ -180,6 +181,7 @@ def kills(forkserver: ForkServer, count: int, seed: int, advance: Callable[[floa
             advance(number + 1)
         last = run.stop()
         ledger, events = run.lines("ledger"), run.lines("events")
+    shutil.rmtree(folder)
     times = sorted(line["time"] for line in ledger)
     gaps = [b - a for a, b in pairwise(times)]
     usual = statistics.median(gaps)
@@ -225,9 +227,10 @@ def rates(forkserver: ForkServer, machines: int, steps: int = 80) -> dict[int, f
 
 
 def market(
-    forkserver: ForkServer, trace: Path, minutes: float, machines: int, seed: int, advance: Callable[[float], None]
-) -> dict[str, Any]:
-    """A run on machines that come and go, beside the ideal, and beside a calm one."""
+    forkserver: ForkServer, trace: Path, minutes: float, machines: int, seed: int, picture: Path | None,
+    advance: Callable[[float], None],
+) -> dict[str, Any]:  # fmt: skip
+    """A run on machines that come and go, beside the ideal, and beside a calm one; its sizes.svg goes to `picture`."""
     chance, folder = random.Random(seed), Path(tempfile.mkdtemp(prefix="elastic-"))
     speed = rates(forkserver, machines)
     flags = [
@@ -259,6 +262,8 @@ def market(
         committed = run.lines("ledger")[-1]["step"] - first
         last = run.stop()
         ledger, events = run.lines("ledger"), run.lines("events")
+        if picture is not None and (run.out / "sizes.svg").exists():
+            shutil.copy(run.out / "sizes.svg", picture)
         ended = checkpoint.find(run.out / "checkpoints").path
         assert ended is not None
         with tempfile.TemporaryDirectory(prefix="elastic-") as beside:
@@ -268,6 +273,7 @@ def market(
                 saved = calm.out / "checkpoints" / ended.name
                 calm.until(lambda: (saved / "manifest.json").exists(), 60 * minutes + 300)
                 equal = same_state(ended, saved)
+    shutil.rmtree(folder)
     ideal = sum(speed[n] * (b - a) for (a, n), (b, _) in pairwise(sizes))
     lost, repeated = samples(ledger, last)
     return {
@@ -320,6 +326,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for elastic-kills.json and its like")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
     forkserver, found = ForkServer(command), dict[str, Any]()
     try:
         with Progress(console=Console(stderr=True), disable=options.json) as progress:
@@ -332,6 +340,7 @@ def main() -> int:
                 task = progress.add_task("market", total=60 * options.minutes)
                 found["market"] = market(
                     forkserver, options.trace, options.minutes, options.machines, options.seed,
+                    None if options.out is None else options.out / "elastic-market.svg",
                     lambda seconds: progress.update(task, completed=seconds),
                 )  # fmt: skip
             if options.rounds:
@@ -341,7 +350,6 @@ def main() -> int:
         forkserver.close()
     print(json.dumps(found["market"] if list(found) == ["market"] else found, indent=None if options.json else 1))
     for name, values in found.items() if options.out else ():
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"elastic-{name}.json").write_text(json.dumps({"command": sys.argv, **values}, indent=1) + "\n")
     return 0
 

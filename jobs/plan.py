@@ -128,7 +128,9 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         layout, around = plan_layout(config, model, evaluated)
         if config.min_workers:
             problem = resize_problem(config, model, layer_costs(model, config.sequence_length), evaluated)
-            resize = Resize(make_planner(problem, layout), config.min_workers, config.cooldown, config.wait)
+            resize = Resize(
+                make_planner(problem, layout), config.min_workers, config.cooldown, config.wait, config.spares
+            )
     view = View(
         number=1,
         workers=tuple(range(config.workers)),

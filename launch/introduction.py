@@ -27,9 +27,10 @@ def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
         said = [" ".join(f"{lo}:{hi}" for lo, hi in side) for side in (cut.forward, [cut.fused], cut.backward)]
         spans = f"{said[0]}, with the loss {said[1]}, back {said[2]}"
         parallel = f"{config.round_size} microbatches at once, {config.rule}"
+    size = f" (and down to {config.min_workers})" if config.min_workers else ""
     display.say(
         f"{model.config.model_type}, {count / 1e6:.1f}M parameters{adapters}, {model.num_layers} layers in spans "
-        f"{spans}; {config.workers} workers, {parallel}, {config.scheduler}"
+        f"{spans}; {config.workers} workers{size}, {parallel}, {config.scheduler}"
     )
     samples = config.samples_per_step
     display.say(

@@ -1,12 +1,13 @@
-"""The pictures of a run: the measured iteration beside the planned one, its trace, and the loss curve."""
+"""The pictures of a run: the measured iteration beside the planned one, its trace, the loss curve, and its sizes."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jobs.config import TrainConfig
 from jobs.network import read_network
@@ -14,10 +15,12 @@ from jobs.plan import Plan
 from launch.report import loss_svg
 from launch.run_folder import RunFolder, write_whole
 from pipeline.drawing.draw import compare_svg
+from pipeline.drawing.history import Era, Mark, history_svg
 from pipeline.drawing.trace import perfetto
-from pipeline.schedule.ops import COMPUTE, F, R, Span, parse_op
+from pipeline.schedule.ops import COMPUTE, F, R, Span, parse_op, parse_span
 from pipeline.schedule.simulate import Costs, simulate
 from pipeline.schedule.timeline import Event, Timeline
+from recovery.coordinator import as_layers
 
 Lanes = dict[str, list[tuple[str, float, float]]]
 """Place -> (op as text, start, end): whoever has a place now, its row is that of the plan."""
@@ -58,6 +61,33 @@ class Pictures:
             events = [*self._folder.evaluations, *self._folder.marks]
             self._write("loss.svg", lambda: loss_svg(self._folder.metrics, events))
 
+    def sizes(self, ledger: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
+        """sizes.svg of a run that has changed its size: who held what when, from the lines of its files."""
+        if any(event["event"] == "resized" for event in events) and ledger:
+            self._write("sizes.svg", lambda: self._over_time(ledger, events))
+
+    def _over_time(self, ledger: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> str:
+        first, layers = ledger[0]["time"], self._plan.model.num_layers
+        commits = [line["time"] - first for line in ledger]
+        holds = {
+            int(place): [parse_span(span) for span in spans] for place, spans in as_layers(self._plan.layout).items()
+        }
+        eras, marks = [Era(0.0, holds)], list[Mark]()
+        for event in (event for event in events if event["time"] >= first):
+            at = event["time"] - first
+            if event["event"] == "resized":
+                eras.append(Era(at, _held(event["layers"])))
+            elif event["event"] in ("shrunk", "remedy", "rejoined"):
+                lost = event["event"] != "rejoined"
+                who = event["worker"] if lost else event["replacement"]
+                marks.append(Mark(at, f"worker {who} {'is lost' if lost else 'comes'}: {event['remedy']}", lost))
+        taken = {line["step"]: line["time"] - first for line in ledger}
+        losses = [(taken[m["step"]], m["loss"]) for m in self._folder.metrics if m["step"] in taken]
+        return history_svg(
+            eras, marks, commits, sorted(losses), end=commits[-1], num_layers=layers,
+            title=f"{self._config.scheduler}, {self._config.min_workers} to {self._config.workers} workers",
+        )  # fmt: skip
+
     def _write(self, name: str, draw: Callable[[], str]) -> None:
         try:
             write_whole(path := self._folder.path / name, draw())
@@ -65,6 +95,10 @@ class Pictures:
                 self.paths.append(path)
         except (OSError, ValueError, ArithmeticError, LookupError) as error:
             self._event("picture_failed", path=name, error=str(error) or type(error).__name__)
+
+
+def _held(layers: Mapping[str, Sequence[str]]) -> dict[int, list[Span]]:
+    return {int(place): [parse_span(span) for span in spans] for place, spans in layers.items()}
 
 
 def measured_timeline(name: str, lanes: Lanes) -> Timeline:

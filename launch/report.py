@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
 from typing import Any
 
+from pipeline.drawing.plot import Plot, Point
 from pipeline.drawing.svg import (
-    FAINT,
     MUTED,
-    RULE,
     coord,
     document,
     figure,
@@ -34,7 +32,6 @@ _MARK, _SPEED = oklch(0.55, 0.2, 25), oklch(0.6, 0.1, 165)
 _TALL, _SHORT, _LABEL_ROWS = 300.0, 70.0, 3
 
 Record = Mapping[str, Any]
-Point = tuple[float, float]
 
 
 def loss_svg(records: Sequence[Record], events: Iterable[Record] = (), *, width: int = 900, title: str = "loss") -> str:
@@ -58,7 +55,7 @@ def loss_svg(records: Sequence[Record], events: Iterable[Record] = (), *, width:
 
     steps = [p[0] for p in (*losses, *held_out, *marks)]
     x_range = min(steps), max(steps)
-    plot = _Plot(64.0, 84.0, width - 88.0, _TALL, x_range, _bounds(losses, [*smooth, *held_out]))
+    plot = Plot(64.0, 84.0, width - 88.0, _TALL, x_range, _bounds(losses, [*smooth, *held_out]))
     body = [tag("defs", tag("clipPath", plot.frame, id="plot"))]
     caption = _caption(losses, smooth, held_out, records)
     body += [text(16, 28, title, font_size=16, font_weight="600"), text(16, 48, caption)]
@@ -74,7 +71,7 @@ def loss_svg(records: Sequence[Record], events: Iterable[Record] = (), *, width:
             body.append(tag("circle", said, cx=plot.x(step), cy=plot.y(loss), r=3.5, fill=_HELD_OUT, stroke="#fff"))
     bottom = plot.top + plot.height
     if any(math.isfinite(s) for _, s in speeds):
-        below = _Plot(plot.left, bottom + 26, plot.width, _SHORT, x_range, (0.0, max(_finite_values(speeds)) * 1.08))
+        below = Plot(plot.left, bottom + 26, plot.width, _SHORT, x_range, (0.0, max(_finite_values(speeds)) * 1.08))
         body += below.axes("tokens/s", count=3)
         body.append(tag("path", d=below.line(speeds), stroke=_SPEED, stroke_width=1.5, fill="none"))
         bottom = below.top + below.height
@@ -99,61 +96,6 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return out
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """A rectangle of pixels over a range of steps and of values."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-    steps: tuple[float, float]
-    values: tuple[float, float]
-
-    @property
-    def frame(self) -> str:
-        return tag("rect", x=self.left, y=self.top, width=self.width, height=self.height)
-
-    def x(self, step: float) -> float:
-        lo, hi = self.steps
-        return self.left + self.width * ((step - lo) / (hi - lo) if hi > lo else 0.5)
-
-    def y(self, value: float) -> float:
-        lo, hi = self.values
-        return self.top + self.height * (1 - ((value - lo) / (hi - lo) if hi > lo else 0.5))
-
-    def line(self, points: Sequence[Point]) -> str:
-        """A path through the points, broken where a value is not finite, with at most two points per pixel column."""
-        columns: list[list[Point]] = []
-        last = None
-        for step, value in points:
-            column = int(self.x(step)) if math.isfinite(value) else None
-            if column is None or column != last or len(points) <= 2 * self.width:
-                columns.append([])
-            columns[-1].append((step, value))
-            last = column
-        out, pen = [], "M"
-        for column in columns:
-            if not math.isfinite(column[0][1]):
-                pen = "M"
-                continue
-            low, high = min(column, key=lambda p: p[1]), max(column, key=lambda p: p[1])
-            for step, value in sorted({low, high}):
-                out.append(f"{pen}{coord(self.x(step))} {coord(self.y(value))}")
-                pen = "L"
-        return "".join(out)
-
-    def axes(self, name: str, count: int) -> list[str]:
-        marks = ticks(*self.values, count)
-        grid = "".join(f"M{coord(self.left)} {coord(self.y(m))}h{coord(self.width)}" for m in marks)
-        base = f"M{coord(self.left)} {coord(self.top + self.height)}h{coord(self.width)}"
-        out = [tag("path", d=grid, stroke=FAINT), tag("path", d=base, stroke=RULE)]
-        numbers = [text(self.left - 8, self.y(m) + 4, figure(m)) for m in marks]
-        out.append(tag("g", "".join(numbers), text_anchor="end", font_size=11, fill=MUTED))
-        out.append(text(self.left, self.top - 8, name, font_size=11, fill=MUTED, text_anchor="end"))
-        return out
-
-
 def _caption(
     losses: Sequence[Point], smooth: Sequence[Point], held_out: Sequence[Point], records: Sequence[Record]
 ) -> str:
@@ -168,7 +110,7 @@ def _caption(
     return " · ".join(parts)
 
 
-def _legend(plot: _Plot, held_out: bool, marks: bool) -> list[str]:
+def _legend(plot: Plot, held_out: bool, marks: bool) -> list[str]:
     entries = [(_PALE, 1.0, "each step"), (_LOSS, 2.0, "smoothed")]
     entries += [(_HELD_OUT, 2.0, "held out")] if held_out else []
     entries += [(_MARK, 1.0, "event")] if marks else []
@@ -181,7 +123,7 @@ def _legend(plot: _Plot, held_out: bool, marks: bool) -> list[str]:
     return out
 
 
-def _marks(marks: Sequence[tuple[float, str]], plot: _Plot, bottom: float) -> list[str]:
+def _marks(marks: Sequence[tuple[float, str]], plot: Plot, bottom: float) -> list[str]:
     """A dashed line per event; its label on the first of a few rows where it meets no other, else only as a tooltip."""
     out: list[str] = []
     free = [plot.left] * _LABEL_ROWS
@@ -200,7 +142,7 @@ def _marks(marks: Sequence[tuple[float, str]], plot: _Plot, bottom: float) -> li
     return out
 
 
-def _steps(plot: _Plot, bottom: float) -> list[str]:
+def _steps(plot: Plot, bottom: float) -> list[str]:
     marks = [m for m in ticks(*plot.steps, max(2, int(plot.width // 90))) if m == int(m)]
     numbers = [text(plot.x(m), bottom + 18, f"{m:,.0f}") for m in marks]
     return [

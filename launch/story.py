@@ -19,7 +19,7 @@ from launch.pictures import Pictures
 from launch.progress import Display
 from launch.records import check_record
 from launch.report import loss_terminal
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, read_jsonl
 from launch.signals import skippable
 from pipeline.schedule.layout import Layout
 from pipeline.wire import WireError
@@ -146,6 +146,8 @@ class Story:
     def close(self, code: int, as_json: bool) -> None:
         """The end: pictures, the loss curve, a sample, and where everything is."""
         self._pictures.loss()
+        path = self._config.out
+        self._pictures.sizes(read_jsonl(path / "ledger.jsonl"), read_jsonl(path / "events.jsonl"))
         out, evaluations = self._config.out, self._folder.evaluations
         summary: dict[str, Any] = {
             "exit_code": code, "step": self.step, "seconds": round(time.monotonic() - self._began, 3), "out": str(out),

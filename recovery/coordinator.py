@@ -238,9 +238,18 @@ class Coordinator:
         gone = tuple(sorted(every))
         # until something was trained, what a worker builds by itself is what all have
         find = self.recovery.after_loss if self._trained else self.recovery.before_training
+        if self._trained and self._spared(gone):
+            find = self.recovery.replaced
         self._joining = None
         self._search = _Search(base, every, _aside(find, base, gone), time.monotonic())
         self._publish_found(self._search, _AT_ONCE_S)
+
+    def _spared(self, lost: Sequence[int]) -> bool:
+        """Whether the machines of all that are lost have spare workers for them, where the run would shrink else."""
+        spares = 0 if self.recovery.resize is None else self.recovery.resize.spares
+        agents = [self.view.agents[self.view.places[worker]] for worker in lost]
+        new = not {*self.view.joined, *self.view.awaited} & set(lost)  # a spare that does not come is not waited for
+        return new and bool(spares) and set(agents) <= self.alive and max(Counter(agents).values()) <= spares
 
     def _publish_found(self, search: _Search, timeout_s: float) -> None:
         """Publish the next view, if it is known by now. Raises CannotRestore."""
@@ -361,9 +370,9 @@ def _aside(function: Callable[..., View], *arguments: Any) -> Future[View]:
 
 
 def as_layers(layout: Layout) -> dict[str, list[str]]:
-    """Place -> the spans that it holds, as text."""
+    """Place -> the spans that it computes, as text."""
     found: dict[str, list[str]] = {}
-    for span, places in layout.holders.items():
+    for span, places in layout.train.holders.items():
         for place in places:
             found.setdefault(str(place), []).append(span_text(span))
     return found

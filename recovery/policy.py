@@ -101,6 +101,11 @@ class Recovery:
                 reasons.append(f"{name}: {str(error).removeprefix(_CANNOT)}")
         return self._cured(view, next_view(view, lost), reasons)
 
+    def replaced(self, view: View, lost: tuple[int, ...]) -> View:
+        """The view after `view`, in which others take the places of `lost` at once. Raises CannotRestore."""
+        after = next_view(view, lost)
+        return after if view.rollback is not None else self._cured(view, after)
+
     def going_back(self, view: View, lost: tuple[int, ...]) -> View:
         """The view after one in which all go back, or begin, and which has nothing to lose: as `after_loss`."""
         if self.resize is not None:

@@ -47,9 +47,11 @@ class ResizeSettings:
 @dataclass(frozen=True)
 class Resize:
     """How a run changes its size: `planner` gives the layout over the places that have workers, `least` is how few it
-    goes on with, for longer than `wait_s` seconds; nobody is let in for `cooldown_s` after a change."""
+    goes on with, for longer than `wait_s` seconds; nobody is let in for `cooldown_s` after a change. As many as there
+    are `spares` of a machine are replaced at once instead."""
 
     planner: Planner
     least: int
     cooldown_s: float
     wait_s: float
+    spares: int = 0

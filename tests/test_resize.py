@@ -225,6 +225,16 @@ def test_nobody_is_let_in_before_the_cooldown_is_over(tmp_path: Path, monkeypatc
     assert run.view.workers == (0, 2, 3)
 
 
+@pytest.mark.parametrize(("lost", "workers"), [((1,), (0, 2, 3)), ((1, 2), (0,))])
+def test_spare_workers_take_the_places_of_as_many_as_they_are(
+    tmp_path: Path, lost: tuple[int, ...], workers: tuple[int, ...]
+) -> None:
+    run = Sized(tmp_path, spares=1, wait_s=60.0)
+    lose(run, *lost)
+    assert run.view.workers == workers
+    assert bool(run.named("resized")) == (len(lost) > 1)
+
+
 def test_too_few_workers_are_waited_for_and_then_asked_to_stop(tmp_path: Path) -> None:
     run = Sized(tmp_path, wait_s=0.2)
     lose(run, 1, 2)
