@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,41 +78,63 @@ def _write_layers(engine: Engine, folder: Path, done: int) -> list[checkpoint.Fi
 
 def export(engine: Engine, path: Path, tokenizer: Path, base: str) -> None:
     """Write the model together, as a directory that transformers loads; adapters are merged into it, and kept in
-    `adapter` beside it, for the model `base`. Raises OSError or ModelError."""
+    `adapter` beside it, for the model `base`. Raises ModelError on all alike where one cannot write its part, OSError
+    or ModelError on who leads for what only that one writes."""
     unfinished = path.with_name(path.name + ".tmp")
     if engine.leads:
         shutil.rmtree(unfinished, ignore_errors=True)
     engine.gather({})
+    files = _files(engine)
+    shards: dict[str, str] = {}
+    adapters: dict[str, Tensor] = {}
+    error = None
     try:
-        _export(engine, path, unfinished, tokenizer, base)
+        for number, (writer, layers) in enumerate(files, 1):
+            if writer == engine.me:
+                shards |= _write_file(engine, unfinished, number, len(files), layers, adapters)
+    except (OSError, ModelError) as problem:
+        error = str(problem)
+    votes = engine.gather({"shards": shards, "error": error})
+    try:
+        if (told := _first_error(votes)) is not None:
+            raise ModelError(told)
+        if engine.leads:
+            _finish(engine, unfinished, votes, adapters, path, tokenizer, base)
     except (OSError, ModelError):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if engine.leads:  # by now nobody writes any more
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def _export(engine: Engine, path: Path, unfinished: Path, tokenizer: Path, base: str) -> None:
-    model, files = engine.states.model, _files(engine)
-    shards: dict[str, str] = {}
-    adapters: dict[str, Tensor] = {}
-    for number, (writer, layers) in enumerate(files, 1):
-        tensors: dict[str, Tensor] = {}
-        if writer == engine.me:
-            tensors = {name: tensor for layer in layers for name, tensor in engine.states.weights(layer).items()}
-        if model.lora is not None:
-            adapters |= {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
-            tensors = merge_adapters(model.lora, tensors, model.module)
-        if tensors:
-            shards |= write_shard(unfinished, number, len(files), tensors)
-            engine.pulse()
+def _write_file(
+    engine: Engine, folder: Path, number: int, count: int, layers: Sequence[int], adapters: dict[str, Tensor]
+) -> dict[str, str]:
+    """One file of an export; returns tensor -> file. Adapters are merged, and added to `adapters`."""
+    model = engine.states.model
+    tensors = {name: tensor for layer in layers for name, tensor in engine.states.weights(layer).items()}
+    if model.lora is not None:
+        adapters |= {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+        tensors = merge_adapters(model.lora, tensors, model.module)
+    if not tensors:
+        return {}
+    written = write_shard(folder, number, count, tensors)
+    engine.pulse()
+    return written
+
+
+def _finish(
+    engine: Engine, unfinished: Path, votes: Mapping[int, Mapping[str, Any]], adapters: dict[str, Tensor], path: Path,
+    tokenizer: Path, base: str,
+) -> None:  # fmt: skip
+    """All files are there: the index, the tokenizer, and the place where the model is to be."""
+    model = engine.states.model
     if model.lora is not None:
         config = model.lora.config(model.module(model.paths(1)["block"]))
         save_adapter(path.with_name("adapter"), config, adapters, base if Path(base).is_dir() else None)
-    votes = engine.gather({"shards": shards})
-    if engine.leads:
-        weight_map = {tensor: name for vote in votes.values() for tensor, name in vote["shards"].items()}
-        every = [key for layer in range(model.num_layers) for key in model.keys(layer) if not is_adapter(key)]
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-        finish_export(unfinished, model.config, weight_map, keys=every, tokenizer=loaded, into=path)
+    weight_map = {tensor: name for vote in votes.values() for tensor, name in vote["shards"].items()}
+    every = [key for layer in range(model.num_layers) for key in model.keys(layer) if not is_adapter(key)]
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    finish_export(unfinished, model.config, weight_map, keys=every, tokenizer=loaded, into=path)
 
 
 def _files(engine: Engine) -> list[tuple[int, list[int]]]:

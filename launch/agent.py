@@ -69,6 +69,8 @@ class Agent:
     _spares: dict[int, str] = field(default_factory=dict)  # pid -> the key by which it is called
     _spares_made: int = 0
     _view: int = 1
+    _awaited: set[int] = field(default_factory=set)
+    """Workers that hold nothing yet."""
     _late: set[int] = field(default_factory=set)
     """Workers that may find nobody any more when the run is over: those that are awaited, and those who joined last."""
     _stopping: int = 0
@@ -197,11 +199,12 @@ class Agent:
         if not self._told_to_leave:
             self._told_to_leave = True
             keys.leave(self.store, self.rank)
-        if self.pids and time.monotonic() > by:
-            for worker in self.pids.values():
+        left = set(self.pids.values()) - self._awaited
+        if left and time.monotonic() > by:
+            for worker in left:
                 keys.report_loss(self.store, worker, "was on a machine that is gone")
             return True
-        return not self.pids
+        return not left
 
     def _beat(self) -> None:
         if time.monotonic() - self._beaten >= _BEAT_S:
@@ -222,7 +225,7 @@ class Agent:
             self._view = view.number
             _send([pid for pid, worker in self.pids.items() if worker not in view.places], signal.SIGKILL)
             self._unstarted = [one for one in self._unstarted if one.worker in view.places]
-            self._late = {*view.awaited, *view.joined}
+            self._awaited, self._late = set(view.awaited), {*view.awaited, *view.joined}
             running = {*self.pids.values(), *(one.worker for one in self._unstarted)}
             for worker in (*view.joined, *view.awaited):
                 mine = view.agents[place := view.places[worker]] == self.rank and self._leave_by is None

@@ -26,7 +26,7 @@ from pipeline.wire import checked
 
 _PR_SET_PDEATHSIG = 1
 _ANSWER_S = 10.0
-DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a terminal or a scheduler sends to all processes of a run: the agent alone decides what they mean."""
 
 

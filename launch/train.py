@@ -80,13 +80,14 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
         handle = open_store(slot)
         payload = partial(_payload, config, slot, handle, devices)
         agent = Agent(slot.rank, forkserver, handle.store, workers, payload, config.spares)
+        if config.min_workers and config.preempt_signal != "none":  # the machine with the store takes the run along
+            leave = signals if slot.coordinates else lambda _: agent.leave(config.grace)
+            signal.signal(getattr(signal, config.preempt_signal), lambda number, _: leave(number))
         try:
             agent.start()
             if slot.coordinates:
                 return _coordinate(config, agent, handle.store, slot, as_json, signals)
             signals.trains(agent.asked_to_stop)
-            if config.min_workers and config.preempt_signal != "none":
-                signal.signal(getattr(signal, config.preempt_signal), lambda *_: agent.leave(config.grace))
             try:
                 code = agent.supervise(lambda: None)
                 keys.confirm_end(handle.store, slot.rank)

@@ -21,7 +21,7 @@ from recovery.remedy import states_of
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Witness:
     """What one worker says: hashes of the states it `holds` and of those it `gave`, by name, which states are not what
     they were although nobody moved them, and what it counts and draws by."""
 
@@ -34,7 +34,7 @@ class Testimony:
     def of(
         cls, worker: int, held: Mapping[str, LayerState], known: Mapping[str, LayerState], before: Mapping[str, int],
         moves: Sequence[Move], keys: Mapping[str, Any],
-    ) -> Testimony:  # fmt: skip
+    ) -> Witness:  # fmt: skip
         """`held` are the states of a worker now, `known` those that it has given as well; `before` the hashes of those
         that it had when the view began, empty where all went back."""
         holds = {name: state.fingerprint() for name, state in held.items()}

@@ -299,6 +299,7 @@ class Coordinator:
             if isinstance(change.found.exception(), CannotRestore):
                 return  # the others go on without, and it is tried again
             self._follower.abort()
+            self._trained = True
             self._publish(change.found.result(), change.who if event == "left" else (), event=event)
 
     @property

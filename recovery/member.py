@@ -24,7 +24,7 @@ from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.layout import Assignment, Excerpt
-from recovery.certificate import Testimony, certify, write
+from recovery.certificate import Witness, certify, write
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes, all_kept
 from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked, view_key
@@ -163,7 +163,7 @@ class Member:
         worker, keys = self.worker, self.keys(step)
         copied = [move for move in view.moves if self.remedies[move.remedy].carries == "state"]
         known = worker.store.aside | worker.store.states
-        told = Testimony.of(worker.id, worker.store.states, known, before, view.moves, keys)
+        told = Witness.of(worker.id, worker.store.states, known, before, view.moves, keys)
         names = {state.name for state in worker.store.model.states}  # a layer may own nothing but a shared weight
         holders = {name: workers for part, workers in parts.items() for name in states_of(part) & names}
         found = worker.commit.agree(asdict(told), partial(certify, holders, copied))

@@ -23,8 +23,8 @@ class ResizeSettings:
     the code 75."""
 
     preempt_signal: Literal["none", "SIGUSR1", "SIGUSR2"] = "SIGUSR1"
-    """What tells the agent of a machine, other than that of node 0, that the machine is about to go: its workers hand
-    over what they hold, and the others go on."""
+    """What tells the agent of a machine that the machine is about to go: its workers hand over what they hold, and the
+    others go on. That of node 0 takes the run along, which saves itself."""
     grace: Annotated[float, Within(0.1, WEEK_S)] = 25.0
     """Seconds that a machine has left when it is told so; AWS gives 120, Google 30."""
 

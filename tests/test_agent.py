@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from jobs.config import ConfigError
 from jobs.train import STOPPED
 from launch.agent import Agent, RunFailed, fail_before_start
 from launch.forkserver import Exit, ForkServerGone, StartError
@@ -252,3 +254,68 @@ def test_an_agent_ends_though_its_forkserver_is_gone() -> None:
     agent = Agent(0, Gone(), dist.HashStore(), [], lambda worker, *_: {})  # type: ignore[arg-type]
     agent.pids[2_000_000_000] = 0
     agent.end()
+
+
+# ---- a machine that goes ----
+
+
+def test_a_machine_that_goes_says_so_and_ends_once_its_workers_are_in_no_view() -> None:
+    ticks = [0]
+
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            agent.leave(60.0)
+        if ticks[0] == 3:
+            assert keys.leavers(store)
+            assert keys.leaves(store, 0)
+            forkserver.ends += [Exit(pid, EVICTED) for pid in agent.pids]
+
+    store, run = watched(tick)
+    assert run() == STOPPED
+    assert keys.read_loss(store, 0) is None
+    agent = Agent(0, Scripted(), store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
+    agent.start()
+    assert not keys.leaves(store, 0), "it is back"
+
+
+def test_a_machine_whose_time_is_over_reports_its_workers_lost() -> None:
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
+        agent.leave(0.0)
+
+    store, run = watched(tick)
+    assert run() == STOPPED
+    for worker in (0, 1):
+        report = keys.read_loss(store, worker)
+        assert report is not None
+        assert report.reason == "was on a machine that is gone"
+
+
+def test_an_agent_that_comes_back_starts_whom_the_newest_view_awaits_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launch.agent._BEAT_S", 0.01)
+    store, forkserver = dist.HashStore(), Scripted()
+    keys.beat_agent(store, 1, 7)
+    places = {0: 0, 5: 1, 6: 2}
+    for number in (1, 2, 3):
+        view = View(
+            number, (0,), LAYOUT.key, places=places, agents={0: 0, 1: 1, 2: 1}, awaited={5: 1, 6: 2}, next_worker=7
+        )
+        publish(store, view, LAYOUT)
+    agent = Agent(1, forkserver, store, [1, 2], lambda worker, place, *_: {"worker": worker, "place": place})  # type: ignore[arg-type]
+    agent.start()
+    agent._follow(over=False)
+    assert sorted(payload["worker"] for payload in forkserver.started) == [5, 6]
+
+
+def test_two_agents_of_one_rank_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.agent._BEAT_S", 0.1)
+    store = dist.HashStore()
+    keys.beat_agent(store, 1, 1)
+    beats = threading.Timer(0.1, lambda: keys.beat_agent(store, 1, 2))
+    beats.start()
+    agent = Agent(1, Scripted(), store, [1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="node_rank is 1; allowed: one whose agent does not live"):
+        agent.start()
+    beats.join()

@@ -17,7 +17,7 @@ from pipeline.model.weights import preset
 from pipeline.state.layer_state import LayerState
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
-from recovery.certificate import Testimony, certify, write
+from recovery.certificate import Witness, certify, write
 from recovery.membership import Move, View
 
 MOVES = (Move(1, "1:2", "replica", ((0, "1:2"),)),)
@@ -64,7 +64,7 @@ def vote(workers: Workers, before: Mapping[int, Mapping[str, int]], **keys: Any)
     }
     return {
         w: json.loads(json.dumps(asdict(
-            Testimony.of(w, s.states, s.aside | s.states, before[w], MOVES, names[w])
+            Witness.of(w, s.states, s.aside | s.states, before[w], MOVES, names[w])
         ))) for w, s in workers.items()
     }  # fmt: skip
 

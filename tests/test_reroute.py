@@ -9,10 +9,11 @@ import pytest
 
 from launch.forkserver import ForkServer
 from tests.harness import Command, relative_difference, run_command
-from tests.test_recovery import POINTS, STEPS, _eight_blocks, events, exported, metrics, settings, whole_ledger
+from tests.test_recovery import POINTS, _eight_blocks, events, exported, metrics, settings, whole_ledger
 
 STAGES = [[0, 1], [2, 3], [4], [5]]
 TOKENS = 8 * 32
+STEPS = 24  # a worker that is started is there long before
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(forkserver: ForkServer, network: Path, model: Path, out: Path, *more: str, code: int = 0) -> Command:
     flags = ["--scheduler", "skippipe", "--network", str(network), "--workers", "6", "--model", str(model),
-             "--search-moves", "300", *more]  # fmt: skip
+             "--search-moves", "300", "--steps", str(STEPS), *more]  # fmt: skip
     done = run_command(forkserver, out.with_suffix(".log"), *settings(out, *flags), timeout_s=60)
     assert done.code == code, done.output
     return done
@@ -39,7 +40,7 @@ def train(forkserver: ForkServer, network: Path, model: Path, out: Path, *more: 
 
 def every_step_counts_once(out: Path) -> None:
     """Steps, samples and tokens are those of a run without a loss."""
-    whole_ledger(out)
+    whole_ledger(out, STEPS)
     assert [line["step"] for line in metrics(out)] == list(range(1, STEPS + 1))
     assert {line["tokens"] for line in metrics(out)} == {TOKENS}
 
@@ -111,7 +112,7 @@ def test_what_no_route_can_pass_by_comes_back_from_a_checkpoint(
     faults = ";".join(f"kill:worker={w},step=7,at=backward" for w in workers)
     train(forkserver, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", faults)
     assert [event["to"] for event in events(out, "rolled_back")][-1] == "step-00000005"
-    whole_ledger(out)
+    whole_ledger(out, STEPS)
     ours, theirs = ([line["loss"] for line in metrics(run)] for run in (out, calm["0.25"]))
     assert ours[-1] == pytest.approx(theirs[-1], abs=2e-5)
 
@@ -124,7 +125,9 @@ def test_a_replacement_that_dies_as_it_joins(
     every_step_counts_once(out)
     assert events(out, "rejoined")[-1]["worker"] in (4, 6)
     (rerouted, *_), (resumed, *_) = events(out, "rerouted"), events(out, "resumed")
-    assert [line["step"] for line in whole_ledger(out) if line["view"] == resumed["view"]], "steps without the stage"
+    assert [line["step"] for line in whole_ledger(out, STEPS) if line["view"] == resumed["view"]], (
+        "steps without the stage"
+    )
     assert rerouted["worker"] == 4
 
 
@@ -136,7 +139,7 @@ def test_the_end_of_a_run_waits_for_the_stage_that_is_missing(
     deaths = [f"kill:worker=4,step={last},at=backward", *(f"kill:worker=6,step={s},at=join" for s in (last, STEPS))]
     train(forkserver, network, model, out := tmp_path / "run", "--skip", "0.25", "--inject", ";".join(deaths))
     every_step_counts_once(out)
-    ended, back = whole_ledger(out)[-1], events(out, "rejoined")[-1]
+    ended, back = whole_ledger(out, STEPS)[-1], events(out, "rejoined")[-1]
     assert ended["time"] < back["time"], "the last step did not wait"
     assert events(out, "exported")[-1]["time"] > back["time"], "the export did"
     assert set(exported(out)) == set(exported(calm["0.25"]))

@@ -99,6 +99,7 @@ class Actors:
         self.wires: dict[tuple[str, int], deque[Tensor]] = {}
         self.processes: dict[int, Process] = {}  # worker -> its newest process
         self.agent_processes: dict[int, Process] = {}
+        self.live_agents: dict[int, Agent] = {}
         self.saved: dict[int, dict[str, float]] = {}
         self.committed: dict[tuple[int, int], tuple[int, set[int]]] = {}
         self.ledger: dict[int, dict[str, Any]] = {}
@@ -229,6 +230,7 @@ class Actors:
             return {"worker": worker, "place": place, "view": view, "joins": joins}
 
         agent = Agent(rank, self.forkserver(rank), store, places, payload)
+        self.live_agents[rank] = agent
         agent.start()
         if rank == 0:
             self.coordinator = self._coordinator(store)

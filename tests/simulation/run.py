@@ -23,6 +23,7 @@ from recovery import keys
 from recovery import lifeline as lifeline_module
 from recovery import member as member_module
 from recovery import membership as membership_module
+from recovery import signs as signs_module
 from recovery.commit import Ballot
 from recovery.membership import START, View
 from tests.simulation.actors import STEPS, Actors
@@ -32,7 +33,8 @@ from tests.simulation.world import Broken, Process
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a process at a time: "kill", "stop" (for `seconds`), or "machine" (an agent and its workers)."""
+    """What happens to a process at a time: "kill", "stop" (for `seconds`), "machine" (an agent and its workers), or
+    "leave" (an agent is told that its machine goes in `seconds`)."""
 
     when: float
     kind: str
@@ -50,10 +52,10 @@ class Run(Actors):
     def _draw_faults(self, workers: int) -> Iterator[Fault]:
         chance = self.world.chance
         for _ in range(chance.choice((0, 1, 1, 2, 3))):
-            kind = chance.choices(("kill", "stop", "machine"), (6, 2, 1))[0]
-            if kind == "machine" and self.agents == 1:
+            kind = chance.choices(("kill", "stop", "machine", "leave"), (6, 2, 1, int(self.elastic)))[0]
+            if kind in ("machine", "leave") and self.agents == 1:
                 kind = "kill"
-            whom = 1 if kind == "machine" else chance.randrange(workers + 2)
+            whom = 1 if kind in ("machine", "leave") else chance.randrange(workers + 2)
             yield Fault(chance.uniform(0.0, 3.0), kind, whom, chance.choice((0.3, 2.0, 8.0)))
 
     def _faults(self) -> None:
@@ -68,6 +70,11 @@ class Run(Actors):
                         process.dead = True
                 if self.elastic:
                     self.world.start(Process("return"), lambda fault=fault: self._return(fault.whom, fault.seconds))
+            elif fault.kind == "leave":
+                self.world.say(f"machine {fault.whom} goes in {fault.seconds} s")
+                if (agent := self.live_agents.get(fault.whom)) is not None:
+                    agent.leave(fault.seconds)
+                self.world.start(Process("return"), lambda fault=fault: self._return(fault.whom, 2 * fault.seconds))
             elif (process := self.processes.get(fault.whom)) is not None and process.code is None:
                 self.world.say(f"worker {fault.whom}: {fault.kind} {fault.seconds if fault.kind == 'stop' else ''}")
                 if fault.kind == "kill":
@@ -78,8 +85,9 @@ class Run(Actors):
     def _return(self, rank: int, after: float) -> None:
         """A machine comes back, with its agent."""
         self.world.sleep(after)
-        if not self.agent_processes[rank].dead:
-            return  # it has been back before
+        if not (self.agent_processes[rank].dead or rank in self.codes) or 0 in self.codes:
+            return  # it has been back before, or all is over
+        self.codes.pop(rank, None)
         self.world.say(f"machine {rank} is back")
         process = self.agent_processes[rank] = Process(f"agent {rank}")
         self.world.start(process, lambda: self._agent(rank))
@@ -172,7 +180,7 @@ def virtual(run: Run) -> Iterator[None]:
 
     timed = (
         commit_module, coordinator_module, lifeline_module, member_module, membership_module, agent_module, keys,
-        train_module, worker_module,
+        signs_module, train_module, worker_module,
     )  # fmt: skip
     changes = [
         (agent_module, "_send", send), (agent_module, "_POLL_S", 0.1), (coordinator_module, "_aside", aside),
