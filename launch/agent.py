@@ -23,7 +23,7 @@ from jobs.train import STOPPED
 from launch.forkserver import Exit, ForkServer, ForkServerGone, StartError
 from launch.signals import NotStarted
 from recovery import keys
-from recovery.membership import EVICTED, read_view
+from recovery.membership import EVICTED, View, read_view
 
 _POLL_S = 0.02
 _BEAT_S = 0.5
@@ -85,11 +85,13 @@ class Agent:
 
     def start(self) -> None:
         """Fork the workers of the first view, each with the number of its place; or, where there has been an agent of
-        this rank before, those that are awaited in its places. Raises ConfigError where that agent lives."""
+        this rank before, those that are awaited in its places: whoever has joined has been started by that one, and may
+        have voted. Raises ConfigError where that agent lives."""
         newest = self._newest_view() if self._comes_back() else 0
         keys.stay(self.store, self.rank)
         if newest:
-            self._view = max(1, newest - 1)
+            self._view, view = newest, read_view(self.store, newest)
+            self._start_those(view, view.awaited)
         else:
             for place in self.places:
                 self._start(place, place, 1, joins=False)
@@ -226,14 +228,18 @@ class Agent:
             _send([pid for pid, worker in self.pids.items() if worker not in view.places], signal.SIGKILL)
             self._unstarted = [one for one in self._unstarted if one.worker in view.places]
             self._awaited, self._late = set(view.awaited), {*view.awaited, *view.joined}
-            running = {*self.pids.values(), *(one.worker for one in self._unstarted)}
-            for worker in (*view.joined, *view.awaited):
-                mine = view.agents[place := view.places[worker]] == self.rank and self._leave_by is None
-                if mine and worker not in running:
-                    self._start(worker, place, view.number + (worker in view.awaited), joins=True)
+            self._start_those(view, (*view.joined, *view.awaited))
             self._keep_spares()
         if over:
             _send([pid for pid, worker in self.pids.items() if worker in self._late], signal.SIGKILL)
+
+    def _start_those(self, view: View, workers: Iterable[int]) -> None:
+        """Start those of the workers that are this agent's and do not run yet."""
+        running = {*self.pids.values(), *(one.worker for one in self._unstarted)}
+        for worker in workers:
+            mine = view.agents[place := view.places[worker]] == self.rank and self._leave_by is None
+            if mine and worker not in running:
+                self._start(worker, place, view.number + (worker in view.awaited), joins=True)
 
     def end(self) -> None:
         """End the workers that still run, gently first, and the spare ones."""

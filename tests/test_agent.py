@@ -299,8 +299,15 @@ def test_an_agent_that_comes_back_starts_whom_the_newest_view_awaits_and_nobody_
     keys.beat_agent(store, 1, 7)
     places = {0: 0, 5: 1, 6: 2}
     for number in (1, 2, 3):
-        view = View(
-            number, (0,), LAYOUT.key, places=places, agents={0: 0, 1: 1, 2: 1}, awaited={5: 1, 6: 2}, next_worker=7
+        view = View(  # worker 7 has joined, and was started by the one before
+            number,
+            (0, 7),
+            LAYOUT.key,
+            places={**places, 7: 3},
+            agents={0: 0, 1: 1, 2: 1, 3: 1},
+            joined={7: 4},
+            awaited={5: 1, 6: 2},
+            next_worker=8,
         )
         publish(store, view, LAYOUT)
     agent = Agent(1, forkserver, store, [1, 2], lambda worker, place, *_: {"worker": worker, "place": place})  # type: ignore[arg-type]

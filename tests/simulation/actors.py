@@ -245,6 +245,8 @@ class Actors:
                 keys.fail(store, str(error))
             self.errors.append(str(error))
             self.codes[rank] = 1
+        for pid in agent.pids:  # as Agent.end
+            self.by_pid[pid].dead = True
         self.world.say(f"agent {rank} ends with {self.codes[rank]} {self.errors}")
 
     def _coordinator(self, store: Any) -> Coordinator:
