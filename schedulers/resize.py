@@ -85,7 +85,7 @@ def shapes(problem: ResizeProblem, workers: int) -> Iterator[tuple[int, int]]:
                     yield stages, replicas
 
 
-def dealt(
+def grouped(
     stages: int, replicas: int, places: Collection[int], speeds: Mapping[int, float], held: Mapping[int, Set[int]]
 ) -> list[list[int]]:
     """The places of each stage. The fastest are taken; those of like speed share a stage; who has early layers comes
@@ -106,7 +106,7 @@ def _sized(
 ) -> Sized | None:  # fmt: skip
     """One shape, if it fits."""
     stages, replicas = shape
-    groups = dealt(stages, replicas, places, speeds, held)
+    groups = grouped(stages, replicas, places, speeds, held)
     paces = [min(speeds.get(place, 1.0) for place in group) for group in groups]
     rooms = [min(limits.get(place, float("inf")) for place in group) for group in groups]
     at = [groups[stage][replica] for replica in range(replicas) for stage in range(stages)]
