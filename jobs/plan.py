@@ -36,6 +36,7 @@ from recovery.generation import read_generation
 from recovery.membership import View
 from recovery.reroute import Planner
 from recovery.resize import Resize
+from recovery.speeds import Speeds
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)."""
@@ -129,8 +130,9 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         if config.min_workers:
             problem = resize_problem(config, model, layer_costs(model, config.sequence_length), evaluated)
             resize = Resize(
-                make_planner(problem, layout), config.min_workers, config.cooldown, config.wait, config.spares
-            )
+                make_planner(problem, layout), config.min_workers, config.cooldown, config.wait, config.spares,
+                config.shift, problem.layer_bytes, Speeds(problem.layer_costs),
+            )  # fmt: skip
     view = View(
         number=1,
         workers=tuple(range(config.workers)),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from jobs.config import TrainConfig
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.layout import Layout
 from recovery.remedy import CannotRestore
-from recovery.reroute import Planner
+from recovery.resize import SpeedPlanner
 from schedulers import PartitionError
 from schedulers.resize import ResizeProblem, resize
 
@@ -24,19 +24,19 @@ def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[f
     )  # fmt: skip
 
 
-def make_planner(problem: ResizeProblem, home: Layout) -> Planner:
+def make_planner(problem: ResizeProblem, home: Layout) -> SpeedPlanner:
     """The layout for the places that have workers. Layers stay in the places that have them in `home`, where they can,
-    so it depends on nothing but who is there."""
+    so it depends on nothing but who is there, and how fast."""
     held: dict[int, set[int]] = {place: set() for place in home.train.lanes}
     for span, places in home.train.holders.items():
         for place in places:
             held[place] |= set(range(*span))
 
-    def planner(alive: Collection[int]) -> Layout:
+    def planner(alive: Collection[int], speeds: Mapping[int, float]) -> Layout:
         if not alive:
             raise CannotRestore("no worker is left")
         try:
-            return resize(problem, alive, held=held).layout
+            return resize(problem, alive, speeds=speeds, held=held).layout
         except PartitionError as error:
             raise CannotRestore(str(error)) from error
 

@@ -18,14 +18,13 @@ from jobs.engine import Engine, Position, ReportSink
 from jobs.plan import identity, model_fingerprint
 from jobs.save import export, save
 from jobs.text import TextJob
+from pipeline.exit_codes import STOPPED
 from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.worker import StepResult
 from recovery.checkpoint import CheckpointError
 from recovery.member import Joined
 
 _WAIT_S = 0.05
-STOPPED = 75
-"""The exit code of a run that was asked to stop and has saved itself (EX_TEMPFAIL: try again)."""
 
 
 @dataclass

@@ -19,9 +19,9 @@ from typing import Any
 import torch.distributed as dist
 
 from jobs.config import ConfigError
-from jobs.train import STOPPED
 from launch.forkserver import Exit, ForkServer, ForkServerGone, StartError
 from launch.signals import NotStarted
+from pipeline.exit_codes import STOPPED
 from recovery import keys
 from recovery.membership import EVICTED, View, read_view
 
@@ -37,7 +37,11 @@ _NOT_STARTED = "the run was asked to stop before its first step"
 
 
 class RunFailed(RuntimeError):
-    """The run ended before its last step. The message names the worker and its error."""
+    """The run ended before its last step. The message names the worker and its error; `code` is that of the process."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass
@@ -173,16 +177,21 @@ class Agent:
                     self._lost(worker, exit_)
             self._beat()
             self._pass_on()
-            if self._leave_by is not None and self._has_left(self._leave_by):
-                return STOPPED
+            if (by := self._leave_by) is not None:
+                if self._has_left(by):
+                    return STOPPED
+            elif self._told_to_leave:
+                self._told_to_leave = False
+                keys.stay(self.store, self.rank)
+                self._start_those(view := read_view(self.store, self._view), view.awaited)
             self._try_again()
             tick()
             over = keys.ended(self.store)
             self._follow(code is not None or over is not None)
             if not self.pids and code is None and over is not None:
                 return over  # its places have gone to others
-            if (reason := keys.failure(self.store)) is not None:
-                raise NotStarted if reason == _NOT_STARTED else RunFailed(reason)
+            if (failure := keys.failure(self.store)) is not None:
+                raise NotStarted if failure.reason == _NOT_STARTED else RunFailed(failure.reason, failure.code)
         assert code is not None
         return code
 
@@ -196,11 +205,15 @@ class Agent:
         """A handler of signals: the machine goes in `grace_s` seconds; the others go on without its workers."""
         self._leave_by = self._leave_by or time.monotonic() + grace_s
 
+    def stay(self) -> None:
+        """A handler of signals: the machine does not go after all."""
+        self._leave_by = None
+
     def _has_left(self, by: float) -> bool:
         """Whether all of its workers have handed over, or there is no more time: then they are lost."""
         if not self._told_to_leave:
             self._told_to_leave = True
-            keys.leave(self.store, self.rank)
+            keys.leave(self.store, self.rank, max(0.0, by - time.monotonic()))
         left = set(self.pids.values()) - self._awaited
         if left and time.monotonic() > by:
             for worker in left:

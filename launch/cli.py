@@ -15,8 +15,8 @@ from typing import Any
 
 from launch.signals import NotStarted
 from launch.whose import foreign
+from pipeline.exit_codes import ERROR, STOPPED, USAGE, exit_code
 
-ERROR, USAGE, STOPPED = 1, 2, 75
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = function(config)
     except (ValueError, RuntimeError, OSError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        return _refuse(name, error, USAGE if isinstance(error, ValueError) else ERROR)
+        return _refuse(name, error, exit_code(error))
     except NotStarted:
         return _refuse(name, "asked to stop before the first step: nothing was saved, and nothing is left", STOPPED)
     except KeyboardInterrupt:

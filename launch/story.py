@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from jobs.config import TrainConfig
 from jobs.plan import Plan
-from jobs.train import STOPPED
 from launch.generate import Continuation, continue_text
 from launch.pictures import Pictures
 from launch.progress import Display
@@ -21,6 +20,7 @@ from launch.records import check_record
 from launch.report import loss_terminal
 from launch.run_folder import RunFolder, read_jsonl
 from launch.signals import skippable
+from pipeline.exit_codes import STOPPED
 from pipeline.schedule.layout import Layout
 from pipeline.wire import WireError
 from recovery import keys

@@ -16,7 +16,6 @@ import transformers
 
 from jobs.config import TrainConfig
 from jobs.plan import Plan, make_plan
-from jobs.train import STOPPED
 from launch.agent import Agent, RunFailed, fail_before_start
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
@@ -34,14 +33,17 @@ from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
 from launch.warm import warm_up
 from launch.worker_main import default_threads, worker_main
+from pipeline.exit_codes import ERROR, STOPPED, exit_code
 from pipeline.model.weights import watch
 from recovery import keys
 from recovery.checkpoint import Verifier, any_saved
 from recovery.coordinator import Coordinator
+from recovery.losses import TooManyFailures
 from recovery.policy import Recovery
 
 _LAST_S = 20.0
-ERROR, USAGE = 1, 2
+TAKES_BACK = {"SIGUSR1": signal.SIGUSR2, "SIGUSR2": signal.SIGUSR1}
+"""The signal that tells a machine to go -> the one that tells it that it stays after all."""
 
 
 def train(config: TrainConfig, as_json: bool = False) -> int:
@@ -60,7 +62,7 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
         shared = isinstance(error, ValueError | RunFailed)
         if os.environ.get("LOCAL_RANK", "0") == "0" or not shared:
             raise
-        return USAGE if isinstance(error, ValueError) else ERROR  # one slot of a machine says it for all
+        return exit_code(error)  # one slot of a machine says it for all
 
 
 def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
@@ -83,6 +85,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
         if config.min_workers and config.preempt_signal != "none":  # the machine with the store takes the run along
             leave = signals if slot.coordinates else lambda _: agent.leave(config.grace)
             signal.signal(getattr(signal, config.preempt_signal), lambda number, _: leave(number))
+            signal.signal(TAKES_BACK[config.preempt_signal], lambda *_: None if slot.coordinates else agent.stay())
         try:
             agent.start()
             if slot.coordinates:
@@ -167,15 +170,20 @@ def _follow(
         story.tick(coordinator.view.workers, coordinator.valid, coordinator.layout)
     except Exception as error:
         with suppress(RuntimeError):  # the store may be what failed
-            keys.fail(store, str(error))
+            keys.fail(store, str(error), _code(error))
             story.tick((), None)
         folder.event("failed", error=str(error), step=story.step)
-        if isinstance(error, ValueError):  # the settings were right, or nothing would have begun
-            raise RunFailed(str(error)) from error
+        if isinstance(error, ValueError | TooManyFailures):
+            raise RunFailed(str(error), _code(error)) from error
         raise
     finally:
         folder.close()
     return code, story
+
+
+def _code(error: Exception) -> int:
+    """The settings were right, or nothing would have begun: then a ValueError is none of usage."""
+    return ERROR if isinstance(error, ValueError) else exit_code(error)
 
 
 def _coordinator(
@@ -193,7 +201,8 @@ def _coordinator(
     )  # fmt: skip
     for line in forecast(config, recovery):
         display.say(line)
-    return Coordinator(store, first, recovery, story.event, config.heartbeat, config.deadline, config.max_failures)
+    return Coordinator(store, first, recovery, story.event, config.heartbeat, config.deadline, config.max_failures,
+                       config.max_preemptions)  # fmt: skip
 
 
 def _await_agents(coordinator: Coordinator, store: dist.Store) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -138,6 +139,8 @@ class Follower:
     """When the last outcome was seen, in time.monotonic seconds."""
     given_up: bool = False
     """Whether a worker has ended the view: it waited for votes in vain."""
+    seen: Callable[[Mapping[str, Any]], None] | None = None
+    """Called with what each committed step, and no other iteration, has come to."""
 
     def __post_init__(self) -> None:
         self.moved = time.monotonic()
@@ -146,9 +149,14 @@ class Follower:
         """Take note of new outcomes, and delete what nobody reads any more; returns whether there were any."""
         before = self.iteration
         while not self.given_up and self.store.check([key := outcome_key(self.view, self.iteration)]):
-            if _outcome(self.store.get(key)) != COMMIT:
+            if _outcome(stands := self.store.get(key)) != COMMIT:
                 self.given_up = True
                 break
+            if self.seen is not None:
+                with suppress(WireError):
+                    found = parse(stands.split(b"\n", 1)[-1], "an outcome")
+                    if found.get("norms"):  # an evaluation has none
+                        self.seen(found)
             self.store.delete_key(outcome_key(self.view, self.iteration - 3))
             self.iteration += 1
             self.moved = time.monotonic()

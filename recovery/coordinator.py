@@ -10,7 +10,6 @@ to look after the run.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,17 +25,15 @@ from pipeline.wire import WireError
 from recovery.commit import READY, Follower
 from recovery.keys import (
     LossReport,
-    ask_to_stop,
-    leavers,
     leaves,
     newest_loss,
-    read_beat,
     read_complaint,
     read_loss,
     stop_asked,
 )
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
 from recovery.membership import View, publish
+from recovery.planned import AT_ONCE_S, LEFT, SHIFTED, STAYED, Planned, aside
 from recovery.policy import CHECKPOINT, REDUNDANT, REROUTE, RESIZE, Recovery
 from recovery.remedy import CannotRestore
 from recovery.signs import Signs
@@ -48,7 +45,6 @@ Event = Callable[..., None]
 _GRACE_S = 1.0  # a broken link is most often a lost worker, of which a report is on its way
 _COMPLAINTS = 3
 _READ_S = 1.0
-_AT_ONCE_S = 0.05  # what is found out within it needs no further tick
 _MEANWHILE = {REROUTE: "rerouted", REDUNDANT: "taken_over", RESIZE: "shrunk"}
 """What is done until a replacement is ready -> the event that says so."""
 _FRESH = "the weights of the start, as nothing was trained yet"
@@ -64,15 +60,6 @@ class _Search:
     began: float
 
 
-@dataclass(frozen=True)
-class _Change:
-    """Who joins or leaves, being found out."""
-
-    event: str
-    who: tuple[int, ...]
-    found: Future[View]
-
-
 @dataclass
 class Coordinator:
     """Publishes `view` at once; `recovery` says what comes after it.
@@ -81,7 +68,8 @@ class Coordinator:
     nothing is settled and its own work does not come on for `deadline_s`; one that is awaited, if it does not come up
     and its own work does not come on for as long. After a complaint about a link a view of the
     same workers gives them new ones; after three without a step between them who complained is replaced. More than
-    `max_failures` losses end the run, and so do three of one place without a step between.
+    `max_failures` losses or `max_preemptions` machines that go end the run, and so do three losses of one place, or
+    three views that all had entered, without a step between.
     """
 
     store: dist.Store
@@ -91,11 +79,10 @@ class Coordinator:
     heartbeat_s: float
     deadline_s: float
     max_failures: int
+    max_preemptions: float = math.inf
     _follower: Follower = field(init=False)
     _losses: Losses = field(init=False)
     _search: _Search | None = None
-    _joining: _Change | None = None
-    """The change for others than losses that is being found out, until something else happens."""
     _newest: bytes = b""
     _read: float = 0.0
     _signs: Signs = field(init=False)
@@ -103,20 +90,22 @@ class Coordinator:
     _trained: bool = False
     _complained: float | None = None
     _complaints: int = 0
-    _changed: float = -math.inf
-    _short: float | None = None
-    """Since when there have been fewer workers than the run goes on with."""
+    _planned: Planned = field(init=False)
 
     def __post_init__(self) -> None:
-        self._losses = Losses(self.max_failures)
+        self._losses = Losses(self.max_failures, self.max_preemptions)
+        self._planned = Planned(self.store, self.recovery, self.event)
         self._signs = Signs(self.store, self.heartbeat_s, self.deadline_s)
         publish(self.store, self.view, self.recovery.layouts[self.view.layout])
-        self._follower = Follower(self.store, self.view.number)
+        self._follower = self._follow(self.view)
+
+    def _follow(self, view: View) -> Follower:
+        return Follower(self.store, view.number, seen=lambda outcome: self._planned.stepped(view, outcome))
 
     def tick(self) -> None:
         """Take note of what has happened since the last call. Raises CannotRestore, or TooManyFailures."""
         committed = self._follower.follow() and self._settled
-        if committed:
+        if committed and self._follower.iteration > READY + 1:  # that all are ready is no step
             self._complaints = 0
             self._losses.progress()
         lost = self._reports() | self._silent()
@@ -124,11 +113,18 @@ class Coordinator:
             self._look_for_next(lost)
         elif self._search is not None:
             self._publish_found(self._search, 0.0)
-        elif self.recovery.resize is not None and (leaving := self._leaving()):
-            self._change(committed, "left", self.recovery.without, leaving)
-        elif self.view.awaited:
-            self._let_in(committed)
-        self._give_up_short()
+        elif self._settled and (late := self._planned.too_late(self.view)):
+            now = time.time()
+            self._look_for_next({w: LossReport(w, "is on a machine that is about to go", False, now) for w in late})
+        elif self._settled and (due := self._planned.due(self.view, committed)) is not None:
+            change, view = due
+            gone = set(change.who) - set(view.workers) if change.event == LEFT else set[int]()
+            for machine in {self.view.agents[self.view.places[worker]] for worker in gone}:
+                self._losses.preempted(machine)
+            self._follower.abort()
+            self._trained = True
+            self._publish(view, change.who if change.event == LEFT else (), event=change.event)
+        self._planned.give_up_short(self.view)
 
     @property
     def layout(self) -> Layout:
@@ -226,10 +222,7 @@ class Coordinator:
 
     def _look_for_next(self, lost: Mapping[int, LossReport]) -> None:
         """End the step under way, and find out what comes after it; losses that come meanwhile are added."""
-        limit = STOPPING_LIMIT if stop_asked(self.store) else LIMIT
-        for worker, report in lost.items():
-            place, told = self.view.places[worker], report.told
-            self._losses.note(worker, place, report.reason, told=told, when=self.view.number, limit=limit)
+        self._count(lost)
         self._follower.abort()
         # Before a view is settled, who joined it has no state yet, and who was to go back may have done so or not.
         base = self.view.settled() if self._settled else self.view
@@ -240,9 +233,27 @@ class Coordinator:
         find = self.recovery.after_loss if self._trained else self.recovery.before_training
         if self._trained and self._spared(gone):
             find = self.recovery.replaced
-        self._joining = None
-        self._search = _Search(base, every, _aside(find, base, gone), time.monotonic())
-        self._publish_found(self._search, _AT_ONCE_S)
+        self._planned.interrupted()
+        self._search = _Search(base, every, aside(find, base, gone), time.monotonic())
+        self._publish_found(self._search, AT_ONCE_S)
+
+    def _count(self, lost: Mapping[int, LossReport]) -> None:
+        """Where a run goes on without them, workers that go with their machine are one preemption. Raises
+        TooManyFailures."""
+        limit, machines = STOPPING_LIMIT if stop_asked(self.store) else LIMIT, set[int]()
+        alive = self.alive
+        for worker, report in lost.items():
+            place = self.view.places[worker]
+            agent = self.view.agents[place]
+            if self.recovery.resize is not None and (agent not in alive or leaves(self.store, agent) is not None):
+                machines.add(agent)
+            else:
+                when = self.view.number
+                self._losses.note(worker, place, report.reason, told=report.told, when=when, limit=limit)
+        for machine in machines:
+            self._losses.preempted(machine)
+        if lost and self._settled:
+            self._losses.cycle(self.view.number, "; ".join(f"worker {w} {r.reason}" for w, r in lost.items()))
 
     def _spared(self, lost: Sequence[int]) -> bool:
         """Whether the machines of all that are lost have spare workers for them, where the run would shrink else."""
@@ -268,59 +279,13 @@ class Coordinator:
         self._search = None
         self._publish(view, tuple(search.lost))
 
-    def _let_in(self, committed: bool) -> None:
-        """Let awaited workers join that are ready."""
-        ready: tuple[int, ...] = ()
-        if self._joining is None:
-            if self._short is None and time.monotonic() - self._changed < self._cooldown_s:
-                return
-            ready = tuple(w for w in self.view.awaited if (b := read_beat(self.store, w)) is not None and b.built)
-            if not ready:
-                return
-        self._change(committed, "rejoined", self.recovery.with_ready, ready)
-
-    def _leaving(self) -> tuple[int, ...]:
-        """The workers of the view whose machines are about to go."""
-        if not leavers(self.store):
-            return ()
-        return tuple(w for w in self.view.workers if leaves(self.store, self.view.agents[self.view.places[w]]))
-
-    def _change(
-        self, committed: bool, event: str, find: Callable[[View, tuple[int, ...]], View], who: tuple[int, ...]
-    ) -> None:
-        """Change the view for others than losses, at the end of a step: it costs least when the next has only begun."""
-        if self._joining is None or self._joining.event != event:
-            if not committed:
-                return
-            self._joining = _Change(event, who, _aside(find, self.view, who))
-            wait([self._joining.found], _AT_ONCE_S)
-        if committed and self._joining.found.done():
-            change, self._joining = self._joining, None
-            if isinstance(change.found.exception(), CannotRestore):
-                return  # the others go on without, and it is tried again
-            self._follower.abort()
-            self._trained = True
-            self._publish(change.found.result(), change.who if event == "left" else (), event=event)
-
-    @property
-    def _cooldown_s(self) -> float:
-        return 0.0 if self.recovery.resize is None else self.recovery.resize.cooldown_s
-
-    def _give_up_short(self) -> None:
-        """A run of too few workers saves itself and ends, once nobody has come for long enough."""
-        resize = self.recovery.resize
-        if resize is None or len(self.view.workers) >= resize.least:
-            self._short = None
-            return
-        now = time.monotonic()
-        self._short = now if self._short is None else self._short
-        if now - self._short >= resize.wait_s and not stop_asked(self.store):
-            self.event("too_few", workers=len(self.view.workers), least=resize.least, waited=resize.wait_s)
-            ask_to_stop(self.store)
-
     @property
     def _settled(self) -> bool:
         return self._follower.iteration > READY
+
+    def _speeds(self, view: View) -> dict[str, float]:
+        speeds = {} if self.recovery.resize is None else self.recovery.resize.speeds.of(view.workers)
+        return {str(worker): round(speed, 3) for worker, speed in speeds.items()}
 
     def _with_agents(self, view: View) -> View:
         """Places of workers that nobody was told to start yet, where the agent is gone with its machine, go to those
@@ -339,11 +304,15 @@ class Coordinator:
         view = self._with_agents(view)
         publish(self.store, view, self.recovery.layouts[view.layout])
         resized = len(view.workers) != len(self.view.workers)
-        self.view, self._follower, self._complained = view, Follower(self.store, view.number), None
-        self._changed = time.monotonic() if resized else self._changed
+        self.view, self._follower, self._complained = view, self._follow(view), None
+        self._planned.published(view, resized)
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
         remedies = sorted({move.remedy for move in view.moves}) if view.rollback is None else [CHECKPOINT]
         remedy, size = "+".join(remedies) or _FRESH, len(view.workers)
+        if event in (STAYED, SHIFTED):
+            told = "; ".join(f"worker {w} at {s:.2g} times the usual speed" for w, s in self._speeds(view).items())
+            self.event(event, workers=list(view.workers), view=view.number, layers=as_layers(self.layout),
+                       why=told or "all are as fast as usual", speeds=self._speeds(view))  # fmt: skip
         for joiner, old in view.joined.items():
             self.event(event, worker=old, replacement=joiner, remedy=remedy, view=view.number)
         meanwhile = self.recovery.meanwhile or ""
@@ -354,20 +323,6 @@ class Coordinator:
                 self.event(_MEANWHILE.get(meanwhile, "taken_over"), **fields, workers=size)
         if resized and meanwhile == RESIZE:
             self.event("resized", workers=size, layers=as_layers(self.recovery.layouts[view.layout]), view=view.number)
-
-
-def _aside(function: Callable[..., View], *arguments: Any) -> Future[View]:
-    """What a function returns or raises, in a thread that does not keep the process from ending."""
-    future: Future[View] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="next-view", daemon=True).start()
-    return future
 
 
 def as_layers(layout: Layout) -> dict[str, list[str]]:

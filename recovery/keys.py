@@ -76,9 +76,9 @@ def read_agent(store: dist.Store, agent: int) -> bytes | None:
     return store.get(key) if store.check([key := f"agent/{agent}"]) else None
 
 
-def leave(store: dist.Store, agent: int) -> None:
-    """Say that an agent is about to go, with its machine."""
-    store.set(f"leave/{agent}", "1")
+def leave(store: dist.Store, agent: int, seconds: float) -> None:
+    """Say that an agent goes in so many seconds, with its machine."""
+    store.set(f"leave/{agent}", str(seconds))
     store.set("leavers", "1")
 
 
@@ -92,9 +92,14 @@ def leavers(store: dist.Store) -> bool:
     return store.check(["leavers"])
 
 
-def leaves(store: dist.Store, agent: int) -> bool:
-    """Whether an agent is about to go."""
-    return store.check([f"leave/{agent}"])
+def leaves(store: dist.Store, agent: int) -> float | None:
+    """In how many seconds an agent goes, as of when it said so; None where it does not."""
+    if not store.check([key := f"leave/{agent}"]):
+        return None
+    try:
+        return max(0.0, float(store.get(key)))
+    except ValueError:
+        return 0.0
 
 
 # ---- losses and complaints ----
@@ -174,14 +179,26 @@ def read_error(store: dist.Store, worker: int) -> ErrorReport | None:
 # ---- the run as a whole ----
 
 
-def fail(store: dist.Store, reason: str) -> None:
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has been ended, and with which exit code."""
+
+    reason: str
+    code: int = 1
+
+
+def fail(store: dist.Store, reason: str, code: int = 1) -> None:
     """End the run on every agent, unless somebody has ended it for another reason before."""
-    store.compare_set(_FAILED, "", reason)
+    store.compare_set(_FAILED, "", json.dumps({"reason": reason, "code": code}))
 
 
-def failure(store: dist.Store) -> str | None:
-    """Why the run has been ended, if it has."""
-    return store.get(_FAILED).decode(errors="replace") if store.check([_FAILED]) else None
+def failure(store: dist.Store) -> Failure | None:
+    """Why the run has been ended, if it has; where that cannot be read, that is why."""
+    try:
+        values = _take(store, _FAILED)
+        return None if values is None else Failure(**checked(values, "why the run has ended", reason=str, code=int))
+    except WireError as error:
+        return Failure(str(error))
 
 
 def end(store: dist.Store, code: int) -> None:

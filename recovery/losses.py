@@ -5,10 +5,12 @@ An allocation that no machine has room for, or a file that cannot be read, fails
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Annotated
 
+from pipeline.exit_codes import GIVE_UP
 from pipeline.settings import WEEK_S, Within
 
 LIMIT = 3
@@ -27,19 +29,29 @@ class SupervisionSettings:
     spares: Annotated[int, Within(0, 1024)] = 0
     """Workers per agent that wait with everything loaded, to take a lost one's place a little sooner."""
     max_failures: Annotated[int, Within(0, 10**9)] = 100
-    """Lost workers after which the run gives up."""
+    """Lost workers after which the run gives up. Whatever the number, three losses of one place, or of three sets of
+    workers that were ready, without a step between end it with the code 93: another try would end alike."""
+    max_preemptions: Annotated[int, Within(0, 10**9)] = 1000
+    """Machines that go, with notice or without, after which the run gives up. Their workers are no failures."""
 
 
 class TooManyFailures(RuntimeError):
     """Workers are lost faster than it makes sense to replace them. Names the last loss."""
 
 
-class Losses:
-    """Counts what was lost since the last step. `most` losses in all end a run, and `limit` of one place, or with one
-    error that a worker has told, without a step between."""
+class NoProgress(TooManyFailures):
+    """Another try would end the same way."""
 
-    def __init__(self, most: float) -> None:
+    code = GIVE_UP
+
+
+class Losses:
+    """Counts what was lost since the last step. `most` losses in all end a run, or `most_preemptions` machines that
+    went, and `limit` losses of one place, or with one error that a worker has told, without a step between."""
+
+    def __init__(self, most: float, most_preemptions: float = math.inf) -> None:
         self.count, self._most = 0, most
+        self.preemptions, self._most_preemptions = 0, most_preemptions
         self._seen: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
 
     def progress(self, place: int | None = None) -> None:
@@ -61,7 +73,25 @@ class Losses:
         for key in (("place", str(place)), *([("error", reason)] if told else [])):
             self._seen[key].add(when)
             if len(self._seen[key]) >= limit:
-                raise TooManyFailures(
+                raise NoProgress(
                     f"worker {worker} {reason}; {len(self._seen[key])} times in a row without a step between, so that "
                     "another try would end the same way"
                 )
+
+    def preempted(self, machine: int) -> None:
+        """A machine has gone. Raises TooManyFailures."""
+        self.preemptions += 1
+        if self.preemptions > self._most_preemptions:
+            raise TooManyFailures(
+                f"{self.preemptions} machines have gone, the last: machine {machine}; "
+                f"allowed by max_preemptions: {self._most_preemptions}"
+            )
+
+    def cycle(self, view: int, reason: str, limit: int = LIMIT) -> None:
+        """A view that all its workers had entered has ended by a loss; steps may have been made in it. Raises
+        NoProgress after `limit` of them without one."""
+        self._seen["cycle", ""].add(view)
+        if len(self._seen["cycle", ""]) >= limit:
+            raise NoProgress(
+                f"{len(self._seen['cycle', ''])} views in a row have ended without a step, the last: {reason}"
+            )

@@ -130,7 +130,7 @@ class Recovery:
         """The view after `view`, which is settled, on the way to one without some of its workers: first they hand over
         what they hold, and are members that hold nothing; then they are none. Raises CannotRestore."""
         stay = {place: worker for place, worker in view.at.items() if worker not in leaving}
-        key = self._layout_over(stay)
+        key = self.layout_over(stay, self._speeds(view))
         if view.layout == key:
             return next_view(view.settled(), leaving, wait=True)
         return self._cured(view.settled(), next_view(view.settled(), layout=key), first=(REPLICA,))
@@ -148,16 +148,34 @@ class Recovery:
             return REROUTE
         return REDUNDANT if REDUNDANT in POLICIES[self.policy] else None
 
+    def in_layout(self, view: View, layout: str) -> View:
+        """The view after `view`, which is settled, in another layout over the same workers. Raises CannotRestore."""
+        return self._cured(view.settled(), next_view(view.settled(), layout=layout), first=(REPLICA,))
+
+    def alone_on(self, view: View, workers: Collection[int]) -> bool:
+        """Whether nobody but these has some state of a settled view."""
+        had = has(view, self.layouts[view.layout], self.num_layers, self.tied)
+        others = set[str]().union(*(names for worker, names in had.items() if worker not in workers))
+        return any(names - others for worker, names in had.items() if worker in workers)
+
+    def _speeds(self, view: View) -> dict[int, float]:
+        """Place -> the speed of its worker, where that is not the usual one."""
+        found = {} if self.resize is None else self.resize.speeds.of(view.workers)
+        return {view.places[worker]: speed for worker, speed in found.items()}
+
     def _around(self, view: View) -> str:
         """The key of the layout over the places that have workers. Raises CannotRestore."""
-        return self._layout_over(view.at)
+        return self.layout_over(view.at, self._speeds(view))
 
-    def _layout_over(self, places: Collection[int]) -> str:
+    def layout_over(self, places: Collection[int], speeds: Mapping[int, float]) -> str:
+        """The key of the layout over these places, of which some are not as fast as usual. Raises CannotRestore."""
         alive = sorted(places)
-        if set(alive) == set(self.layout.train.lanes):
+        if set(alive) == set(self.layout.train.lanes) and not speeds:
             return self.layout.key
-        planner = self.planner if self.resize is None else self.resize.planner
-        found = redundant.takeover(self.layout, alive) if planner is None else planner(alive)
+        if self.resize is not None:
+            found = self.resize.planner(alive, speeds)
+        else:
+            found = redundant.takeover(self.layout, alive) if self.planner is None else self.planner(alive)
         self.layouts[found.key] = found
         return found.key
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import fsum
 from typing import Annotated, Literal
 
+from pipeline.schedule.layout import Layout
 from pipeline.settings import WEEK_S, RunShape, Within, require
-from recovery.reroute import Planner
+from pipeline.state.resident import part_span
+from recovery.membership import View
+from recovery.speeds import Speeds
+
+SpeedPlanner = Callable[[Collection[int], Mapping[int, float]], Layout]
+"""The places that have workers, and how many times as fast each is where it is not as fast as usual -> the layout over
+them. Raises CannotRestore."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,10 @@ class ResizeSettings:
 
     preempt_signal: Literal["none", "SIGUSR1", "SIGUSR2"] = "SIGUSR1"
     """What tells the agent of a machine that the machine is about to go: its workers hand over what they hold, and the
-    others go on. That of node 0 takes the run along, which saves itself."""
+    others go on; the other one of the two signals takes that back. The machine of node 0 takes the run along, which
+    saves itself."""
+    shift: bool = True
+    """Whether layers move away from a worker that has become slow, and back, where that gains more than it costs."""
     grace: Annotated[float, Within(0.1, WEEK_S)] = 25.0
     """Seconds that a machine has left when it is told so; AWS gives 120, Google 30."""
 
@@ -50,8 +62,28 @@ class Resize:
     goes on with, for longer than `wait_s` seconds; nobody is let in for `cooldown_s` after a change. As many as there
     are `spares` of a machine are replaced at once instead."""
 
-    planner: Planner
+    planner: SpeedPlanner
     least: int
     cooldown_s: float
     wait_s: float
     spares: int = 0
+    shifts: bool = False
+    """Whether layers move away from a worker that has become slow."""
+    layer_bytes: Sequence[float] = ()
+    """What the state of each layer takes."""
+    speeds: Speeds = field(default_factory=Speeds)
+
+    def moved_bytes(self, view: View) -> float:
+        """What the moves of a view carry."""
+        return fsum(
+            fsum(self.layer_bytes[lo:hi]) * len(move.sources)
+            for move in view.moves
+            if (span := part_span(move.part)) is not None
+            for lo, hi in [span]
+        )
+
+    def bytes_of(self, layout: Layout, view: View, workers: Collection[int]) -> float:
+        """What some workers of a view hold."""
+        places = {view.places[worker] for worker in workers}
+        held = (span for span, holders in layout.train.holders.items() if places & set(holders))
+        return fsum(fsum(self.layer_bytes[lo:hi]) for lo, hi in held)

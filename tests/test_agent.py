@@ -13,10 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from jobs.config import ConfigError
-from jobs.train import STOPPED
 from launch.agent import Agent, RunFailed, fail_before_start
 from launch.forkserver import Exit, ForkServerGone, StartError
 from launch.signals import NotStarted, stop_signals
+from pipeline.exit_codes import STOPPED
 from pipeline.schedule.layout import Layout
 from recovery import keys
 from recovery.membership import EVICTED, View, publish
@@ -277,6 +277,30 @@ def test_a_machine_that_goes_says_so_and_ends_once_its_workers_are_in_no_view() 
     agent = Agent(0, Scripted(), store, [0, 1], lambda worker, *_: {"worker": worker})  # type: ignore[arg-type]
     agent.start()
     assert not keys.leaves(store, 0), "it is back"
+
+
+def test_a_machine_that_may_stay_says_so_and_starts_who_is_awaited_on_it() -> None:
+    ticks = [0]
+
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            agent.leave(60.0)
+        if ticks[0] == 3:
+            assert keys.leaves(store, 0) == pytest.approx(60.0, abs=5.0)
+            places = {0: 0, 2: 1}
+            view = View(2, (0,), LAYOUT.key, places=places, agents={0: 0, 1: 0}, awaited={2: 1}, next_worker=3)
+            publish(store, view, LAYOUT)
+        if ticks[0] == 5:
+            assert 2 not in agent.pids.values()
+            agent.stay()
+        if ticks[0] == 8:
+            assert keys.leaves(store, 0) is None
+            assert 2 in agent.pids.values()
+            forkserver.ends += [Exit(pid, 0) for pid in agent.pids]
+
+    _, run = watched(tick)
+    assert run() == 0
 
 
 def test_a_machine_whose_time_is_over_reports_its_workers_lost() -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from pipeline.exit_codes import GIVE_UP
 from pipeline.schedule.layout import TRAIN, Layout
 from recovery import checkpoint, keys
 from recovery.commit import COMMIT, decide
 from recovery.coordinator import Coordinator
 from recovery.keys import Beat
-from recovery.losses import Losses, TooManyFailures
+from recovery.losses import Losses, NoProgress, TooManyFailures
 from recovery.membership import START, View, next_view, read_view
 from recovery.policy import Recovery
 from recovery.remedy import CannotRestore
@@ -395,6 +396,27 @@ def test_all_losses_together_have_a_bound() -> None:
     losses.note(1, 1, "b", told=False, when=2)
     with pytest.raises(TooManyFailures, match=r"3 workers were lost, the last: worker 2 c; allowed by max_failures: 2"):
         losses.note(2, 2, "c", told=False, when=3)
+
+
+def test_three_sets_of_workers_that_were_ready_and_made_no_step_end_the_run_for_good() -> None:
+    run = Run()
+    run.recovery.go.set()
+    run.train()
+    for place in (0, 1):
+        lose(run, place, "was killed by SIGKILL")
+        run.commit(2)  # all are ready, and no step comes
+        run.coordinator.tick()
+    with pytest.raises(NoProgress, match="3 views in a row have ended without a step, the last: worker 2 was killed"):
+        lose(run, 2, "was killed by SIGKILL")
+    assert NoProgress("").code == GIVE_UP == 93
+
+
+def test_machines_that_go_have_a_budget_of_their_own() -> None:
+    losses = Losses(0, 2)
+    losses.preempted(1)
+    losses.preempted(2)
+    with pytest.raises(TooManyFailures, match="3 machines have gone, the last: machine 1; allowed by max_preempt"):
+        losses.preempted(1)
 
 
 # ---- back to where ----

@@ -79,7 +79,7 @@ def test_what_is_written_is_read() -> None:
     assert keys.failure(store) is None
     keys.fail(store, "first")
     keys.fail(store, "second")
-    assert keys.failure(store) == "first", "the first reason is the reason"
+    assert keys.failure(store) == keys.Failure("first"), "the first reason is the reason"
     assert keys.ended(store) is None
     keys.end(store, 75)
     assert keys.ended(store) == 75

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from jobs.config import TrainConfig
 from jobs.plan import Plan
-from jobs.train import STOPPED
 from launch.progress import Display
 from launch.run_folder import RunFolder, read_jsonl
 from launch.story import Story
+from pipeline.exit_codes import STOPPED
 from pipeline.schedule.layout import TRAIN, Layout
 from recovery.membership import View
 from schedulers import gpipe

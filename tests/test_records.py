@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.train import STOPPED
 from launch.records import check_record
 from launch.run_folder import read_jsonl
+from pipeline.exit_codes import STOPPED
 from pipeline.wire import WireError
 from tests.test_pictures import STEP, STEPS, Told
 from tests.test_wire import JSON

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -25,10 +25,12 @@ from pipeline.schedule.ops import Schedule, span_text
 from pipeline.schedule.simulate import simulate
 from recovery import keys
 from recovery.keys import Beat
+from recovery.losses import Losses
 from recovery.membership import View, next_view
 from recovery.policy import Recovery
 from recovery.remedy import CannotRestore, Has, has, losses
 from recovery.resize import Resize
+from recovery.speeds import Speeds
 from schedulers import PartitionError, plan
 from schedulers.resize import ResizeProblem, resize, shapes
 from tests.test_coordinator import Run
@@ -95,11 +97,11 @@ def test_layers_stay_where_they_are() -> None:
     around = make_planner(problem(), home)
     for gone in range(4):
         before = {p: {n for s, ps in home.holders.items() if p in ps for n in range(*s)} for p in range(4)}
-        after = around(set(range(4)) - {gone})
+        after = around(set(range(4)) - {gone}, {})
         kept = sum(len(before[p] & set(range(*s))) for s, ps in after.holders.items() for p in ps)
         assert kept >= LAYERS // 2
     with pytest.raises(CannotRestore, match="no worker is left"):
-        around(())
+        around((), {})
 
 
 # ---- what moves ----
@@ -191,9 +193,9 @@ class Sized(Run):
     """A coordinator of a run that changes its size."""
 
     def __init__(self, tmp_path: Path, agent_of_1: int = 0, **changes: Any) -> None:
-        made = recovery(tmp_path)
+        made = recovery(tmp_path, copies=changes.pop("copies", False))
         assert made.resize is not None
-        made = replace(made, resize=replace(made.resize, **changes))
+        made = replace(made, resize=replace(made.resize, **{"speeds": Speeds([1.0] * 9), **changes}))
         super().__init__(made, replace(made.home, agents={0: 0, 1: agent_of_1, 2: 0}), heartbeat_s=0.4)
 
     def beat(self, *workers: int, agents: Collection[int] = (0,)) -> None:
@@ -218,7 +220,7 @@ def test_nobody_is_let_in_before_the_cooldown_is_over(tmp_path: Path, monkeypatc
     run.beat(0, 2, 3)
     run.train()
     assert run.view.number == 2
-    run.coordinator._changed -= 5.0
+    run.coordinator._planned._resized -= 5.0
     run.commit()
     run.coordinator.tick()
     run.until(lambda: run.view.number == 3)
@@ -259,6 +261,92 @@ def test_a_place_whose_machine_is_gone_is_nobodys_loss(tmp_path: Path) -> None:
     assert run.view.number == number
     assert run.view.agents[1] == 1
     assert heir in run.view.awaited
+
+
+def test_workers_that_go_with_their_machine_are_a_preemption(tmp_path: Path) -> None:
+    run = Sized(tmp_path, agent_of_1=1)
+    run.coordinator._losses = Losses(0, 1)
+    run.coordinator._signs._seen["agent/1"] = SimpleNamespace(number=None, at=-1e9, progress=0, progress_at=-1e9)  # type: ignore[assignment]
+    lose(run, 1)
+    assert (run.coordinator._losses.count, run.coordinator._losses.preemptions) == (0, 1)
+
+
+def steps(run: Sized, until: Callable[[], bool]) -> None:
+    """Steps go on until something holds."""
+
+    def on() -> bool:
+        run.beat(*run.view.workers, agents=(0, 1))
+        run.commit()
+        return until()
+
+    run.until(on)
+
+
+def test_a_notice_that_is_taken_back_is_backed_out_of(tmp_path: Path) -> None:
+    run = Sized(tmp_path, agent_of_1=1)
+    run.beat(0, 1, 2, agents=(0, 1))
+    run.train()
+    keys.leave(run.store, 1, 60.0)
+    steps(run, lambda: run.view.number == 2)
+    assert run.view.workers == (0, 1, 2)
+    assert 1 not in run.coordinator.layout.train.lanes, "it has handed over, and is still there"
+    (said,) = run.named("notice")
+    assert (said["workers"], said["plan"]) == ([1], "hand over")
+    keys.stay(run.store, 1)
+    steps(run, lambda: run.view.number == 3)
+    assert run.view.workers == (0, 1, 2)
+    assert run.view.layout == run.recovery.layout.key
+    assert {move.remedy for move in run.view.moves} == {"replica"}
+    assert run.coordinator._losses.preemptions == 0
+
+
+def test_a_machine_that_goes_leaves_in_two_steps_and_is_one_preemption(tmp_path: Path) -> None:
+    run = Sized(tmp_path, agent_of_1=1)
+    run.beat(0, 1, 2, agents=(0, 1))
+    run.train()
+    keys.leave(run.store, 1, 60.0)
+    steps(run, lambda: 1 not in run.view.workers)
+    assert [event["event"] for event in run.events if event["event"] in ("shrunk", "left")] == ["shrunk"]
+    assert run.coordinator._losses.preemptions == 1
+
+
+@pytest.mark.parametrize(("copies", "plan"), [(True, "the others have copies"), (False, "hand over")])
+def test_what_does_not_fit_into_the_notice_is_not_waited_for_where_others_have_it(
+    tmp_path: Path, copies: bool, plan: str
+) -> None:
+    run = Sized(tmp_path, agent_of_1=1, copies=copies, layer_bytes=[1e12] * 9)
+    run.beat(0, 1, 2, agents=(0, 1))
+    run.train()
+    keys.leave(run.store, 1, 5.0)
+    run.until(lambda: bool(run.named("notice")))
+    (said,) = run.named("notice")
+    assert (said["needs"] > 1e4, said["left"] <= 5.0, said["plan"]) == (True, True, plan)
+    assert (1 in run.view.workers) == (not copies)
+
+
+def test_layers_leave_a_worker_that_has_become_slow_and_come_back(tmp_path: Path) -> None:
+    run = Sized(tmp_path, shifts=True)
+    run.beat(0, 1, 2)
+    run.train()
+    run.coordinator._planned._steps.extend([0.001] * 5)
+    home = run.view.layout
+
+    def busy(factor: float) -> None:
+        for _ in range(6):
+            run.coordinator._planned.stepped(run.view, {"busy_s": {"0": 1.0, "1": factor, "2": 1.0}})
+
+    def held() -> int:
+        return sum(hi - lo for (lo, hi), places in run.coordinator.layout.holders.items() if 1 in places)
+
+    busy(2.5)
+    steps(run, lambda: run.view.number == 2)
+    assert held() < 3
+    (said,) = run.named("shifted")
+    assert said["speeds"] == {"1": 0.4}
+    assert {move.remedy for move in run.view.moves} == {"replica"}
+    busy(held() / 3)
+    steps(run, lambda: run.view.number == 3)
+    assert run.view.layout == home
 
 
 # ---- settings ----

@@ -92,12 +92,14 @@ class Lane:
 @dataclass(frozen=True)
 class LaneResult:
     """What a lane has found: microbatch -> term -> sum, of those whose loss was computed here; the ops that took time,
-    in seconds since `began` (time.monotonic); and the STEPs that are still to be done, in order."""
+    in seconds since `began` (time.monotonic); the STEPs that are still to be done, in order; and the seconds that it
+    has computed, and not waited."""
 
     sums: Mapping[int, Mapping[str, Tensor]]
     events: tuple[Event, ...]
     began: float
     steps: tuple[Op, ...]
+    busy_s: float
 
 
 def lane_needs(model: LayeredModel, ops: Sequence[Op]) -> dict[int, Needs]:
@@ -124,6 +126,7 @@ class LaneExecutor:
         counts = Counter(_POINTS[op.kind] for op in ops if op.kind in _POINTS)
         self.middle = {point: n // 2 + 1 for point, n in counts.items()}
         self.seen = Counter[str]()
+        self.busy_s = 0.0
         self.last = {op.microbatch: op for op in ops if op.kind in (B, I)}
         self.handlers: dict[str, Callable[[Op], None]] = {
             F: self.forward, B: self.backward, I: self.backward, W: self.weights, SEND: self.send, RECV: self.receive,
@@ -148,7 +151,7 @@ class LaneExecutor:
                 events.append(Event(self.lane.place, op, began, time.monotonic() - start))
         if odd := [op for op in steps if op.kind != STEP]:
             raise ValueError(f"{odd[0]} of place {self.lane.place} comes after a STEP, which ends the work of a lane")
-        return LaneResult(self.sums, tuple(events), start, steps)
+        return LaneResult(self.sums, tuple(events), start, steps, self.busy_s)
 
     def run_op(self, op: Op) -> None:
         """Run one op; faults are injected in the middle of its kind, and a worker that is to be slow takes its time."""
@@ -159,8 +162,10 @@ class LaneExecutor:
                 probe(point, self.lane.step)
         began = time.monotonic()
         self.handlers[op.kind](op)
-        if op.kind in COMPUTE and probe.slowdown > 1:
-            time.sleep((probe.slowdown - 1) * (time.monotonic() - began))
+        if op.kind in COMPUTE:
+            if probe.slowdown > 1:
+                time.sleep((probe.slowdown - 1) * (time.monotonic() - began))
+            self.busy_s += time.monotonic() - began
 
     # ---- compute ----
 

@@ -44,15 +44,16 @@ class Exchange(Protocol):
 @dataclass(frozen=True)
 class Vote:
     """What one worker has found in a step: microbatch -> term -> sum; the squared norms of the gradients that it alone
-    answers for, by state; and what it wishes for, for all to see."""
+    answers for, by state; what it wishes for, for all to see; and the seconds that it has computed."""
 
     sums: Mapping[int, Mapping[str, Tensor | float]]
     squares: Mapping[str, float] = field(default_factory=dict)
     wish: Mapping[str, Any] = field(default_factory=dict)
+    busy_s: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         sums = {str(m): {term: float(value) for term, value in sums.items()} for m, sums in self.sums.items()}
-        return {"sums": sums, "squares": self.squares, "wish": self.wish}
+        return {"sums": sums, "squares": self.squares, "wish": self.wish, "busy_s": round(self.busy_s, 6)}
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,16 @@ class Settled:
     norms: Mapping[str, float]
     wishes: Mapping[str, Mapping[str, Any]]
     """Worker, as text -> what it wishes for, where there is anything in it."""
+    busy_s: Mapping[str, float] = field(default_factory=dict)
+    """Worker, as text -> the seconds that it has computed, and not waited."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settled:
         """Raises WireError."""
         what = "what a step has come to"
-        found = checked(values, what, loss=float, means=dict, counts=dict, norm=float, norms=dict, wishes=dict)
-        for name, kind in (("means", float), ("counts", int), ("norms", float), ("wishes", dict)):
+        kinds: dict[str, type] = {"means": float, "counts": int, "norms": float, "wishes": dict, "busy_s": float}
+        found = checked(values, what, loss=float, norm=float) | checked(values, what, **dict.fromkeys(kinds, dict))
+        for name, kind in kinds.items():
             found[name] = checked(found[name], what, **dict.fromkeys(found[name], kind))
         return cls(**found)
 
@@ -144,4 +148,5 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
         terms.loss(totals), {term: value / max(1, terms.totals[term]) for term, value in totals.items()}, terms.totals,
         math.sqrt(sum(squares.values())), {state: math.sqrt(value) for state, value in squares.items()},
         {str(worker): vote["wish"] for worker, vote in sorted(votes.items()) if any(vote["wish"].values())},
+        {str(worker): float(vote.get("busy_s", 0.0)) for worker, vote in sorted(votes.items())},
     )  # fmt: skip

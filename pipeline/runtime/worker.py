@@ -138,7 +138,7 @@ class Worker:
         squares |= dict.fromkeys(self.store.beyond() if steps else (), math.nan)
         settled = self.commit.settle(
             lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in model.states],
-            Vote(found.sums, squares, wish()), deadline, lambda: self.probe("commit", lane.step),
+            Vote(found.sums, squares, wish(), found.busy_s), deadline, lambda: self.probe("commit", lane.step),
         )  # fmt: skip
         return settled, divisors
 

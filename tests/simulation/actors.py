@@ -35,6 +35,7 @@ from recovery.membership import EVICTED, Evicted, View, await_view, read_layout,
 from recovery.policy import Recovery, remedies
 from recovery.remedy import CannotRestore
 from recovery.resize import Resize
+from recovery.speeds import Speeds
 from schedulers import plan
 from schedulers.resize import ResizeProblem
 from tests.simulation.store import Client, Server
@@ -108,6 +109,7 @@ class Actors:
         self.errors: list[str] = []
         self.events: list[dict[str, Any]] = []
         self.coordinator: Coordinator | None = None
+        self.slow: dict[int, float] = {}  # worker -> until when
         self._read: dict[int, int] = {}
         self.by_pid: dict[int, Process] = {}
 
@@ -257,7 +259,9 @@ class Actors:
 
         verifier: Any = SimpleNamespace(find=find, came_on_at=0.0, generation=0)
         problem = ResizeProblem("one_f_one_b", [1.0] * LAYERS, 4, 2, self.replicas)
-        resize = Resize(make_planner(problem, self.layout), self.least, 0.5, 2.0) if self.elastic else None
+        sized = Resize(make_planner(problem, self.layout), self.least, 0.5, 2.0, 0, True, [100.0] * LAYERS,
+                       Speeds([1.0] * LAYERS))  # fmt: skip
+        resize = sized if self.elastic else None
         recovery = Recovery(
             self.policy, self.view, self.layout, LAYERS, False, Path("checkpoints"), verifier=verifier, resize=resize
         )  # fmt: skip

@@ -15,26 +15,32 @@ import torch
 
 import jobs.train as train_module
 import launch.worker_main as worker_module
-from jobs.train import STOPPED
 from launch import agent as agent_module
+from pipeline.exit_codes import STOPPED
 from recovery import commit as commit_module
 from recovery import coordinator as coordinator_module
 from recovery import keys
 from recovery import lifeline as lifeline_module
 from recovery import member as member_module
 from recovery import membership as membership_module
+from recovery import notice as notice_module
+from recovery import planned as planned_module
 from recovery import signs as signs_module
+from recovery import speeds as speeds_module
 from recovery.commit import Ballot
 from recovery.membership import START, View
 from tests.simulation.actors import STEPS, Actors
 from tests.simulation.worker import LAYERS, calm
 from tests.simulation.world import Broken, Process
 
+KINDS = ("kill", "stop", "machine", "leave", "doubt", "slow")
+
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a process at a time: "kill", "stop" (for `seconds`), "machine" (an agent and its workers), or
-    "leave" (an agent is told that its machine goes in `seconds`)."""
+    """What happens to a process at a time: "kill", "stop" (for `seconds`), "machine" (an agent and its workers),
+    "leave" (an agent is told that its machine goes in `seconds`), "doubt" (and soon that it stays after all), or "slow"
+    (a worker computes five times slower for `seconds`)."""
 
     when: float
     kind: str
@@ -52,10 +58,10 @@ class Run(Actors):
     def _draw_faults(self, workers: int) -> Iterator[Fault]:
         chance = self.world.chance
         for _ in range(chance.choice((0, 1, 1, 2, 3))):
-            kind = chance.choices(("kill", "stop", "machine", "leave"), (6, 2, 1, int(self.elastic)))[0]
-            if kind in ("machine", "leave") and self.agents == 1:
+            kind = chance.choices(KINDS, (6, 2, 1, *(3 * [int(self.elastic)])))[0]
+            if kind in ("machine", "leave", "doubt") and self.agents == 1:
                 kind = "kill"
-            whom = 1 if kind in ("machine", "leave") else chance.randrange(workers + 2)
+            whom = 1 if kind in ("machine", "leave", "doubt") else chance.randrange(workers + 2)
             yield Fault(chance.uniform(0.0, 3.0), kind, whom, chance.choice((0.3, 2.0, 8.0)))
 
     def _faults(self) -> None:
@@ -70,6 +76,15 @@ class Run(Actors):
                         process.dead = True
                 if self.elastic:
                     self.world.start(Process("return"), lambda fault=fault: self._return(fault.whom, fault.seconds))
+            elif fault.kind == "doubt":
+                self.world.say(f"machine {fault.whom} goes in {fault.seconds} s, or not")
+                if (agent := self.live_agents.get(fault.whom)) is not None:
+                    agent.leave(fault.seconds)
+                    self.world.sleep(fault.seconds / 4)
+                    agent.stay()
+                self.world.start(Process("return"), lambda fault=fault: self._return(fault.whom, 2 * fault.seconds))
+            elif fault.kind == "slow":
+                self.slow[fault.whom] = self.world.now + fault.seconds
             elif fault.kind == "leave":
                 self.world.say(f"machine {fault.whom} goes in {fault.seconds} s")
                 if (agent := self.live_agents.get(fault.whom)) is not None:
@@ -180,10 +195,11 @@ def virtual(run: Run) -> Iterator[None]:
 
     timed = (
         commit_module, coordinator_module, lifeline_module, member_module, membership_module, agent_module, keys,
-        signs_module, train_module, worker_module,
+        signs_module, planned_module, notice_module, speeds_module, train_module, worker_module,
     )  # fmt: skip
     changes = [
-        (agent_module, "_send", send), (agent_module, "_POLL_S", 0.1), (coordinator_module, "_aside", aside),
+        (agent_module, "_send", send), (agent_module, "_POLL_S", 0.1), (coordinator_module, "aside", aside),
+        (planned_module, "aside", aside),
         (member_module, "roll_back", back), (member_module, "write", lambda *_: None),
         (member_module, "Ballot", run.ballot),
         (member_module, "threading", SimpleNamespace(Thread=spawn, Event=threading.Event)),

@@ -121,7 +121,9 @@ class SimWorker:
         box.advance(self.transport.view, iteration)
         run.came.setdefault((self.transport.view, iteration), set()).add(self.id)
         deadline = world.now + self.settings.deadline_s
-        world.sleep(world.chance.uniform(0.01, 0.2))
+        slowness = 5.0 if run.slow.get(self.id, 0.0) > world.now else 1.0
+        world.sleep(slowness * world.chance.uniform(0.01, 0.2))
+        busy_s = slowness * 0.01 * len(self.store.states) * world.chance.uniform(0.9, 1.1)
         peers = {self.workers[a] for a, b in excerpt.sends if self.workers[b] == self.id} - {self.id}
         for peer in sorted(peers):
             box.waiting = f"the output of {peer}"
@@ -138,8 +140,9 @@ class SimWorker:
         last = max(excerpt.holders)
         mine = [m for m in range(excerpt.num_microbatches)
                 if self.workers[excerpt.holders[last][m % len(excerpt.holders[last])]] == self.id]  # fmt: skip
-        vote = Vote({m: {"text": torch.tensor(1.0)} for m in mine}, {}, wish())
-        settled = self.commit.settle(step if excerpt.trains else None, terms, (), vote, deadline)
+        squares = {"0": 1.0} if excerpt.trains else {}
+        vote = Vote({m: {"text": torch.tensor(1.0)} for m in mine}, squares, wish(), busy_s)
+        settled = self.commit.settle(step if excerpt.trains else None, terms, list(squares), vote, deadline)
         if excerpt.trains:
             for state in self.store.states.values():
                 state.step(step)
