@@ -84,6 +84,17 @@ def resize(
     )
 
 
+def predicted(
+    problem: ResizeProblem, places: Collection[int], *, speeds: Mapping[int, float] | None = None,
+    limits: Mapping[int, float] | None = None,
+) -> tuple[float, int, int]:  # fmt: skip
+    """Seconds, stages and replicas of the layout that `resize` chooses, which is neither written nor proved. Raises
+    PartitionError where nothing fits."""
+    for found in _Search(problem, places, speeds or {}, limits or {}, {}).ranked():
+        return found
+    raise PartitionError(f"{len(places)} workers cannot hold the {len(problem.layer_costs)} layers")
+
+
 def shapes(problem: ResizeProblem, workers: int) -> Iterator[tuple[int, int]]:
     """(stages, replicas) that so many workers can be, and whose replicas share the microbatches evenly."""
     for replicas in range(1, min(workers, problem.most_replicas) + 1):
