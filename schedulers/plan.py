@@ -78,6 +78,18 @@ def num_spans(name: str, stages: int, chunks: int) -> int:
     return stages * chunks if name == "interleaved" else stages
 
 
+def in_line(
+    name: str, layer_costs: Sequence[float], stages: int, chunks: int = 2, *, speeds: Sequence[float] | None = None,
+    memory: Sequence[float] | None = None, limits: Sequence[float] | None = None,
+) -> tuple[Span, ...]:  # fmt: skip
+    """The spans of a plan whose ends are in-line, of which stage k holds number k, k + stages and so on: see `plan`.
+    Raises PartitionError."""
+    turns = num_spans(name, stages, chunks) // stages  # how often a stage has a span
+    paces, rooms = [*(speeds or [1.0] * stages)] * turns, [*(limits or [])] * turns
+    fits = {} if memory is None else {"memory": memory, "limits": [room / turns for room in rooms]}
+    return partition(layer_costs, paces, **fits)
+
+
 def plan(
     name: str, layer_costs: Sequence[float], stages: int, microbatches: int, replicas: int = 1, *, chunks: int = 2,
     evaluated: int | None = None, ends: Ends = "in-line", swap: bool = False, speeds: Sequence[float] | None = None,
@@ -110,10 +122,7 @@ def plan(
             spans = ((0, 1), *((lo + 1, hi + 1) for lo, hi in blocks), head)
         order = swapped if swap else head_with_embedding
         return order(spans, count, replicas, evaluate=evaluated is not None)
-    turns = num_spans(name, stages, chunks) // stages  # how often a stage has a span
-    paces, rooms = [*(speeds or [1.0] * stages)] * turns, [*(limits or [])] * turns
-    fits = {} if memory is None else {"memory": memory, "limits": [room / turns for room in rooms]}
-    spans = partition(layer_costs, paces, **fits)
+    spans = in_line(name, layer_costs, stages, chunks, speeds=speeds, memory=memory, limits=limits)
     if evaluated is not None:
         return evaluation(spans, count, replicas, stages=stages)
     return build(name, spans, microbatches, replicas, **({"chunks": chunks} if name == "interleaved" else {}))

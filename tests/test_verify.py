@@ -174,6 +174,13 @@ def test_the_report() -> None:
     assert verify(one_f_one_b([A, C], 3)).peak_messages == {}, "nothing is sent before it is lowered"
 
 
+def test_the_report_may_leave_out_what_workers_hold() -> None:
+    schedule = lower(one_f_one_b([(0, 1), (1, 2)], 2))
+    assert not verify(schedule, peaks=False).peak_activations
+    with pytest.raises(ScheduleError, match="holds 2 activations at its fullest; allowed: 1"):
+        verify(schedule, peaks=False, max_activations=1)
+
+
 def test_memory_is_bounded() -> None:
     schedule = one_f_one_b(chain(3), 4)
     verify(schedule, max_activations=3)
