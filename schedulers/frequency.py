@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pipeline.schedule.costs import Costs, Network
 from pipeline.schedule.ops import Schedule
 from schedulers.frequency_search.discrete import stepped
-from schedulers.frequency_search.paths import walk
+from schedulers.frequency_search.paths import step_at
 from schedulers.frequency_search.power import ClockError, ClockProblem, Power
 from schedulers.frequency_search.relaxed import relax
 
@@ -111,7 +111,7 @@ def at_clocks(
             low, high = powers[worker].range
             among = f"one of {powers[worker].steps}" if powers[worker].steps else f"{low:g} to {high:g}"
             raise ClockError(f"the clock of worker {worker} is {clock[worker]:g}; allowed: {among}")
-    step = walk(problem, [clock[w] for w in problem.workers])
+    step = step_at(problem, [clock[w] for w in problem.workers])
     dynamic = {w: (powers[w].watts(clock[w]) - powers[w].static) * step.busy_s[w] for w in problem.workers}
     static = {w: powers[w].static * step.seconds for w in problem.workers}
     whole = step.seconds or 1.0

@@ -19,7 +19,7 @@ from pipeline.schedule.ops import LOAD, B, F, Op, Route, Schedule
 from pipeline.schedule.simulate import simulate
 from schedulers import build
 from schedulers.frequency import ClockError, Power, at_clocks, even_clocks, plan_clocks
-from schedulers.frequency_search.paths import walk
+from schedulers.frequency_search.paths import step_at
 from schedulers.frequency_search.power import ClockProblem
 from schedulers.frequency_search.relaxed import relax
 
@@ -102,12 +102,21 @@ def test_the_path_of_a_step_is_a_bound_on_it_at_all_other_clocks(
     schedule, costs, network = step
     powers = alike(schedule, bound=bound, least=0.5, most=1.5)
     problem = ClockProblem(schedule, costs, powers, 1e9, network)
-    nominal, other = walk(problem, [1.0] * len(powers)), walk(problem, clocks[: len(powers)])
+    nominal, other = step_at(problem, [1.0] * len(powers)), step_at(problem, clocks[: len(powers)])
     stretches = np.array([powers[0].stretch(f) for f in clocks[: len(powers)]])
     assert nominal.seconds == pytest.approx(simulate(schedule, costs, network).makespan_s)
     assert nominal.path.constant + nominal.path.work.sum() == pytest.approx(nominal.seconds)
     assert other.path.constant + other.path.work @ stretches == pytest.approx(other.seconds)
     assert nominal.path.constant + nominal.path.work @ stretches <= other.seconds + 1e-9
+
+
+@pytest.mark.parametrize("number", [float, int, np.float64])
+def test_the_path_is_found_whatever_numbers_the_costs_are(number: Any) -> None:
+    schedule, _ = pipeline([1.0, 1.0], 3)
+    costs = Costs({(0, 1): number(1), (1, 2): number(2)}, step_s=0.0)
+    found = step_at(ClockProblem(schedule, costs, alike(schedule), 1e9), [1.0, 1.0])
+    assert found.path.constant == pytest.approx(0.0)
+    assert found.path.work.sum() == pytest.approx(found.seconds) == pytest.approx(3 + 6 * 3)
 
 
 # ---- steps, against every choice ----

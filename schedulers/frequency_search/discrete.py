@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from schedulers.frequency_search.paths import Walked, walk
+from schedulers.frequency_search.paths import TimedStep, step_at
 from schedulers.frequency_search.power import ClockProblem, Vector
 from schedulers.frequency_search.relaxed import Relaxed
 
@@ -17,7 +17,7 @@ MOST_NODES = 20_000
 """Of each of the two searches: about a second. Four workers with five clocks each are 780."""
 
 
-def stepped(problem: ClockProblem, relaxed: Relaxed, tolerance: float) -> tuple[Vector, Walked, float]:
+def stepped(problem: ClockProblem, relaxed: Relaxed, tolerance: float) -> tuple[Vector, TimedStep, float]:
     """Clocks that are steps, their step, and seconds that no others under the cap can beat."""
     tree = _Tree(problem, relaxed)
     tree.start(tree.rounded())
@@ -32,7 +32,7 @@ def stepped(problem: ClockProblem, relaxed: Relaxed, tolerance: float) -> tuple[
 class _Tree:
     """By worker and step, ascending: watts, stretch, part of the bound, and joules above the static ones."""
 
-    found: tuple[list[float], Walked]
+    found: tuple[list[float], TimedStep]
     least_joules: float
     limit: float
     """Seconds that a step must stay below."""
@@ -51,7 +51,7 @@ class _Tree:
         self.joules: list[list[float]] = []
         for worker, near, price in zip(problem.workers, relaxed.clocks, self.prices, strict=True):
             power = problem.powers[worker]
-            work = relaxed.walked.busy_s[worker] / power.stretch(float(near))
+            work = relaxed.step.busy_s[worker] / power.stretch(float(near))
             watts, stretch = [power.watts(f) for f in power.steps], [power.stretch(f) for f in power.steps]
             self.steps.append(power.steps)
             self.watts.append(watts)
@@ -81,8 +81,8 @@ class _Tree:
     def start(self, at: list[int]) -> None:
         """Take these steps as the best so far."""
         clocks = [steps[k] for steps, k in zip(self.steps, at, strict=True)]
-        walked = walk(self.problem, clocks)
-        self.found, self.limit = (clocks, walked), walked.seconds * (1 - 1e-9)
+        step = step_at(self.problem, clocks)
+        self.found, self.limit = (clocks, step), step.seconds * (1 - 1e-9)
         self.least_joules = self._joules(at)
 
     def lower(self) -> None:
@@ -150,13 +150,13 @@ class _Tree:
         if float((self.constants + self.works @ stretches).max()) >= self.limit:
             return False
         clocks = [steps[k] for steps, k in zip(self.steps, at, strict=True)]
-        walked = walk(self.problem, clocks)
-        self.constants = np.append(self.constants, walked.path.constant)
-        self.works = np.vstack((self.works, walked.path.work))
-        if walked.seconds >= self.limit:
+        step = step_at(self.problem, clocks)
+        self.constants = np.append(self.constants, step.path.constant)
+        self.works = np.vstack((self.works, step.path.work))
+        if step.seconds >= self.limit:
             return False
         if not energy:
-            self.limit = walked.seconds * (1 - 1e-9)
+            self.limit = step.seconds * (1 - 1e-9)
         if not energy or joules < self.least_joules:
-            self.found, self.least_joules = (clocks, walked), joules
+            self.found, self.least_joules = (clocks, step), joules
         return True

@@ -48,6 +48,7 @@ class _Speed(float):
     """How fast `worker` is: a number of seconds divided by it is known to be that worker's."""
 
     worker: int
+    __array_ufunc__ = None  # else a numpy number would divide itself, and forget
 
     def __rtruediv__(self, seconds: float) -> _Spent:
         spent = _Spent(float(seconds) / float(self))
@@ -65,7 +66,7 @@ class CriticalPath:
 
 
 @dataclass(frozen=True)
-class Walked:
+class TimedStep:
     """A step at certain clocks: its seconds, its critical path, and what each worker computes at these clocks."""
 
     seconds: float
@@ -73,7 +74,7 @@ class Walked:
     busy_s: Mapping[int, float]
 
 
-def walk(problem: ClockProblem, clocks: Sequence[float] | Vector) -> Walked:
+def step_at(problem: ClockProblem, clocks: Sequence[float] | Vector) -> TimedStep:
     """The step at `clocks[i]` of worker i, in the order of `problem.workers`. Raises what `simulate` raises."""
     index = {worker: i for i, worker in enumerate(problem.workers)}
     stretches = [problem.powers[w].stretch(float(f)) for w, f in zip(problem.workers, clocks, strict=True)]
@@ -92,4 +93,4 @@ def walk(problem: ClockProblem, clocks: Sequence[float] | Vector) -> Walked:
         work[index[at.worker]] += float(at)
     constant = max(0.0, float(last) - float(work.sum()))
     busy_s = {worker: float(seconds) for worker, seconds in timeline.busy_s.items()}
-    return Walked(float(last), CriticalPath(constant, work / np.array(stretches)), busy_s)
+    return TimedStep(float(last), CriticalPath(constant, work / np.array(stretches)), busy_s)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schedulers.frequency_search.paths import CriticalPath, Walked, walk
+from schedulers.frequency_search.paths import CriticalPath, TimedStep, step_at
 from schedulers.frequency_search.power import ClockProblem, Vector
 
 _EQUAL, _WORTH = 1e-6, 1e-4  # shares of a step, and of its energy, that are not looked for
@@ -30,7 +30,7 @@ class Relaxed:
     """
 
     clocks: Vector
-    walked: Walked
+    step: TimedStep
     fastest: Vector
     bound_s: float
     paths: tuple[CriticalPath, ...]
@@ -67,7 +67,7 @@ def relax(problem: ClockProblem, tolerance: float) -> Relaxed:
     the least energy."""
     hi = np.array([1 / problem.powers[w].range[0] for w in problem.workers])
     lo = np.array([1 / problem.powers[w].range[1] for w in problem.workers])
-    slowest = walk(problem, 1 / hi)
+    slowest = step_at(problem, 1 / hi)
     bound, dynamic, exponent = problem.of("bound"), problem.of("dynamic"), problem.of("exponent")
     stretch = bound * hi + 1 - bound
     work = np.array([slowest.busy_s[w] for w in problem.workers]) / stretch
@@ -80,7 +80,7 @@ def relax(problem: ClockProblem, tolerance: float) -> Relaxed:
     share = next(s for s in (0.5, 0.9, 0.99, 0.999, 1 - 1e-6, 1 - 1e-9) if model.power(lo + s * (hi - lo))[0].sum() < 1)
     middle = lo + share * (hi - lo)
 
-    fastest = walk(problem, 1 / lo)
+    fastest = step_at(problem, 1 / lo)
     known.append(fastest.path)
     best, u = slowest, hi
     bound_s, prices, per_watt = fastest.seconds, np.array([0.0, 1.0]), 0.0
@@ -92,7 +92,7 @@ def relax(problem: ClockProblem, tolerance: float) -> Relaxed:
         found = _least(model, known, u + 0.1 * (middle - u), None)
         if found[1] > bound_s:
             bound_s, prices, per_watt = found[1:]
-        tried = walk(problem, 1 / found[0])
+        tried = step_at(problem, 1 / found[0])
         if tried.seconds < best.seconds:
             best, u = tried, found[0]
         known.append(tried.path)
@@ -104,12 +104,12 @@ def relax(problem: ClockProblem, tolerance: float) -> Relaxed:
 
 
 def _saved(
-    problem: ClockProblem, model: _Model, known: list[CriticalPath], u: Vector, best: Walked, middle: Vector,
+    problem: ClockProblem, model: _Model, known: list[CriticalPath], u: Vector, best: TimedStep, middle: Vector,
     tolerance: float,
-) -> tuple[Vector, Walked]:  # fmt: skip
+) -> tuple[Vector, TimedStep]:  # fmt: skip
     """Less energy, in a step as long."""
     limit = best.seconds * (1 + tolerance)
-    slow = walk(problem, 1 / middle).seconds
+    slow = step_at(problem, 1 / middle).seconds
     for _ in range(_SAVING):
         room = (limit - best.seconds) / 2
         near = u + min(0.1, max(1e-12, room) / max(slow - best.seconds, 1e-300)) * (middle - u)
@@ -117,13 +117,13 @@ def _saved(
         had = float(model.energy(u)[0].sum())
         if model.energy(found)[0].sum() >= had * (1 - _WORTH):  # no clocks save more
             break
-        tried = walk(problem, 1 / found)
+        tried = step_at(problem, 1 / found)
         if tried.seconds > limit:
             known.append(tried.path)  # the step is convex: it holds a part of the way
             found = u + 0.99 * (limit - best.seconds) / (tried.seconds - best.seconds) * (found - u)
             if model.energy(found)[0].sum() >= had * (1 - _WORTH):
                 continue
-            tried = walk(problem, 1 / found)
+            tried = step_at(problem, 1 / found)
         u, best = found, tried
     return u, best
 
