@@ -75,7 +75,9 @@ def relax(problem: ClockProblem, tolerance: float) -> Relaxed:
     spare = problem.cap - float(problem.of("static").sum())
     known = [slowest.path]
     if spare <= 0 or float((dynamic * hi**-exponent).sum()) >= spare * (1 - 1e-9) or not (hi > lo).any():
-        return Relaxed(1 / hi, slowest, 1 / hi, slowest.seconds, tuple(known), np.ones(1), 0.0)
+        u = np.where(dynamic == 0, lo, hi)  # what draws nothing may be high
+        only = step_at(problem, 1 / u)
+        return Relaxed(1 / u, only, 1 / u, only.seconds, (only.path,), np.ones(1), 0.0)
     model = _Model(lo, hi, bound, dynamic, exponent, spare, work, slowest.seconds)
     share = next(s for s in (0.5, 0.9, 0.99, 0.999, 1 - 1e-6, 1 - 1e-9) if model.power(lo + s * (hi - lo))[0].sum() < 1)
     middle = lo + share * (hi - lo)
