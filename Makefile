@@ -56,6 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/elastic.py --kills 20 --rounds 3 --trace benchmarks/data/spot_g4dn_us_east_1c.csv --out benchmarks/results
 	$(BIN)/python benchmarks/elastic_scale.py --out benchmarks/results
 	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results
+	$(BIN)/python benchmarks/frequency.py --out benchmarks/results
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m long

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from rich.console import Console
 
 from jobs.config import TrainConfig
+from launch.clock_plan import plan_power, power_of
 from launch.commands import Result, message_bounds, read_setting
 from launch.loss_plan import plan_losses
 from launch.roundpipe_plan import plan_roundpipe
@@ -40,12 +41,22 @@ class PlanConfig:
     microbatches_per_first_stage_node."""
     scheduler: str = "skippipe"
     """skippipe: every microbatch skips some stages, and nodes are shared by all paths. roundpipe: stages are dealt to
-    workers round robin, forward and backward cut independently. With --losses, one of those of `unbroken train` whose
-    runs change their size."""
+    workers round robin, forward and backward cut independently. With --losses and --power-cap, one of those of
+    `unbroken train`, with --losses one whose runs change their size."""
     losses: Annotated[int, Within(0, 4)] = 0
     """Tell for every set of at most so many lost workers what becomes of a run of --workers, --replicas and --model."""
+    power_cap: Annotated[float | None, Within(0, 1e9, above=True)] = None
+    """Plan a clock for each worker of a run of --workers, --replicas and --model, so that all workers computing at once
+    draw at most so many watts. Sets no clock."""
+    watts: str = "150:550"
+    """For --power-cap, STATIC:DYNAMIC: what a worker draws whatever it does, and what computing at the nominal clock
+    adds; at clock f that is f cubed as much."""
+    clock_range: str = "0.5:1.25"
+    """For --power-cap, LEAST:MOST, as multiples of the nominal clock."""
+    bound: Annotated[float, Within(0, 1)] = 1.0
+    """For --power-cap: the share of the compute time that scales with the clock."""
     replicas: Annotated[int, Within(1, 1024)] = 1
-    """For --losses."""
+    """For --losses and --power-cap."""
     snapshot: Literal["off", "neighbour"] = "off"
     """For --losses: as of `unbroken train`."""
     recovery: str = "auto"
@@ -54,13 +65,13 @@ class PlanConfig:
     """For roundpipe: JSON with gpus, microbatches, round and models; a model has layers, forward_ms, backward_ms,
     head_forward_ms, head_backward_ms, hop_ms and perhaps published_forward and published_backward."""
     model: str | None = None
-    """For roundpipe: which of the models in --costs. For --losses: as of `unbroken train`."""
+    """For roundpipe: which of the models in --costs. For --losses and --power-cap: as of `unbroken train`."""
     rule: Literal["round_robin", "ready"] = "round_robin"
     """For roundpipe: how stages are dealt, in turn or each to the worker that will be through with it first."""
     at_once: Annotated[int | None, Within(0, 65536)] = None
     """For roundpipe: microbatches that go through a stage at once; unset: round in the file."""
     workers: Annotated[int | None, Within(1, 1024)] = None
-    """For roundpipe: unset: gpus in the file. For --losses: those that there are at first."""
+    """For roundpipe: unset: gpus in the file. For --losses and --power-cap: those that there are at first."""
     skip: Annotated[float | None, Within(0, 1, below=True)] = None
     """Share of the stages that a path leaves out; unset: what path_length in the file says, or nothing."""
     swaps: bool = False
@@ -88,8 +99,11 @@ class PlanConfig:
 def plan_command(config: PlanConfig) -> Result:
     """iteration_s, lower_bound_s, gap, stages and paths. Raises ConfigError or NetworkError."""
     check_bounds(config)
+    require(not config.losses or config.power_cap is None, "power_cap", config.power_cap, "unset with --losses")
     if config.losses:
         return plan_losses(_sizes(config), config.losses)
+    if config.power_cap is not None:
+        return plan_power(_sizes(config), config.power_cap, power_of(config.watts, config.clock_range, config.bound))
     require_known("scheduler", config.scheduler, ("skippipe", "roundpipe"))
     if config.scheduler == "roundpipe":
         require(config.costs is not None, "costs", None, "a JSON file, under scheduler roundpipe")
@@ -129,11 +143,11 @@ def plan_command(config: PlanConfig) -> Result:
 
 
 def _sizes(config: PlanConfig) -> TrainConfig:
-    """The training job that --losses asks about."""
-    require(config.workers is not None, "workers", None, "a number, with --losses")
+    """The training job that --losses and --power-cap ask about."""
+    require(config.workers is not None, "workers", None, "a number, with --losses or --power-cap")
     scheduler = "one_f_one_b" if config.scheduler == "skippipe" else config.scheduler
     asked = TrainConfig(
-        workers=config.workers or 1, min_workers=1, replicas=config.replicas, scheduler=scheduler,
+        workers=config.workers or 1, min_workers=int(config.losses > 0), replicas=config.replicas, scheduler=scheduler,
         recovery=config.recovery, snapshot=config.snapshot,
     )  # fmt: skip
     model = asked.model if config.model is None else config.model
