@@ -44,10 +44,12 @@ class Witness:
             for move in moves
             for source, part in move.sources
             if source == worker and part == move.part
-            for name in states_of(part)
+            for name in states_of(part) & set(known)  # a layer may own nothing but a shared weight
         }
-        changed = [name for name, was in before.items() if name in holds and name not in took and holds[name] != was]
-        return cls(holds, {name: holds.get(name) or known[name].fingerprint() for name in sorted(gave)}, changed, keys)
+        given = {name: holds[name] if name in holds else known[name].fingerprint() for name in sorted(gave)}
+        now = holds | given  # what was given and is held no more may have had no other holder to compare it with
+        changed = [name for name, was in before.items() if name in now and name not in took and now[name] != was]
+        return cls(holds, given, changed, keys)
 
 
 def certify(
