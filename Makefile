@@ -54,11 +54,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/skippipe_training.py --out benchmarks/results
 	$(BIN)/python benchmarks/roundpipe.py --out benchmarks/results
 	$(BIN)/python benchmarks/elastic.py --kills 20 --rounds 3 --trace benchmarks/data/spot_g4dn_us_east_1c.csv --out benchmarks/results
-<<<<<<< HEAD
 	$(BIN)/python benchmarks/elastic_scale.py --out benchmarks/results
-=======
 	$(BIN)/python benchmarks/transition_faults.py --out benchmarks/results
->>>>>>> h-dcp
 	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results
 	$(BIN)/python benchmarks/frequency.py --out benchmarks/results
 
