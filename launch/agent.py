@@ -162,7 +162,7 @@ class Agent:
         `tick` is called many times a second. Workers that are lost are reported to the coordinator; those that it
         names in their place are started.
         """
-        code, ended = None, math.inf
+        code, over, ended = None, None, math.inf
         # Once one has ended well, all is committed and saved: nobody is worth a long wait any more.
         while (self.pids or code is None) and time.monotonic() < ended + _LAST_S:
             for exit_ in self.forkserver.poll(_POLL_S):
@@ -173,7 +173,8 @@ class Agent:
                 if exit_.code in (0, STOPPED):
                     self._saved = True
                     code, ended = max(code or 0, exit_.code), time.monotonic()
-                elif code is None:  # once one has ended well, all have committed all there is
+                    keys.end(self.store, code)  # all is done on every machine, also on one that only waits to join
+                elif code is None and over is None:  # once one has ended well, all have committed all there is
                     self._lost(worker, exit_)
             self._beat()
             self._pass_on()

@@ -90,6 +90,8 @@ class Coordinator:
     _trained: bool = False
     _complained: float | None = None
     _complaints: int = 0
+    _gone: set[int] = field(default_factory=set)
+    """Machines that are gone and counted."""
     _planned: Planned = field(init=False)
 
     def __post_init__(self) -> None:
@@ -242,16 +244,19 @@ class Coordinator:
         TooManyFailures."""
         limit, machines = STOPPING_LIMIT if stop_asked(self.store) else LIMIT, set[int]()
         alive = self.alive
+        self._gone &= {agent for agent in self._gone if agent not in alive}
         for worker, report in lost.items():
             place = self.view.places[worker]
             agent = self.view.agents[place]
-            if self.recovery.resize is not None and (agent not in alive or leaves(self.store, agent) is not None):
+            goes = agent not in alive or leaves(self.store, agent) is not None
+            if self.recovery.resize is not None and goes and agent not in self._gone:
                 machines.add(agent)
-            else:
+            else:  # also who was to be started on a machine that is gone: that leads nowhere
                 when = self.view.number
                 self._losses.note(worker, place, report.reason, told=report.told, when=when, limit=limit)
         for machine in machines:
             self._losses.preempted(machine)
+        self._gone |= machines
         if lost and self._settled:
             self._losses.cycle(self.view.number, "; ".join(f"worker {w} {r.reason}" for w, r in lost.items()))
 

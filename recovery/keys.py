@@ -202,12 +202,12 @@ def failure(store: dist.Store) -> Failure | None:
 
 
 def end(store: dist.Store, code: int) -> None:
-    """Leave the exit code of a run that has come to its end."""
+    """Leave the exit code of a run that has come to its end: said by whoever sees a worker end well."""
     store.set(_OVER, str(code))
 
 
 def ended(store: dist.Store) -> int | None:
-    """The exit code that the coordinator has left, if it has left one."""
+    """The exit code of a run that has come to its end."""
     text = store.get(_OVER) if store.check([_OVER]) else b""
     return int(text) if text.isdigit() else None
 

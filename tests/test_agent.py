@@ -279,6 +279,29 @@ def test_a_machine_that_goes_says_so_and_ends_once_its_workers_are_in_no_view() 
     assert not keys.leaves(store, 0), "it is back"
 
 
+def test_an_agent_whose_workers_only_wait_to_join_ends_when_the_run_has_ended_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last workers may all be on another machine: what they have finished is finished."""
+    monkeypatch.setattr("launch.agent._send", lambda pids, number: None)
+    ticks = [0]
+
+    def tick(agent: Agent, forkserver: Scripted, store: dist.Store) -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            places = {0: 0, 1: 1, 2: 2}
+            view = View(2, (2,), LAYOUT.key, places=places, agents=dict.fromkeys(range(3), 0), awaited={0: 0, 1: 1})
+            publish(store, view, LAYOUT)
+        if ticks[0] == 2:
+            keys.end(store, 0)
+        if ticks[0] == 4:
+            forkserver.ends += [Exit(pid, -9) for pid in agent.pids]
+
+    store, run = watched(tick)
+    assert run() == 0
+    assert keys.newest_loss(store) == b""
+
+
 def test_a_machine_that_may_stay_says_so_and_starts_who_is_awaited_on_it() -> None:
     ticks = [0]
 
