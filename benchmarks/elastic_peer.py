@@ -131,6 +131,13 @@ class Family(recovery_peers.Family):
         # what a peer starts by itself imports from here too
         self.environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        for process in psutil.process_iter(["cmdline"]):  # what lost its parent still names the folder
+            if any(str(self.folder) in word for word in process.info["cmdline"] or ()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
     def kill(self, process: subprocess.Popen[bytes], descendants: bool = False) -> float:
         """SIGKILL one, and what it started if `descendants`, as when its machine goes; the time of it."""
         root = psutil.Process(process.pid)

@@ -40,6 +40,7 @@ def agent(folder: Path, tuned: int) -> None:
             "--nnodes", f"1:{NODES}", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "peer",
             "--rdzv-endpoint", f"127.0.0.1:{(folder / 'store').read_text()}", "--local-addr", "127.0.0.1",
             "--rdzv-conf", "is_host=0" + (f",{TUNED}" if tuned else ""), "--max-restarts", "1000000",
+            "--log-dir", str(folder / "logs"),
             *(["--monitor-interval", "0.1"] if tuned else []),
             str(Path(__file__).with_name("elastic_peers.py")), "--role=torchrun-worker", f"--folder={folder}",
         ]

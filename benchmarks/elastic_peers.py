@@ -69,7 +69,7 @@ def variants(
 BOTH = (True, False)
 PEERS = {
     **variants("torchft", elastic_peer_torchft.torchft, "torchft", elastic_peer_torchft.REPLICAS, 100,
-               timeout_ms=(1000, 5000)),
+               heartbeat_s=(1, 5), timeout_s=(2, 60)),
     **variants("ray", elastic_peer_ray.ray_train, "ray", elastic_peer_ray.NODES, 3, tuned=BOTH),
     **variants("nvrx", elastic_peer_nvrx.nvrx, "nvidia-resiliency-ext", elastic_peer_nvrx.RANKS, 100, tuned=BOTH),
     **variants("torchrun", elastic_peer_torchrun.torchrun, "torch", elastic_peer_torchrun.NODES, 5, tuned=BOTH),
