@@ -41,7 +41,7 @@ unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed,torchft]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed,torchft,peers]'
 	$(BIN)/python benchmarks/ir.py --out benchmarks/results/ir.json
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results
@@ -53,7 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/skippipe_run.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe_training.py --out benchmarks/results
 	$(BIN)/python benchmarks/roundpipe.py --out benchmarks/results
-	$(BIN)/python benchmarks/elastic.py --kills 20 --rounds 3 --trace benchmarks/data/spot_g4dn_us_east_1c.csv --out benchmarks/results
+	$(BIN)/python benchmarks/elastic.py --kills 20 --peers torchft,ray,nvrx,torchrun --rounds 3 --trace benchmarks/data/spot_g4dn_us_east_1c.csv --out benchmarks/results
 	$(BIN)/python benchmarks/elastic_scale.py --out benchmarks/results
 	$(BIN)/python benchmarks/transition_faults.py --out benchmarks/results
 	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results

@@ -1,16 +1,17 @@
 """Runs that change their size: how fast they shrink and grow, what a spot market costs them, and what being exact does.
 
-    python benchmarks/elastic.py --kills 20 --out benchmarks/results
+    python benchmarks/elastic.py --kills 20 --peers torchft,ray,nvrx,torchrun --out benchmarks/results
     python benchmarks/elastic.py --trace benchmarks/data/spot_g4dn_us_east_1c.csv --minutes 5 --json
     python benchmarks/elastic.py --rounds 5 --out benchmarks/results
 
 The first kills workers of a run of 4 with SIGKILL, one after the other, and takes the time to the next commit; the
 worker that is started for it is let in later, and what that stalls is how much longer the longest time between two
-commits around it is than the median one. The second replays a market: each machine is an agent with one worker, killed
-with all that it has started and started again as the trace says, in compressed time; machine 0 stays, since it has the
-store. Committed tokens stand beside the ideal: what runs of fixed sizes commit in the time in which so many machines
-were there. Then the same steps are run by 2 workers whom nothing happens to, and all weights and moments are compared.
-The third runs the same steps without and with --exact-sums and --snapshot neighbour, interleaved.
+commits around it is than the median one; peers (elastic_peers.py) are killed after it, as often. The second replays a
+market: each machine is an agent with one worker, killed with all that it has started and started again as the trace
+says, in compressed time; machine 0 stays, since it has the store. Committed tokens stand beside the ideal: what runs
+of fixed sizes commit in the time in which so many machines were there. Then the same steps are run by 2 workers whom
+nothing happens to, and all weights and moments are compared. The third runs the same steps without and with
+--exact-sums and --snapshot neighbour, interleaved.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from safetensors.torch import load_file
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
+from benchmarks.elastic_peers import chosen, peers  # noqa: E402
 from benchmarks.runs import command, finished  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
 from launch.run_folder import read_jsonl  # noqa: E402
@@ -317,6 +319,7 @@ def costs(forkserver: ForkServer, rounds: int, advance: Callable[[float], None])
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="workers that are killed one by one")
+    parser.add_argument("--peers", type=chosen, help="of elastic_peers.py, apart by commas; as many kills for each")
     parser.add_argument("--trace", type=Path, help="CSV of (seconds, instances)")
     parser.add_argument("--minutes", type=float, default=5.0, help="in which the trace is replayed")
     parser.add_argument("--rounds", type=int, default=0, help="of runs with and without what makes a run exact")
@@ -336,6 +339,10 @@ def main() -> int:
                 found["kills"] = kills(
                     forkserver, options.kills, options.seed, lambda n: progress.update(task, completed=n)
                 )
+            if options.kills and options.peers:
+                task = progress.add_task("peers", total=None)
+                theirs = peers(options.peers, options.kills, options.seed, lambda: progress.advance(task))
+                found["peers"] = {"ours": found["kills"], **theirs}
             if options.trace:
                 task = progress.add_task("market", total=60 * options.minutes)
                 found["market"] = market(

@@ -200,10 +200,12 @@ class PeerError(RuntimeError):
 
 
 class Family:
-    """Processes of this script that share a folder; all of them, and theirs, are ended on the way out."""
+    """Processes of a script that share a folder; all of them, and theirs, are ended on the way out."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
+    def __init__(self, folder: Path, script: str = __file__) -> None:
+        self.folder, self.log, self.script = folder, folder / "log", script
+        self.environment: dict[str, str] = {}
+        """More of it, for those that are started from now on."""
         self._started: list[subprocess.Popen[bytes]] = []
         self._needed: list[subprocess.Popen[bytes]] = []
 
@@ -226,10 +228,10 @@ class Family:
     def start(self, role: str, *numbers: int) -> subprocess.Popen[bytes]:
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NO_PROXY": "*", "no_proxy": "*",
-            "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
+            "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", **self.environment,
         }  # fmt: skip
         fixed = [f"--role={role}", f"--folder={self.folder}", f"--parent={os.getpid()}"]
-        arguments = [sys.executable, __file__, *fixed, *map(str, map(int, numbers))]
+        arguments = [sys.executable, self.script, *fixed, *map(str, map(int, numbers))]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 arguments, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -251,7 +253,9 @@ class Family:
             if ended or time.monotonic() > deadline:
                 what = f"{ended[0]} ended" if ended else f"nothing came within {deadline_s:.0f} s"
                 words = " | ".join(self.log.read_text(errors="replace").strip().splitlines()[-6:])
-                raise PeerError(f"{what}; said last: {words[-1200:].replace(f'{HERE.parent}/', '')}")
+                for prefix in (HERE.parent, sys.prefix):
+                    words = words.replace(f"{prefix}/", "")
+                raise PeerError(f"{what}; said last: {words[-1200:]}")
             time.sleep(0.1)  # times are read from lines; whole files are read here
 
 

@@ -12,6 +12,7 @@ from recovery.resize import SpeedPlanner
 from schedulers import PartitionError
 from schedulers.resize import ResizeProblem, resize
 
+_KEPT = 4096  # layouts: a table of what each loss leads to, and of what came before
 _STATE = 4  # fp32 copies of a trained weight: itself, its gradient and two moments
 
 
@@ -26,18 +27,26 @@ def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[f
 
 def make_planner(problem: ResizeProblem, home: Layout) -> SpeedPlanner:
     """The layout for the places that have workers. Layers stay in the places that have them in `home`, where they can,
-    so it depends on nothing but who is there, and how fast."""
+    so it depends on nothing but who is there, and how fast, and is kept."""
     held: dict[int, set[int]] = {place: set() for place in home.train.lanes}
     for span, places in home.train.holders.items():
         for place in places:
             held[place] |= set(range(*span))
 
+    known: dict[object, Layout | PartitionError] = {}
+
     def planner(alive: Collection[int], speeds: Mapping[int, float]) -> Layout:
         if not alive:
             raise CannotRestore("no worker is left")
-        try:
-            return resize(problem, alive, speeds=speeds, held=held).layout
-        except PartitionError as error:
-            raise CannotRestore(str(error)) from error
+        if (key := (frozenset(alive), tuple(sorted(speeds.items())))) not in known:
+            if len(known) >= _KEPT:
+                known.pop(next(iter(known)))
+            try:
+                known[key] = resize(problem, alive, speeds=speeds, held=held).layout
+            except PartitionError as error:
+                known[key] = error
+        if isinstance(found := known[key], PartitionError):
+            raise CannotRestore(str(found)) from found
+        return found
 
     return planner

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 
 from jobs.config import TrainConfig
 from recovery.policy import CHECKPOINT, REROUTE, Recovery
+
+_PATIENCE_S = 1.0
 
 
 def forecast(config: TrainConfig, recovery: Recovery) -> list[str]:
     """One line for each group of workers that are alike in this."""
     if recovery.meanwhile == REROUTE:  # to plan for every worker would take as long as the plan itself
         return ["if a worker is lost: its microbatches take other routes, or all go back to a checkpoint"]
+    until = time.monotonic() + _PATIENCE_S
     again = f"up to {config.checkpoint_every} steps again" if config.checkpoint_every else "all steps again"
     alike: defaultdict[str, list[int]] = defaultdict(list)
     for worker in recovery.home.workers:
+        if time.monotonic() > until:
+            return ["if a worker is lost: the others take its layers, as `unbroken plan --losses 1` tells for each"]
         alike[recovery.forecast(worker)].append(worker)
     return [
         f"if {_or(workers)} is lost: {what}{f', {again}' if what == CHECKPOINT else ''}"

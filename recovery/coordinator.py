@@ -100,6 +100,7 @@ class Coordinator:
         self._signs = Signs(self.store, self.heartbeat_s, self.deadline_s)
         publish(self.store, self.view, self.recovery.layouts[self.view.layout])
         self._follower = self._follow(self.view)
+        self._planned.published(self.view, resized=False)
 
     def _follow(self, view: View) -> Follower:
         return Follower(self.store, view.number, seen=lambda outcome: self._planned.stepped(view, outcome))

@@ -131,7 +131,9 @@ class Member:
         times["edited"] = time.monotonic()
         known = dict(found["norms"])
         where = dict(*found["positions"])
-        before = {} if view.rollback else {name: s.fingerprint() for name, s in worker.store.states.items()}
+        # where all stay as they are there is nothing that could have changed on its way
+        still = self.view is None or (self.view.layout == view.layout and not view.moves)
+        before = {} if view.rollback or still else {n: s.fingerprint() for n, s in worker.store.states.items()}
         worker.store.hold(mine.spans)  # what this place holds no more may be what others take: it lies aside
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -54,6 +55,7 @@ class Planned:
         self._last: float | None = None
         self._published: float | None = None
         self._members: tuple[int, ...] = ()
+        self._newest = 0
         self._shifter: Shifter | None = None
 
     # ---- what is told ----
@@ -67,6 +69,22 @@ class Planned:
         self._under_way, self._last = None, None
         self._published = time.monotonic()
         self._resized = time.monotonic() if resized else self._resized
+        self._newest = view.number
+        if self._recovery.resize is not None:
+            aside(self._foresee, view)
+
+    def _foresee(self, view: View) -> View:
+        """Have the layouts ready that a loss of any worker, or of any machine, leads to: the planner keeps them."""
+        machines: dict[int, set[int]] = {}
+        for place in view.at:
+            machines.setdefault(view.agents[place], set()).add(place)
+        speeds = self._recovery.speeds(view)
+        for gone in (*({place} for place in view.at), *machines.values()):
+            if self._newest != view.number:
+                break
+            with suppress(CannotRestore):
+                self._recovery.layout_over(set(view.at) - gone, speeds)
+        return view
 
     def stepped(self, view: View, outcome: Mapping[str, Any]) -> None:
         """A step was committed, with this outcome."""
@@ -138,7 +156,9 @@ class Planned:
         """Awaited workers that may join."""
         if not view.awaited or not (self._short is not None or self._cool):
             return ()
-        return tuple(w for w in view.awaited if (b := read_beat(self._store, w)) is not None and b.built)
+        ready = (w for w in view.awaited if (b := read_beat(self._store, w)) is not None and b.built)
+        told = self._recovery.resize is not None and leavers(self._store)
+        return tuple(w for w in ready if not told or leaves(self._store, view.agents[view.places[w]]) is None)
 
     # ---- machines that go ----
 

@@ -130,7 +130,7 @@ class Recovery:
         """The view after `view`, which is settled, on the way to one without some of its workers: first they hand over
         what they hold, and are members that hold nothing; then they are none. Raises CannotRestore."""
         stay = {place: worker for place, worker in view.at.items() if worker not in leaving}
-        key = self.layout_over(stay, self._speeds(view))
+        key = self.layout_over(stay, self.speeds(view))
         if view.layout == key:
             return next_view(view.settled(), leaving, wait=True)
         return self._cured(view.settled(), next_view(view.settled(), layout=key), first=(REPLICA,))
@@ -158,14 +158,14 @@ class Recovery:
         others = set[str]().union(*(names for worker, names in had.items() if worker not in workers))
         return any(names - others for worker, names in had.items() if worker in workers)
 
-    def _speeds(self, view: View) -> dict[int, float]:
+    def speeds(self, view: View) -> dict[int, float]:
         """Place -> the speed of its worker, where that is not the usual one."""
         found = {} if self.resize is None else self.resize.speeds.of(view.workers)
         return {view.places[worker]: speed for worker, speed in found.items()}
 
     def _around(self, view: View) -> str:
         """The key of the layout over the places that have workers. Raises CannotRestore."""
-        return self.layout_over(view.at, self._speeds(view))
+        return self.layout_over(view.at, self.speeds(view))
 
     def layout_over(self, places: Collection[int], speeds: Mapping[int, float]) -> str:
         """The key of the layout over these places, of which some are not as fast as usual. Raises CannotRestore."""
