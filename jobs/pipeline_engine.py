@@ -77,6 +77,8 @@ class PipelineEngine:
         excerpt = self.member.excerpt(FULL if full else TRAIN)
         result = self.worker.run(excerpt, self.job, step, wish=wish, record=record)
         self.worker.store.let_go()  # the view is settled: it will not be asked for what it gave away
+        if self.member.migration is not None:
+            self.member.migration.stepped()
         return result
 
     def evaluate(self) -> StepResult:

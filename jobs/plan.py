@@ -131,7 +131,7 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
             problem = resize_problem(config, model, layer_costs(model, config.sequence_length), evaluated)
             resize = Resize(
                 make_planner(problem, layout), config.min_workers, config.cooldown, config.wait, config.spares,
-                config.shift, problem.layer_bytes, Speeds(problem.layer_costs),
+                config.shift, float(config.migration_mib << 20), problem.layer_bytes, Speeds(problem.layer_costs),
             )  # fmt: skip
     view = View(
         number=1,

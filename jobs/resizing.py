@@ -35,14 +35,14 @@ def make_planner(problem: ResizeProblem, home: Layout) -> SpeedPlanner:
 
     known: dict[object, Layout | PartitionError] = {}
 
-    def planner(alive: Collection[int], speeds: Mapping[int, float]) -> Layout:
+    def planner(alive: Collection[int], speeds: Mapping[int, float], replicas: int = 1) -> Layout:
         if not alive:
             raise CannotRestore("no worker is left")
-        if (key := (frozenset(alive), tuple(sorted(speeds.items())))) not in known:
+        if (key := (frozenset(alive), tuple(sorted(speeds.items())), replicas)) not in known:
             if len(known) >= _KEPT:
                 known.pop(next(iter(known)))
             try:
-                known[key] = resize(problem, alive, speeds=speeds, held=held).layout
+                known[key] = resize(problem, alive, speeds=speeds, held=held, least_replicas=replicas).layout
             except PartitionError as error:
                 known[key] = error
         if isinstance(found := known[key], PartitionError):

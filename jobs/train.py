@@ -74,7 +74,13 @@ class Trainer:
             restores = [[each.worker, each.part, each.remedy] for each in joined.view.moves]
             woken = time.time() - (time.monotonic() - joined.woken)
             self._event(
-                "resumed", step=self.step, view=joined.view.number, seconds=parts, restores=restores, woken=woken
+                "resumed",
+                step=self.step,
+                view=joined.view.number,
+                seconds=parts,
+                restores=restores,
+                woken=woken,
+                there=joined.there,
             )
             if joined.view.rollback is not None:
                 self._event("rolled_back", step=self.step, to=Path(joined.view.rollback).name)

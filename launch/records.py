@@ -22,7 +22,7 @@ _FIELDS: dict[str, dict[str, Kind]] = {
 }  # fmt: skip
 _EVENTS: dict[str, dict[str, Kind]] = {
     "fault": {"worker": int, "step": int, "fault": str, "at": str},
-    "resumed": {"step": int, "view": int, "seconds": dict, "restores": list, "woken": float},
+    "resumed": {"step": int, "view": int, "seconds": dict, "restores": list, "woken": float, "there": int},
     "rolled_back": {"step": int, "to": str},
     "not_finite": {"step": int, "error": str},
     "checkpoint": {"step": int},

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from recovery.inject import Fault, Injector, parse_faults
 from recovery.lifeline import Lifeline
 from recovery.member import Member, Watcher
 from recovery.membership import EVICTED, Evicted, MembershipError, View, await_view, read_layout, read_view
+from recovery.migration import Migration
 from recovery.policy import remedies
 from recovery.restore import load_checkpoint
 
@@ -133,6 +135,13 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
             view.first_step,
             evaluate_first=view.details["source"] is not None and view.checkpoint is None,
         )
+        if config.min_workers and config.migration_mib and not payload["nccl"]:
+            own = partial(connect, payload["store"], 60.0)
+            builder = member.communicator.builder
+            member.migration = Migration(
+                member.worker, lambda: replace(builder, store=own(), timeout_s=30.0), own(), config.migration_mib << 20
+            )  # fmt: skip
+            member.worker.applied = member.migration.applied
         watcher.attach(member)
         return trainer.run()
     finally:

@@ -5,6 +5,7 @@
     complaint/V         a link of view V is broken                 done/A      agent A has seen the end
     beat/W, agent/A     signs of life                              stop        somebody has asked the run to stop
     leave/A, leavers    agent A is about to go
+    migration           moves that are about to be made        migrated/N/M  what move M of migration N carries is there
     error/W             the error that ended a worker              ledger/W/N  whether the ledger is on the disk, to N
     record/W/N          what worker W reports                      claim/X     whether fault X has happened
     spare/A/N           the place that a spare worker takes        layout/K    the text of a layout, by its key
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,30 @@ def leaves(store: dist.Store, agent: int) -> float | None:
         return max(0.0, float(store.get(key)))
     except ValueError:
         return 0.0
+
+
+# ---- layers that move in the background ----
+
+
+def tell_migration(store: dist.Store, plan: dict[str, Any]) -> None:
+    """Say which moves are about to be made."""
+    _put(store, "migration", plan)
+
+
+def read_migration(store: dist.Store) -> dict[str, Any] | None:
+    """The newest of these, if there is any. Raises WireError for what is none."""
+    fields = {"number": int, "view": int, "layout": str, "moves": list}
+    return None if (values := _take(store, "migration")) is None else checked(values, "a migration", **fields)
+
+
+def say_migrated(store: dist.Store, number: int, place: int) -> None:
+    """All that a move of a migration carries is there, or on its way."""
+    store.set(f"migrated/{number}/{place}", "")
+
+
+def has_migrated(store: dist.Store, number: int, places: Iterable[int]) -> bool:
+    """Whether that was said of all these moves."""
+    return all(store.check([f"migrated/{number}/{place}"]) for place in places)
 
 
 # ---- losses and complaints ----

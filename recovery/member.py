@@ -24,12 +24,14 @@ from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.layout import Assignment, Excerpt
+from pipeline.wire import WireError, listed
 from recovery.certificate import Witness, certify, write
 from recovery.commit import Aborted, Ballot, CommitError
 from recovery.communicator import Communicator, Shapes, all_kept
-from recovery.keys import Beat, ask_to_stop, beat, complain, stop_asked, view_key
+from recovery.keys import Beat, ask_to_stop, beat, complain, read_migration, stop_asked, view_key
 from recovery.lifeline import Lifeline
-from recovery.membership import Evicted, MembershipError, View, await_view, parts_of, read_layout, read_view
+from recovery.membership import Evicted, MembershipError, Move, View, await_view, parts_of, read_layout, read_view
+from recovery.migration import Migration, Plan
 from recovery.remedy import Remedy, states_of
 from recovery.restore import restore, roll_back
 
@@ -51,6 +53,8 @@ class Joined:
     last: dict[str, Any] | None
     woken: float
     parts: Mapping[str, float]
+    there: int = 0
+    """States that were there already, as they had moved in the background."""
 
 
 @dataclass
@@ -68,6 +72,8 @@ class Member:
     """Where the run saves."""
     keys: Callable[[int], Mapping[str, Any]] = lambda step: {}
     """What a worker counts samples and draws random numbers by at a step: the same on all, or the view is refused."""
+    migration: Migration | None = None
+    """What moves in the background before a view, if anything does."""
     view: View | None = None
     assignment: Assignment | None = None
     """What its place does in the view."""
@@ -114,7 +120,10 @@ class Member:
         self.communicator.quiesce(set(view.workers), deadline)
         worker.commit = StepCommit(Ballot(self.store, view.number, worker.id, view.workers, self.guided))
         mine = self._read(view)
-        told = {"position": position, "last": last, "norms": dict(worker.norms), **self.communicator.kept()}
+        ready = {} if self.migration is None else self.migration.finish(view.number, view.layout)
+        told = {
+            "position": position, "last": last, "norms": dict(worker.norms), "ready": ready, **self.communicator.kept(),
+        }  # fmt: skip
         found = worker.commit.agree(told, combine_ready)
         times["ready"] = time.monotonic()
         probe("join" if position is None else "recovery", int((position or {}).get("step", 0)))
@@ -134,15 +143,20 @@ class Member:
         # where all stay as they are there is nothing that could have changed on its way
         still = self.view is None or (self.view.layout == view.layout and not view.moves)
         before = {} if view.rollback or still else {n: s.fingerprint() for n, s in worker.store.states.items()}
+        step = int(where.get("step", view.first_step))
+        there = {
+            int(w): {name for name, version in had.items() if version == step} for w, had in found["ready"].items()
+        }
+        if self.migration is not None:
+            self.migration.adopt(there.get(worker.id, ()) if view.rollback is None else ())
         worker.store.hold(mine.spans)  # what this place holds no more may be what others take: it lies aside
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
-        step = int(where.get("step", view.first_step))
         if view.rollback is not None:
             where["step"] = step = roll_back(worker, view, self.checkpoints)
             known = {}
         else:
-            restore(worker, view, self.communicator, self.remedies, known, step)
+            restore(worker, view, self.communicator, self.remedies, known, step, there)
         self._check_states(view, step)
         times["restored"] = time.monotonic()
         self._certify(view, parts, before, step)
@@ -150,7 +164,8 @@ class Member:
         self.communicator.confirm()
         worker.norms = known
         self.view, self.assignment = view, mine
-        return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()})
+        return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()},
+                      sum(map(len, there.values())))  # fmt: skip
 
     def _read(self, view: View) -> Assignment:
         """What this worker's place needs of the layout, which most views have in common."""
@@ -194,6 +209,7 @@ def combine_ready(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     return {
         "positions": list({str(sorted(position.items())): position for position in positions}.values()),
         "last": next((vote["last"] for vote in each if vote["last"] is not None), None),
+        "ready": {str(worker): vote["ready"] for worker, vote in sorted(votes.items()) if vote.get("ready")},
         "norms": {state: norm for vote in each for state, norm in vote["norms"].items()},
         **all_kept(votes),
     }
@@ -210,6 +226,7 @@ class Watcher:
         self._store, self._id, self._number, self._stop = store, worker, number, stop
         self.member: Member | None = None
         """Who is watched, once it is there."""
+        self._migration = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self.pulse = Pulse()
@@ -231,6 +248,7 @@ class Watcher:
                 waiting = "" if self.member is None else self.member.worker.transport.mailbox.waiting
                 beat(self._store, self._id, Beat(beats, waiting, self.pulse.count, self.member is not None))
                 self._pass_on()
+                self._begin_migration()
                 try:
                     self._store.wait([view_key(self._number + 1)], timedelta(seconds=BEAT_S))
                 except dist.DistNetworkError:
@@ -242,6 +260,19 @@ class Watcher:
         except dist.DistNetworkError:
             if self.member is not None:
                 self.member.worker.transport.mailbox.wake(self._number + 1_000_000, "the store is gone")
+
+    def _begin_migration(self) -> None:
+        """Layers may be about to move."""
+        if self.member is None or self.member.migration is None:
+            return
+        with suppress(WireError):
+            found = read_migration(self._store)
+            joins = self.member.view is None  # then it waits for the view of its number
+            if found is None or found["number"] == self._migration or found["view"] < self._number + (not joins):
+                return
+            self._migration = found["number"]
+            moves = listed(found.pop("moves"), "the moves of a migration", Move.from_json)
+            self.member.migration.begin(Plan(**found, moves=moves), joins=joins)
 
     def _pass_on(self) -> None:
         if stop_asked(self._store):

@@ -58,6 +58,10 @@ class Notices:
         """Seconds until the first of them goes."""
         return min(self._until[agent] for agent in agents) - time.monotonic()
 
+    def least_left(self) -> float | None:
+        """Seconds until the first of all goes, if any does."""
+        return self.left(self._until) if self._until else None
+
     def seconds(self, moved: float, step_s: float) -> float:
         """What handing over so many bytes takes, from the middle of a step on."""
         return step_s + max(self._move_s, moved / self._rate)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from pipeline.schedule.costs import Costs
 from pipeline.schedule.simulate import simulate
-from recovery.keys import ask_to_stop, leavers, leaves, read_beat, stop_asked
+from recovery.keys import ask_to_stop, has_migrated, leavers, leaves, read_beat, stop_asked, tell_migration
 from recovery.membership import View
+from recovery.migration import Plan, layers_of
 from recovery.notice import Notices
 from recovery.policy import Recovery
 from recovery.remedy import CannotRestore
@@ -29,6 +30,7 @@ from recovery.shifting import Shifter, Speed
 JOINED, LEFT, STAYED, SHIFTED = "rejoined", "left", "stayed", "shifted"
 AT_ONCE_S = 0.05
 """What is found out within it needs no further tick."""
+_PATIENCE_S = 3.0  # until workers have heard of a migration, and have met
 _LAG_STEPS = 3  # after so many steps a worker that has become slow is seen to be
 _STEPS = 20
 
@@ -40,6 +42,17 @@ class Change:
     event: str
     who: tuple[int, ...]
     found: Future[View]
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """Layers on their way before a change: the number of the migration, which moves of the view it makes, since when,
+    and until when it is waited for."""
+
+    number: int
+    places: tuple[int, ...]
+    began: float
+    until: float
 
 
 class Planned:
@@ -56,17 +69,19 @@ class Planned:
         self._published: float | None = None
         self._members: tuple[int, ...] = ()
         self._newest = 0
+        self._moving: _Moving | None = None
+        self._migrations = 0
         self._shifter: Shifter | None = None
 
     # ---- what is told ----
 
     def interrupted(self) -> None:
         """Something else has happened: what was being found out is about a view that is over."""
-        self._under_way = None
+        self._under_way = self._moving = None
 
     def published(self, view: View, resized: bool) -> None:
         """A view has begun."""
-        self._under_way, self._last = None, None
+        self._under_way, self._moving, self._last = None, None, None
         self._published = time.monotonic()
         self._resized = time.monotonic() if resized else self._resized
         self._newest = view.number
@@ -112,15 +127,51 @@ class Planned:
             if wanted is None:
                 return None
             event, who, find = wanted
-            self._under_way = Change(event, who, aside(find))
+            self._under_way, self._moving = Change(event, who, aside(find)), None
             wait([self._under_way.found], AT_ONCE_S)
         change = self._under_way
         if change is None or not committed or not change.found.done():
             return None
-        self._under_way = None
         if isinstance(change.found.exception(), CannotRestore):
+            self._under_way = None
             return None  # the others go on without, and it is tried again
-        return change, change.found.result()
+        after = change.found.result()
+        if self._moves_beforehand(change, after):
+            return None
+        self._under_way = None
+        return change, after
+
+    def _moves_beforehand(self, change: Change, after: View) -> bool:
+        """Whether layers are on their way in the background, and are waited for: as long as that is shorter than to
+        wait for them in the change of the view."""
+        resize, recovery, now = self._recovery.resize, self._recovery, time.monotonic()
+        if resize is None or not resize.migrates or not self._steps or after.rollback is not None:
+            return False
+        step_s = median(self._steps)
+        if self._moving is None:
+            moves = [(place, move) for place, move in enumerate(after.moves)
+                     if layers_of(move, recovery.num_layers, recovery.tied)]  # fmt: skip
+            moved = resize.moved_bytes(after)
+            if not moves or self._notices.seconds(moved, 0.0) < step_s:
+                return False
+            self._migrations += 1
+            plan = Plan(self._migrations, after.number, after.layout, after.moves)
+            tell_migration(self._store, asdict(plan))
+            patience = _PATIENCE_S + (2 + moved / resize.migrates) * 3 * step_s + 4 * self._notices.seconds(moved, 0.0)
+            self._moving = _Moving(plan.number, tuple(place for place, _ in moves), now, now + patience)
+            self._event("moving", view=after.number, bytes=round(moved), moves=len(moves))
+            return True
+        moving = self._moving
+        left = self._notices.least_left()
+        in_time = now < moving.until and (
+            left is None or left > self._notices.seconds(resize.moved_bytes(after), step_s)
+        )
+        if in_time and not has_migrated(self._store, moving.number, moving.places):
+            return True
+        self._event("moved", view=after.number, seconds=round(now - moving.began, 3),
+                    in_time=has_migrated(self._store, moving.number, moving.places))  # fmt: skip
+        self._moving = None
+        return False
 
     def _goes_on(self, view: View) -> bool:
         """Whether what is being found out is still what should happen."""
@@ -200,17 +251,22 @@ class Planned:
         step_s = median(self._steps)
         if self._shifter is None or self._members != view.workers:
             places = tuple(view.at)
+            # to be faster is not worth a copy that a loss may need
+            replicas = min(map(len, recovery.layouts[view.layout].train.holders.values()))
 
             def seconds(speeds: Speed, layout: str) -> float:
                 costs = Costs(resize.speeds.costs.forward, speed=dict(speeds))
                 return simulate(recovery.layouts[layout].train, costs).makespan_s
 
             cost_s = self._shifter.cost_s if self._shifter is not None else _LAG_STEPS * step_s
-            self._shifter = Shifter(lambda speeds: recovery.layout_over(places, speeds), seconds, cost_s)
+            self._shifter = Shifter(lambda speeds: recovery.layout_over(places, speeds, replicas), seconds, cost_s)
             self._members = view.workers
         self._shifter.lag_s = _LAG_STEPS * step_s
         speeds = {view.places[w]: speed for w, speed in resize.speeds.of(view.workers).items()}
-        return self._shifter.consider(time.monotonic(), speeds, view.layout)
+        try:
+            return self._shifter.consider(time.monotonic(), speeds, view.layout)
+        except CannotRestore:  # a layout for that is not known: all stay
+            return view.layout
 
     # ---- too few ----
 

@@ -167,13 +167,14 @@ class Recovery:
         """The key of the layout over the places that have workers. Raises CannotRestore."""
         return self.layout_over(view.at, self.speeds(view))
 
-    def layout_over(self, places: Collection[int], speeds: Mapping[int, float]) -> str:
-        """The key of the layout over these places, of which some are not as fast as usual. Raises CannotRestore."""
+    def layout_over(self, places: Collection[int], speeds: Mapping[int, float], replicas: int = 1) -> str:
+        """The key of the layout over these places, of which some are not as fast as usual, with so many replicas of
+        every stage, or more. Raises CannotRestore."""
         alive = sorted(places)
         if set(alive) == set(self.layout.train.lanes) and not speeds:
             return self.layout.key
         if self.resize is not None:
-            found = self.resize.planner(alive, speeds)
+            found = self.resize.planner(alive, speeds, replicas)
         else:
             found = redundant.takeover(self.layout, alive) if self.planner is None else self.planner(alive)
         self.layouts[found.key] = found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pipeline.schedule.layout import Layout
 from pipeline.settings import WEEK_S, RunShape, Within, require
@@ -13,9 +13,14 @@ from pipeline.state.resident import part_span
 from recovery.membership import View
 from recovery.speeds import Speeds
 
-SpeedPlanner = Callable[[Collection[int], Mapping[int, float]], Layout]
-"""The places that have workers, and how many times as fast each is where it is not as fast as usual -> the layout over
-them. Raises CannotRestore."""
+
+class SpeedPlanner(Protocol):
+    """Gives layouts over the places that have workers."""
+
+    def __call__(self, alive: Collection[int], speeds: Mapping[int, float], replicas: int = 1) -> Layout:
+        """`speeds[place]` is how many times as fast a place is, where it is not as fast as usual; every layer is on
+        `replicas` workers at least. Raises CannotRestore."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class ResizeSettings:
     """What tells the agent of a machine that the machine is about to go: its workers hand over what they hold, and the
     others go on; the other one of the two signals takes that back. The machine of node 0 takes the run along, which
     saves itself."""
+    migration_mib: Annotated[int, Within(0, 2**20)] = 64
+    """MiB of state that each worker copies in a step while layers move in the background, before a change that was not
+    brought by a loss. 0 moves them while all wait."""
     shift: bool = True
     """Whether layers move away from a worker that has become slow, and back, where that gains more than it costs."""
     grace: Annotated[float, Within(0.1, WEEK_S)] = 25.0
@@ -69,6 +77,8 @@ class Resize:
     spares: int = 0
     shifts: bool = False
     """Whether layers move away from a worker that has become slow."""
+    migrates: float = 0.0
+    """Bytes that a worker copies in a step while layers move in the background; 0 where none do."""
     layer_bytes: Sequence[float] = ()
     """What the state of each layer takes."""
     speeds: Speeds = field(default_factory=Speeds)

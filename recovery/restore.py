@@ -8,7 +8,7 @@ crosses the wire.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,10 +34,11 @@ def matching(layers: Sequence[int], source: Sequence[int]) -> list[int]:
 
 def restore(
     worker: Worker, view: View, communicator: Communicator, remedies: Mapping[str, Remedy], norms: Mapping[str, float],
-    step: int,
+    step: int, there: Mapping[int, Collection[str]] | None = None,
 ) -> None:  # fmt: skip
     """This worker's part in the moves of `view`, in which `step` steps are committed: to send, to receive, or
-    nothing. Raises LinkError, and SourceRefused for a state of another step or generation.
+    nothing. `there` are the states, by worker, that have moved beforehand. Raises LinkError, and SourceRefused for a
+    state of another step or generation.
 
     `norms` are the gradient norms of the last committed step, by state, the same on every worker. Each layer has the
     deadline of a step for itself: a stage of any size may be on its way as long as it comes on.
@@ -45,6 +46,9 @@ def restore(
     for number, each in enumerate(view.moves):
         if each.remedy not in remedies:
             raise LinkError(f"view {view.number} names the remedy {each.remedy!r}; known: {', '.join(remedies)}")
+        skip = set((there or {}).get(each.worker, ()))
+        if states_of(each.part) <= skip:
+            continue
         pairs = {place: (source, each.worker) for place, (source, _) in enumerate(each.sources)}
         mine = {place: pair for place, pair in pairs.items() if worker.id in pair and pair[0] != pair[1]}
         names = {place: f"view{view.number}/restore{number}/{place}" for place in mine}
@@ -55,9 +59,9 @@ def restore(
                     groups[place] = communicator.builder.build(names[place], pair)
                     communicator.carrying[names[place]] = pair, groups[place]
                 if each.worker == worker.id:
-                    _take(worker, view, each, groups, remedies[each.remedy], norms, step)
+                    _take(worker, view, each, groups, remedies[each.remedy], norms, step, skip)
                 else:
-                    _give(worker, each, groups, remedies[each.remedy])
+                    _give(worker, each, groups, remedies[each.remedy], skip)
         finally:
             for name in names.values():
                 communicator.carrying.pop(name, None)
@@ -79,9 +83,11 @@ def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:
     return {key: tensors[key] for key in sorted(tensors) if carries == "state" or key.startswith("param/")}
 
 
-def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remedy) -> None:
+def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remedy, skip: Collection[str]) -> None:
     """Layer by layer, and within a layer in the order in which they are taken."""
     for states in zip(*(_sent(worker, each, each.sources[place][1]) for place in groups), strict=True):
+        if states and states[0].name in skip:
+            continue
         for state, group in zip(states, groups.values(), strict=True):
             header = torch.tensor([state.version, state.generation])
             flat = torch.cat([t.detach().float().cpu().reshape(-1) for t in _carried(state, remedy.carries).values()])
@@ -93,7 +99,7 @@ def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remed
 @torch.no_grad()
 def _take(
     worker: Worker, view: View, each: Move, groups: Mapping[int, Group], remedy: Remedy, norms: Mapping[str, float],
-    step: int,
+    step: int, skip: Collection[str],
 ) -> None:  # fmt: skip
     """Who takes may be a source as well, without a group: then it has a neighbour of what it lacks."""
     mine = worker.store.states_of(each.part)
@@ -106,6 +112,8 @@ def _take(
     weights = [_norm(worker, part, norms) for _, part in each.sources]
     own = {n: _sent(worker, each, part) for n, (_, part) in enumerate(each.sources) if n not in groups}
     for number, state in enumerate(mine):
+        if state.name in skip:
+            continue
         wanted = _carried(state, remedy.carries)
         found: list[dict[str, Tensor]] = []
         for place, (source, part) in enumerate(each.sources):

@@ -59,16 +59,17 @@ class Sized:
 
 def resize(
     problem: ResizeProblem, places: Collection[int], *, speeds: Mapping[int, float] | None = None,
-    limits: Mapping[int, float] | None = None, held: Mapping[int, Set[int]] | None = None,
+    limits: Mapping[int, float] | None = None, held: Mapping[int, Set[int]] | None = None, least_replicas: int = 1,
 ) -> Sized:  # fmt: skip
     """The layout over `places` that takes the least time, among those that fit; of equal ones the one with the fewest
     workers, then the fewest replicas.
 
     `speeds[place]` is how many times as fast a place is (1 where missing), `limits[place]` its bytes (unlimited where
     missing), `held[place]` the layers that it has: stages are dealt so that these stay where they are. Raises
-    PartitionError where nothing fits, and ScheduleError where all that fits is refused by the verifier.
+    PartitionError where nothing fits with `least_replicas`, and ScheduleError where all that fits is refused by the
+    verifier.
     """
-    search = _Search(problem, places, speeds or {}, limits or {}, held or {})
+    search = _Search(problem, places, speeds or {}, limits or {}, held or {}, least_replicas)
     refused: ScheduleError | None = None
     for seconds, stages, replicas in search.ranked():
         try:
@@ -95,9 +96,9 @@ def predicted(
     raise PartitionError(f"{len(places)} workers cannot hold the {len(problem.layer_costs)} layers")
 
 
-def shapes(problem: ResizeProblem, workers: int) -> Iterator[tuple[int, int]]:
+def shapes(problem: ResizeProblem, workers: int, least_replicas: int = 1) -> Iterator[tuple[int, int]]:
     """(stages, replicas) that so many workers can be, and whose replicas share the microbatches evenly."""
-    for replicas in range(1, min(workers, problem.most_replicas) + 1):
+    for replicas in range(least_replicas, min(workers, problem.most_replicas) + 1):
         if problem.microbatches % replicas == 0:
             for stages in range(1, workers // replicas + 1):
                 if num_spans(problem.scheduler, stages, problem.chunks) <= len(problem.layer_costs):
@@ -132,8 +133,9 @@ class _Search:
 
     def __init__(
         self, problem: ResizeProblem, places: Collection[int], speeds: Mapping[int, float],
-        limits: Mapping[int, float], held: Mapping[int, Set[int]],
+        limits: Mapping[int, float], held: Mapping[int, Set[int]], least_replicas: int = 1,
     ) -> None:  # fmt: skip
+        self.least_replicas = least_replicas
         self.problem, self.speeds, self.limits = problem, speeds, limits
         self.ordered, self.middle = _ordered(places, speeds, held)
         self.cuts: dict[tuple[tuple[float, ...], tuple[float, ...]], tuple[Span, ...]] = {}
@@ -142,7 +144,7 @@ class _Search:
         """(seconds, stages, replicas) of all that fits, best first."""
         queue = [
             (self._least(stages, replicas), stages * replicas, replicas, 0)
-            for stages, replicas in shapes(self.problem, len(self.ordered))
+            for stages, replicas in shapes(self.problem, len(self.ordered), self.least_replicas)
         ]
         heapq.heapify(queue)
         nearer = (self._least_of_cut, self._seconds)

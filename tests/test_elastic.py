@@ -51,6 +51,7 @@ def test_a_run_that_shrinks_at_every_point_of_a_step_and_grows_is_bitwise_the_ca
     assert done.output.count("was killed by SIGKILL") == len(POINTS)
     assert sizes(out).count(4) >= 3, "it has grown again"
     assert {event["remedy"] for event in events(out, "shrunk")} == {"replica"}
+    assert sum(event["there"] for event in events(out, "resumed")) > 0, "layers have moved in the background"
     assert len(metrics(out)) == STEPS, "a step was told twice or not at all"
     whole_ledger(out, STEPS)
     assert same_weights(out, calm)
@@ -63,6 +64,20 @@ def test_with_nobody_let_in_it_goes_on_smaller_and_with_nothing_lost(
     out = tmp_path / "run"
     train(forkserver, out, *SMALL, "2:4", "--cooldown", "3600", "--recovery", "checkpoint", "--inject", kills)
     assert sizes(out) == [3, 2]
+    whole_ledger(out, STEPS)
+    assert same_weights(out, calm)
+
+
+def test_layers_leave_a_worker_that_is_slow_and_the_run_is_bitwise_the_calm_run(
+    forkserver: ForkServer, calm: Path, tmp_path: Path
+) -> None:
+    flags = [*SMALL, "3:3", "--replicas", "1", "--cooldown", "0", "--inject", "slow:worker=1,step=20,factor=6"]
+    train(forkserver, out := tmp_path / "run", *flags)
+    shifted = events(out, "shifted")
+    assert "1" in shifted[0]["speeds"], shifted
+    held = {place: len(spans) and sum(int(s.split(":")[1]) - int(s.split(":")[0]) for s in spans)
+            for place, spans in shifted[0]["layers"].items()}  # fmt: skip
+    assert held.get("1", 0) < max(held.values()), held
     whole_ledger(out, STEPS)
     assert same_weights(out, calm)
 

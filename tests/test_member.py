@@ -100,7 +100,7 @@ def test_a_new_view_wakes_who_waits_and_ends_what_waits_for_the_lost() -> None:
     box.advance(1, 0)
     communicator = SimpleNamespace(peers={0, 1, 2}, poison=lost.append)
     member: Any = SimpleNamespace(
-        worker=SimpleNamespace(transport=SimpleNamespace(mailbox=box)), communicator=communicator
+        migration=None, worker=SimpleNamespace(transport=SimpleNamespace(mailbox=box)), communicator=communicator
     )
     watcher = Watcher(store, 0, 1, threading.Event())
     watcher.attach(member)

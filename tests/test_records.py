@@ -21,6 +21,7 @@ from tests.test_wire import JSON
 
 RESUMED = {
     "kind": "event", "time": 1.0, "event": "resumed", "step": 1, "view": 2, "seconds": {"links": 0.5}, "restores": [],
+    "there": 0,
     "woken": 1.0,
 }  # fmt: skip
 ROLLED_BACK = {

@@ -27,6 +27,7 @@ from pipeline.runtime.transport import LinkError, Transport
 from pipeline.schedule.layout import Excerpt
 from pipeline.schedule.ops import Op, span_text
 from pipeline.schedule.timeline import Event
+from pipeline.state.layer_state import LayerState
 from pipeline.state.optimizer import clip_factor, learning_rate
 from pipeline.state.resident import ResidentStore, part_holders, part_span
 
@@ -69,6 +70,8 @@ class Worker:
     norms: Mapping[str, float] = field(default_factory=dict)
     workers: Mapping[int, int] = field(default_factory=dict)
     spare: Spare = field(default_factory=dict)
+    applied: Callable[[LayerState, float, float], None] = lambda *_: None
+    """Called before the gradient of a state, times a scale, is applied at a learning rate."""
 
     def run(self, excerpt: Excerpt, job: Job, step: int, *, wish: Wish = dict, record: bool = False) -> StepResult:
         """Run this worker's lane for `step`, to the settled end.
@@ -155,7 +158,9 @@ class Worker:
             began = time.monotonic() - found.began
             for state in list(left.values()) if last else self.store.states_of(span_text(op.span)):
                 scale = clip / divisors.get(self.store.part_of[state.name], 1.0)
-                left.pop(state.name).apply(scale, lr)
+                left.pop(state.name)
+                self.applied(state, scale, lr)
+                state.apply(scale, lr)
             events.append(Event(lane.place, op, began, time.monotonic() - found.began))
         return events
 

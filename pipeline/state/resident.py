@@ -60,6 +60,8 @@ class ResidentStore(LayerStates):
         self.part_of: dict[str, str] = {}
         self.aside: dict[str, LayerState] = {}
         self._modules_aside: dict[int, nn.Module] = {}
+        self._prepared: dict[str, tuple[LayerState, nn.Module]] = {}
+        self._rotary: nn.Module | None = None
         self._training = True
         self.hold(spans, source)
 
@@ -76,7 +78,7 @@ class ResidentStore(LayerStates):
         if len(set(layers)) < len(layers):
             raise ValueError(f"spans {', '.join(map(span_text, spans))} overlap; a worker holds a layer once")
         have = self._modules_aside | {n: layer for span in self.modules.values() for n, layer in _layers(span)}
-        rotary = next((module.rotary for module in self.modules.values()), None)
+        rotary = next((module.rotary for module in self.modules.values()), self._rotary)
         wanted = self.model.states_of(layers)
         known = self.aside | self.states
         states = {state.name: known[state.name] for state in wanted if state.name in known}
@@ -102,6 +104,31 @@ class ResidentStore(LayerStates):
         }
         self.train(self._training)
         self._lay_out()
+
+    def prepare(self, layers: Iterable[int]) -> dict[str, LayerState]:
+        """States into which what is to be held soon can be filled, while the worker goes on with what it holds: of
+        layers that are held, which nobody computes with yet, their own; of others, new ones."""
+        found: dict[str, LayerState] = {}
+        for layer in layers:
+            (spec,) = (spec for spec in self.model.states_of([layer]) if not spec.shared)
+            if spec.name not in self.states:
+                built = self._build((layer, layer + 1), None)
+                weights = built.named_layer_parameters(layer)
+                trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
+                state = LayerState(
+                    spec.name, {name: weights[name] for name in trained}, self.config,
+                    frozen={name: weights[name].detach() for name in frozen},
+                )  # fmt: skip
+                self._prepared[spec.name] = state, dict(_layers(built))[layer]
+                self._rotary = built.rotary
+            found[spec.name] = self.states[spec.name] if spec.name in self.states else self._prepared[spec.name][0]
+        return found
+
+    def adopt(self, states: Iterable[str]) -> None:
+        """These of what was prepared lie aside from now on, for `hold`; the others are forgotten."""
+        for name in set(states) & set(self._prepared):
+            self.aside[name], self._modules_aside[int(name)] = self._prepared[name]
+        self._prepared.clear()
 
     def let_go(self) -> None:
         """Nobody asks any more for what is held no more."""

@@ -259,13 +259,26 @@ class Actors:
 
         verifier: Any = SimpleNamespace(find=find, came_on_at=0.0, generation=0)
         problem = ResizeProblem("one_f_one_b", [1.0] * LAYERS, 4, 2, self.replicas)
-        sized = Resize(make_planner(problem, self.layout), self.least, 0.5, 2.0, 0, True, [100.0] * LAYERS,
+        migrates = self.world.chance.choice((0.0, 1e6))
+        sized = Resize(make_planner(problem, self.layout), self.least, 0.5, 2.0, 0, True, migrates, [100.0] * LAYERS,
                        Speeds([1.0] * LAYERS))  # fmt: skip
         resize = sized if self.elastic else None
         recovery = Recovery(
             self.policy, self.view, self.layout, LAYERS, False, Path("checkpoints"), verifier=verifier, resize=resize
         )  # fmt: skip
         return Coordinator(store, self.view, recovery, self.event, HEARTBEAT_S, DEADLINE_S, 20)
+
+    def _mover(self) -> None:
+        """What moves in the background, which a simulated worker has no part in: it is there after a while, or never,
+        and in any case the moves of the view are made."""
+        store, told = self.client(), 0
+        while True:
+            self.world.sleep(0.1)
+            if (plan := keys.read_migration(store)) is not None and plan["number"] > told:
+                told = plan["number"]
+                self.world.sleep(self.world.chance.choice((0.0, 0.2, 60.0)))
+                for place in range(len(plan["moves"])):
+                    keys.say_migrated(store, told, place)
 
     def _tick(self) -> None:
         assert self.coordinator is not None

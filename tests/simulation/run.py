@@ -120,6 +120,7 @@ class Run(Actors):
                 process = self.agent_processes[rank] = Process(f"agent {rank}")
                 self.world.start(process, lambda rank=rank: self._agent(rank))
             self.world.start(Process("faults"), self._faults)
+            self.world.start(Process("mover"), self._mover)
             self.world.run(self._over)
         self.check()
 
