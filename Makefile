@@ -54,6 +54,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/skippipe_training.py --out benchmarks/results
 	$(BIN)/python benchmarks/roundpipe.py --out benchmarks/results
 	$(BIN)/python benchmarks/elastic.py --kills 20 --peers torchft,ray,nvrx,torchrun --rounds 3 --trace benchmarks/data/spot_g4dn_us_east_1c.csv --out benchmarks/results
+	$(BIN)/python benchmarks/migration.py --rounds 2 --out benchmarks/results
+	$(BIN)/python benchmarks/slow_worker.py --out benchmarks/results
+	$(BIN)/python benchmarks/loss_table.py --out benchmarks/results
 	$(BIN)/python benchmarks/elastic_scale.py --out benchmarks/results
 	$(BIN)/python benchmarks/transition_faults.py --out benchmarks/results
 	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results

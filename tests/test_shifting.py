@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.slow_worker import EVEN, UNEVEN, always, best, ours, seconds, stay, steps_per_second
 from pipeline.schedule.layout import TRAIN, Layout
 from recovery.membership import View
 from recovery.shifting import Shifter
@@ -77,45 +78,12 @@ def test_who_has_nothing_to_do_is_tried_again_and_later_each_time(
 
 # ---- when to change ----
 
-EVEN, UNEVEN = "three layers each", "one layer for the slow one"
-
-
-def seconds(speeds: Mapping[int, float], layout: str) -> float:
-    """Of a step of four stages and twelve layers; stage 1 may be slow."""
-    slow = speeds.get(1, 1.0)
-    return max(3.0, 3.0 / slow) if layout == EVEN else max(11 / 3, 1.0 / slow)
-
-
-def best(speeds: Mapping[int, float]) -> str:
-    return min((EVEN, UNEVEN), key=lambda layout: seconds(speeds, layout))
-
-
-Policy = Callable[[float, Mapping[int, float], str], str]
-
-
-def steps_per_second(policy: Policy, every_s: float, cost_s: float, periods: int, late_s: float = 0.3) -> float:
-    """A worker that is five times slower in every second period; it is seen `late_s` after it is so."""
-    at, now, done, end = EVEN, 0.0, 0, periods * every_s
-
-    def slow(when: float) -> Mapping[int, float]:
-        return {1: 0.2} if int(max(0.0, when) // every_s) % 2 else {}
-
-    while now < end:
-        if (wanted := policy(now, slow(now - late_s), at)) != at:
-            now, at = now + cost_s, wanted
-            continue
-        now += 0.1 * seconds(slow(now), at) / 3
-        done += 1
-    return done / now
-
 
 @pytest.mark.parametrize("cost_s", [0.05, 1.0, 10.0])
 @pytest.mark.parametrize("every_s", [0.5, 1.0, 3.0, 8.0, 20.0, 50.0])
 def test_it_is_never_five_percent_below_the_better_of_staying_and_always_moving(every_s: float, cost_s: float) -> None:
-    stay = steps_per_second(lambda *_: EVEN, every_s, cost_s, 60)
-    always = steps_per_second(lambda _, speeds, __: best(speeds), every_s, cost_s, 60)
-    shifter = Shifter(best, seconds, cost_s, 0.3)
-    assert steps_per_second(shifter.consider, every_s, cost_s, 60) >= 0.95 * max(stay, always)
+    found = steps_per_second(ours(cost_s), every_s, cost_s)
+    assert found >= 0.95 * max(steps_per_second(stay, every_s, cost_s), steps_per_second(always, every_s, cost_s))
 
 
 def test_the_first_change_comes_when_as_much_was_lost_as_it_costs() -> None:
