@@ -115,7 +115,9 @@ class Planned:
             if self._shifter is not None:
                 self._shifter.cost_s += 0.5 * (stall - self._shifter.cost_s)
         self._last = now
-        busy = {int(worker): float(seconds) for worker, seconds in outcome.get("busy_s", {}).items()}
+        busy = dict[int, float]()
+        with suppress(ValueError, TypeError, AttributeError):  # anybody may have written it
+            busy = {int(worker): float(seconds) for worker, seconds in outcome.get("busy_s", {}).items()}
         resize.speeds.note(view, self._recovery.layouts[view.layout], busy)
 
     # ---- what is due ----

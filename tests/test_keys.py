@@ -26,6 +26,8 @@ READERS: dict[str, Callable[[dist.Store], Any]] = {
     "complaint/3": lambda store: keys.read_complaint(store, 3),
     "error/3": lambda store: keys.read_error(store, 3),
     "failed": keys.failure,
+    "leave/3": lambda store: keys.leaves(store, 3),
+    "migration": keys.read_migration,
     "over": keys.ended,
     "stop": keys.stop_asked,
     "ledger/3/0": lambda store: keys.take_ledger_answer(store, 3, 0),
@@ -76,6 +78,17 @@ def test_what_is_written_is_read() -> None:
     assert keys.read_error(store, 5) == error
     keys.complain(store, 2, 1, "gone")
     assert keys.read_complaint(store, 2) == (1, "gone")
+    assert keys.leaves(store, 2) is None
+    keys.leave(store, 2, 12.5)
+    assert keys.leaves(store, 2) == 12.5
+    keys.stay(store, 2)
+    assert keys.leaves(store, 2) is None
+    assert keys.read_migration(store) is None
+    keys.tell_migration(store, told := {"number": 3, "view": 2, "layout": "k", "moves": []})
+    assert keys.read_migration(store) == told
+    keys.say_migrated(store, 3, 1)
+    assert keys.has_migrated(store, 3, [1])
+    assert not keys.has_migrated(store, 3, [0, 1])
     assert keys.failure(store) is None
     keys.fail(store, "first")
     keys.fail(store, "second")
