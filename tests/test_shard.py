@@ -1,0 +1,72 @@
+"""Sharded optimizer state: the bits of the run that shares nothing, in memory that is as the formula says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GPT2Config
+
+from jobs.config import ConfigError, TrainConfig
+from launch.forkserver import ForkServer
+from pipeline.state.layer_state import LayerState
+from pipeline.state.optimizer import OptimizerConfig
+from pipeline.state.shard import Share, ShardedState, blocks, range_holders
+from tests.harness import run_workers
+from tests.test_parity import MODELS, settings
+
+SHAPES = {"matrix": (67, 129), "norm": (129,), "odd": (7,), "large": (300, 300), "tiny": (1,)}
+
+
+def made(share: Share | None = None) -> LayerState:
+    drawn = torch.Generator().manual_seed(3)
+    parameters = {name: nn.Parameter(torch.randn(shape, generator=drawn)) for name, shape in SHAPES.items()}
+    config = OptimizerConfig(weight_decay=0.3)
+    return LayerState("1", parameters, config) if share is None else ShardedState("1", parameters, config, share)
+
+
+def step(holders: list[ShardedState], number: int, exact: bool) -> None:
+    """What the holders of a state do in a step, with a sum of whole numbers between them."""
+    size = holders[0].size
+    summed = torch.randn(size, generator=torch.Generator().manual_seed(number))
+    kind = torch.int64 if exact else torch.int32
+    bits = [torch.zeros(size, dtype=kind) if exact else holder.gradient.view(torch.int32) for holder in holders]
+    for holder, mine in zip(holders, bits, strict=True):
+        holder.gradient.copy_(summed)
+        holder.prepare(0.7, 0.01, mine)
+    total = torch.stack(bits).sum(0, dtype=kind)
+    for holder, mine in zip(holders, bits, strict=True):
+        mine.copy_(total)
+        holder.apply(0.7, 0.01)
+
+
+def ored(states: list[dict[str, Tensor]], key: str) -> Tensor:
+    total = torch.zeros_like(states[0][key]).view(torch.int32)
+    for each in states:
+        total |= each[key].view(torch.int32)
+    return total.view(torch.float32)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("backup", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_step_of_the_shares_is_bitwise_that_of_the_whole(count: int, backup: bool, exact: bool) -> None:
+    holders = [made(Share(rank, count, backup)) for rank in range(count)]
+    whole = made()
+    for number in range(4):
+        step(holders, number, exact)  # type: ignore[arg-type]
+        whole.gradient.copy_(torch.randn(whole.size, generator=torch.Generator().manual_seed(number)))
+        whole.apply(0.7, 0.01)
+    wanted, found = whole.tensors(), [holder.tensors() for holder in holders]
+    assert whole.keys() == list(wanted) == list(found[0])
+    for key, tensor in wanted.items():
+        for each in found if "exp_avg" not in key else ():
+            assert torch.equal(each[key], tensor), key
+        assert torch.equal(ored(found, key), tensor), key
+    assert {holder.version for holder in holders} == {4}
+    assert not any(holder.gradient.any() for holder in holders)
