@@ -70,3 +70,33 @@ def test_a_step_of_the_shares_is_bitwise_that_of_the_whole(count: int, backup: b
         assert torch.equal(ored(found, key), tensor), key
     assert {holder.version for holder in holders} == {4}
     assert not any(holder.gradient.any() for holder in holders)
+
+
+# ---- whole workers ----
+
+
+@pytest.mark.parametrize(
+    ("workers", "replicas", "model", "changes"),
+    [
+        (2, 2, "gpt2", {"clip": 0.05}),
+        (4, 2, "gpt2", {"exact_sums": True}),
+        (4, 2, "llama", {"clip": 0.0}),
+        (3, 3, "llama", {"clip": 0.05, "exact_sums": True, "microbatches": 3}),
+        (6, 3, "gpt2", {"clip": 0.05, "snapshot": "neighbour", "microbatches": 3}),
+        (4, 2, "llama", {"scheduler": "interleaved", "microbatches": 4}),
+        (4, 2, "gpt2", {"scheduler": "balanced", "dtype": "bfloat16"}),
+    ],
+)  # fmt: skip
+def test_workers_that_share_are_bitwise_those_that_do_not(
+    forkserver: ForkServer, tmp_path: Path, workers: int, replicas: int, model: str, changes: dict[str, object]
+) -> None:
+    """The GPT-2 has a tied head, whose holders are all ends of all replicas."""
+    config = settings(workers=workers, replicas=replicas, steps=6, lr=0.01, **changes)
+    shared = replace(config, shard_optimizer=True)
+    config.validate()
+    shared.validate()
+    plain = run_workers(forkserver, replace(config, snapshot="off"), MODELS[model], tmp_path / "plain")
+    found = run_workers(forkserver, shared, MODELS[model], tmp_path / "shared")
+    assert found.replicas_equal
+    assert (found.losses, found.norms) == (plain.losses, plain.norms)
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in plain.weights.items())
