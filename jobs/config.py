@@ -76,7 +76,7 @@ class TrainConfig(
         InjectionError for one that could never happen."""
         pool = self.scheduler == "roundpipe"
         known = self.stages if stages is None and self.scheduler != "skippipe" else stages
-        return parse_faults(self.inject, Ground(self.workers + self.max_failures, known, pool))
+        return parse_faults(self.inject, Ground(self.workers + self.max_failures, known, pool, self.shard_optimizer))
 
     def validate(self) -> None:
         """Raise ConfigError, or InjectionError, for the first setting that cannot work, whatever the model, the data

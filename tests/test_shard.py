@@ -106,6 +106,7 @@ def test_workers_that_share_are_bitwise_those_that_do_not(
 
 # ---- whole runs ----
 
+SHARED = (*POINTS, "exchange")
 THREE = ("--microbatches", "6", "--replicas", "3", "--exact-sums")
 STEPS = 16
 
@@ -130,12 +131,13 @@ def calm(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_without_a_second_keeper_a_loss_at_any_point_goes_back_to_a_checkpoint(
     forkserver: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
-    steps = (3, 6, 8, 11, 13)
-    kills = ";".join(f"kill:worker={w},step={s},at={at}" for w, (s, at) in enumerate(zip(steps, POINTS, strict=True)))
+    steps = (3, 6, 8, 11, 13, 15)
+    kills = ";".join(f"kill:worker={w},step={s},at={at}" for w, (s, at) in enumerate(zip(steps, SHARED, strict=True)))
     done = run(forkserver, out := tmp_path / "run", "--workers", "6", "--inject", kills)
     assert "if one of workers 0 to 5 is lost: checkpoint, up to 5 steps again" in done.output
     assert [event["to"] for event in events(out, "rolled_back")] == [
         "start", "step-00000005", "step-00000005", "step-00000010", "step-00000010",
+        "step-00000015",
     ]  # fmt: skip
     assert same_weights(out, calm)
 
@@ -144,11 +146,11 @@ def test_with_a_second_keeper_a_loss_at_any_point_takes_nothing_along(
     forkserver: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     """Two replicas give what the third has lost; two that are lost at once go back."""
-    kills = ";".join(f"kill:worker={w},step={2 + 2 * w},at={at}" for w, at in enumerate(POINTS))
+    kills = ";".join(f"kill:worker={w},step={2 + 2 * w},at={at}" for w, at in enumerate(SHARED))
     flags = ["--workers", "6", "--snapshot", "neighbour", "--checkpoint-every", "12"]
     done = run(forkserver, out := tmp_path / "run", *flags, "--inject", kills)
-    assert done.output.count("was killed by SIGKILL") == len(POINTS)
-    assert [event["remedy"] for event in events(out, "remedy")] == ["shards"] * len(POINTS)
+    assert done.output.count("was killed by SIGKILL") == len(SHARED)
+    assert [event["remedy"] for event in events(out, "remedy")] == ["shards"] * len(SHARED)
     assert not events(out, "rolled_back")
     assert same_weights(out, calm)
     certificate = json.loads(sorted((out / "certificates").glob("view-*.json"))[-1].read_text())
@@ -156,6 +158,15 @@ def test_with_a_second_keeper_a_loss_at_any_point_takes_nothing_along(
     twice = "kill:worker=0,step=7;kill:worker=2,step=7"
     run(forkserver, out := tmp_path / "twice", *flags, "--checkpoint-every", "5", "--inject", twice)
     assert [event["to"] for event in events(out, "rolled_back")] == ["step-00000005"]
+    assert same_weights(out, calm)
+
+
+def test_what_loses_nobody_goes_on_from_where_it_was(forkserver: ForkServer, calm: Path, tmp_path: Path) -> None:
+    """A gradient that is no number, and links that break."""
+    faults = "nan:worker=1,step=6,at=backward;cut:worker=2,step=8,at=exchange;cut:worker=0,step=12,at=reduce"
+    run(forkserver, out := tmp_path / "run", "--workers", "6", "--inject", faults)
+    assert len(events(out, "fault")) == 3
+    assert not events(out, "rolled_back")
     assert same_weights(out, calm)
 
 

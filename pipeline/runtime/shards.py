@@ -7,7 +7,7 @@ interrupted before, the one that it starts instead is of the same size, and nobo
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,13 +18,16 @@ from pipeline.state.shard import KINDS, ShardedState
 
 
 def exchange(
-    store: ResidentStore, reducer: Reducer, divisors: Mapping[str, float], clip: float, lr: float, deadline: float
-) -> None:
+    store: ResidentStore, reducer: Reducer, divisors: Mapping[str, float], clip: float, lr: float, deadline: float,
+    probe: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Make the new weights of all that is held, each holder those of its ranges, and have them all: what `apply` of the
-    states puts in place. Raises LinkError."""
-    for part in sorted(store.gradients):
+    states puts in place. `probe` is called before the last sum. Raises LinkError."""
+    for part in (parts := sorted(store.gradients)):
         for state, bits in _pieces(store, part):
             state.prepare(clip / divisors.get(part, 1.0), lr, bits)
+        if part == parts[-1]:
+            probe()
         reducer.start(part, store.bits(part))
     reducer.finish(deadline)
 

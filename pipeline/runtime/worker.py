@@ -156,7 +156,8 @@ class Worker:
                 return
             norm = found
         lr = learning_rate(config, lane.step)
-        exchange(self.store, self.reducer, divisors, clip_factor(norm, config.clip), lr, deadline)
+        clip, probe = clip_factor(norm, config.clip), lambda: self.probe("exchange", lane.step)
+        exchange(self.store, self.reducer, divisors, clip, lr, deadline, probe)
 
     def _apply(
         self, lane: Lane, found: LaneResult, settled: Settled, divisors: Mapping[str, float], lr: float
