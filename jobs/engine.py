@@ -130,8 +130,8 @@ class Engine(Protocol):
         ...
 
     def whole_moments(self) -> Mapping[str, Tensor]:
-        """The moments of the layers that this member owns where it keeps a share of them alone, by their keys, together;
-        they take the place of those in `states`."""
+        """The moments, by their keys, of the layers that this member owns where it keeps a share of them alone; they
+        take the place of those in `states`. Together."""
         ...
 
     def pulse(self) -> None:

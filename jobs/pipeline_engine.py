@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.engine import Position
 from torch import Tensor
 
+from jobs.engine import Position
 from pipeline.runtime.batch import Job
 from pipeline.runtime.shards import whole_moments
 from pipeline.runtime.worker import StepResult, Worker

@@ -63,9 +63,7 @@ def _first_error(votes: Mapping[int, Mapping[str, Any]]) -> str | None:
     return next((vote["error"] for vote in votes.values() if vote["error"]), None)
 
 
-def _write_layers(
-    engine: Engine, folder: Path, done: int, whole: Mapping[str, Tensor]
-) -> list[checkpoint.FileRecord]:
+def _write_layers(engine: Engine, folder: Path, done: int, whole: Mapping[str, Tensor]) -> list[checkpoint.FileRecord]:
     records: list[checkpoint.FileRecord] = []
     for layer, owner in sorted(engine.owners().items()):
         if owner == engine.me:

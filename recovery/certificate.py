@@ -48,7 +48,9 @@ class Witness:
         }
         given = {name: holds[name] if name in holds else known[name].fingerprint() for name in sorted(gave)}
         now = holds | given  # what was given and is held no more may have had no other holder to compare it with
-        changed = [name for name, was in before.items() if name in now and name.split("/")[0] not in took and now[name] != was]
+        changed = [
+            name for name, was in before.items() if name in now and name.split("/")[0] not in took and now[name] != was
+        ]
         return cls(holds, given, changed, keys)
 
 

@@ -55,7 +55,7 @@ class ResizeSettings:
         )  # fmt: skip
         require(
             not run.shard_optimizer, "workers", f"{self.min_workers}:{run.workers}",
-            "one number with shard_optimizer: nobody keeps all moments, so a run that changes its size cannot copy them",
+            "one number with shard_optimizer: nobody has all moments, so a run of another size cannot copy them",
         )  # fmt: skip
         require(run.ends in ("auto", "in-line"), "ends", run.ends, "auto or in-line where workers are MIN:MAX")
 

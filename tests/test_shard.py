@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2Config
 
 from jobs.config import ConfigError, TrainConfig
 from launch.forkserver import ForkServer
 from pipeline.state.layer_state import LayerState
 from pipeline.state.optimizer import OptimizerConfig
-from pipeline.state.shard import Share, ShardedState, blocks, range_holders
+from pipeline.state.shard import Share, blocks, deal, range_holders
+from pipeline.state.sharded import ShardedState
 from tests import test_recovery as recovered
 from tests.harness import Command, run_command, run_workers
-from tests.test_recovery import POINTS, events, same_weights
 from tests.test_parity import MODELS, settings
+from tests.test_recovery import POINTS, events, same_weights
 
 SHAPES = {"matrix": (67, 129), "norm": (129,), "odd": (7,), "large": (300, 300), "tiny": (1,)}
 
@@ -72,6 +73,83 @@ def test_a_step_of_the_shares_is_bitwise_that_of_the_whole(count: int, backup: b
         assert torch.equal(ored(found, key), tensor), key
     assert {holder.version for holder in holders} == {4}
     assert not any(holder.gradient.any() for holder in holders)
+
+
+LAYERS = {
+    "llama 7b": {"q": 4096 * 4096, "k": 4096 * 4096, "mlp": 4096 * 11008, "norm": 4096},
+    "small": {"q": 64 * 64, "up": 64 * 176, "norm": 64, "bias": 176},
+    "head": {"norm": 256, "head": 256 * 4096},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("count", range(1, 9))
+def test_shares_are_even_and_one_more_takes_a_little_of_each(name: str, count: int) -> None:
+    cut = blocks(LAYERS[name])
+    assert sum(block.size for block in cut) == sum(LAYERS[name].values())
+    sizes, total = [block.size for block in cut], sum(LAYERS[name].values())
+    before, after = deal(sizes, count), deal(sizes, count + 1)
+    held = [sum(s for s, rank in zip(sizes, after, strict=True) if rank == r) for r in range(count + 1)]
+    assert max(held) <= 1.02 * total / (count + 1) + 2 * max(sizes)
+    moved = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+    assert {b for _, b in moved} == {count}, "nothing moves among those that were there"
+    assert {a for a, _ in moved} == set(range(count)), "each gives a little"
+    for rank in set(after):
+        assert max(b.size for b, r in zip(cut, after, strict=True) if r == rank) < total / 4
+
+
+def test_who_keeps_a_range() -> None:
+    assert range_holders({"3": [5, 7, 9]}, backup=False) == {"3/0": [5], "3/1": [7], "3/2": [9]}
+    assert range_holders({"3": [5, 7, 9]}, backup=True) == {"3/0": [5, 7], "3/1": [7, 9], "3/2": [5, 9]}
+
+
+def test_a_checkpoint_of_the_whole_is_read_and_a_wrong_bit_is_seen_where_it_is() -> None:
+    whole = made()
+    whole.gradient.normal_(generator=torch.Generator().manual_seed(1))
+    whole.apply(1.0, 0.1)
+    holders = [made(Share(rank, 3, backup=True)) for rank in range(3)]
+    for each in holders:
+        each.load(whole.tensors())
+        each.version = 1
+    assert torch.equal(ored([each.tensors() for each in holders], "exp_avg/large"), whole.moments("large")["exp_avg"])
+    prints = [each.fingerprints() for each in holders]
+    assert prints[0].keys() == {"1", "1/0", "1/2"}
+    assert prints[0]["1"] == prints[1]["1"]
+    assert prints[0]["1/0"] == prints[1]["1/0"]
+    wrong = {key: tensor.clone() for key, tensor in whole.tensors().items()}
+    wrong["exp_avg_sq/large"].view(-1)[0] += 1.0
+    holders[0].load(wrong)
+    differs = {name for name, crc in holders[0].fingerprints().items() if crc != prints[0][name]}
+    assert len(differs) <= 1
+    assert "1" not in differs
+    with pytest.raises(KeyError):
+        holders[0].load({})
+    with pytest.raises(RuntimeError, match="has shape"):
+        holders[0].put({"exp_avg/large": torch.zeros(3)})
+    holders[0].begin_anew()
+    assert not any(tensor.any() for kind, tensor in holders[0].tensors().items() if "exp_avg" in kind)
+
+
+TWO = {"workers": 2, "replicas": 2, "shard_optimizer": True}
+THRICE = {"workers": 3, "replicas": 3, "microbatches": 6, "shard_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shard_optimizer": True}, "^shard_optimizer is True; allowed: False without replicas; --replicas 2 or more"),
+        ({"shard_optimizer": True, "scheduler": "roundpipe"}, "shard_optimizer is True; allowed: False under sched"),
+        ({**TWO, "recovery": "replica"}, "recovery is 'replica'; allowed: auto, exact, checkpoint or none with shard_"),
+        ({**TWO, "recovery": "checkfree"}, "recovery is 'checkfree'; allowed: auto, exact, checkpoint or none with s"),
+        ({**TWO, "min_workers": 1}, "workers is '1:2'; allowed: one number with shard_optimizer"),
+        ({**TWO, "snapshot": "neighbour"}, "snapshot is 'neighbour'; allowed: off with shard_optimizer and 2 replicas"),
+        ({**THRICE, "snapshot": "neighbour", "recovery": "checkpoint"}, "snapshot is 'neighbour'; allowed: off under"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shared_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**changes).validate()
+    TrainConfig(**{**THRICE, "snapshot": "neighbour"}).validate()  # type: ignore[arg-type]
 
 
 # ---- whole workers ----

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.runtime.reducer import Reducer
 from pipeline.state.resident import ResidentStore
-from pipeline.state.shard import KINDS, ShardedState
+from pipeline.state.sharded import KINDS, ShardedState
 
 
 def exchange(

@@ -19,7 +19,8 @@ from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
 from pipeline.state.exact_sum import ExactSum
 from pipeline.state.layer_state import LayerState, LayerStates
 from pipeline.state.optimizer import OptimizerConfig
-from pipeline.state.shard import Share, ShardedState
+from pipeline.state.shard import Share
+from pipeline.state.sharded import ShardedState
 
 Holders = Mapping[Span, tuple[int, ...]]
 
