@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from pipeline.state.layer_state import LayerState
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.shard import Share, blocks, deal, range_holders
 from pipeline.state.sharded import ShardedState
+from recovery.certificate import Witness, certify
+from recovery.policy import POLICIES
+from recovery.remedy import CannotRestore, Loss
+from recovery.shards import Shards, remedies_of
 from tests import test_recovery as recovered
 from tests.harness import Command, run_command, run_workers
 from tests.test_parity import MODELS, settings
@@ -26,14 +30,14 @@ from tests.test_recovery import POINTS, events, same_weights
 SHAPES = {"matrix": (67, 129), "norm": (129,), "odd": (7,), "large": (300, 300), "tiny": (1,)}
 
 
-def made(share: Share | None = None) -> LayerState:
+def made(share: Share | None = None) -> Any:
     drawn = torch.Generator().manual_seed(3)
     parameters = {name: nn.Parameter(torch.randn(shape, generator=drawn)) for name, shape in SHAPES.items()}
     config = OptimizerConfig(weight_decay=0.3)
     return LayerState("1", parameters, config) if share is None else ShardedState("1", parameters, config, share)
 
 
-def step(holders: list[ShardedState], number: int, exact: bool) -> None:
+def step(holders: list[Any], number: int, exact: bool) -> None:
     """What the holders of a state do in a step, with a sum of whole numbers between them."""
     size = holders[0].size
     summed = torch.randn(size, generator=torch.Generator().manual_seed(number))
@@ -62,7 +66,7 @@ def test_a_step_of_the_shares_is_bitwise_that_of_the_whole(count: int, backup: b
     holders = [made(Share(rank, count, backup)) for rank in range(count)]
     whole = made()
     for number in range(4):
-        step(holders, number, exact)  # type: ignore[arg-type]
+        step(holders, number, exact)
         whole.gradient.copy_(torch.randn(whole.size, generator=torch.Generator().manual_seed(number)))
         whole.apply(0.7, 0.01)
     wanted, found = whole.tensors(), [holder.tensors() for holder in holders]
@@ -128,6 +132,50 @@ def test_a_checkpoint_of_the_whole_is_read_and_a_wrong_bit_is_seen_where_it_is()
         holders[0].put({"exp_avg/large": torch.zeros(3)})
     holders[0].begin_anew()
     assert not any(tensor.any() for kind, tensor in holders[0].tensors().items() if "exp_avg" in kind)
+
+
+def test_the_lost_share_is_put_together_from_both_sides() -> None:
+    holders = [made(Share(rank, 4, backup=True)) for rank in range(4)]
+    for number in range(2):
+        step(holders, number, exact=False)
+    holders[1]._kept["exp_avg"].neg_().mul_(0.0)  # zeros, of which some are negative
+    holders[2]._kept["exp_avg"][-holders[2]._ends[1][1] + holders[2]._ends[1][0] :] = holders[1]._kept["exp_avg"][
+        : holders[1]._ends[1][1]
+    ]
+    loss = Loss(9, "1:2", 3, (4, 6, 7), ring=(4, 9, 6, 7))
+    move = Shards().plan(loss)
+    assert move.sources == ((6, "1:2"), (4, "1:2"))
+    heir = made(Share(1, 4, backup=True))
+    heir.put(Shards().combine([holders[2].tensors(), holders[0].tensors()], []))
+    heir.version = 2
+    was, now = holders[1].fingerprints(), heir.fingerprints()
+    assert (now["1"], now["1/1"]) == (was["1"], was["1/1"]), "zeros keep their sign"
+    assert now["1/0"] == holders[0].fingerprints()["1/0"]
+    with pytest.raises(CannotRestore, match=r"the shares of span 1:2 that worker\(s\) \[6\] kept are lost too"):
+        Shards().plan(replace(loss, copies=(4, 7)))
+
+
+def test_which_remedies_hold() -> None:
+    found = {name: (remedies_of(names, False), remedies_of(names, True)) for name, names in POLICIES.items()}
+    assert found["auto"] == found["exact"] == (("checkpoint",), ("shards", "checkpoint"))
+    assert found["checkpoint"] == (("checkpoint",), ("checkpoint",))
+    assert found["none"] == ((), ())
+
+
+def test_a_range_that_differs_is_named_and_healthy_shares_are_not_called_different() -> None:
+    holders = [made(Share(rank, 3, backup=True)) for rank in range(3)]
+    wanted = {"1": [0, 1, 2], **range_holders({"1": [0, 1, 2]}, backup=True)}
+
+    def certified() -> dict[str, Any]:
+        votes = {n: asdict(Witness.of(n, {"1": state}, {}, {}, (), {})) for n, state in enumerate(holders)}
+        return certify(wanted, (), votes)
+
+    step(holders, 1, exact=False)
+    found = certified()
+    assert not found["error"]
+    assert {name: state["workers"] for name, state in found["states"].items()} == wanted
+    holders[1]._kept["exp_avg_sq"][-1] += 1.0
+    assert "the copies of state 1/0 differ, by checksum" in certified()["error"]
 
 
 TWO = {"workers": 2, "replicas": 2, "shard_optimizer": True}
