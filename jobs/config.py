@@ -11,6 +11,7 @@ from pipeline.settings import ConfigError as ConfigError
 from pipeline.settings import check_groups
 from pipeline.settings import require as require
 from pipeline.state.optimizer import OptimizerConfig, OptimizerSettings
+from pipeline.state.shard import ShardSettings
 from recovery.checkfree import CheckFreeSettings
 from recovery.inject import Fault, Ground, InjectionSettings, Rate, parse_faults
 from recovery.losses import SupervisionSettings
@@ -30,6 +31,7 @@ class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
     SupervisionSettings, ResizeSettings, SnapshotSettings, MachineSettings, InjectionSettings, InterleavedSettings,
     SkipPipeSettings, RoundPipeSettings, LoraSettings, CheckFreeSettings, SwappedSettings, RedundantSettings,
+    ShardSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 
@@ -74,7 +76,7 @@ class TrainConfig(
         InjectionError for one that could never happen."""
         pool = self.scheduler == "roundpipe"
         known = self.stages if stages is None and self.scheduler != "skippipe" else stages
-        return parse_faults(self.inject, Ground(self.workers + self.max_failures, known, pool))
+        return parse_faults(self.inject, Ground(self.workers + self.max_failures, known, pool, self.shard_optimizer))
 
     def validate(self) -> None:
         """Raise ConfigError, or InjectionError, for the first setting that cannot work, whatever the model, the data

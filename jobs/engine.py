@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from pipeline.runtime.worker import StepResult
 from pipeline.state.layer_state import LayerStates
 from pipeline.wire import WireError, checked
@@ -125,6 +127,11 @@ class Engine(Protocol):
     @property
     def states(self) -> LayerStates:
         """Those that this member holds."""
+        ...
+
+    def whole_moments(self) -> Mapping[str, Tensor]:
+        """The moments, by their keys, of the layers that this member owns where it keeps a share of them alone; they
+        take the place of those in `states`. Together."""
         ...
 
     def pulse(self) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from jobs.engine import Position
 from pipeline.runtime.batch import Job
+from pipeline.runtime.shards import whole_moments
 from pipeline.runtime.worker import StepResult, Worker
 from pipeline.schedule.layout import EVALUATE, FULL, TRAIN
 from pipeline.state.layer_state import LayerStates
@@ -109,6 +112,12 @@ class PipelineEngine:
         """The worker in the lowest place that computes each layer."""
         holders = self.member.excerpt(TRAIN).holders
         return {layer: self.worker.workers[places[0]] for span, places in holders.items() for layer in range(*span)}
+
+    def whole_moments(self) -> Mapping[str, Tensor]:
+        """See Engine."""
+        mine = {layer for layer, owner in self.owners().items() if owner == self.me}
+        wanted = [state.name for layer in mine for state in self.states.owned(layer)]
+        return whole_moments(self.worker.store, self.worker.reducer, wanted, self.worker.settings.deadline_s)
 
     def pulse(self) -> None:
         self.worker.pulse()

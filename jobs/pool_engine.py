@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from jobs.engine import Position
 from jobs.text import TextJob
 from pipeline.runtime.step_commit import NonFiniteLoss, Settled, Vote, agree
@@ -153,6 +155,10 @@ class PoolEngine:
 
     def owners(self) -> Mapping[int, int]:
         return dict.fromkeys(range(self.states.model.num_layers), _HOST)
+
+    def whole_moments(self) -> Mapping[str, Tensor]:
+        """The host has all."""
+        return {}
 
     def pulse(self) -> None:
         """Nobody watches the host."""

@@ -33,8 +33,9 @@ def save(engine: Engine, root: Path, done: int, about: Mapping[str, Any], keep: 
         error = str(problem)
     error = _first_error(engine.gather({"error": error}))
     if error is None:
+        whole = engine.whole_moments()
         try:
-            records = _write_layers(engine, checkpoint.temporary(root, done, fence), done)
+            records = _write_layers(engine, checkpoint.temporary(root, done, fence), done, whole)
         except (OSError, checkpoint.CheckpointError) as problem:
             error = str(problem)
     votes = engine.gather({"error": error, "records": [record.as_json() for record in records]})
@@ -62,7 +63,7 @@ def _first_error(votes: Mapping[int, Mapping[str, Any]]) -> str | None:
     return next((vote["error"] for vote in votes.values() if vote["error"]), None)
 
 
-def _write_layers(engine: Engine, folder: Path, done: int) -> list[checkpoint.FileRecord]:
+def _write_layers(engine: Engine, folder: Path, done: int, whole: Mapping[str, Tensor]) -> list[checkpoint.FileRecord]:
     records: list[checkpoint.FileRecord] = []
     for layer, owner in sorted(engine.owners().items()):
         if owner == engine.me:
@@ -71,7 +72,8 @@ def _write_layers(engine: Engine, folder: Path, done: int) -> list[checkpoint.Fi
                     f"layer {layer} is of step {found[0]}, generation {found[1]}; the checkpoint is to be of "
                     f"step {wanted[0]}, generation {wanted[1]}"
                 )
-            records.append(checkpoint.write_layer(folder, layer, engine.states.tensors(layer)))
+            tensors = {key: whole.get(key, tensor) for key, tensor in engine.states.tensors(layer).items()}
+            records.append(checkpoint.write_layer(folder, layer, tensors))
             engine.pulse()
     return records
 

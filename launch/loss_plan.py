@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.config import TrainConfig
+from jobs.config import TrainConfig, require
 from jobs.pipelines import layer_costs, plan_layout
 from jobs.resizing import make_planner, resize_problem
 from launch.commands import Result
@@ -105,6 +105,7 @@ def _elements(model: LayeredModel, keys: Sequence[str]) -> int:
 def plan_losses(config: TrainConfig, losses: int) -> Result:
     """The table of `loss_table`, for the model and the workers that the settings name."""
     config.validate()
+    require(not config.shard_optimizer, "shard_optimizer", True, "False with --losses: such a run keeps its size")
     with tempfile.TemporaryDirectory() as converted:
         found = resolve(config.model, Path(converted))
         model = LayeredModel(read_config(found) if isinstance(found, Path) else found)

@@ -39,7 +39,8 @@ from recovery import keys
 from recovery.checkpoint import Verifier, any_saved
 from recovery.coordinator import Coordinator
 from recovery.losses import TooManyFailures
-from recovery.policy import Recovery
+from recovery.policy import POLICIES, Recovery
+from recovery.shards import remedies_of
 
 _LAST_S = 20.0
 TAKES_BACK = {"SIGUSR1": signal.SIGUSR2, "SIGUSR2": signal.SIGUSR1}
@@ -198,6 +199,7 @@ def _coordinator(
     recovery = Recovery(
         config.recovery, first, plan.layout, model.num_layers, model.tied, config.out / "checkpoints", plan.around,
         watch(None if source is None else Path(source)), Verifier(first.generation), plan.resize,
+        remedies_of(POLICIES[config.recovery], config.snapshot != "off") if config.shard_optimizer else None,
     )  # fmt: skip
     for line in forecast(config, recovery):
         display.say(line)

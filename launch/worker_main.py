@@ -38,7 +38,8 @@ from pipeline.runtime.reducer import Reducer
 from pipeline.runtime.step_commit import NonFiniteLoss, StepCommit
 from pipeline.runtime.transport import Shape, Transport, span_bytes
 from pipeline.runtime.worker import Worker
-from pipeline.state.resident import ResidentStore
+from pipeline.state.resident import ResidentStore, part_holders
+from pipeline.state.shard import shares_of
 from pipeline.state.source import SourceRefused
 from pipeline.wire import checked, parse
 from recovery import keys
@@ -176,9 +177,12 @@ def build_member(
         torch.cuda.set_device(device)
     model = blueprint(config.out / "model-config", payload.get("attention"))
     source = view.details["source"]
+    layout = read_layout(store, view, place)
+    parts = part_holders(layout.holders, model.num_layers, model.tied) if config.shard_optimizer else {}
     held = ResidentStore(
-        model, read_layout(store, view, place).spans, config.optimizer(), seed=config.seed, device=device,
+        model, layout.spans, config.optimizer(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source), came_on=pulse, exact=config.exact_sums,
+        shares=shares_of(parts, place, config.snapshot == "neighbour"),
     )  # fmt: skip
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,

@@ -37,7 +37,7 @@ class Witness:
     ) -> Witness:  # fmt: skip
         """`held` are the states of a worker now, `known` those that it has given as well; `before` the hashes of those
         that it had when the view began, empty where all went back."""
-        holds = {name: state.fingerprint() for name, state in held.items()}
+        holds = {name: crc for state in held.values() for name, crc in state.fingerprints().items()}
         took = {name for move in moves if move.worker == worker for name in states_of(move.part)}
         gave = {
             name
@@ -48,7 +48,9 @@ class Witness:
         }
         given = {name: holds[name] if name in holds else known[name].fingerprint() for name in sorted(gave)}
         now = holds | given  # what was given and is held no more may have had no other holder to compare it with
-        changed = [name for name, was in before.items() if name in now and name not in took and now[name] != was]
+        changed = [
+            name for name, was in before.items() if name in now and name.split("/")[0] not in took and now[name] != was
+        ]
         return cls(holds, given, changed, keys)
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 
 from pipeline.model.rng import derive
 
-POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join")
+POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join", "exchange")
+"""exchange is that of new weights, under shard_optimizer."""
 POOL_POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")
 """What workers that hold nothing meet: a unit is there, its weights are being loaded, they are loaded, it is computed
 forward or back, its gradient is told, it counts."""
@@ -86,11 +87,12 @@ class Rate:
 @dataclass(frozen=True)
 class Ground:
     """Where faults are to happen: workers have ids below `ids`; `stages` is None where that is not known yet. `pool`:
-    workers hold nothing."""
+    workers hold nothing; `shares`: they share the optimizer's state."""
 
     ids: int
     stages: int | None
     pool: bool = False
+    shares: bool = False
 
 
 def parse_faults(text: str, ground: Ground | None = None) -> tuple[Fault | Rate, ...]:
@@ -122,9 +124,11 @@ def _parse(text: str, name: str, ground: Ground | None) -> Fault | Rate:
     if ("worker" in values) == ("stage" in values):
         raise _refusal(text, "allowed: one of worker=ID and stage=NUMBER")
     at = values.get("at", "forward" if kind == "slow" else "backward")
-    points = _ANY if ground is None else POOL_POINTS if pool else POINTS
+    shares = ground is None or ground.shares
+    points = _ANY if ground is None else POOL_POINTS if pool else POINTS if shares else POINTS[:-1]
     if at not in points:
         where = "" if at not in _ANY else f" {'with' if pool else 'without'} scheduler roundpipe"
+        where = " without shard_optimizer" if at == "exchange" and not pool else where
         raise _refusal(text, f"at is {at!r}; allowed{where}: {', '.join(points)}")
     who = {key: _number(text, values, key, int) for key in ("worker", "stage") if key in values}
     if ground is not None and "worker" in who and who["worker"] >= ground.ids:

@@ -34,6 +34,7 @@ from recovery.membership import Evicted, MembershipError, Move, View, await_view
 from recovery.migration import Migration, Plan
 from recovery.remedy import Remedy, states_of
 from recovery.restore import restore, roll_back
+from recovery.shards import with_ranges
 
 INTERRUPTIONS = (Aborted, CommitError, LinkError)
 """What a worker raises when a view ends under it. Its state is that of the last committed step; it can go on."""
@@ -142,7 +143,8 @@ class Member:
         where = dict(*found["positions"])
         # where all stay as they are there is nothing that could have changed on its way
         still = self.view is None or (self.view.layout == view.layout and not view.moves)
-        before = {} if view.rollback or still else {n: s.fingerprint() for n, s in worker.store.states.items()}
+        held = () if view.rollback or still else worker.store.states.values()
+        before = {name: crc for state in held for name, crc in state.fingerprints().items()}
         step = int(where.get("step", view.first_step))
         there = {
             int(w): {name for name, version in had.items() if version == step} for w, had in found["ready"].items()
@@ -183,6 +185,7 @@ class Member:
         told = Witness.of(worker.id, worker.store.states, known, before, view.moves, keys)
         names = {state.name for state in worker.store.model.states}  # a layer may own nothing but a shared weight
         holders = {name: workers for part, workers in parts.items() for name in states_of(part) & names}
+        holders = with_ranges(worker.store, holders, view.places)
         found = worker.commit.agree(asdict(told), partial(certify, holders, copied))
         if found["again"]:
             raise LinkError(f"view {view.number}: {found['error']}")

@@ -19,6 +19,7 @@ from recovery.remedy import CannotRestore, Loss, Remedy, has, losses
 from recovery.replica import Replica
 from recovery.reroute import Planner
 from recovery.resize import Resize
+from recovery.shards import Shards
 
 CHECKPOINT, REDUNDANT, REPLICA, REROUTE, RESIZE = "checkpoint", "redundant", "replica", "reroute", "resize"
 POLICIES: Mapping[str, tuple[str, ...]] = {
@@ -54,7 +55,7 @@ class RecoverySettings:
 
 def remedies(weights: str = "norm") -> dict[str, Remedy]:
     """Every remedy that works part by part, by name; `weights` as in `checkfree.WEIGHTS`."""
-    return {remedy.name: remedy for remedy in (Replica(), Average(weights), Twin(), Copy(), Random())}
+    return {remedy.name: remedy for remedy in (Replica(), Average(weights), Twin(), Copy(), Random(), Shards())}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Recovery:
     verifier: Verifier = field(default_factory=Verifier)
     resize: Resize | None = None
     """How the run goes on with fewer workers, if it does."""
+    only: tuple[str, ...] | None = None
+    """The remedies, where not all those of the policy hold."""
     layouts: dict[str, Layout] = field(default_factory=dict)
     """All layouts that a view of the run has had, by key."""
 
@@ -185,7 +188,8 @@ class Recovery:
         policy: where nothing is lost, what moves is copied. Raises CannotRestore."""
         had = has(before, self.layouts[before.layout], self.num_layers, self.tied)
         wanted = losses(after, self.layouts[after.layout], had, self.num_layers, self.tied)
-        return cure(after, wanted, (*first, *POLICIES[self.policy]), self.rollback_target, reasons)
+        names = (*first, *POLICIES[self.policy]) if self.only is None else self.only
+        return cure(after, wanted, names, self.rollback_target, reasons)
 
     def rollback_target(self) -> str:
         """What all can go back to: the newest valid checkpoint, or the start of the run. Raises CannotRestore."""

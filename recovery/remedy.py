@@ -42,6 +42,8 @@ class Loss:
     before: tuple[int, Span] | None = None
     after: tuple[int, Span] | None = None
     twin: tuple[int, Span] | None = None
+    ring: tuple[int, ...] = ()
+    """All that are to hold the part, in the order of their places."""
 
     @property
     def name(self) -> str:
@@ -100,11 +102,20 @@ def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool)
 
     def lost(joiner: int, part: str) -> Loss:
         copies = _having(view, part, before)
+        whole = next(each for each in parts if states_of(part) <= states_of(each))
+        ring = tuple(sorted(parts[whole], key=view.places.__getitem__))
         if (span := part_span(part)) is None:
-            return Loss(joiner, part, num_layers, copies)
+            return Loss(joiner, part, num_layers, copies, ring=ring)
         others = [(alive[text][0], other) for other in twins.get(span, ()) if alive[text := span_text(other)]]
         return Loss(
-            joiner, part, num_layers, copies, neighbour(span[0], 1), neighbour(span[1], 0), next(iter(others), None)
+            joiner,
+            part,
+            num_layers,
+            copies,
+            neighbour(span[0], 1),
+            neighbour(span[1], 0),
+            next(iter(others), None),
+            ring,
         )
 
     return tuple(lost(joiner, piece) for part, joiner in lacking for piece in _pieces(view, part, joiner, before))

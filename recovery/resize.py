@@ -61,6 +61,10 @@ class ResizeSettings:
             run.recovery not in ("redundant", "checkfree+"), "recovery", run.recovery,
             "one that keeps no copies in certain places, where workers are MIN:MAX",
         )  # fmt: skip
+        require(
+            not run.shard_optimizer, "workers", f"{self.min_workers}:{run.workers}",
+            "one number with shard_optimizer: nobody has all moments, so a run of another size cannot copy them",
+        )  # fmt: skip
         require(run.ends in ("auto", "in-line"), "ends", run.ends, "auto or in-line where workers are MIN:MAX")
 
 

@@ -133,8 +133,7 @@ def _take(
             worker.pulse()
             parts = flat.split([tensor.numel() for tensor in wanted.values()])
             found.append({k: part.view(t.shape) for (k, t), part in zip(wanted.items(), parts, strict=True)})
-        for key, tensor in (remedy.combine(found, weights) or {}).items():
-            wanted[key].copy_(tensor)
+        state.put(remedy.combine(found, weights) or {})
         stamp((state,), step, view.generation)
 
 

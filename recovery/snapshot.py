@@ -20,7 +20,7 @@ class SnapshotSettings:
     snapshot: Literal["off", "neighbour"] = "off"
     """neighbour has every worker keep a copy of the next stage as well, exact after every step, from which a lost one
     comes back; it takes the memory of that stage's weights, gradients and moments, and nothing where --replicas is 2 or
-    more."""
+    more. With --shard-optimizer, every replica keeps the share of the moments of the one before it as well."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError where nobody could keep a copy, or nobody would read it."""
@@ -33,5 +33,9 @@ class SnapshotSettings:
         require(
             run.recovery in ("auto", "exact", "replica", "checkfree"), "snapshot", self.snapshot,
             f"off under recovery {run.recovery}, which does not read it",
+        )  # fmt: skip
+        require(
+            not run.shard_optimizer or run.replicas > 2, "snapshot", self.snapshot,
+            "off with shard_optimizer and 2 replicas: each would keep all moments; 3 replicas or more",
         )  # fmt: skip
         require(run.workers > 1, "snapshot", self.snapshot, "off with one worker")

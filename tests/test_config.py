@@ -99,6 +99,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(changes: dict[str, Any], me
             for at in ("reduce", "optimizer", "recovery", "join")
         ],
         ({}, "kill:worker=104,step=1", r"worker is 104; allowed: 0 to 103, the workers and those that may take their"),
+        ({}, "kill:worker=0,step=1,at=exchange", r"at is 'exchange'; allowed without shard_optimizer: forward, backwa"),
         ({"max_failures": 0}, "kill:worker=4,step=1", r"worker is 4; allowed: 0 to 3, the workers"),
         ({"replicas": 2}, "kill:stage=2,step=1", r"stage is 2; allowed: 0 to 1$"),
         ({}, "rate:p=0.1,stages=1-4", r"stage is 4; allowed: 0 to 3$"),

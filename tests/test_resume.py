@@ -24,7 +24,7 @@ FREE = {
     "device", "threads", "recompute", "ends", "model", "checkpoint_every", "keep", "evaluate_every",
     "evaluate_samples", "tensorboard", "sample_tokens", "recovery", "checkfree_weights", "heartbeat", "spares",
     "max_failures", "network", "deadline", "min_workers", "cooldown", "wait", "preempt_signal", "grace", "snapshot",
-    "shift", "migration_mib", "max_preemptions",
+    "shift", "migration_mib", "max_preemptions", "shard_optimizer",
 }  # fmt: skip
 
 

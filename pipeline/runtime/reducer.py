@@ -50,9 +50,10 @@ class Reducer:
 
     # ---- in a step ----
 
-    def start(self, part: str) -> None:
-        """Start summing the gradient of a part over its holders, if there are several. Returns at once."""
-        group, gradient = self._groups.get(part), self._gradient(part)
+    def start(self, part: str, tensor: Tensor | None = None) -> None:
+        """Start summing the gradient of a part over its holders, if there are several; or another tensor of that many
+        bytes. Returns at once."""
+        group, gradient = self._groups.get(part), self._gradient(part) if tensor is None else tensor
         if group is not None and gradient is not None:
             self._started[part] += 1
             self._under_way[part] = sum_over(group, gradient, self._timeout_s)

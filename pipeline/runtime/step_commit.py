@@ -106,6 +106,18 @@ class StepCommit:
         """As `gather`, but what everyone's payload comes to."""
         return self.exchange(self.begin(), payload, math.inf, combine)
 
+    def norm(self, states: Sequence[str], squares: Mapping[str, float], deadline: float) -> float | None:
+        """The norm that the iteration which has begun will have, if it is settled; None where it is not finite. It is
+        for who needs it before the vote, which takes the next number. Together."""
+
+        def combine(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+            norm = math.sqrt(sum(_squares(states, votes).values()))
+            return {"norm": norm if math.isfinite(norm) else None}
+
+        found = self.exchange(self.iteration, {"squares": dict(squares)}, deadline, combine)["norm"]
+        self.begin()
+        return None if found is None else float(found)
+
     def settle(
         self, step: int | None, terms: StepTerms, states: Sequence[str], vote: Vote, deadline: float,
         voted: Voted = None,
@@ -135,10 +147,7 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
                     raise NonFiniteLoss(f"the held-out loss is {value} at microbatch {m}")
                 raise NonFiniteLoss(f"the loss is {value} at step {step + 1}, microbatch {m}; the step was not taken")
             totals[term] = totals.get(term, 0.0) + value
-    found: dict[str, float] = {}
-    for state, value in ((state, value) for vote in votes.values() for state, value in vote["squares"].items()):
-        found[state] = found.get(state, 0.0) + value  # one answers; another only says that it has none
-    squares = {state: found[state] for state in states if state in found}
+    squares = _squares(states, votes)
     for state, value in squares.items():
         if not math.isfinite(value):
             raise NonFiniteLoss(
@@ -150,3 +159,11 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
         {str(worker): vote["wish"] for worker, vote in sorted(votes.items()) if any(vote["wish"].values())},
         {str(worker): float(vote.get("busy_s", 0.0)) for worker, vote in sorted(votes.items())},
     )  # fmt: skip
+
+
+def _squares(states: Sequence[str], votes: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    """The squared norm of each state's gradient, in the order of the states."""
+    found: dict[str, float] = {}
+    for state, value in ((state, value) for vote in votes.values() for state, value in vote["squares"].items()):
+        found[state] = found.get(state, 0.0) + value  # one answers; another only says that it has none
+    return {state: found[state] for state in states if state in found}

@@ -21,6 +21,7 @@ from pipeline.runtime.compute import Settings
 from pipeline.runtime.lane_executor import Lane, LaneExecutor, LaneResult, Spare
 from pipeline.runtime.probe import Probe, Pulse, Unprobed
 from pipeline.runtime.reducer import Reducer
+from pipeline.runtime.shards import exchange
 from pipeline.runtime.step_commit import NonFiniteLoss, Settled, StepCommit, Vote
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import LinkError, Transport
@@ -139,11 +140,27 @@ class Worker:
             for state in self.store.states_of(part)
         }
         squares |= dict.fromkeys(self.store.beyond() if steps else (), math.nan)
+        if steps and self.store.shares:
+            self._exchange(lane, squares, divisors, deadline)
         settled = self.commit.settle(
             lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in model.states],
             Vote(found.sums, squares, wish(), found.busy_s), deadline, lambda: self.probe("commit", lane.step),
         )  # fmt: skip
         return settled, divisors
+
+    def _exchange(
+        self, lane: Lane, squares: Mapping[str, float], divisors: Mapping[str, float], deadline: float
+    ) -> None:
+        """All new weights are everywhere before the vote, so that whoever is lost after it takes none along."""
+        config, norm = self.store.config, 0.0
+        if config.clip > 0:
+            found = self.commit.norm([state.name for state in self.store.model.states], squares, deadline)
+            if found is None:  # all will be told so by the vote
+                return
+            norm = found
+        lr = learning_rate(config, lane.step)
+        clip, probe = clip_factor(norm, config.clip), lambda: self.probe("exchange", lane.step)
+        exchange(self.store, self.reducer, divisors, clip, lr, deadline, probe)
 
     def _apply(
         self, lane: Lane, found: LaneResult, settled: Settled, divisors: Mapping[str, float], lr: float

@@ -42,16 +42,21 @@ class LayerState:
         self.bind(torch.zeros(self.size, dtype=torch.float32, device=device) if gradient is None else gradient)
         self._adamw = None
         if self.parameters:
-            self._adamw = make_adamw(
-                decay_groups(self.parameters, config.weight_decay), config.implementation, lr=config.lr,
-                betas=config.betas, eps=config.eps,
-            )  # fmt: skip
-            for key, parameter in self.parameters.items():  # there from the start: one form before and after step 1
-                given = {} if moments is None else moments[key]
-                self._adamw.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=device),
-                    **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
-                }
+            self._begin(moments)
+
+    def _begin(self, moments: Mapping[str, Mapping[str, Tensor]] | None) -> None:
+        """Have an optimizer and moments."""
+        config = self.config
+        self._adamw = make_adamw(
+            decay_groups(self.parameters, config.weight_decay), config.implementation, lr=config.lr,
+            betas=config.betas, eps=config.eps,
+        )  # fmt: skip
+        for key, parameter in self.parameters.items():  # there from the start: one form before and after step 1
+            given = {} if moments is None else moments[key]
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=self.lr_scale.device),
+                **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
+            }
 
     @property
     def size(self) -> int:
@@ -91,6 +96,10 @@ class LayerState:
         """No gradient, no moments, no steps, and the learning rate as it is scheduled."""
         self.drop()
         self.lr_scale.fill_(1.0)
+        if self.parameters:
+            self._forget()
+
+    def _forget(self) -> None:
         for name in self.parameters:
             for tensor in self.moments(name).values():
                 tensor.zero_()
@@ -116,21 +125,44 @@ class LayerState:
                 found[f"lr_scale/{name}"] = self.lr_scale
         return found
 
+    def keys(self) -> list[str]:
+        """Those of `tensors`, in its order."""
+        found = [f"param/{name}" for name in (*self.parameters, *self.frozen)]
+        for place, name in enumerate(self.parameters):
+            found += [f"{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq")]
+            found += [f"lr_scale/{name}"] if place == 0 else []
+        return found
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a state given by `tensors` in. Raises KeyError for a missing tensor, RuntimeError for a shape."""
-        for key, tensor in self.tensors().items():
-            if tensor is self.lr_scale and key not in tensors:  # an older checkpoint has one for both states of a layer
-                tensor.fill_(1.0)
-            else:
-                tensor.copy_(tensors[key])
+        wanted = self.keys()
+        given = {key: tensors[key] for key in wanted if key in tensors or not key.startswith("lr_scale/")}
+        if len(given) < len(wanted):  # an older checkpoint has one scale for both states of a layer
+            self.lr_scale.fill_(1.0)
+        self.put(given)
+
+    @torch.no_grad()
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy in what of `tensors` is given. Raises RuntimeError for a shape."""
+        mine = self.tensors()
+        for key, tensor in tensors.items():
+            mine[key].copy_(tensor)
+
+    def _alike(self) -> dict[str, Tensor]:
+        """What is the same on all holders."""
+        return self.tensors()
 
     def fingerprint(self) -> int:
-        """A checksum of the whole state: equal on all its holders, or one of them is wrong."""
+        """A checksum of what all holders have alike: equal on all of them, or one of them is wrong."""
         crc = zlib.crc32(f"{self.version}/{self.generation}".encode())
-        for _, tensor in sorted(self.tensors().items()):
+        for _, tensor in sorted(self._alike().items()):
             crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
         return crc
+
+    def fingerprints(self) -> dict[str, int]:
+        """Checksums of all of it, by name: what has one name is equal on all who have it."""
+        return {self.name: self.fingerprint()}
 
 
 class LayerStates:

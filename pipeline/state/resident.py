@@ -8,6 +8,7 @@ state of its own, which both sides hold: its two gradients are summed, so both c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
 from pipeline.state.exact_sum import ExactSum
 from pipeline.state.layer_state import LayerState, LayerStates
 from pipeline.state.optimizer import OptimizerConfig
+from pipeline.state.shard import Share
+from pipeline.state.sharded import ShardedState
 
 Holders = Mapping[Span, tuple[int, ...]]
 
@@ -47,11 +50,13 @@ class ResidentStore(LayerStates):
     def __init__(
         self, model: LayeredModel, spans: Iterable[Span], config: OptimizerConfig, *, seed: int,
         device: torch.device, source: Path | None = None, came_on: Callable[[], None] = lambda: None,
-        exact: bool = False,
+        exact: bool = False, shares: Mapping[str, Share] | None = None,
     ) -> None:  # fmt: skip
         """Weights are those that a run begins with, drawn from the seed or read from `source`. `came_on` is called
-        after each layer: a large model takes long. With `exact`, gradients are summed in no order."""
+        after each layer: a large model takes long. With `exact`, gradients are summed in no order. `shares`, by part,
+        says of which only a share of the moments is kept here."""
         super().__init__(model)
+        self.shares = dict(shares or {})
         self.config, self._seed, self._device = config, seed, device
         self._came_on, self._exact = came_on, exact
         self.modules: dict[Span, SpanModule] = {}
@@ -92,7 +97,9 @@ class ResidentStore(LayerStates):
         for spec in wanted:
             if spec.name not in states:
                 trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
-                states[spec.name] = LayerState(
+                part = TIED if spec.shared else next(span_text(s) for s in spans if s[0] <= spec.users[0] < s[1])
+                made = partial(ShardedState, share=self.shares[part]) if part in self.shares else LayerState
+                states[spec.name] = made(
                     spec.name, {name: share[name] for name in trained}, self.config,
                     frozen={name: share[name].detach() for name in frozen},
                 )  # fmt: skip
@@ -176,6 +183,12 @@ class ResidentStore(LayerStates):
     def summed(self, part: str) -> Tensor | None:
         """What of a part is summed over its holders, if it has a gradient here."""
         return self.sums[part].total if part in self.sums else self.gradients.get(part)
+
+    def bits(self, part: str) -> Tensor:
+        """What a part's new weights are exchanged in, as whole numbers: it takes the place of what is summed."""
+        summed = self.summed(part)
+        assert summed is not None
+        return summed if part in self.sums else summed.view(torch.int32)
 
     def count(self, span: Span, microbatches: int) -> None:
         """The gradient of one of so many microbatches on a span is there."""
