@@ -153,9 +153,12 @@ class Worker:
             if last:
                 self.probe("optimizer", lane.step)
             began = time.monotonic() - found.began
-            for state in list(left.values()) if last else self.store.states_of(span_text(op.span)):
-                scale = clip / divisors.get(self.store.part_of[state.name], 1.0)
-                left.pop(state.name).apply(scale, lr)
+            for state in [left.pop(state.name) for state in self.store.states_of(span_text(op.span))]:
+                state.apply(clip / divisors.get(self.store.part_of[state.name], 1.0), lr)
+            if last:
+                self.probe("snapshot", lane.step)
+            for state in left.values() if last else ():  # copies for others, and what is shared
+                state.apply(clip / divisors.get(self.store.part_of[state.name], 1.0), lr)
             events.append(Event(lane.place, op, began, time.monotonic() - found.began))
         return events
 
