@@ -159,6 +159,7 @@ class Worker:
                 self.probe("snapshot", lane.step)
             for state in left.values() if last else ():  # copies for others, and what is shared
                 state.apply(clip / divisors.get(self.store.part_of[state.name], 1.0), lr)
+                state.seal()
             events.append(Event(lane.place, op, began, time.monotonic() - found.began))
         return events
 
