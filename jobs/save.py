@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -71,7 +72,11 @@ def _write_layers(engine: Engine, folder: Path, done: int) -> list[checkpoint.Fi
                     f"layer {layer} is of step {found[0]}, generation {found[1]}; the checkpoint is to be of "
                     f"step {wanted[0]}, generation {wanted[1]}"
                 )
-            records.append(checkpoint.write_layer(folder, layer, engine.states.tensors(layer)))
+            tensors = engine.states.tensors(layer)
+            for name, tensor in tensors.items():  # else no run could go on from what is the newest checkpoint
+                if not torch.isfinite(tensor).all():
+                    raise checkpoint.CheckpointError(f"layer {layer} has values in {name} that are no numbers")
+            records.append(checkpoint.write_layer(folder, layer, tensors))
             engine.pulse()
     return records
 
