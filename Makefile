@@ -7,13 +7,14 @@ OUT ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test lint types unit bench soak clean help
+.PHONY: train test lint types unit bench matrix soak clean help
 
 help:
 	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
-	@echo "make soak    the layouts that the tests leave out, then half an hour of training under random kills"
+	@echo "make matrix  every kind of fault at every point, in a real run each; prints the table (a quarter of an hour)"
+	@echo "make soak    the layouts that the tests leave out, the matrix, then half an hour of training under random kills"
 	@echo "make clean   remove the environment and the demo run"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -62,9 +63,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results
 	$(BIN)/python benchmarks/frequency.py --out benchmarks/results
 
+matrix: $(STAMP)
+	$(BIN)/python benchmarks/matrix.py --out benchmarks/results
+
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m long
 	$(BIN)/python -m tests.simulation --seeds 100000
+	$(BIN)/python benchmarks/matrix.py --out benchmarks/results
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results
 	$(BIN)/python benchmarks/soak_pool.py --minutes 20 --out benchmarks/results
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -73,6 +74,9 @@ def _write_layers(engine: Engine, folder: Path, done: int, whole: Mapping[str, T
                     f"step {wanted[0]}, generation {wanted[1]}"
                 )
             tensors = {key: whole.get(key, tensor) for key, tensor in engine.states.tensors(layer).items()}
+            for name, tensor in tensors.items():  # else no run could go on from what is the newest checkpoint
+                if not torch.isfinite(tensor).all():
+                    raise checkpoint.CheckpointError(f"layer {layer} has values in {name} that are no numbers")
             records.append(checkpoint.write_layer(folder, layer, tensors))
             engine.pulse()
     return records

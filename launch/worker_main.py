@@ -38,6 +38,7 @@ from pipeline.runtime.reducer import Reducer
 from pipeline.runtime.step_commit import NonFiniteLoss, StepCommit
 from pipeline.runtime.transport import Shape, Transport, span_bytes
 from pipeline.runtime.worker import Worker
+from pipeline.schedule.ops import STEP, span_text
 from pipeline.state.resident import ResidentStore, part_holders
 from pipeline.state.shard import shares_of
 from pipeline.state.source import SourceRefused
@@ -228,7 +229,15 @@ def make_injector(
                 with socket.socket(fileno=os.dup(connection.fd)) as end:
                     end.shutdown(socket.SHUT_RDWR)
 
-    return Injector(parse_faults(config.inject), reports.worker, stage, reports.claim, told, poison, cut)
+    @torch.no_grad()
+    def flip() -> None:
+        lane = () if member.assignment is None else member.excerpt(TRAIN).lane
+        kept = set(store.modules) - {op.span for op in lane if op.kind == STEP}  # for others
+        copies = [state for span in kept for state in store.states_of(span_text(span))]
+        weight = next(weight for state in (*copies, *store.states.values()) for weight in state.weights().values())
+        weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 20)
+
+    return Injector(parse_faults(config.inject), reports.worker, stage, reports.claim, told, poison, cut, flip)
 
 
 def link_shapes(network: Path | None, workers: int) -> dict[tuple[int, int], Shape] | None:

@@ -35,8 +35,9 @@ class Witness:
         cls, worker: int, held: Mapping[str, LayerState], known: Mapping[str, LayerState], before: Mapping[str, int],
         moves: Sequence[Move], keys: Mapping[str, Any],
     ) -> Witness:  # fmt: skip
-        """`held` are the states of a worker now, `known` those that it has given as well; `before` the hashes of those
-        that it had when the view began, empty where all went back."""
+        """`held` are the states of a worker now, `known` has those that it has given as well; `before` the hashes of
+        those that it had when the view began, empty where all went back. Raises StateChanged where a copy that was kept
+        for this is not what it was: there may be no other to compare it with, and it comes from elsewhere."""
         holds = {name: crc for state in held.values() for name, crc in state.fingerprints().items()}
         took = {name for move in moves if move.worker == worker for name in states_of(move.part)}
         gave = {
@@ -48,6 +49,8 @@ class Witness:
         }
         given = {name: holds[name] if name in holds else known[name].fingerprint() for name in sorted(gave)}
         now = holds | given  # what was given and is held no more may have had no other holder to compare it with
+        for name in {name.split("/")[0] for name in now}:
+            known[name].require_intact()
         changed = [
             name for name, was in before.items() if name in now and name.split("/")[0] not in took and now[name] != was
         ]

@@ -6,10 +6,17 @@ A fault names a worker by id, or a stage (0 is the first) and then hits its lowe
 hold nothing, and so there are no stages, stage=1 is worker 1. It happens once, in the middle of what it names. A rate
 is drawn per step and stage from its seed alone, so that every strategy meets the same failures. What can never happen,
 since the run has no such worker, stage or point, is refused before it starts.
+
+kill, term and stop are signals, segfault a read of address 0, gil a call into C that does not come back and keeps every
+thread of Python out. cut breaks the connections to other workers. slow, nan and flip leave the worker as it is: it
+takes `factor` times as long from then on, has a gradient that is no number, or one bit that has changed in a state that
+it keeps for others, or in its own where it keeps none.
 """
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import math
 import os
 import re
@@ -20,18 +27,24 @@ from dataclasses import dataclass, field
 
 from pipeline.model.rng import derive
 
-POINTS = ("forward", "backward", "reduce", "commit", "optimizer", "recovery", "join", "exchange")
-"""exchange is that of new weights, under shard_optimizer."""
+POINTS = (
+    "forward", "backward", "reduce", "commit", "optimizer", "snapshot", "recovery", "join", "copy", "exchange",
+)  # fmt: skip
+"""snapshot: own layers are a step ahead of the copies kept for others; recovery, join: all members of the next view are
+there; copy: state is on its way to or from this worker; exchange: new weights are, under shard_optimizer."""
 POOL_POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")
 """What workers that hold nothing meet: a unit is there, its weights are being loaded, they are loaded, it is computed
 forward or back, its gradient is told, it counts."""
-FAULTS = ("kill", "term", "stop", "exception", "slow", "nan", "cut")
+FAULTS = ("kill", "term", "stop", "segfault", "exception", "gil", "slow", "nan", "flip", "cut")
 _DRAWN = {False: POINTS[:5], True: ("order", "forward", "backward", "commit", "committed")}
 """Whether it is a pool -> the points that every worker meets in every step, from which a rate draws."""
 _ANY = (*POINTS, *(point for point in POOL_POINTS if point not in POINTS))
 _MOST = {"worker": 2 * 10**9, "stage": 1023, "step": 99_999_999, "seed": 2**63 - 1, "p": 1, "factor": 10_000}
 _LEAST = {"factor": 1}
+_FOLLOWING = ("recovery", "copy")
+"""Points that, like join, have no step of their own: they follow the fault that caused them."""
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+_HELD_S = 3600
 
 
 @dataclass(frozen=True)
@@ -110,15 +123,16 @@ def _parse(text: str, name: str, ground: Ground | None) -> Fault | Rate:
             raise _refusal(text, f"{pair!r}; allowed: name=value, once for each name")
         values[key.strip()] = value.strip()
     allowed = ("p", "stages", "seed", "kind") if kind == "rate" else ("worker", "stage", "step", "at", "factor")
-    if kind not in (*FAULTS, "rate"):
-        raise _refusal(text, f"{kind!r} is no fault; allowed: {', '.join(FAULTS)}, rate")
+    pool = ground is not None and ground.pool
+    faults = [fault for fault in FAULTS if not pool or fault != "flip"]  # who holds nothing keeps no copy
+    if kind not in (*faults, "rate"):
+        raise _refusal(text, f"{kind!r} is no fault; allowed: {', '.join(faults)}, rate")
     if unknown := set(values) - set(allowed):
         raise _refusal(text, f"{', '.join(sorted(unknown))}; allowed for {kind}: {', '.join(allowed)}")
-    pool = ground is not None and ground.pool
     if kind == "rate":
         what = values.get("kind", "kill")
-        if what not in FAULTS:
-            raise _refusal(text, f"kind is {what!r}; allowed: {', '.join(FAULTS)}")
+        if what not in faults:
+            raise _refusal(text, f"kind is {what!r}; allowed: {', '.join(faults)}")
         p, seed = _number(text, values, "p", float), _number(text, values, "seed", int, "0")
         return Rate(p, _stages(text, values.get("stages", ""), ground), seed, what, _DRAWN[pool])
     if ("worker" in values) == ("stage" in values):
@@ -183,8 +197,8 @@ def _require_stages(text: str, stages: Iterable[int], ground: Ground | None) -> 
 class Injector:
     """The faults that one worker meets. `claim(name)` is true for the first who asks: a fault happens once in a run.
 
-    `told(fault)` is called just before it happens. `poison` makes a gradient NaN; `cut` breaks the worker's connections
-    to other workers.
+    `told(fault)` is called just before it happens. `poison` makes a gradient NaN, `flip` changes a bit of a state;
+    `cut` breaks the worker's connections to other workers.
     """
 
     faults: Sequence[Fault | Rate]
@@ -194,6 +208,7 @@ class Injector:
     told: Callable[[Fault], None]
     poison: Callable[[], None]
     cut: Callable[[], None]
+    flip: Callable[[], None] = lambda: None
     slowdown: float = field(default=1.0)
 
     def __call__(self, point: str, step: int) -> None:
@@ -208,8 +223,7 @@ class Injector:
             fault = each.draw(step, self.stage) if isinstance(each, Rate) and self.stage is not None else each
             if not isinstance(fault, Fault) or fault.at != point:
                 continue
-            # recovery and join have no step of their own: they follow the fault that caused them
-            in_time = point == "join" or (step >= fault.step if point == "recovery" else step == fault.step)
+            in_time = point == "join" or (step >= fault.step if point in _FOLLOWING else step == fault.step)
             if in_time and self._me(fault):
                 yield fault
 
@@ -221,11 +235,18 @@ class Injector:
             os.kill(os.getpid(), _SIGNALS[fault.kind])
             if fault.kind == "kill":
                 time.sleep(60)  # the signal is on its way
+        elif fault.kind == "segfault":
+            faulthandler.disable()
+            ctypes.string_at(0)
+        elif fault.kind == "gil":
+            ctypes.PyDLL(None).sleep(_HELD_S)
         elif fault.kind == "exception":
             raise InjectedFault(f"injected at {fault.at} of step {fault.step}")
         elif fault.kind == "slow":
             self.slowdown = fault.factor
         elif fault.kind == "cut":
             self.cut()
+        elif fault.kind == "flip":
+            self.flip()
         else:
             self.poison()

@@ -92,6 +92,7 @@ def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remed
             header = torch.tensor([state.version, state.generation])
             flat = torch.cat([t.detach().float().cpu().reshape(-1) for t in _carried(state, remedy.carries).values()])
             group.send([header], 1, 0).wait(_patience(worker))
+            worker.probe("copy", state.version)
             group.send([flat], 1, 0).wait(_patience(worker))
             worker.pulse()
 
@@ -128,6 +129,7 @@ def _take(
             Source(each.remedy, f"{part_name(part)} on worker {source}", version, generation).require(
                 step, view.generation
             )
+            worker.probe("copy", step)
             flat = torch.empty(sum(tensor.numel() for tensor in wanted.values()))
             group.recv([flat], 0, 0).wait(_patience(worker))
             worker.pulse()

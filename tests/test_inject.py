@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+from itertools import pairwise
+
 import pytest
 
+from recovery import inject
 from recovery.inject import (
     POINTS,
     POOL_POINTS,
@@ -30,7 +37,7 @@ def test_texts_are_read_whole() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("burn:worker=1,step=2", r"'burn' is no fault; allowed: kill, term, stop, exception, slow, nan, cut, rate"),
+        ("burn:worker=1,step=2", r"'burn' is no fault; allowed: kill, term, stop, segfault, exception, gil, slow"),
         ("kill:worker=1", r"step is missing; allowed: a whole number of 0 to 99999999"),
         ("kill:worker=x,step=1", r"worker is 'x'; allowed: a whole number of 0 to"),
         ("kill:step=1", r"allowed: one of worker=ID and stage=NUMBER"),
@@ -76,6 +83,8 @@ def test_what_cannot_be_read_is_refused_by_name(text: str, said: str) -> None:
             r"at is 'join'; allowed with scheduler roundpipe: ord",
         ),
         ("kill:stage=104,step=1", Ground(104, None, True), r"stage is 104; allowed: 0 to 103"),
+        ("flip:worker=1,step=1,at=forward", Ground(104, None, True), r"'flip' is no fault; allowed: kill, term,"),
+        ("rate:p=0.1,kind=flip", Ground(104, None, True), r"kind is 'flip'; allowed: kill, term,"),
     ],
 )
 def test_what_can_never_happen_is_refused_by_name(text: str, ground: Ground, said: str) -> None:
@@ -104,6 +113,7 @@ def test_a_rate_is_drawn_from_its_seed_alone_and_as_often_as_it_says() -> None:
 def test_a_fault_is_met_once_by_whom_it_names() -> None:
     asked: list[str] = []
     poisoned: list[int] = []
+    flipped: list[int] = []
 
     def claim(name: str) -> bool:
         asked.append(name)
@@ -111,8 +121,9 @@ def test_a_fault_is_met_once_by_whom_it_names() -> None:
 
     def injector(worker: int, stage: int, text: str) -> Injector:
         return Injector(
-            parse_faults(text), worker, stage, claim, lambda fault: None, lambda: poisoned.append(worker), lambda: None
-        )
+            parse_faults(text), worker, stage, claim, lambda fault: None, lambda: poisoned.append(worker), lambda: None,
+            lambda: flipped.append(worker),
+        )  # fmt: skip
 
     named = injector(2, 0, "exception:worker=2,step=5,at=forward")
     named("forward", 4)
@@ -126,3 +137,37 @@ def test_a_fault_is_met_once_by_whom_it_names() -> None:
     staged("forward", 3)
     assert poisoned == [7]
     assert staged.slowdown == 4
+    moved = injector(7, 1, "flip:worker=7,step=7,at=copy;nan:worker=7,step=7,at=snapshot")
+    moved("copy", 6)
+    moved("snapshot", 8)
+    assert not flipped, "copies are moved after a loss, and the loss is at the step or after it"
+    moved("copy", 8)
+    assert flipped == [7]
+
+
+@pytest.mark.parametrize(("kind", "signum"), [("segfault", signal.SIGSEGV), ("kill", signal.SIGKILL)])
+def test_what_ends_a_process_is_seen_as_such(kind: str, signum: int) -> None:
+    (fault,) = parse_faults(f"{kind}:worker=0,step=1")
+    if (pid := os.fork()) == 0:
+        Injector((fault,), 0, 0, lambda _: True, lambda _: None, lambda: None, lambda: None)("backward", 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signum
+
+
+def test_no_thread_of_python_comes_on_while_the_gil_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inject, "_HELD_S", 1)
+    (fault,) = parse_faults("gil:worker=0,step=1")
+    beats, ended = list[float](), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.01):
+            beats.append(time.monotonic())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    time.sleep(0.1)
+    Injector((fault,), 0, 0, lambda _: True, lambda _: None, lambda: None, lambda: None)("backward", 1)
+    time.sleep(0.1)
+    ended.set()
+    thread.join()
+    assert max(b - a for a, b in pairwise(beats)) > 0.9

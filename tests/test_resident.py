@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.ops import Span
-from pipeline.state.layer_state import LayerState
+from pipeline.state.layer_state import LayerState, StateChanged, stamp
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore, part_holders
 
@@ -153,3 +153,27 @@ def test_what_is_frozen_has_weights_alone() -> None:
     state.apply(1.0, 0.1)
     assert state.tensors().keys() == {"param/w"}
     assert (state.version, state.size, state.squared_norm()) == (1, 0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["param", "exp_avg", "exp_avg_sq", "step"])
+def test_a_bit_that_changes_in_a_sealed_state_is_found_before_it_counts(kind: str) -> None:
+    """Odd sizes: no bit is left out at the end. What is written on purpose is stamped."""
+    state = LayerState("3", {"w": torch.nn.Parameter(torch.randn(3, 7)), "b": torch.nn.Parameter(torch.randn(1))},
+                       OptimizerConfig())  # fmt: skip
+    state.apply(1.0, 0.1)
+    state.seal()
+    state.require_intact()
+    for name, last in (("w", 20), ("b", 0)):
+        tensor = state.tensors()[f"{kind}/{name}"].detach().view(-1)
+        bits = tensor[min(last, len(tensor) - 1) :].view(torch.int32)
+        bits.bitwise_xor_(1 << 20)
+        with pytest.raises(StateChanged, match="layer 3 is not what step 1 has left"):
+            state.apply(1.0, 0.1)
+        bits.bitwise_xor_(1 << 20)
+        state.require_intact()
+    state.apply(1.0, 0.1)
+    state.seal()
+    state.begin_anew()
+    stamp([state], 0, 0)
+    state.apply(1.0, 0.1)
+    assert state.version == 1

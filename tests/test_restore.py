@@ -57,8 +57,9 @@ class Wire:
 
 def joiner(seed: int = 0) -> Any:
     return SimpleNamespace(
-        id=7, store=store(seed), settings=SimpleNamespace(deadline_s=5.0, seed=seed), pulse=lambda: None
-    )
+        id=7, store=store(seed), settings=SimpleNamespace(deadline_s=5.0, seed=seed), pulse=lambda: None,
+        probe=lambda *_: None,
+    )  # fmt: skip
 
 
 def flat(of: ResidentStore, layer: int, what: str) -> torch.Tensor:

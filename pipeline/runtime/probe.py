@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Probe(Protocol):
-    """Called at named points of a step (forward, backward, reduce, commit, optimizer): to inject faults."""
+    """Called at named points of a step (forward, backward, reduce, commit, optimizer, ...): to inject faults."""
 
     slowdown: float
     """How many times as long every compute op is to take."""

@@ -173,13 +173,20 @@ class Worker:
             if last:
                 self.probe("optimizer", lane.step)
             began = time.monotonic() - found.began
-            for state in list(left.values()) if last else self.store.states_of(span_text(op.span)):
-                scale = clip / divisors.get(self.store.part_of[state.name], 1.0)
-                left.pop(state.name)
-                self.applied(state, scale, lr)
-                state.apply(scale, lr)
+            for state in [left.pop(state.name) for state in self.store.states_of(span_text(op.span))]:
+                self._apply_one(state, clip, divisors, lr)
+            if last:
+                self.probe("snapshot", lane.step)
+            for state in left.values() if last else ():  # copies for others, and what is shared
+                self._apply_one(state, clip, divisors, lr)
+                state.seal()
             events.append(Event(lane.place, op, began, time.monotonic() - found.began))
         return events
+
+    def _apply_one(self, state: LayerState, clip: float, divisors: Mapping[str, float], lr: float) -> None:
+        scale = clip / divisors.get(self.store.part_of[state.name], 1.0)
+        self.applied(state, scale, lr)
+        state.apply(scale, lr)
 
     def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
         """Everyone's payload, by worker: see StepCommit."""

@@ -20,6 +20,10 @@ from pipeline.state.cpu_adam import make_adamw
 from pipeline.state.optimizer import OptimizerConfig, decay_groups
 
 
+class StateChanged(RuntimeError):
+    """A state is not what the last step has left: memory that fails, or a write that went astray. Names it."""
+
+
 class LayerState:
     """One state. `parameters` are those that are trained, by full name; `frozen` the other weights.
 
@@ -39,6 +43,7 @@ class LayerState:
         self.lr_scale = torch.ones((), device=device)
         self.version = 0
         self.generation = 0
+        self._seal: Tensor | None = None
         self.bind(torch.zeros(self.size, dtype=torch.float32, device=device) if gradient is None else gradient)
         self._adamw = None
         if self.parameters:
@@ -77,7 +82,10 @@ class LayerState:
         return float(torch.linalg.vector_norm(self.gradient)) ** 2
 
     def apply(self, scale: float, lr: float) -> None:
-        """One AdamW step at `lr` with gradients times `scale`, which then are zero again: the next version."""
+        """One AdamW step at `lr` with gradients times `scale`, which then are zero again: the next version. Raises
+        StateChanged for a sealed state that is not what it was."""
+        self.require_intact()
+        self.unseal()
         if self._adamw is not None:
             if scale != 1.0:
                 self.gradient.mul_(scale)
@@ -95,6 +103,7 @@ class LayerState:
     def begin_anew(self) -> None:
         """No gradient, no moments, no steps, and the learning rate as it is scheduled."""
         self.drop()
+        self.unseal()
         self.lr_scale.fill_(1.0)
         if self.parameters:
             self._forget()
@@ -153,6 +162,29 @@ class LayerState:
         """What is the same on all holders."""
         return self.tensors()
 
+    # ---- whether it is what it was ----
+
+    def seal(self) -> None:
+        """Nobody computes with it until the next step, so nobody else would see that a bit of it changes."""
+        self._seal = self._sums()
+
+    def unseal(self) -> None:
+        """It may change from now on."""
+        self._seal = None
+
+    def require_intact(self) -> None:
+        """Raise StateChanged where it is sealed and is not what it was then."""
+        if self._seal is not None and not torch.equal(self._seal, self._sums()):
+            raise StateChanged(f"layer {self.name} is not what step {self.version} has left: bits changed in memory")
+
+    def _sums(self) -> Tensor:
+        """Tensors as whole numbers, each added up: any bit that changes changes it, and it takes a tenth of the time
+        of a checksum."""
+        every = [tensor.detach().reshape(-1) for tensor in self.tensors().values()]
+        odd = [t.view(torch.uint8) for t in every if t.nbytes % 8 or t.data_ptr() % 8]
+        sums = [t.view(torch.int64).sum() for t in every if not (t.nbytes % 8 or t.data_ptr() % 8)]
+        return torch.stack([*sums, *([torch.cat(odd).sum()] if odd else [])])
+
     def fingerprint(self) -> int:
         """A checksum of what all holders have alike: equal on all of them, or one of them is wrong."""
         crc = zlib.crc32(f"{self.version}/{self.generation}".encode())
@@ -210,3 +242,4 @@ def stamp(states: Iterable[LayerState], step: int, generation: int) -> None:
     """These states are of this committed step and generation."""
     for state in states:
         state.version, state.generation = step, generation
+        state.unseal()

@@ -75,7 +75,9 @@ class ShardedState(LayerState):
 
     @torch.no_grad()
     def apply(self, scale: float, lr: float) -> None:
-        """The step that was prepared, with the same numbers, once all weights of it are there."""
+        """The step that was prepared, with the same numbers, once all weights of it are there. Raises StateChanged."""
+        self.require_intact()
+        self.unseal()
         if self.parameters:
             assert self._bits is not None, "a sharded step is prepared before the vote"
             for some in _batches(self._blocks):
