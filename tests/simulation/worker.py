@@ -54,6 +54,10 @@ class SimState:
     def require_intact(self) -> None:
         """Nobody flips a bit of it."""
 
+    def fingerprints(self) -> dict[str, int]:
+        """It is in one piece."""
+        return {self.name: self.fingerprint()}
+
     def fingerprint(self) -> int:
         return hash((self.version, self.generation, float(self.value)))
 
