@@ -83,6 +83,7 @@ class SimStore:
         self.model = SimpleNamespace(num_layers=LAYERS, tied=False, states=states)
         self.states: dict[str, SimState] = {}
         self.aside: dict[str, SimState] = {}
+        self.shares: dict[str, Any] = {}
 
     def hold(self, spans: Any) -> None:
         wanted = {str(layer) for span in spans for layer in range(*span)}
