@@ -145,11 +145,11 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
             )  # fmt: skip
             member.worker.applied = member.migration.applied
         watcher.attach(member)
-        return trainer.run()
+        code = trainer.run()
+        member.worker.transport.close()  # who fails has no time for it: its end is what others wait for
+        return code
     finally:
         watcher.stop()
-        if watcher.member is not None:
-            watcher.member.worker.transport.close()
 
 
 def sample_keys(seed: int, job: TextJob, step: int) -> dict[str, Any]:
