@@ -316,3 +316,16 @@ def test_checkpoints_are_of_the_same_form(forkserver: ForkServer, calm: Path, tm
         a, b = load_file(file), load_file(ours / file.name)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key].view(torch.int32), b[key].view(torch.int32)) for key in a)
+
+
+def test_without_exact_sums_a_loss_is_that_of_the_run_that_shares_nothing(
+    forkserver: ForkServer, tmp_path: Path
+) -> None:
+    """The new weights then take the place of the gradient; floats of three are summed in the order of who is there."""
+    flags = ["--workers", "3", "--replicas", "3", "--microbatches", "6", "--checkpoint-every", "0"]
+    kills = ["--inject", "kill:worker=1,step=5,at=backward;kill:worker=2,step=8,at=reduce"]
+    recovered.train(forkserver, plain := tmp_path / "plain", *flags, *kills)
+    shared = ["--shard-optimizer", "--snapshot", "neighbour"]
+    recovered.train(forkserver, out := tmp_path / "shared", *flags, *kills, *shared)
+    assert [event["remedy"] for event in events(out, "remedy")] == ["shards", "shards"]
+    assert same_weights(out, plain)
