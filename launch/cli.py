@@ -15,8 +15,8 @@ from typing import Any
 
 from launch.signals import NotStarted
 from launch.whose import foreign
-from pipeline.exit_codes import ERROR, STOPPED, USAGE, exit_code
 
+ERROR, USAGE, STOPPED = 1, 2, 75  # as in pipeline/exit_codes.py, which is not read before it is known to be ours
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = function(config)
     except (ValueError, RuntimeError, OSError) as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
+        from pipeline.exit_codes import exit_code
+
         return _refuse(name, error, exit_code(error))
     except NotStarted:
         return _refuse(name, "asked to stop before the first step: nothing was saved, and nothing is left", STOPPED)

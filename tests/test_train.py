@@ -742,7 +742,7 @@ def test_a_stop_ends_a_run_whose_workers_crash_in_a_loop(launcher: Launcher) -> 
     running.until(lambda: any(e["event"] == "detected" for e in _lines(running.out / "events.jsonl")))
     _terminate(running)
     run = running.finish(PROMPT_S)
-    assert run.code in (1, 75), run.stderr
+    assert run.code in (1, 75, 93), run.stderr
     assert len(run.named("detected")) <= 4
     assert "Traceback" not in run.stderr
 

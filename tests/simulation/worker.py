@@ -39,6 +39,11 @@ class SimState:
     def tensors(self) -> dict[str, Tensor]:
         return {f"param/{self.name}": self.value}
 
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Some of them."""
+        for key, tensor in tensors.items():
+            self.tensors()[key].copy_(tensor)
+
     def begin_anew(self) -> None:
         self.value.fill_(float(self.name))
 
