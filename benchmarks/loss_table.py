@@ -3,8 +3,9 @@
     python benchmarks/loss_table.py --out benchmarks/results
 
 `unbroken plan --losses 2` says for each set what becomes of the run. Here each set is lost for real, by SIGKILL at one
-step, and the steps after that are timed beside those before. Six workers have two cores here, so each of them computes
-and then sleeps, `--slow` times as long in all: that stands for a device of its own, which the others do not slow down.
+step, and the steps after that are timed beside those before, and beside those of a run that begins with as many. Six
+workers have two cores here, so each of them computes and then sleeps, `--slow` times as long in all: that stands for a
+device of its own, which the others do not slow down.
 """
 
 from __future__ import annotations
@@ -87,6 +88,19 @@ def inject(forkserver: ForkServer, model: Path, lost: tuple[int, ...], slow: flo
     return {"step_s": usual, "after_s": now, "slower": now / usual, "remedies": remedies, "layers": last["layers"]}
 
 
+def fresh(forkserver: ForkServer, model: Path, workers: int, slow: float) -> float:
+    """Seconds of a step of a run that begins with so many workers."""
+    faults = ";".join(f"slow:worker={worker},step=1,factor={slow:g}" for worker in range(workers))
+    with tempfile.TemporaryDirectory(prefix="losses-") as folder:
+        flags = [*RUN, "--model", str(model), "--workers", str(workers), "--inject", faults]
+        with Machines(forkserver, Path(folder), flags) as run:
+            run.start(0)
+            run.until(lambda: len(run.lines("ledger")) >= LOSS + AFTER, 240)
+            run.stop()
+            times = [line["time"] for line in run.lines("ledger")][4:]
+    return statistics.median(b - a for a, b in pairwise(times))
+
+
 def measure(slow: float, sets: int, advance: Callable[[], None]) -> dict[str, Any]:
     """All sets, one after the other."""
     forkserver, found = ForkServer(command), list[dict[str, Any]]()
@@ -99,14 +113,20 @@ def measure(slow: float, sets: int, advance: Callable[[], None]) -> dict[str, An
                         "remedies_told": row.remedies}  # fmt: skip
                 found.append({**told, **inject(forkserver, model, row.lost, slow)})
                 advance()
+            anew = {n: fresh(forkserver, model, WORKERS - n, slow) for n in {len(row["lost"]) for row in found}}
     finally:
         forkserver.close()
     for row in found:
         row["measured / predicted"] = round(row["slower"] / row["predicted"], 3)
+        row["speed / started anew"] = round(anew[len(row["lost"])] / row["after_s"], 3)
     off = sorted(abs(row["measured / predicted"] - 1) for row in found)
     return {
         "sets": found, "slow": slow, "survived": len(found), "called survivable": sum(r["survives"] for r in found),
         "off by": {"median": round(statistics.median(off), 3), "most": round(off[-1], 3)},
+        "speed / started anew": {
+            n: round(statistics.median(r["speed / started anew"] for r in found if len(r["lost"]) == n), 3)
+            for n in anew
+        },
         "within 10 %": sum(each <= 0.1 for each in off),
     }  # fmt: skip
 
