@@ -1,4 +1,4 @@
-"""Workers that share the optimizer's state, under no faults and under real ones: the bits of those that share nothing."""
+"""Workers that share the optimizer's state, with and without real faults: the bits of those that share nothing."""
 
 from __future__ import annotations
 
