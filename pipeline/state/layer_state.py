@@ -177,10 +177,14 @@ class LayerState:
         if self._seal is not None and not torch.equal(self._seal, self._sums()):
             raise StateChanged(f"layer {self.name} is not what step {self.version} has left: bits changed in memory")
 
+    def _stored(self) -> list[Tensor]:
+        """All of it, as it lies in memory."""
+        return list(self.tensors().values())
+
     def _sums(self) -> Tensor:
         """Tensors as whole numbers, each added up: any bit that changes changes it, and it takes a tenth of the time
         of a checksum."""
-        every = [tensor.detach().reshape(-1) for tensor in self.tensors().values()]
+        every = [tensor.detach().reshape(-1) for tensor in self._stored()]
         odd = [t.view(torch.uint8) for t in every if t.nbytes % 8 or t.data_ptr() % 8]
         sums = [t.view(torch.int64).sum() for t in every if not (t.nbytes % 8 or t.data_ptr() % 8)]
         return torch.stack([*sums, *([torch.cat(odd).sum()] if odd else [])])

@@ -57,7 +57,9 @@ class ShardedState(LayerState):
     @torch.no_grad()
     def prepare(self, scale: float, lr: float, bits: Tensor) -> None:
         """One AdamW step on the own ranges, as `apply` would make it, of which only the new weights are made: their
-        bits stand in `bits` [size], whole numbers, zero elsewhere. It may lie in the gradient's own memory."""
+        bits stand in `bits` [size], whole numbers, zero elsewhere. It may lie in the gradient's own memory. Raises
+        StateChanged, before anybody has got anything of it."""
+        self.require_intact()
         if scale != 1.0:
             self.gradient.mul_(scale)
         if bits.data_ptr() == self.gradient.data_ptr() and self._blocks:
@@ -159,6 +161,9 @@ class ShardedState(LayerState):
         found = {f"param/{name}": tensor for name, tensor in self.weights().items()}
         found |= {f"step/{name}": tensor for name, tensor in self._steps.items()} if self.parameters else {}
         return {**found, "lr_scale": self.lr_scale}
+
+    def _stored(self) -> list[Tensor]:
+        return [*self._alike().values(), *(self._kept.values() if self.parameters else ())]
 
     def fingerprints(self) -> dict[str, int]:
         """See LayerState; and a checksum of the moments of each range that is kept here, by its name."""
