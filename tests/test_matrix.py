@@ -42,7 +42,9 @@ def test_a_cell(forkserver: ForkServer, calm: Weights, tmp_path: Path, row: str,
 def test_the_matrix_has_every_kind_at_every_point() -> None:
     every = list(cells())
     assert set(KINDS) == set(inject.FAULTS)
-    assert set(POINTS) == set(inject.POINTS)
+    assert set(POINTS) == set(inject.POINTS) - {"exchange"}, (
+        "that one is of --shard-optimizer: tests/test_shard_runs.py"
+    )
     assert {(c.row, c.at) for c in every if c.row in KINDS} == {(kind, at) for kind in KINDS for at in POINTS}
     assert {c.row for c in every} | {matrix_cells.STORE} == set(ROWS)
     for cell in every:

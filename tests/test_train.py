@@ -893,7 +893,8 @@ def test_a_loss_that_is_no_number_stops_the_run_with_step_and_microbatch(
     )
     (failed,) = run.named("failed")
     assert "the loss is nan" in failed["error"]
-    assert checkpoint.find(run.out / "checkpoints").path == checkpoint.directory(run.out / "checkpoints", step)
+    assert checkpoint.find(run.out / "checkpoints").path is None, "no run could go on from a weight that is no number"
+    assert {"no numbers" in event["error"] for event in run.named("checkpoint_failed")} == {True}
     assert not (run.out / "model").exists()
 
 
