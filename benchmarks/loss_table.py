@@ -62,7 +62,7 @@ def table(model: Path) -> list[Outcome]:
 def inject(forkserver: ForkServer, model: Path, lost: tuple[int, ...], slow: float) -> dict[str, Any]:
     """Lose a set in a run: seconds of a step before and after, and how the run went on."""
     faults = [f"slow:worker={worker},step=1,factor={slow:g}" for worker in range(WORKERS)]
-    faults += [f"kill:worker={worker},step={LOSS},at=forward" for worker in lost]
+    faults += [f"kill:worker={worker},step={LOSS},at=commit" for worker in lost]
     with tempfile.TemporaryDirectory(prefix="losses-") as folder:
         flags = [*RUN, "--model", str(model), "--workers", f"1:{WORKERS}", "--inject", ";".join(faults)]
         with Machines(forkserver, Path(folder), flags) as run:
