@@ -48,6 +48,7 @@ _READ_S = 1.0
 _MEANWHILE = {REROUTE: "rerouted", REDUNDANT: "taken_over", RESIZE: "shrunk"}
 """What is done until a replacement is ready -> the event that says so."""
 _FRESH = "the weights of the start, as nothing was trained yet"
+_NOTHING = "the others have all that it had"
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class Coordinator:
         self._planned.published(view, resized)
         self.event("view", view=view.number, workers=list(view.workers), joined=_as_text(view.joined))
         remedies = sorted({move.remedy for move in view.moves}) if view.rollback is None else [CHECKPOINT]
-        remedy, size = "+".join(remedies) or _FRESH, len(view.workers)
+        remedy, size = "+".join(remedies) or (_NOTHING if self._trained else _FRESH), len(view.workers)
         if event in (STAYED, SHIFTED):
             told = "; ".join(f"worker {w} at {s:.2g} times the usual speed" for w, s in self._speeds(view).items())
             self.event(event, workers=list(view.workers), view=view.number, layers=as_layers(self.layout),
