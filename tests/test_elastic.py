@@ -46,8 +46,8 @@ def test_a_run_that_shrinks_at_every_point_of_a_step_and_grows_is_bitwise_the_ca
     forkserver: ForkServer, calm: Path, tmp_path: Path
 ) -> None:
     kills = ";".join(f"kill:worker={worker},step={8 + 30 * worker},at={at}" for worker, at in enumerate(POINTS))
-    flags = [*SMALL, "1:4", "--cooldown", "0", "--no-shift", "--recovery", "replica", "--inject", kills]
-    done = train(forkserver, out := tmp_path / "run", *flags)
+    flags = [*SMALL, "1:4", "--cooldown", "0", "--no-shift", "--migration-mib", "0", "--recovery", "replica"]
+    done = train(forkserver, out := tmp_path / "run", *flags, "--inject", kills)
     assert done.output.count("was killed by SIGKILL") == len(POINTS)
     assert sizes(out).count(4) >= 3, "it has grown again"
     assert "replica" in {event["remedy"] for event in events(out, "shrunk")}
