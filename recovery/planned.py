@@ -31,6 +31,7 @@ JOINED, LEFT, STAYED, SHIFTED = "rejoined", "left", "stayed", "shifted"
 AT_ONCE_S = 0.05
 """What is found out within it needs no further tick."""
 _PATIENCE_S = 3.0  # until workers have heard of a migration, and have met
+_FORESEEN_S = 10.0  # of planning after a view: with a thousand workers it would go on for ever, beside the coordinator
 _LAG_STEPS = 3  # after so many steps a worker that has become slow is seen to be
 _STEPS = 20
 
@@ -93,9 +94,9 @@ class Planned:
         machines: dict[int, set[int]] = {}
         for place in view.at:
             machines.setdefault(view.agents[place], set()).add(place)
-        speeds = self._recovery.speeds(view)
+        speeds, until = self._recovery.speeds(view), time.monotonic() + _FORESEEN_S
         for gone in (*({place} for place in view.at), *machines.values()):
-            if self._newest != view.number:
+            if self._newest != view.number or time.monotonic() > until:
                 break
             with suppress(CannotRestore):
                 self._recovery.layout_over(set(view.at) - gone, speeds)
@@ -138,22 +139,21 @@ class Planned:
             self._under_way = None
             return None  # the others go on without, and it is tried again
         after = change.found.result()
-        if self._moves_beforehand(change, after):
+        if self._moves_beforehand(after):
             return None
         self._under_way = None
         return change, after
 
-    def _moves_beforehand(self, change: Change, after: View) -> bool:
+    def _moves_beforehand(self, after: View) -> bool:
         """Whether layers are on their way in the background, and are waited for: as long as that is shorter than to
         wait for them in the change of the view."""
         resize, recovery, now = self._recovery.resize, self._recovery, time.monotonic()
         if resize is None or not resize.migrates or not self._steps or after.rollback is not None:
             return False
-        step_s = median(self._steps)
+        step_s, moved = median(self._steps), resize.moved_bytes(after)
         if self._moving is None:
             moves = [(place, move) for place, move in enumerate(after.moves)
                      if layers_of(move, recovery.num_layers, recovery.tied)]  # fmt: skip
-            moved = resize.moved_bytes(after)
             if not moves or self._notices.seconds(moved, 0.0) < step_s:
                 return False
             self._migrations += 1
@@ -165,13 +165,10 @@ class Planned:
             return True
         moving = self._moving
         left = self._notices.least_left()
-        in_time = now < moving.until and (
-            left is None or left > self._notices.seconds(resize.moved_bytes(after), step_s)
-        )
-        if in_time and not has_migrated(self._store, moving.number, moving.places):
+        there = has_migrated(self._store, moving.number, moving.places)
+        if not there and now < moving.until and (left is None or left > self._notices.seconds(moved, step_s)):
             return True
-        self._event("moved", view=after.number, seconds=round(now - moving.began, 3),
-                    in_time=has_migrated(self._store, moving.number, moving.places))  # fmt: skip
+        self._event("moved", view=after.number, seconds=round(now - moving.began, 3), in_time=there)
         self._moving = None
         return False
 
@@ -253,20 +250,17 @@ class Planned:
         step_s = median(self._steps)
         if self._shifter is None or self._members != view.workers:
             places = tuple(view.at)
-            # to be faster is not worth a copy that a loss may need
-            replicas = min(map(len, recovery.layouts[view.layout].train.holders.values()))
 
             def seconds(speeds: Speed, layout: str) -> float:
                 costs = Costs(resize.speeds.costs.forward, speed=dict(speeds))
                 return simulate(recovery.layouts[layout].train, costs).makespan_s
 
             cost_s = self._shifter.cost_s if self._shifter is not None else _LAG_STEPS * step_s
-            self._shifter = Shifter(lambda speeds: recovery.layout_over(places, speeds, replicas), seconds, cost_s)
+            self._shifter = Shifter(lambda speeds: recovery.layout_over(places, speeds), seconds, cost_s)
             self._members = view.workers
         self._shifter.lag_s = _LAG_STEPS * step_s
-        speeds = {view.places[w]: speed for w, speed in resize.speeds.of(view.workers).items()}
         try:
-            return self._shifter.consider(time.monotonic(), speeds, view.layout)
+            return self._shifter.consider(time.monotonic(), recovery.speeds(view), view.layout)
         except CannotRestore:  # a layout for that is not known: all stay
             return view.layout
 

@@ -136,7 +136,7 @@ class Recovery:
         key = self.layout_over(stay, self.speeds(view))
         if view.layout == key:
             return next_view(view.settled(), leaving, wait=True)
-        return self._cured(view.settled(), next_view(view.settled(), layout=key), first=(REPLICA,))
+        return self.in_layout(view, key)
 
     def _come_back(self, view: View, ready: tuple[int, ...]) -> View:
         after = next_view(view, ready=ready)
@@ -162,24 +162,25 @@ class Recovery:
         return any(names - others for worker, names in had.items() if worker in workers)
 
     def speeds(self, view: View) -> dict[int, float]:
-        """Place -> the speed of its worker, where that is not the usual one."""
-        found = {} if self.resize is None else self.resize.speeds.of(view.workers)
+        """Place -> the speed of its worker, where that is not the usual one and layers go by it."""
+        found = {} if self.resize is None or not self.resize.shifts else self.resize.speeds.of(view.workers)
         return {view.places[worker]: speed for worker, speed in found.items()}
 
     def _around(self, view: View) -> str:
         """The key of the layout over the places that have workers. Raises CannotRestore."""
         return self.layout_over(view.at, self.speeds(view))
 
-    def layout_over(self, places: Collection[int], speeds: Mapping[int, float], replicas: int = 1) -> str:
-        """The key of the layout over these places, of which some are not as fast as usual, with so many replicas of
-        every stage, or more. Raises CannotRestore."""
+    def layout_over(self, places: Collection[int], speeds: Mapping[int, float]) -> str:
+        """The key of the layout over these places, of which some are not as fast as usual. Raises CannotRestore."""
         alive = sorted(places)
-        if set(alive) == set(self.layout.train.lanes) and not speeds:
-            return self.layout.key
-        if self.resize is not None:
-            found = self.resize.planner(alive, speeds, replicas)
+        if set(alive) == set(self.layout.train.lanes):
+            found = self.layout
+        elif self.resize is not None:
+            found = self.resize.planner(alive, {})
         else:
             found = redundant.takeover(self.layout, alive) if self.planner is None else self.planner(alive)
+        if speeds and self.resize is not None:  # to be faster is not worth a copy that a loss may need
+            found = self.resize.planner(alive, speeds, min(map(len, found.train.holders.values())))
         self.layouts[found.key] = found
         return found.key
 

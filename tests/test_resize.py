@@ -186,6 +186,22 @@ def test_who_leaves_hands_over_first_and_is_a_member_meanwhile(tmp_path: Path) -
     assert (gone.workers, gone.moves, gone.layout, dict(gone.awaited)) == ((0, 2), (), over.layout, {3: 1})
 
 
+def test_how_fast_who_is_costs_no_copy_and_counts_only_where_layers_go_by_it(tmp_path: Path) -> None:
+    asked = problem(layer_costs=[1.0] * 8, most_replicas=2)
+    home = resize(asked, range(4), least_replicas=2).layout
+    speeds = Speeds([1.0] * 8)
+    first = view(home)
+    for _ in range(3):
+        speeds.note(first, home, {0: 1.0, 1: 1.0, 2: 1.0, 3: 9.0})
+    for shifts in (False, True):
+        size = Resize(make_planner(asked, home), 1, 0.0, 0.0, shifts=shifts, speeds=speeds)
+        made = Recovery("replica", first, home, 8, False, tmp_path, resize=size)
+        assert bool(made.speeds(first)) == shifts
+        found = made.layouts[made.layout_over(first.at, made.speeds(first))]
+        assert min(map(len, found.holders.values())) == 2
+        assert (found == home) != shifts
+
+
 # ---- the coordinator ----
 
 
