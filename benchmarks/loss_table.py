@@ -11,23 +11,19 @@ device of its own, which the others do not slow down.
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
 from benchmarks.elastic import Machines  # noqa: E402
-from benchmarks.runs import command  # noqa: E402
+from benchmarks.runs import command, shown  # noqa: E402
 from jobs.config import TrainConfig  # noqa: E402
 from launch.config import config_from_dict  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
@@ -101,7 +97,7 @@ def fresh(forkserver: ForkServer, model: Path, workers: int, slow: float) -> flo
     return statistics.median(b - a for a, b in pairwise(times))
 
 
-def measure(slow: float, sets: int, advance: Callable[[], None]) -> dict[str, Any]:
+def measure(slow: float, sets: int, done: Callable[[float], None]) -> dict[str, Any]:
     """All sets, one after the other."""
     forkserver, found = ForkServer(command), list[dict[str, Any]]()
     try:
@@ -112,7 +108,7 @@ def measure(slow: float, sets: int, advance: Callable[[], None]) -> dict[str, An
                 told = {"lost": row.lost, "survives": not row.why, "predicted": round(row.slower, 4),
                         "remedies_told": row.remedies}  # fmt: skip
                 found.append({**told, **inject(forkserver, model, row.lost, slow)})
-                advance()
+                done(len(found))
             anew = {n: fresh(forkserver, model, WORKERS - n, slow) for n in {len(row["lost"]) for row in found}}
     finally:
         forkserver.close()
@@ -137,14 +133,7 @@ def main() -> int:
     parser.add_argument("--sets", type=int, default=21, help="the first so many")
     parser.add_argument("--out", type=Path, help="folder for loss-table.json")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("sets", total=options.sets)
-        found = measure(options.slow, options.sets, lambda: progress.advance(task))
-    print(json.dumps(found, indent=1))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "loss-table.json").write_text(json.dumps({"command": sys.argv, **found}, indent=1) + "\n")
+    shown("sets", options.sets, partial(measure, options.slow, options.sets), options.out, "loss-table.json")
     return 0
 
 

@@ -9,27 +9,24 @@ less the usual step. Kinds are interleaved. Also: how fast state moves, beside a
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
 from benchmarks.elastic import Machines, percentiles  # noqa: E402
-from benchmarks.runs import command  # noqa: E402
+from benchmarks.runs import command, shown  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
 
 KINDS = {"background": "64", "all wait": "0"}
@@ -81,14 +78,14 @@ def memcpy(nbytes: int = 1 << 28) -> float:
     return nbytes / min(times)
 
 
-def measure(rounds: int, kills: int, seed: int, advance: Callable[[int], None]) -> dict[str, Any]:
+def measure(rounds: int, kills: int, seed: int, done: Callable[[float], None]) -> dict[str, Any]:
     """All kinds, round by round."""
     forkserver, each = ForkServer(command), {kind: list[dict[str, float]]() for kind in KINDS}
     try:
         for number in range(rounds):
-            for kind in KINDS if number % 2 == 0 else reversed(KINDS):
+            for at, kind in enumerate(KINDS if number % 2 == 0 else reversed(KINDS), 1):
                 each[kind] += growth(forkserver, kind, kills, seed + number)
-                advance(1)
+                done(number * len(KINDS) + at)
     finally:
         forkserver.close()
     return {
@@ -116,14 +113,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for migration.json")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("runs", total=len(KINDS) * options.rounds)
-        found = measure(options.rounds, options.kills, options.seed, lambda n: progress.advance(task, n))
-    print(json.dumps(found, indent=1))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "migration.json").write_text(json.dumps({"command": sys.argv, **found}, indent=1) + "\n")
+    made = partial(measure, options.rounds, options.kills, options.seed)
+    shown("runs", len(KINDS) * options.rounds, made, options.out, "migration.json")
     return 0
 
 

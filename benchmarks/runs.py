@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedConfig
 
 import launch.train  # noqa: F401  (what a run imports is there before it is forked)
@@ -88,6 +91,22 @@ def finished(forkserver: ForkServer, folder: Path, arguments: Sequence[str]):
             os.kill(pid, signal.SIGKILL)  # and with it go its workers
             forkserver.poll(5.0)
         shutil.rmtree(out, ignore_errors=True)
+
+
+def shown(
+    task: str, total: float, measure: Callable[[Callable[[float], None]], dict[str, Any]], out: Path | None, name: str
+) -> dict[str, Any]:
+    """Measure under a progress bar, which `measure` is given to say how much of `total` is done; print what was found,
+    and write it to the file `name` in the folder `out`, if there is one."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(task, total=total)
+        found = measure(lambda done: progress.update(bar, completed=done))
+    print(json.dumps(found, indent=1))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps({"command": sys.argv, **found}, indent=1) + "\n")
+    return found
 
 
 def op_seconds(out: Path) -> dict[tuple[str, str], list[float]]:

@@ -6,12 +6,12 @@ the bytes of the fullest worker while it still has what it gives. All layouts pa
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -63,8 +63,10 @@ def loss_table(config: TrainConfig, model: LayeredModel, losses: int) -> list[Ou
         config.recovery, view, home, model.num_layers, model.tied, Path(), resize=Resize(planner, 1, 0.0, 0.0)
     )
     usual = _seconds(home, costs)
+    shapes = {key: shape for layer in range(model.num_layers) for key, shape in model.shapes(layer).items()}
+    sizes = {state.name: _STATE * sum(math.prod(shapes[key]) for key in state.keys) for state in model.states}
     return [
-        _outcome(recovery, model, lost, lambda layout: _seconds(layout, costs) / usual)
+        _outcome(recovery, sizes, lost, lambda layout: _seconds(layout, costs) / usual)
         for count in range(1, losses + 1)
         for lost in combinations(places, count)
     ]
@@ -74,32 +76,22 @@ def _seconds(layout: Layout, costs: Sequence[float]) -> float:
     return simulate(layout.train, Costs(list(costs))).makespan_s
 
 
-def _outcome(recovery: Recovery, model: LayeredModel, lost: tuple[int, ...], slower: Any) -> Outcome:
+def _outcome(
+    recovery: Recovery, sizes: Mapping[str, int], lost: tuple[int, ...], slower: Callable[[Layout], float]
+) -> Outcome:
     try:
         after = recovery.supposing_a_checkpoint().after_loss(recovery.home, lost)
     except CannotRestore as error:
         return Outcome(lost, str(error))
     layout = recovery.layouts[after.layout]
-    sizes = {state.name: _STATE * _elements(model, state.keys) for state in model.states}
-    held = has(after.settled(), layout, model.num_layers, model.tied)
-    before = has(recovery.home, recovery.layout, model.num_layers, model.tied)
+    held = has(after.settled(), layout, recovery.num_layers, recovery.tied)
+    before = has(recovery.home, recovery.layout, recovery.num_layers, recovery.tied)
     peak = max(sum(sizes.get(name, 0) for name in held[w] | before.get(w, set())) for w in after.workers)
     moved = sum(sizes.get(name, 0) for move in after.moves for name in states_of(move.part) for _ in move.sources)
     spans = layout.train.holders
     replicas = max(map(len, spans.values()))
     remedies = ("checkpoint",) if after.rollback else tuple(sorted({move.remedy for move in after.moves}))
     return Outcome(lost, "", len(layout.train.lanes) // replicas, replicas, slower(layout), remedies, moved, peak)
-
-
-def _elements(model: LayeredModel, keys: Sequence[str]) -> int:
-    shapes: Mapping[str, tuple[int, ...]] = {k: s for n in range(model.num_layers) for k, s in model.shapes(n).items()}
-    total = 0
-    for key in keys:
-        size = 1
-        for side in shapes[key]:
-            size *= side
-        total += size
-    return total
 
 
 def plan_losses(config: TrainConfig, losses: int) -> Result:

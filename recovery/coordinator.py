@@ -104,6 +104,8 @@ class Coordinator:
         self._planned.published(self.view, resized=False)
 
     def _follow(self, view: View) -> Follower:
+        if self.recovery.resize is None:  # nobody asks how fast who is
+            return Follower(self.store, view.number)
         return Follower(self.store, view.number, seen=lambda outcome: self._planned.stepped(view, outcome))
 
     def tick(self) -> None:
@@ -260,7 +262,7 @@ class Coordinator:
             self._losses.preempted(machine)
         self._gone |= machines
         if lost and self._settled:
-            self._losses.cycle(self.view.number, "; ".join(f"worker {w} {r.reason}" for w, r in lost.items()))
+            self._losses.cycle(self.view.number, _told(lost))
 
     def _spared(self, lost: Sequence[int]) -> bool:
         """Whether the machines of all that are lost have spare workers for them, where the run would shrink else."""
@@ -317,9 +319,10 @@ class Coordinator:
         remedies = sorted({move.remedy for move in view.moves}) if view.rollback is None else [CHECKPOINT]
         remedy, size = "+".join(remedies) or (_NOTHING if self._trained else _FRESH), len(view.workers)
         if event in (STAYED, SHIFTED):
-            told = "; ".join(f"worker {w} at {s:.2g} times the usual speed" for w, s in self._speeds(view).items())
+            speeds = self._speeds(view)
+            told = "; ".join(f"worker {w} at {s:.2g} times the usual speed" for w, s in speeds.items())
             self.event(event, workers=list(view.workers), view=view.number, layers=as_layers(self.layout),
-                       why=told or "all are as fast as usual", speeds=self._speeds(view))  # fmt: skip
+                       why=told or "all are as fast as usual", speeds=speeds)  # fmt: skip
         for joiner, old in view.joined.items():
             self.event(event, worker=old, replacement=joiner, remedy=remedy, view=view.number)
         meanwhile = self.recovery.meanwhile or ""
@@ -329,7 +332,7 @@ class Coordinator:
                 fields = {"worker": old, "replacement": replacement, "remedy": told, "view": view.number}
                 self.event(_MEANWHILE.get(meanwhile, "taken_over"), **fields, workers=size)
         if resized and meanwhile == RESIZE:
-            self.event("resized", workers=size, layers=as_layers(self.recovery.layouts[view.layout]), view=view.number)
+            self.event("resized", workers=size, layers=as_layers(self.layout), view=view.number)
 
 
 def as_layers(layout: Layout) -> dict[str, list[str]]:

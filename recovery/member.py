@@ -149,8 +149,7 @@ class Member:
         there = {
             int(w): {name for name, version in had.items() if version == step} for w, had in found["ready"].items()
         }
-        if self.migration is not None:
-            self.migration.adopt(there.get(worker.id, ()) if view.rollback is None else ())
+        worker.store.adopt(there.get(worker.id, ()) if view.rollback is None else ())
         worker.store.hold(mine.spans)  # what this place holds no more may be what others take: it lies aside
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.runtime.groups import Group, GroupBuilder, poison
 from pipeline.runtime.worker import Worker
-from pipeline.state.layer_state import LayerState, stamp
+from pipeline.state.layer_state import LayerState, packed, stamp, unpacked
 from pipeline.state.resident import part_span
 from recovery.keys import say_migrated
 from recovery.membership import Move
@@ -139,9 +139,7 @@ class _Taking(_Side):
             tensors = state.tensors()
             flat = torch.empty(sum(t.numel() for t in tensors.values()))
             group.recv([flat], 0, 0).wait(_PATIENCE)
-            parts = flat.split([tensors[key].numel() for key in sorted(tensors)])
-            for key, part in zip(sorted(tensors), parts, strict=True):
-                tensors[key].copy_(part.view(tensors[key].shape))
+            state.put(unpacked(flat, tensors))
             stamp((state,), version, generation)
             self.there.add(layer)
         else:
@@ -163,7 +161,6 @@ class Migration:
         self._plan: Plan | None = None
         self._giving: list[_Giving] = []
         self._taking: list[_Taking] = []
-        self._ready: dict[str, LayerState] = {}
 
     def begin(self, plan: Plan, *, joins: bool) -> None:
         """In the watcher's thread: these moves are about to be made. A worker that waits to join listens at once; any
@@ -193,7 +190,7 @@ class Migration:
                 state = self._worker.store.states.get(str(layer))
                 if layer in side.sent or state is None:
                     continue
-                flat = _flat(state)
+                flat = packed(state.tensors())
                 if room < self._most and flat.numel() * 4 > room:
                     break
                 room -= flat.numel() * 4
@@ -236,7 +233,7 @@ class Migration:
 
     def finish(self, view: int, layout: str) -> dict[str, int]:
         """The view changes: end all of it, at once where it is not the one that was told of. State -> the version of it
-        that has come; `adopt` makes use of them."""
+        that has come, for the store to adopt."""
         with self._lock:
             self._told = None
         planned = self._plan is not None and (self._plan.view, self._plan.layout) == (view, layout)
@@ -245,25 +242,13 @@ class Migration:
         sides = [*self._giving, *self._taking]
         self._plan = None  # who has not met yet will not any more
         well = [side.stop(_STOPPING_S if planned else 0.0) for side in sides]
-        self._ready = {
-            str(layer): side.states[str(layer)]
+        self._giving, self._taking = [], []
+        return {
+            str(layer): side.states[str(layer)].version
             for side, ended_well in zip(sides, well, strict=True)
             if ended_well and isinstance(side, _Taking)
             for layer in side.there
         }
-        self._giving, self._taking, self._plan = [], [], None
-        return {name: state.version for name, state in self._ready.items()}
-
-    def adopt(self, names: Collection[str]) -> None:
-        """These of what has come are what the store has, if it is to hold them; the others are forgotten."""
-        ready, self._ready = self._ready, {}
-        self._worker.store.adopt(set(names) & set(ready))
-
-
-def _flat(state: LayerState) -> Tensor:
-    """A copy of all of a state, in the order of its names."""
-    tensors = state.tensors()
-    return torch.cat([tensors[key].detach().float().cpu().reshape(-1) for key in sorted(tensors)])
 
 
 def _nothing() -> None:

@@ -108,15 +108,9 @@ def losses(view: View, layout: Layout, before: Has, num_layers: int, tied: bool)
             return Loss(joiner, part, num_layers, copies, ring=ring)
         others = [(alive[text][0], other) for other in twins.get(span, ()) if alive[text := span_text(other)]]
         return Loss(
-            joiner,
-            part,
-            num_layers,
-            copies,
-            neighbour(span[0], 1),
-            neighbour(span[1], 0),
-            next(iter(others), None),
+            joiner, part, num_layers, copies, neighbour(span[0], 1), neighbour(span[1], 0), next(iter(others), None),
             ring,
-        )
+        )  # fmt: skip
 
     return tuple(lost(joiner, piece) for part, joiner in lacking for piece in _pieces(view, part, joiner, before))
 

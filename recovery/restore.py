@@ -19,7 +19,7 @@ from pipeline.runtime.groups import Group
 from pipeline.runtime.transport import LinkError
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.ops import parse_span
-from pipeline.state.layer_state import LayerState, LayerStates, stamp
+from pipeline.state.layer_state import LayerState, LayerStates, packed, stamp, unpacked
 from pipeline.state.source import Source, SourceRefused
 from recovery import checkpoint
 from recovery.communicator import Communicator
@@ -90,7 +90,7 @@ def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remed
             continue
         for state, group in zip(states, groups.values(), strict=True):
             header = torch.tensor([state.version, state.generation])
-            flat = torch.cat([t.detach().float().cpu().reshape(-1) for t in _carried(state, remedy.carries).values()])
+            flat = packed(_carried(state, remedy.carries))
             group.send([header], 1, 0).wait(_patience(worker))
             worker.probe("copy", state.version)
             group.send([flat], 1, 0).wait(_patience(worker))
@@ -133,8 +133,7 @@ def _take(
             flat = torch.empty(sum(tensor.numel() for tensor in wanted.values()))
             group.recv([flat], 0, 0).wait(_patience(worker))
             worker.pulse()
-            parts = flat.split([tensor.numel() for tensor in wanted.values()])
-            found.append({k: part.view(t.shape) for (k, t), part in zip(wanted.items(), parts, strict=True)})
+            found.append(unpacked(flat, wanted))
         state.put(remedy.combine(found, weights) or {})
         stamp((state,), step, view.generation)
 

@@ -93,7 +93,7 @@ def test_what_moves_while_steps_go_on_is_bitwise_what_was_given(ends: Any, most_
     giver.step(5)
     taker.step(5)
     assert both(giver, taker) == {"2": 6, "3": 6}
-    taker.migration.adopt({"2", "3"})
+    taker.worker.store.adopt({"2", "3"})
     taker.worker.store.hold([(2, 6)])
     for name in ("2", "3"):
         assert taker.states[name].fingerprint() == giver.states[name].fingerprint()
@@ -121,7 +121,7 @@ def test_another_view_than_was_told_of_ends_it_at_once(ends: Any) -> None:
     assert giver.migration.finish(2, "elsewhere") == {}
     assert taker.migration.finish(2, "elsewhere") == {}
     assert time.monotonic() - began < 1.5
-    taker.migration.adopt(())
+    taker.worker.store.adopt(())
     taker.worker.store.hold([(2, 6)])
     assert taker.states["2"].version == 0
 

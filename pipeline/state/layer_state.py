@@ -242,6 +242,17 @@ class LayerStates:
         stamp(self.owned(layer), step, generation)
 
 
+def packed(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A copy of all of them in one flat fp32 tensor of the host, in their order."""
+    return torch.cat([tensor.detach().float().cpu().reshape(-1) for tensor in tensors.values()])
+
+
+def unpacked(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `packed` has made of tensors with these names and shapes, as views."""
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {key: part.view(tensor.shape) for (key, tensor), part in zip(like.items(), parts, strict=True)}
+
+
 def stamp(states: Iterable[LayerState], step: int, generation: int) -> None:
     """These states are of this committed step and generation."""
     for state in states:

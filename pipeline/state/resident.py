@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.layered import TIED, LayeredModel, SpanModule
+from pipeline.model.layered import TIED, LayeredModel, NamedState, SpanModule
 from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
 from pipeline.state.exact_sum import ExactSum
 from pipeline.state.layer_state import LayerState, LayerStates
@@ -96,13 +96,8 @@ class ResidentStore(LayerStates):
                 share |= built.named_layer_parameters(layer)
         for spec in wanted:
             if spec.name not in states:
-                trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
                 part = TIED if spec.shared else next(span_text(s) for s in spans if s[0] <= spec.users[0] < s[1])
-                made = partial(ShardedState, share=self.shares[part]) if part in self.shares else LayerState
-                states[spec.name] = made(
-                    spec.name, {name: share[name] for name in trained}, self.config,
-                    frozen={name: share[name].detach() for name in frozen},
-                )  # fmt: skip
+                states[spec.name] = self._made(spec, share, part)
         self.aside = {name: state for name, state in known.items() if name not in states}
         self._modules_aside = {layer: module for layer, module in have.items() if layer not in layers}
         self.states = states
@@ -120,12 +115,7 @@ class ResidentStore(LayerStates):
             (spec,) = (spec for spec in self.model.states_of([layer]) if not spec.shared)
             if spec.name not in self.states:
                 built = self._build((layer, layer + 1), None)
-                weights = built.named_layer_parameters(layer)
-                trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
-                state = LayerState(
-                    spec.name, {name: weights[name] for name in trained}, self.config,
-                    frozen={name: weights[name].detach() for name in frozen},
-                )  # fmt: skip
+                state = self._made(spec, built.named_layer_parameters(layer), span_text((layer, layer + 1)))
                 self._prepared[spec.name] = state, dict(_layers(built))[layer]
                 self._rotary = built.rotary
             found[spec.name] = self.states[spec.name] if spec.name in self.states else self._prepared[spec.name][0]
@@ -146,6 +136,15 @@ class ResidentStore(LayerStates):
         return self.model.build(
             span, seed=self._seed, device=self._device, source=source, share=share, came_on=self._came_on
         )
+
+    def _made(self, spec: NamedState, weights: Mapping[str, nn.Parameter], part: str) -> LayerState:
+        """A new state of a part; who keeps a share of the part keeps one of the moments."""
+        trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
+        make = partial(ShardedState, share=self.shares[part]) if part in self.shares else LayerState
+        return make(
+            spec.name, {name: weights[name] for name in trained}, self.config,
+            frozen={name: weights[name].detach() for name in frozen},
+        )  # fmt: skip
 
     def _lay_out(self) -> None:
         """Put the gradients of each part into one flat tensor."""

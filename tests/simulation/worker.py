@@ -96,6 +96,9 @@ class SimStore:
         self.states = {name: known.get(name) or SimState(name) for name in sorted(wanted, key=int)}
         self.aside = {name: state for name, state in known.items() if name not in wanted}
 
+    def adopt(self, states: Any) -> None:
+        """Nothing has moved beforehand."""
+
     def let_go(self) -> None:
         self.aside.clear()
 
