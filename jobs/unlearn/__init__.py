@@ -1,0 +1,1 @@
+"""Unlearning: requests to forget rows of a run's data, as jobs of the same engine."""
