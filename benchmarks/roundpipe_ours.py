@@ -126,7 +126,7 @@ def run(work: Work, options: argparse.Namespace, forkserver: ForkServer) -> dict
             with hosting(config, store, rounds, forkserver, event, lambda _: options.device) as (optimizer, pool):
                 optimizer.initialise(0, out / "model-config")
                 engine = PoolEngine(
-                    optimizer, pool, rounds.cut, rounds.row, job, job,  # type: ignore[arg-type]
+                    optimizer, pool, rounds.cut, rounds.row, {"train": job, "evaluate": job},  # type: ignore[dict-item]
                     config.round_size, config.deadline,
                 )  # fmt: skip
                 reports = SimpleNamespace(put=report, save_ledger=lambda step, view: "")

@@ -4,7 +4,7 @@ the pool of stateless workers, of which the host runs it. How each of them fails
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,12 +27,15 @@ class Position:
     due: bool = False
     stopping: bool = False
     again: bool = False
+    carried: dict[str, Any] = field(default_factory=dict)
+    """What the job carries from step to step (JSON)."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """What another worker has told. Raises MembershipError for what is no position."""
         try:
-            return cls(**checked(values, "a position", step=int, due=bool, stopping=bool, again=bool))
+            kinds = {"step": int, "due": bool, "stopping": bool, "again": bool, "carried": dict}
+            return cls(**checked(values, "a position", **kinds))
         except WireError as error:
             raise MembershipError(str(error)) from error
 
@@ -87,6 +90,16 @@ class Engine(Protocol):
     @property
     def ahead(self) -> bool:
         """Whether the next step is under way already: nothing can come before it, nor can this one be run again."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """How many microbatches `measure` takes."""
+        ...
+
+    def measure(self, job: str, part: int) -> StepResult:
+        """What the loss of a job of this name comes to over its `at_once` microbatches of step `part`, with the weights
+        as they are, together. Raises NonFiniteLoss."""
         ...
 
     def evaluate(self) -> StepResult:

@@ -25,8 +25,7 @@ class PipelineEngine:
     skipped."""
 
     member: Member
-    job: Job
-    held_out: Job
+    jobs: Mapping[str, Job]
     number: int
     joins: bool = False
     full_every: int = 0
@@ -78,14 +77,21 @@ class PipelineEngine:
         """See Engine."""
         full = self.full_every and (step + 1) % self.full_every == 0  # every so often no span is skipped
         excerpt = self.member.excerpt(FULL if full else TRAIN)
-        result = self.worker.run(excerpt, self.job, step, wish=wish, record=record)
+        result = self.worker.run(excerpt, self.jobs[TRAIN], step, wish=wish, record=record)
         self.worker.store.let_go()  # the view is settled: it will not be asked for what it gave away
         if self.member.migration is not None:
             self.member.migration.stepped()
         return result
 
+    @property
+    def at_once(self) -> int:
+        return self.member.excerpt(EVALUATE).num_microbatches
+
+    def measure(self, job: str, part: int) -> StepResult:
+        return self.worker.run(self.member.excerpt(EVALUATE), self.jobs[job], part)
+
     def evaluate(self) -> StepResult:
-        return self.worker.run(self.member.excerpt(EVALUATE), self.held_out, 0)
+        return self.measure(EVALUATE, 0)
 
     def gather(self, payload: dict[str, Any]) -> Mapping[int, dict[str, Any]]:
         return self.worker.gather(payload)

@@ -27,10 +27,9 @@ def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
     attention's 4 * sequence * hidden / 2 under a causal mask). The embedding is a look-up: next to nothing."""
     hidden, vocabulary = model.hidden_size, int(model.config.vocab_size)
     blocks = [
-        _SMALL_OPS * (2.0 * model.parameter_count(layer) + 2.0 * sequence_length * hidden)
-        for layer in range(1, model.num_layers - 1)
+        _SMALL_OPS * (2.0 * model.parameter_count(layer) + 2.0 * sequence_length * hidden) for layer in model.blocks
     ]
-    return [0.01 * hidden, *blocks, 2.0 * hidden * vocabulary]
+    return [0.01 * hidden, *blocks, *([2.0 * hidden * vocabulary] if model.headed else [])]
 
 
 def plan_layout(config: TrainConfig, model: LayeredModel, evaluated: int) -> tuple[Layout, Planner | None]:

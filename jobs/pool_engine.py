@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from jobs.engine import Position
-from jobs.text import TextJob
-from pipeline.runtime.step_commit import NonFiniteLoss, Settled, Vote, agree
+from jobs.job import RunJob
+from pipeline.runtime.step_commit import NonFiniteLoss, Vote, agree
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.worker import StepResult
 from pipeline.schedule.layout import EVALUATE, TRAIN
@@ -37,8 +37,7 @@ class PoolEngine:
     pool: Pool
     cut: Cut
     row: tuple[WorkUnit, ...]
-    job: TextJob
-    held_out: TextJob
+    jobs: Mapping[str, RunJob]
     round_size: int
     deadline_s: float
     attempt: int = 1
@@ -79,7 +78,7 @@ class PoolEngine:
             source, version, side = f"read{(step + 1) % 2}", max(0, step - 1), step % 2
         return self.pool.dispatcher.submit(
             self.row, self.optimizer.store.layout.boundaries, step=step, job=TRAIN, source=source, version=version,
-            side=side,
+            side=side, weights=self.jobs[TRAIN].terms,
         )  # fmt: skip
 
     def run(
@@ -94,9 +93,8 @@ class PoolEngine:
         _, norms = self.pool.wait_for("norms")
         squares = {state: norm**2 for state, norm in norms.items()}
         try:
-            settled = self._agree(
-                step, self.job, self.optimizer.store.layout.microbatches, Vote(run.sums, squares, wish())
-            )
+            terms = StepTerms.of(self.jobs[TRAIN], step, self.at_once)
+            settled = agree(step, terms, self._names, {_HOST: Vote(run.sums, squares, wish()).as_json()})
         except NonFiniteLoss:
             self.optimizer.drop()
             raise
@@ -109,26 +107,40 @@ class PoolEngine:
             settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes
         )  # fmt: skip
 
-    def _agree(self, step: int | None, job: TextJob, count: int, vote: Vote) -> Settled:
-        """What a step comes to, or, with a step of None, an evaluation of `count` microbatches."""
-        terms = StepTerms.of(job, step or 0, count)
-        return agree(step, terms, [state.name for state in self.states.model.states], {_HOST: vote.as_json()})
+    @property
+    def _names(self) -> list[str]:
+        return [state.name for state in self.states.model.states]
+
+    @property
+    def at_once(self) -> int:
+        return self.optimizer.store.layout.microbatches
+
+    def _forward(self, job: str, part: int, count: int) -> dict[int, Mapping[str, float]]:
+        """Microbatch -> its sums, of `count` microbatches that only go forward."""
+        self.rest()
+        run = self.pool.dispatcher.submit(
+            forward_units(self.cut, count, self.round_size), self.optimizer.store.layout.boundaries, step=part,
+            job=job, source="param", version=self.optimizer.updates, weights=self.jobs[job].terms,
+        )  # fmt: skip
+        self.pool.finish(run)
+        return dict(run.sums)
+
+    def measure(self, job: str, part: int) -> StepResult:
+        """See Engine."""
+        terms = StepTerms.of(self.jobs[job], part, self.at_once)
+        return self._result(terms, self._forward(job, part, self.at_once))
 
     def evaluate(self) -> StepResult:
         """See Engine."""
-        self.rest()
-        size = self.optimizer.store.layout.microbatches
-        count = -(-(self.held_out.limit or 0) // self.held_out.size)
-        sums: dict[int, Mapping[str, float]] = {}
-        for part, lo in enumerate(range(0, count, size)):
-            run = self.pool.dispatcher.submit(
-                forward_units(self.cut, min(size, count - lo), self.round_size),
-                self.optimizer.store.layout.boundaries, step=part, job=EVALUATE, source="param",
-                version=self.optimizer.updates,
-            )  # fmt: skip
-            self.pool.finish(run)
-            sums |= {lo + m: found for m, found in run.sums.items()}
-        settled = self._agree(None, self.held_out, count, Vote(sums))
+        held_out, sums = self.jobs[EVALUATE], dict[int, Mapping[str, float]]()
+        count = -(-(held_out.limit or 0) // held_out.size)
+        for part, lo in enumerate(range(0, count, self.at_once)):
+            found = self._forward(EVALUATE, part, min(self.at_once, count - lo))
+            sums |= {lo + m: each for m, each in found.items()}
+        return self._result(StepTerms.of(held_out, 0, count), sums)
+
+    def _result(self, terms: StepTerms, sums: Mapping[int, Mapping[str, float]]) -> StepResult:
+        settled = agree(None, terms, self._names, {_HOST: Vote(sums).as_json()})
         return StepResult(settled.loss, settled.means, settled.counts)
 
     def about(self) -> dict[str, Any]:

@@ -31,12 +31,12 @@ def text_jobs(config: TrainConfig, dataset: Dataset, start: Start) -> dict[str, 
 
     return {
         TRAIN: TextJob(
-            dataset.train_sample, config.sequence_length, config.microbatches, size, start.step, start.sample,
-            counted=counted,
+            dataset.train_sample, config.sequence_length, counted, microbatches=config.microbatches, size=size,
+            first_step=start.step, first_sample=start.sample,
         ),
         EVALUATE: TextJob(
-            dataset.held_out_spread(evaluated), config.sequence_length, start.at_once or -(-evaluated // size), size,
-            limit=evaluated, counted=counted,
+            dataset.held_out_spread(evaluated), config.sequence_length, counted,
+            microbatches=start.at_once or -(-evaluated // size), size=size, limit=evaluated,
         ),
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from jobs.job import SampledJob
 from pipeline.runtime.batch import IGNORED, Batch, Needs
 
 TEXT = "text"
@@ -23,35 +24,17 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TextJob:
+class TextJob(SampledJob):
     """Microbatches of `size` samples, read from `sample(global id) -> tokens [sequence + 1]`; a label of IGNORED counts
     for nothing.
 
-    Step s takes the samples from first_sample + (s - first_step) * microbatches * size on: the order is one sequence
-    of global ids, whatever the number of workers. `limit` bounds the ids (an evaluation); the last microbatch is cut.
     `counted(id)` says how many labels of a sample count, where that is known without reading it: of packed text, all.
     """
 
     sample: Callable[[int], np.ndarray]
     sequence_length: int
-    microbatches: int
-    size: int
-    first_step: int = 0
-    first_sample: int = 0
-    limit: int | None = None
     counted: Callable[[int], int] | None = None
     terms: Mapping[str, float] = field(default_factory=lambda: {TEXT: 1.0})
-
-    def sample_ids(self, step: int, microbatch: int) -> tuple[int, ...]:
-        """The global ids of a microbatch's samples."""
-        per_step = self.microbatches * self.size
-        start = self.first_sample + (step - self.first_step) * per_step + microbatch * self.size
-        end = start + self.size if self.limit is None else min(start + self.size, self.limit)
-        return tuple(range(start, end))
-
-    def next_sample(self, step: int) -> int:
-        """The first sample id that steps before `step` did not take."""
-        return self.first_sample + (step - self.first_step) * self.microbatches * self.size
 
     def batch(self, step: int, microbatch: int, needs: Needs) -> Batch:
         """See pipeline.runtime.batch.Job."""

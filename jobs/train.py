@@ -15,14 +15,15 @@ from typing import Any
 
 from jobs.config import TrainConfig
 from jobs.engine import Engine, Position, ReportSink
+from jobs.job import RunJob
 from jobs.plan import identity, model_fingerprint
 from jobs.save import export, save
-from jobs.text import TextJob
 from pipeline.exit_codes import STOPPED
 from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.worker import StepResult
-from recovery.checkpoint import CheckpointError
+from recovery.checkpoint import CheckpointError, read_manifest
 from recovery.member import Joined
+from recovery.membership import START
 
 _WAIT_S = 0.05
 
@@ -34,14 +35,17 @@ class Trainer:
 
     config: TrainConfig
     engine: Engine
-    job: TextJob
+    job: RunJob
     data_fingerprint: str
     reports: ReportSink
     stop_asked: Callable[[], bool]
     first_step: int = 0
     evaluate_first: bool = False
     """Whether the held-out loss before the first step is told: of weights that were trained before."""
+    before: Callable[[Engine], None] = lambda _: None
+    """What comes before the first step. Interrupted anywhere, it is done again."""
     at: Position = field(default_factory=Position)
+    _began: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] | None = None
     """The record of the last committed step, for the case that who was to report it is lost; who joins learns it."""
 
@@ -52,7 +56,8 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the last step; returns the exit code 0, or STOPPED after a save."""
-        self.at = Position(self.first_step, due=self.evaluate_first)
+        self._began = self.job.carried
+        self.at = Position(self.first_step, due=self.evaluate_first, carried=self._began)
         while True:
             try:
                 self._entered(self.engine.enter(self.at, self.last))
@@ -66,6 +71,9 @@ class Trainer:
             return
         # where all were lost, nobody knows but the checkpoint that they went back to
         self.at = Position.from_json({**asdict(self.at), **joined.position})
+        if joined.view.rollback is not None:
+            self.at = replace(self.at, carried=self._carried_at(joined.view.rollback))
+        self.job.restore(self.at.carried)
         self.last = joined.last
         if self.last is not None and self.last["step"] == self.step:
             self._say(self.last)
@@ -85,7 +93,15 @@ class Trainer:
             if joined.view.rollback is not None:
                 self._event("rolled_back", step=self.step, to=Path(joined.view.rollback).name)
 
+    def _carried_at(self, rollback: str) -> dict[str, Any]:
+        """What the job carried where the run goes back to. Raises CheckpointError."""
+        if rollback == START:
+            return self._began
+        return dict(read_manifest(Path(rollback))["extra"].get("job", {}))
+
     def _train(self) -> int:
+        if self.step == self.first_step:
+            self.before(self.engine)
         config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)
         while True:
             ends = (self.at.stopping or self.step >= config.steps) and not self.engine.ahead
@@ -127,7 +143,8 @@ class Trainer:
             self._event("not_finite", step=self.step, error=str(error))
             return
         stopping = any(wish.get("stop") is True for wish in result.wishes.values())
-        self.at = Position(self.step + 1, due=True, stopping=stopping)
+        self.job.committed(self.step, result.means)
+        self.at = Position(self.step + 1, due=True, stopping=stopping, carried=self.job.carried)
         self._report_step(result, time.monotonic() - began)
         if record:
             self._say({"kind": "timeline", "lanes": self.engine.timeline(result)})
@@ -164,7 +181,15 @@ class Trainer:
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{error}, {evaluated_when(done)}") from error
         perplexity = math.exp(min(result.loss, 700.0))
-        self._say({"kind": "evaluation", "step": done, "loss": result.loss, "perplexity": perplexity})
+        self._say(
+            {
+                "kind": "evaluation",
+                "step": done,
+                "loss": result.loss,
+                "perplexity": perplexity,
+                "means": dict(result.means),
+            }
+        )
 
     def _save(self, done: int) -> bool:
         """Write a checkpoint; whether it is whole."""
@@ -173,7 +198,7 @@ class Trainer:
             error = f"layers {missing} are being rebuilt"
         if error is None:
             about = {
-                "next_sample": self.job.next_sample(done), **identity(config),
+                "next_sample": self.job.next_sample(done), "job": self.job.carried, **identity(config),
                 "model": model_fingerprint(self.engine.states.model.config), "data": self.data_fingerprint,
             }  # fmt: skip
             error = save(self.engine, config.out / "checkpoints", done, about, config.keep, self.reports)

@@ -14,7 +14,7 @@ _FIELDS: dict[str, dict[str, Kind]] = {
         "step": int, "loss": float, "tokens": int, "tokens_per_s": float, "grad_norm": float, "lr": float, "view": int,
         "first_sample": int, "samples": int,
     },
-    "evaluation": {"step": int, "loss": float, "perplexity": float},
+    "evaluation": {"step": int, "loss": float, "perplexity": float, "means": dict},
     "stopped": {"step": int},
     "timeline": {"lanes": dict},
     "ledger": {"step": int, "view": int},
@@ -57,6 +57,8 @@ def check_record(record: dict[str, Any], steps: int) -> dict[str, Any]:
     found = checked(record, what, **kinds)
     if "seconds" in found:
         found["seconds"] = _seconds(found["seconds"], f"the seconds of {what}")
+    if found.get("means"):
+        found["means"] = _seconds(found["means"], f"the means of {what}")
     if "restores" in found:
         _check_restores(found["restores"])
     if "lanes" in found:

@@ -18,7 +18,7 @@ import transformers
 from jobs.config import TrainConfig, require
 from jobs.plan import Plan, make_plan, open_dataset
 from jobs.pool_engine import PoolEngine
-from jobs.registry import EVALUATE, TRAIN
+from jobs.registry import TRAIN
 from jobs.rounds import Rounds
 from jobs.train import Trainer
 from launch.agent import RunFailed
@@ -142,8 +142,8 @@ def _host(
             sample=view.first_sample, stopping=stop.is_set,
         ) as (optimizer, pool):  # fmt: skip
             engine = PoolEngine(
-                optimizer, pool, rounds.cut, rounds.row, jobs[TRAIN], jobs[EVALUATE], config.round_size,
-                config.deadline, int(view.details["attempt"]), view.generation,
+                optimizer, pool, rounds.cut, rounds.row, jobs, config.round_size, config.deadline,
+                int(view.details["attempt"]), view.generation,
             )  # fmt: skip
             trainer = Trainer(
                 config, engine, jobs[TRAIN], open_dataset(config.out).fingerprint, _HostReports(story, folder),

@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.corpus import CorpusError
+from jobs.job import RunJob
 from jobs.network import read_network
 from jobs.pipeline_engine import PipelineEngine
 from jobs.pipelines import stage_at
 from jobs.plan import open_dataset
-from jobs.registry import EVALUATE, TRAIN, Start, make_jobs
-from jobs.text import TextJob
+from jobs.registry import TRAIN, Start, make_jobs
 from jobs.train import Trainer
 from launch.config import config_from_dict
 from pipeline.model.layered import LayeredModel
@@ -126,7 +126,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
         jobs = make_jobs(config, dataset, Start(view.first_step, view.first_sample))
         member.keys = partial(sample_keys, config.seed, jobs[TRAIN])
-        engine = PipelineEngine(member, jobs[TRAIN], jobs[EVALUATE], number, joins, config.full_every)
+        engine = PipelineEngine(member, jobs, number, joins, config.full_every)
         trainer = Trainer(
             config,
             engine,
@@ -152,7 +152,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         watcher.stop()
 
 
-def sample_keys(seed: int, job: TextJob, step: int) -> dict[str, Any]:
+def sample_keys(seed: int, job: RunJob, step: int) -> dict[str, Any]:
     """What the samples of a step and its random numbers follow from."""
     return {"seed": seed, "next_sample": job.next_sample(step), "microbatches": job.microbatches, "size": job.size}
 

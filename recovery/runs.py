@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.runtime.channel import Channel
@@ -26,6 +26,8 @@ class Iteration:
     source: str
     version: int
     side: int = 0
+    weights: Mapping[str, float] | None = None
+    """Term -> its weight in what is minimised; None where it is always the same."""
     counted: bool = True
     """Whether its gradients are added as they come, or wait until the update before it has been asked for."""
     members: frozenset[int] = frozenset()

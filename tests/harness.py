@@ -63,8 +63,8 @@ def make_job(config: TrainConfig, vocabulary: int) -> TextJob:
     """The same random microbatches in workers and in the reference."""
     length = config.sequence_length + 1
     return TextJob(
-        lambda i: random_tokens(vocabulary, length, i), config.sequence_length, config.microbatches,
-        config.microbatch_size,
+        lambda i: random_tokens(vocabulary, length, i), config.sequence_length, microbatches=config.microbatches,
+        size=config.microbatch_size,
     )  # fmt: skip
 
 
@@ -287,8 +287,7 @@ def run_pool(
 
             optimizer.update = watching
             engine = PoolEngine(
-                optimizer, pool, rounds.cut, rounds.row, jobs["train"], jobs["evaluate"], config.round_size,
-                config.deadline,
+                optimizer, pool, rounds.cut, rounds.row, jobs, config.round_size, config.deadline,
             )  # fmt: skip
             reports = SimpleNamespace(put=report, save_ledger=lambda step, view: "")
             trainer = Trainer(config, engine, jobs["train"], "", reports, bool)

@@ -90,7 +90,7 @@ def test_a_trainer_that_joined_tells_of_a_step_that_it_did_not_make() -> None:
     engine: Any = SimpleNamespace(leads=True)
     trainer = Trainer(TrainConfig(), engine, None, "", SimpleNamespace(put=said.append), bool)  # type: ignore[arg-type]
     told = {"kind": "step", "step": 5}
-    where = {"step": 5, "due": True, "stopping": False, "again": False}
+    where = {"step": 5, "due": True, "stopping": False, "again": False, "carried": {}}
     trainer._entered(Joined(View(3, (3, 4), ""), where, told, 0.0, {"view": 0.1}))
     assert said[0] == told
 

@@ -72,7 +72,7 @@ class Host:
 @contextmanager
 def working(store: HostStore) -> Iterator[Host]:
     """A worker that serves in a thread of its own."""
-    job = TextJob(lambda i: random_tokens(64, 9, i), 8, MICROBATCHES, 2)
+    job = TextJob(lambda i: random_tokens(64, 9, i), 8, microbatches=MICROBATCHES, size=2)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     worker = StatelessWorker(
         0, store, {"train": job}, Settings(torch.device("cpu"), deadline_s=PATIENCE_S), Channel(theirs)
@@ -153,7 +153,7 @@ def test_a_gradient_that_autograd_has_put_elsewhere_is_no_gradient(
         for parameter in parameters:
             parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
-    job = TextJob(lambda i: random_tokens(64, 9, i), 8, MICROBATCHES, 2)
+    job = TextJob(lambda i: random_tokens(64, 9, i), 8, microbatches=MICROBATCHES, size=2)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     worker = StatelessWorker(
         0, store, {"train": job}, Settings(torch.device("cpu"), deadline_s=PATIENCE_S), Channel(theirs)

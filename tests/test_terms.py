@@ -247,7 +247,7 @@ def test_a_span_is_given_what_it_computes_with_and_no_more() -> None:
         read.append(i)
         return random_tokens(32, SEQUENCE + 1, i)
 
-    job = TextJob(sample, SEQUENCE, 2, SIZE, counted=lambda _: SEQUENCE)
+    job = TextJob(sample, SEQUENCE, lambda _: SEQUENCE, microbatches=2, size=SIZE)
     assert job.counts(0, 1) == {"text": SIZE * SEQUENCE}
     assert job.batch(0, 1, Needs.NOTHING).tensors == {}
     assert job.batch(0, 1, Needs.NOTHING).sample_ids == (2, 3)

@@ -63,10 +63,14 @@ class LayeredModel:
 
     `attention` is "sdpa" or "eager"; None takes sdpa where the family has it and attention drops nothing, because
     dropout inside sdpa cannot be keyed by sample. With `lora`, decoder blocks have adapters, and these alone are
-    trained. Raises ModelError for a config that is not supported.
+    trained. With `depth`, the model ends after so many blocks, and what comes out is their hidden state. Raises
+    ModelError for a config that is not supported.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, attention: str | None = None, lora: Lora | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, *, attention: str | None = None, lora: Lora | None = None,
+        depth: int | None = None,
+    ) -> None:  # fmt: skip
         family = FAMILIES.get(config.model_type)
         if family is None:
             supported = ", ".join(sorted(FAMILIES))
@@ -90,13 +94,20 @@ class LayeredModel:
             raise ModelError(f"transformers cannot build this {config.model_type} config: {told}") from error
         self._skeleton = cast(PreTrainedModel, model)
         self.hidden_size: int = self.config.hidden_size
-        self.num_layers: int = self.config.num_hidden_layers + 2
+        every = self.config.num_hidden_layers
+        if depth is not None and not 1 <= depth <= every:
+            raise ModelError(f"a model of {depth} blocks; this one has {every}, so 1 to {every} are allowed")
+        self.headed = depth is None
+        """Whether the last layer is the head; else all but the first are blocks."""
+        self.blocks = range(1, (every if depth is None else depth) + 1)
+        self.num_layers: int = self.blocks.stop + self.headed
         tokens, head = f"{family.tokens}.weight", f"{family.head}.weight"
-        self.tied: bool = self._skeleton.get_parameter(tokens) is self._skeleton.get_parameter(head)
-        self.aliases: Mapping[str, str] = {head: tokens} if self.tied else {}
-        self.tied_keys: tuple[str, ...] = tuple(self.aliases.values())
+        shared = self._skeleton.get_parameter(tokens) is self._skeleton.get_parameter(head)
+        self.tied: bool = shared and self.headed
+        self.aliases: Mapping[str, str] = {head: tokens} if shared else {}
+        self.tied_keys: tuple[str, ...] = (tokens,) if self.tied else ()
         """Parameters that the head holds too: layer 0 owns them, and both gradients must be summed."""
-        if other := {self.attention_type(layer) for layer in range(1, self.num_layers - 1)} - {FULL_ATTENTION, SLIDING}:
+        if other := {self.attention_type(layer) for layer in self.blocks} - {FULL_ATTENTION, SLIDING}:
             raise ModelError(f"layer_types has {', '.join(sorted(other))}; supported: {FULL_ATTENTION}, {SLIDING}")
         self.lora = lora
         self._adapted: dict[str, nn.Module] = {}
@@ -114,9 +125,9 @@ class LayeredModel:
         if layer == 0:
             found = {"tokens": family.tokens, "positions": family.positions, "dropout": family.dropout}
             return {part: path for part, path in found.items() if path is not None}
-        if layer == self.num_layers - 1:
+        if self.headed and layer == self.num_layers - 1:
             return {"norm": family.norm, "head": family.head}
-        if 0 < layer < self.num_layers:
+        if layer in self.blocks:
             return {"block": f"{family.blocks}.{layer - 1}"}
         raise ModelError(f"layer {layer}; the model has layers 0 to {self.num_layers - 1}")
 
@@ -217,7 +228,7 @@ class LayeredModel:
                 parts[part] = module
             if layer == 0:
                 layers["0"] = Embedding(**parts)
-            elif layer == self.num_layers - 1:
+            elif layer not in self.blocks:
                 layers[str(layer)] = Head(**parts, cap=getattr(self.config, "final_logit_softcapping", None))
             else:
                 layers[str(layer)] = parts["block"]
@@ -345,7 +356,7 @@ class SpanModule(nn.Module):
             if taps is not None and layer in taps:
                 taps[layer] = x
             module = self.layers[str(layer)]
-            is_block = 0 < layer < self.model.num_layers - 1
+            is_block = layer in self.model.blocks
             if layer == 0:
                 run = partial(module, position_ids=places)
             elif is_block:
@@ -365,7 +376,7 @@ class SpanModule(nn.Module):
     ) -> Callable[[int], dict[str, Any]]:
         """Block -> its arguments; masks and rotary embeddings are made once for all blocks of an attention type."""
         model = self.model
-        blocks = range(max(1, self.span[0]), min(self.span[1], model.num_layers - 1))
+        blocks = [layer for layer in range(*self.span) if layer in model.blocks]
         made: dict[str, dict[str, Any]] = {}
         for kind in {model.attention_type(layer) for layer in blocks}:
             create = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask

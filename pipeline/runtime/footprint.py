@@ -123,7 +123,7 @@ def measure(model: LayeredModel, schedule: Schedule, job: Job, settings: Setting
 
 def _layers(model: LayeredModel, span: Span) -> tuple[Any, ...]:
     """What tells spans apart that take different amounts."""
-    blocks = range(1, model.num_layers - 1)
+    blocks = model.blocks
     return tuple((*model.shapes(n).values(), model.attention_type(n) if n in blocks else n) for n in range(*span))
 
 

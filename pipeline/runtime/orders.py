@@ -29,6 +29,8 @@ class Order:
     side: int
     block: int
     skip: frozenset[int]
+    weights: Mapping[str, float] | None
+    """Term -> its weight in this step, if that follows from the steps before, which the host alone knows."""
     loaded: Loaded | None = None
     events: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -37,6 +39,7 @@ class Order:
         return cls(
             values["id"], values["run"], values["step"], values["job"], tuple(values["kinds"]), tuple(values["span"]),
             tuple(values["microbatches"]), values["source"], values["side"], values["block"], frozenset(values["skip"]),
+            values.get("weights"),
         )  # fmt: skip
 
 

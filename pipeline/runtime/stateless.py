@@ -293,7 +293,7 @@ class StatelessWorker:
         job, key = self.jobs[order.job], (order.job, order.step)
         if key not in self.terms:
             self.terms = {known: terms for known, terms in self.terms.items() if known[1] >= order.step - 1}
-            self.terms[key] = StepTerms.of(job, order.step, self.layout.microbatches)
+            self.terms[key] = StepTerms.of(job, order.step, self.layout.microbatches, weights=order.weights)
         return compute(order.loaded.module, x, job, batch, order.step, self.terms[key], self.settings, taps=taps)
 
     def forward(self, order: Order, m: int) -> tuple[float, Output]:

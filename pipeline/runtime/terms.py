@@ -43,10 +43,15 @@ class StepTerms:
 
     @classmethod
     def of(
-        cls, job: Job, step: int, microbatches: int, visits: Mapping[int, frozenset[int]] | None = None
-    ) -> StepTerms:
-        """Those of a job's step. Raises TermError."""
-        return cls(job.terms, tuple(job.counts(step, m) for m in range(microbatches)), visits or {})
+        cls, job: Job, step: int, microbatches: int, visits: Mapping[int, frozenset[int]] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> StepTerms:  # fmt: skip
+        """Those of a job's step; `weights` are given where the job itself is not up to date. Raises TermError."""
+        return cls(
+            job.terms if weights is None else weights,
+            tuple(job.counts(step, m) for m in range(microbatches)),
+            visits or {},
+        )
 
     def scaled(self, sums: Mapping[str, Tensor]) -> Tensor:
         """The scalar whose backward is that of a microbatch with these sums. A term that nothing counts for is 0."""

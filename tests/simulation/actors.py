@@ -31,7 +31,7 @@ from recovery.coordinator import Coordinator
 from recovery.lifeline import Lifeline
 from recovery.losses import TooManyFailures
 from recovery.member import Member, Watcher
-from recovery.membership import EVICTED, Evicted, View, await_view, read_layout, read_view
+from recovery.membership import EVICTED, START, Evicted, View, await_view, read_layout, read_view
 from recovery.policy import Recovery, remedies
 from recovery.remedy import CannotRestore
 from recovery.resize import Resize
@@ -45,6 +45,28 @@ from tests.simulation.world import Broken, Process, World
 STEPS = 8
 NAMED = (RunFailed, CannotRestore, TooManyFailures)
 DEADLINE_S, HEARTBEAT_S = 20.0, 3.0
+
+
+class SimJob:
+    """What the trainer and the engine ask of a job. It carries how many steps are committed."""
+
+    terms: Mapping[str, float] = {"text": 1.0}
+
+    def __init__(self) -> None:
+        self.carried: dict[str, Any] = {"steps": 0}
+
+    def counts(self, step: int, microbatch: int) -> Mapping[str, int]:
+        return {"text": 8}
+
+    def next_sample(self, step: int) -> int:
+        return step * 8
+
+    def committed(self, step: int, means: Mapping[str, float]) -> None:
+        assert self.carried["steps"] == step, f"the job carries {self.carried} into step {step}"
+        self.carried = {"steps": step + 1}
+
+    def restore(self, carried: Mapping[str, Any]) -> None:
+        self.carried = dict(carried)
 
 
 class SimTrainer(Trainer):
@@ -66,6 +88,9 @@ class SimTrainer(Trainer):
                 self.run_of.save(done, votes)
         votes = self.engine.gather({"error": error})
         return not any(vote["error"] for vote in votes.values())
+
+    def _carried_at(self, rollback: str) -> dict[str, Any]:
+        return {"steps": 0 if rollback == START else int(Path(rollback).name.removeprefix("step-"))}
 
     def _export(self) -> None:
         worker = self.engine.worker  # type: ignore[attr-defined]
@@ -208,10 +233,8 @@ class Actors:
                 Lifeline(store, 60.0, None, self.world.now, self.world.now), Path("checkpoints"),
             )  # fmt: skip
             config = replace(TrainConfig(), steps=STEPS, evaluate_every=0, checkpoint_every=2, deadline=40.0)
-            job: Any = SimpleNamespace(
-                terms={"text": 1.0}, counts=lambda step, m: {"text": 8}, next_sample=lambda step: step * 8
-            )
-            engine = PipelineEngine(member, job, job, number, bool(payload["joins"]))
+            job: Any = SimJob()
+            engine = PipelineEngine(member, {TRAIN: job, EVALUATE: job}, number, bool(payload["joins"]))
             reports = Reports(self.client(), id)
             reports._guided = Lifeline(store, 60.0, None, self.world.now, self.world.now)
             trainer = SimTrainer(config, engine, job, "", reports, stop.is_set)

@@ -1,0 +1,72 @@
+"""What a run asks of a job beside the engine: where it is in its data, and what it carries from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.runtime.batch import Job
+
+
+class RunJob(Job, Protocol):
+    """A job that a trainer can run, save and go on with."""
+
+    @property
+    def microbatches(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def limit(self) -> int | None: ...
+
+    def next_sample(self, step: int, /) -> int:
+        """The first sample id that steps before `step` did not take."""
+        ...
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What the next step depends on beside weights and data (JSON): equal on all workers, saved and moved with the
+        run."""
+        ...
+
+    def committed(self, step: int, means: Mapping[str, float], /) -> None:
+        """A step is committed, and its terms had these means."""
+        ...
+
+    def restore(self, carried: Mapping[str, Any], /) -> None:
+        """Go on from what another has carried."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledJob:
+    """A job whose samples are one sequence of global ids, whatever the number of workers: step s takes those from
+    first_sample + (s - first_step) * microbatches * size on. `limit` bounds the ids (an evaluation); the last
+    microbatch is cut. It carries nothing from step to step."""
+
+    microbatches: int
+    size: int
+    first_step: int = 0
+    first_sample: int = 0
+    limit: int | None = None
+
+    def sample_ids(self, step: int, microbatch: int) -> tuple[int, ...]:
+        """The global ids of a microbatch's samples."""
+        start = self.next_sample(step) + microbatch * self.size
+        end = start + self.size if self.limit is None else min(start + self.size, self.limit)
+        return tuple(range(start, end))
+
+    def next_sample(self, step: int) -> int:
+        """See RunJob."""
+        return self.first_sample + (step - self.first_step) * self.microbatches * self.size
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """See RunJob."""
+        return {}
+
+    def committed(self, step: int, means: Mapping[str, float]) -> None:
+        """See RunJob."""
+
+    def restore(self, carried: Mapping[str, Any]) -> None:
+        """See RunJob."""
