@@ -181,15 +181,8 @@ class Trainer:
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{error}, {evaluated_when(done)}") from error
         perplexity = math.exp(min(result.loss, 700.0))
-        self._say(
-            {
-                "kind": "evaluation",
-                "step": done,
-                "loss": result.loss,
-                "perplexity": perplexity,
-                "means": dict(result.means),
-            }
-        )
+        found = {"loss": result.loss, "perplexity": perplexity, "means": dict(result.means)}
+        self._say({"kind": "evaluation", "step": done, **found})
 
     def _save(self, done: int) -> bool:
         """Write a checkpoint; whether it is whole."""

@@ -59,8 +59,8 @@ class Dispatcher:
         self, row: Sequence[WorkUnit], boundaries: Sequence[int], *, step: int, job: str, source: str, version: int,
         side: int = 0, weights: Mapping[str, float] | None = None,
     ) -> Iteration:  # fmt: skip
-        """Begin with a row of units as soon as those before it are all given out; `weights` are those of the terms, where
-        they change from step to step.
+        """Begin with a row of units as soon as those before it are all given out; `weights` are those of the terms,
+        where they change from step to step.
 
         While another is under way, call `count` once the update of that one has been asked for: gradients of both
         must not meet.

@@ -88,7 +88,8 @@ def test_who_joins_learns_what_is_to_be_told_of_the_last_step() -> None:
 def test_a_trainer_that_joined_tells_of_a_step_that_it_did_not_make() -> None:
     said: list[dict[str, Any]] = []
     engine: Any = SimpleNamespace(leads=True)
-    trainer = Trainer(TrainConfig(), engine, None, "", SimpleNamespace(put=said.append), bool)  # type: ignore[arg-type]
+    job: Any = SimpleNamespace(restore=lambda carried: None)
+    trainer = Trainer(TrainConfig(), engine, job, "", SimpleNamespace(put=said.append), bool)  # type: ignore[arg-type]
     told = {"kind": "step", "step": 5}
     where = {"step": 5, "due": True, "stopping": False, "again": False, "carried": {}}
     trainer._entered(Joined(View(3, (3, 4), ""), where, told, 0.0, {"view": 0.1}))

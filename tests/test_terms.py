@@ -221,7 +221,7 @@ def test_a_label_that_is_ignored_counts_for_nothing_in_the_divisor_either() -> N
             found = super().batch(step, microbatch, needs)
             return Batch(found.sample_ids, {name: _readable(name, t) for name, t in found.tensors.items()})
 
-    job = Job(sample, SEQUENCE, 2, SIZE)
+    job = Job(sample, SEQUENCE, microbatches=2, size=SIZE)
     assert [job.counts(0, m) for m in range(2)] == [{"text": 6 + 5}, {"text": 4 + 3}]
     result, gradients = ours(job, [FULL] * 2)
     whole = LayeredModel(CONFIG).build((0, LAYERS), seed=3)
