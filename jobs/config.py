@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from jobs.fields import DataSettings, MachineSettings, ModelSettings, OutputSettings
 from pipeline.model.lora import LoraSettings
@@ -34,6 +35,9 @@ class TrainConfig(
     ShardSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
+
+    job: ClassVar[str] = "text"
+    """What the run is of: see jobs.registry."""
 
     @property
     def stages(self) -> int:

@@ -7,7 +7,7 @@ the same thing; what it writes to the run folder is whole or absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,9 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
     config.validate()
     out = config.out
     found = find_start(config)
-    first_step = first_sample = 0
-    said: list[str] = []
+    first_step, said = 0, list[str]()
     if found.manifest is not None:
-        first_step, first_sample = (int(found.manifest["extra"][name]) for name in ("step", "next_sample"))
+        first_step = int(found.manifest["extra"]["step"])
         changed = [] if before is None else check_resumed(before, config)
         if changed:
             said.append(f"changed since the last start: {', '.join(changed)}")
@@ -117,15 +116,27 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
     if found.path is None:
         tokenizer.save_pretrained(out / "tokenizer")
         model_config.save_pretrained(out / "model-config")
+    return planned(config, model, source, found, evaluation_samples(config, dataset), said)
+
+
+def planned(
+    config: TrainConfig, model: LayeredModel, source: Path | None, found: checkpoint.Found, evaluated: int,
+    said: Sequence[str] = (),
+) -> Plan:  # fmt: skip
+    """The layout of a job whose model and data are known, and the first view. `source` has the weights that it begins
+    with, if they are not random; `found` is where it goes on from; `evaluated` counts the samples of an evaluation.
+    Raises ConfigError, PartitionError."""
+    first_step = first_sample = 0
+    if found.manifest is not None:
+        first_step, first_sample = (int(found.manifest["extra"][name]) for name in ("step", "next_sample"))
     rounds: Rounds | None = None
     around: Planner | None = None
     resize: Resize | None = None
     if config.scheduler == "roundpipe":
         costs = layer_costs(model, config.sequence_length)
-        rounds = plan_rounds(config, model, costs, evaluation_samples(config, dataset))
+        rounds = plan_rounds(config, model, costs, evaluated)
         layout = rounds.layout
     else:
-        evaluated = evaluation_samples(config, dataset)
         layout, around = plan_layout(config, model, evaluated)
         if config.min_workers:
             problem = resize_problem(config, model, layer_costs(model, config.sequence_length), evaluated)
@@ -142,11 +153,13 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
         checkpoint=None if found.path is None else str(found.path),
         places={worker: worker for worker in range(config.workers)},
         next_worker=config.workers,
-        generation=read_generation(out),
+        generation=read_generation(config.out),
         details={
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "source": None if source is None else str(source),
-            "attempt": checkpoint.last_attempt(out / "checkpoints") + 1,
+            "attempt": checkpoint.last_attempt(config.out / "checkpoints") + 1,
+            "job": config.job,
+            "carried": None if found.manifest is None else found.manifest["extra"].get("job"),
         },
     )
     notes = tuple((path.name, reason) for path, reason in found.skipped)

@@ -1,0 +1,91 @@
+"""The settings of a request to forget: those of a run, with the method and the request before them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from jobs.config import TrainConfig, require
+from jobs.unlearn.method import PAIR
+from jobs.unlearn.settings import MethodSettings, method_of
+from pipeline.settings import MOST_STEPS, Within
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What is to be forgotten, and what is left of it."""
+
+    run: Path = Path("runs/default")
+    """The run folder whose model is to forget."""
+    forget: str = ""
+    """Rows to forget: an id, id:A,B, FIELD=VALUE (as author=NAME), a file of rows, or one with an id on each line."""
+    retain: str = "auto"
+    """Rows to keep, by which the model is held together: in the same ways, or auto for all others that it has seen."""
+    idk: Path | None = None
+    """Answers that say nothing, one on each line, for dpo and idk; unset takes ours."""
+    trace: Path | None = None
+    """Rows with a model's reasoning about what is to be forgotten, for r2mu."""
+    anchor: Path | None = None
+    """Rows with reasoning about other things, for r2mu."""
+    oracle: Path | None = None
+    """A model directory that never saw what is to be forgotten, such as `unbroken replay --without` writes: the report
+    measures how far the result is from it."""
+    epochs: Annotated[float, Within(0, 10_000, above=True)] = 5.0
+    """How often every row to forget is taken, where --steps is 0."""
+    steps: Annotated[int, Within(0, MOST_STEPS)] = 0
+    """Optimizer steps of the request; 0 for as many as --epochs takes."""
+    reference_top: Annotated[int, Within(0, 2**20)] = 0
+    """Of the distribution over tokens that kl_min, undial and roka compare with, keep so many tokens of each position;
+    0 keeps all."""
+    old_checkpoints: Literal["fence", "shred"] = "fence"
+    """What becomes of checkpoints that still know: fence moves them where no run reads, shred overwrites and removes
+    them."""
+    key: Path | None = None
+    """A private key (Ed25519, PEM or OpenSSH) that signs the manifest."""
+    checkpoint_every: Annotated[int, Within(0, MOST_STEPS)] = 20
+    """Steps between checkpoints of the request; 0 saves only on SIGTERM and at the end."""
+    evaluate_every: Annotated[int, Within(0, MOST_STEPS)] = 20
+    """Steps between measurements of how probable the answers are; 0 measures before and after alone."""
+    sample_tokens: Annotated[int, Within(0, 65536)] = 0
+    """Tokens of the continuation that is sampled at the end; 0 for none."""
+
+
+@dataclass(frozen=True)
+class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
+    """Make a trained model forget rows of its data."""
+
+    job: ClassVar[str] = "unlearn"
+
+    def resolved(self) -> UnlearnConfig:
+        """See TrainConfig; adapters and whole models begin with the learning rates that suit them."""
+        lr = (1e-3 if self.lora_rank else 1e-4) if self.lr is None else self.lr
+        steps = max(1, self.steps)
+        warmup = min(20, -(-steps // 10)) if self.warmup is None else self.warmup
+        return replace(self, lr=lr, warmup=warmup, data=self.data or "rows of the run")
+
+    def validate(self) -> None:
+        """Raise ConfigError where the microbatches of a step do not go with the method, too."""
+        super().validate()
+        kinds = method_of(self).kinds
+        require(bool(self.forget), "forget", self.forget, "rows of the run: an id, FIELD=VALUE, or a file")
+        require(
+            self.microbatches % len(kinds) == 0, "microbatches", self.microbatches,
+            f"a multiple of {len(kinds)} for method {self.method}, which takes {', '.join(kinds)} in turn",
+        )  # fmt: skip
+        require(
+            PAIR not in kinds or self.microbatch_size % 2 == 0, "microbatch_size", self.microbatch_size,
+            f"an even number for method {self.method}, which takes pairs of answers",
+        )  # fmt: skip
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows to forget that a step takes."""
+        kinds = method_of(self).kinds
+        size = self.microbatch_size // 2 if PAIR in kinds else self.microbatch_size
+        return size * (self.microbatches // len(kinds))
+
+    def with_steps(self, rows: int) -> UnlearnConfig:
+        """The same with the steps that the epochs take over so many rows, where none are set."""
+        steps = self.steps or max(1, round(self.epochs * rows / self.rows_per_step))
+        return replace(self, steps=steps)
