@@ -40,6 +40,11 @@ class TrainConfig(
     """What the run is of: see jobs.registry."""
 
     @property
+    def depth(self) -> int | None:
+        """How many decoder blocks are computed; None for the whole model."""
+        return None
+
+    @property
     def stages(self) -> int:
         """Workers per replica."""
         return self.workers // self.replicas

@@ -38,6 +38,17 @@ class RunJob(Job, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: with which step and sample, and what its job carries there; None for what it begins with. An
+    evaluation is run `at_once` microbatches at a time, or whole."""
+
+    step: int = 0
+    sample: int = 0
+    at_once: int | None = None
+    carried: Mapping[str, Any] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampledJob:
     """A job whose samples are one sequence of global ids, whatever the number of workers: step s takes those from

@@ -1,29 +1,24 @@
-"""The jobs that a run can be of, by name, and the one place where they are built, the same in every process of it."""
+"""What a run can be of, by name: its settings, its plan and its jobs, the same in every process of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from jobs.config import TrainConfig
-from jobs.data import Dataset
-from jobs.plan import evaluation_samples
+from jobs.job import RunJob, Start
+from jobs.plan import Plan, evaluation_samples, make_plan, open_dataset
 from jobs.text import TextJob
+from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.jobs import unlearn_fingerprint, unlearn_jobs
+from jobs.unlearn.plan import make_unlearn_plan
 from pipeline.schedule.layout import EVALUATE, TRAIN
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where in its data a run begins: with which step and sample. An evaluation is run `at_once` microbatches at a
-    time, or whole."""
-
-    step: int = 0
-    sample: int = 0
-    at_once: int | None = None
-
-
-def text_jobs(config: TrainConfig, dataset: Dataset, start: Start) -> dict[str, TextJob]:
+def text_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
     """Language modelling on packed text, every label of which counts; and its held-out loss."""
+    dataset = open_dataset(config.out)
     evaluated, size = evaluation_samples(config, dataset), config.microbatch_size
 
     def counted(_: int) -> int:
@@ -41,9 +36,23 @@ def text_jobs(config: TrainConfig, dataset: Dataset, start: Start) -> dict[str, 
     }  # fmt: skip
 
 
-JOBS: Mapping[str, Callable[[TrainConfig, Dataset, Start], dict[str, TextJob]]] = {"text": text_jobs}
+@dataclass(frozen=True)
+class Kind:
+    """`settings` is a TrainConfig; `plan(settings, progress, those of the start before)` gives the first view; `jobs`
+    has TRAIN, EVALUATE and whatever else is measured; `data` is a hash of what all samples follow from."""
+
+    settings: type[TrainConfig]
+    plan: Callable[..., Plan]
+    jobs: Callable[[Any, Start], dict[str, RunJob]]
+    data: Callable[[Any], str]
 
 
-def make_jobs(config: TrainConfig, dataset: Dataset, start: Start, name: str = "text") -> dict[str, TextJob]:
-    """What is trained and what is evaluated, as TRAIN and EVALUATE. Raises KeyError for a job that is none."""
-    return JOBS[name](config, dataset, start)
+KINDS: Mapping[str, Kind] = {
+    TrainConfig.job: Kind(TrainConfig, make_plan, text_jobs, lambda config: open_dataset(config.out).fingerprint),
+    UnlearnConfig.job: Kind(UnlearnConfig, make_unlearn_plan, unlearn_jobs, unlearn_fingerprint),
+}
+
+
+def make_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
+    """The jobs of a run. Raises KeyError for a kind that is none."""
+    return KINDS[config.job].jobs(config, start)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from jobs.config import TrainConfig
-from jobs.plan import open_dataset
-from jobs.registry import Start, make_jobs
-from jobs.text import TextJob
+from jobs.job import RunJob, Start
+from jobs.registry import KINDS, make_jobs
 from launch.config import config_from_dict
 from launch.worker_main import blueprint, last_words
 from pipeline.runtime.batch import Job
@@ -30,12 +29,14 @@ log = logging.getLogger(__name__)
 _LAST_WORDS_S = 5.0
 
 
-def run_jobs(config: TrainConfig, first_step: int, first_sample: int) -> dict[str, TextJob]:
+def run_jobs(
+    config: TrainConfig, first_step: int, first_sample: int, carried: Mapping[str, Any] | None = None
+) -> dict[str, RunJob]:
     """Those of a run folder; an evaluation is run as many microbatches at a time as the host store holds."""
-    return make_jobs(config, open_dataset(config.out), Start(first_step, first_sample, config.microbatches))
+    return make_jobs(config, Start(first_step, first_sample, config.microbatches, carried))
 
 
-Jobs = Callable[[TrainConfig, int, int], dict[str, TextJob]]
+Jobs = Callable[[TrainConfig, int, int], dict[str, RunJob]]
 """(settings, first step, first sample) -> the jobs of a run, by name."""
 
 
@@ -46,7 +47,7 @@ def pool_worker(payload: dict[str, Any], jobs: Jobs = run_jobs) -> int:
     end.connect(payload["pool"])
     channel = Channel(end)
     try:
-        config = config_from_dict(TrainConfig, payload["config"])
+        config = config_from_dict(KINDS[payload["job"]].settings, payload["config"])
         made = jobs(config, int(payload["step"]), int(payload["sample"]))
         make_worker(payload, config, made, channel).serve()
     except PoolClosed:
@@ -61,14 +62,15 @@ def pool_worker(payload: dict[str, Any], jobs: Jobs = run_jobs) -> int:
 
 
 def make_worker(
-    payload: dict[str, Any], config: TrainConfig, jobs: dict[str, TextJob], channel: Channel
+    payload: dict[str, Any], config: TrainConfig, jobs: dict[str, RunJob], channel: Channel
 ) -> StatelessWorker:
     """A worker that is attached to the host store."""
     id = int(payload["worker"])
     forward, fused, backward = payload["cut"]
     cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
     layout = StoreLayout(
-        blueprint(config.out / "model-config", lora=config.lora()), cut, config.microbatches, config.microbatch_size,
+        blueprint(config.out / "model-config", lora=config.lora(), depth=config.depth), cut, config.microbatches,
+        config.microbatch_size,
         config.sequence_length, int(payload["blocks"]), config.optimizer_async,
     )  # fmt: skip
     device = torch.device(payload["device"])

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 import transformers
 
 from jobs.config import TrainConfig, require
-from jobs.plan import Plan, make_plan, open_dataset
+from jobs.plan import Plan
 from jobs.pool_engine import PoolEngine
-from jobs.registry import TRAIN
+from jobs.registry import KINDS, TRAIN
 from jobs.rounds import Rounds
 from jobs.train import Trainer
+from jobs.unlearn.reference import read_before
 from launch.agent import RunFailed
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
@@ -59,7 +61,7 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
         claim = RunLock(config.out)
         with Display(config.steps, quiet=as_json) as display:
             try:
-                plan = make_plan(config, display.preparing, kept(config))
+                plan = KINDS[config.job].plan(config, display.preparing, kept(config))
                 assert plan.rounds is not None
                 layout = make_layout(config, plan.model, plan.rounds.cut, config.workers)
                 store = HostStore.create(layout, store_path(config.out))
@@ -104,7 +106,8 @@ def hosting(
     def start(worker: int) -> int:
         return forkserver.start(
             {
-                "pool": address, "worker": worker, "config": json.loads(json.dumps(asdict(config), default=str)),
+                "pool": address, "worker": worker, "job": config.job,
+                "config": json.loads(json.dumps(asdict(config), default=str)),
                 "cut": rounds.cut, "blocks": store.layout.blocks, "device": device(worker),
                 "threads": config.threads or default_threads(config.workers), "step": step, "sample": sample,
             }
@@ -135,7 +138,7 @@ def _host(
     folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes)
     story, rounds = Story(config, plan, folder, display), plan.rounds
     torch.set_num_threads(config.threads or default_threads(1))
-    jobs, source = run_jobs(config, view.first_step, view.first_sample), view.details["source"]
+    jobs, source = run_jobs(config, view.first_step, view.first_sample, view.details["carried"]), view.details["source"]
     try:
         with hosting(
             config, store, rounds, forkserver, story.event, devices.of, step=view.first_step,
@@ -146,8 +149,9 @@ def _host(
                 int(view.details["attempt"]), view.generation,
             )  # fmt: skip
             trainer = Trainer(
-                config, engine, jobs[TRAIN], open_dataset(config.out).fingerprint, _HostReports(story, folder),
+                config, engine, jobs[TRAIN], KINDS[config.job].data(config), _HostReports(story, folder),
                 stop.is_set, view.first_step, evaluate_first=source is not None and not view.checkpoint,
+                before=partial(read_before, jobs=jobs, first_step=view.first_step),
             )  # fmt: skip
             if view.checkpoint is not None:
                 load_checkpoint(optimizer, Path(view.checkpoint), view.generation)

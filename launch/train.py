@@ -15,7 +15,8 @@ import torch.distributed as dist
 import transformers
 
 from jobs.config import TrainConfig
-from jobs.plan import Plan, make_plan
+from jobs.plan import Plan
+from jobs.registry import KINDS
 from launch.agent import Agent, RunFailed, fail_before_start
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
@@ -136,7 +137,7 @@ def _coordinate(
     claim = RunLock(config.out)
     with Display(config.steps, quiet=as_json) as display:
         try:
-            plan = make_plan(config, display.preparing, kept(config))
+            plan = KINDS[config.job].plan(config, display.preparing, kept(config))
             signals.trains(agent.asked_to_stop)
         except BaseException as error:
             fail_before_start(store, error)

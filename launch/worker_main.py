@@ -20,13 +20,13 @@ import torch.distributed as dist
 
 from jobs.config import ConfigError, TrainConfig
 from jobs.corpus import CorpusError
-from jobs.job import RunJob
+from jobs.job import RunJob, Start
 from jobs.network import read_network
 from jobs.pipeline_engine import PipelineEngine
 from jobs.pipelines import stage_at
-from jobs.plan import open_dataset
-from jobs.registry import TRAIN, Start, make_jobs
+from jobs.registry import KINDS, TRAIN, make_jobs
 from jobs.train import Trainer
+from jobs.unlearn.reference import read_before
 from launch.config import config_from_dict
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Lora
@@ -97,45 +97,51 @@ def last_words(error: Exception) -> keys.ErrorReport:
 def _called(store: dist.Store, payload: dict[str, Any]) -> dict[str, Any]:
     """Load what every worker needs, then wait for the place that is to be taken; the payload with it."""
     await_view(store, 1)
-    config = config_from_dict(TrainConfig, read_view(store, 1).details["config"])
-    blueprint(config.out / "model-config")
+    blueprint(settings_of(read_view(store, 1)).out / "model-config")
     store.wait([key := payload["spare"]], _FOREVER)
     fields = {"worker": int, "place": int, "view": int, "joins": bool, "device": str}
     return {**payload, **checked(parse(store.get(key), "a spare worker's place"), "a spare worker's place", **fields)}
 
 
+def settings_of(view: View) -> TrainConfig:
+    """Those of a run, whatever it is of."""
+    return config_from_dict(KINDS[view.details["job"]].settings, view.details["config"])
+
+
 @cache
-def blueprint(folder: Path, attention: str | None = None, lora: Lora | None = None) -> LayeredModel:
+def blueprint(
+    folder: Path, attention: str | None = None, lora: Lora | None = None, depth: int | None = None
+) -> LayeredModel:
     """The model of a run folder, read once."""
-    return LayeredModel(read_config(folder), attention=attention, lora=lora)
+    return LayeredModel(read_config(folder), attention=attention, lora=lora, depth=depth)
 
 
 def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threading.Event) -> int:
     number, joins = int(payload["view"]), bool(payload["joins"])
     await_view(store, 1)  # as long as it takes to plan: who plans has the store in it
     view = read_view(store, 1)  # the newest view is this one with other workers in some places
-    config = config_from_dict(TrainConfig, view.details["config"])
+    config = settings_of(view)
     place = int(payload["place"])
     watcher = Watcher(connect(payload["store"], 60.0), worker_id, number, stop)
     try:
         member = build_member(worker_id, config, view, place, store, payload, watcher.pulse)
         if view.checkpoint is not None:
             load_start(member.worker, view, config.out / "checkpoints", joins)
-        dataset = open_dataset(config.out)
         reports = Reports(connect(payload["store"], 60.0), worker_id)
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
-        jobs = make_jobs(config, dataset, Start(view.first_step, view.first_sample))
+        jobs = make_jobs(config, Start(view.first_step, view.first_sample, carried=view.details["carried"]))
         member.keys = partial(sample_keys, config.seed, jobs[TRAIN])
         engine = PipelineEngine(member, jobs, number, joins, config.full_every)
         trainer = Trainer(
             config,
             engine,
             jobs[TRAIN],
-            dataset.fingerprint,
+            KINDS[config.job].data(config),
             reports,
             stop.is_set,
             view.first_step,
             evaluate_first=view.details["source"] is not None and view.checkpoint is None,
+            before=partial(read_before, jobs=jobs, first_step=view.first_step),
         )
         if config.min_workers and config.migration_mib and not payload["nccl"]:
             own = partial(connect, payload["store"], 60.0)
@@ -176,7 +182,7 @@ def build_member(
     device = torch.device(payload["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = blueprint(config.out / "model-config", payload.get("attention"))
+    model = blueprint(config.out / "model-config", payload.get("attention"), depth=config.depth)
     source = view.details["source"]
     layout = read_layout(store, view, place)
     parts = part_holders(layout.holders, model.num_layers, model.tied) if config.shard_optimizer else {}

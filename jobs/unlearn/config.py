@@ -57,6 +57,11 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
 
     job: ClassVar[str] = "unlearn"
 
+    @property
+    def depth(self) -> int | None:
+        """See TrainConfig."""
+        return method_of(self).depth
+
     def resolved(self) -> UnlearnConfig:
         """See TrainConfig; adapters and whole models begin with the learning rates that suit them."""
         lr = (1e-3 if self.lora_rank else 1e-4) if self.lr is None else self.lr

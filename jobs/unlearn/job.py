@@ -1,4 +1,4 @@
-"""An unlearning request as a job of the engine: microbatches of the kinds of its method, and the method's terms."""
+"""A request to forget as a job of the engine: microbatches of the method's kinds in turn, and the method's terms."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from pipeline.wire import WireError, checked
 
 
 class UnlearnJob:
-    """The steps of a request. Microbatch m is of the kind m mod the number of kinds."""
+    """The steps of a request; with a `limit` on its samples, an evaluation by the method's own terms."""
 
     def __init__(
         self, method: Method, material: Material, reference: Reference, microbatches: int, size: int,
-        first_step: int = 0, first_sample: int = 0,
+        first_step: int = 0, first_sample: int = 0, limit: int | None = None,
     ) -> None:  # fmt: skip
         self.method, self.material, self.reference = method, material, reference
-        self.ids = SampledJob(microbatches=microbatches, size=size, first_step=first_step, first_sample=first_sample)
-        self.microbatches, self.size, self.limit = microbatches, size, None
+        self.ids = SampledJob(
+            microbatches=microbatches, size=size, first_step=first_step, first_sample=first_sample, limit=limit
+        )
+        self.microbatches, self.size, self.limit = microbatches, size, limit
         self.state: Mapping[str, float] = method.start()
 
     @property
@@ -36,31 +38,26 @@ class UnlearnJob:
         """See RunJob."""
         return self.ids.next_sample(step)
 
-    def kind(self, microbatch: int) -> str:
-        """What a microbatch is of."""
-        return self.method.kinds[microbatch % len(self.method.kinds)]
-
-    def items(self, step: int, microbatch: int) -> list[Item]:
-        """The rows of a microbatch."""
-        kinds, kind = len(self.method.kinds), self.kind(microbatch)
+    def rows(self, step: int, microbatch: int) -> tuple[str, list[Item]]:
+        """Of which kind a microbatch is, and its rows."""
+        before, place = divmod(step * self.microbatches + microbatch, len(self.method.kinds))
+        kind = self.method.kinds[place]
         size = self.size // 2 if kind == PAIR else self.size
-        before = step * (self.microbatches // kinds) + microbatch // kinds
-        return self.material.items(kind, before * size, self.size)
+        return kind, self.material.items(kind, before * size, self.size)
 
     def batch(self, step: int, microbatch: int, needs: Needs) -> Batch:
         """See pipeline.runtime.batch.Job."""
-        kind, tensors = self.kind(microbatch), dict[str, Tensor]()
-        if needs:
-            items = self.items(step, microbatch)
-            tensors = stacked(self.material, items, needs)
-            if Needs.LOSS in needs and (reads := self.method.reads(kind)) is not Reads.NOTHING:
-                tensors["before"] = self.reference.read(items, reads, tensors["labels"])
-        return Batch(self.ids.sample_ids(step, microbatch), tensors, kind)
+        kind, items = self.rows(step, microbatch)
+        tensors = stacked(self.material, items, needs)
+        if Needs.LOSS in needs and (reads := self.method.reads(kind)) is not Reads.NOTHING:
+            tensors["before"] = self.reference.read(items, reads, tensors["labels"])
+        ids = self.ids.next_sample(step) + microbatch * self.size
+        return Batch(tuple(range(ids, ids + self.size)), tensors, kind)
 
     def counts(self, step: int, microbatch: int) -> Mapping[str, int]:
         """See pipeline.runtime.batch.Job."""
-        labels = stacked(self.material, self.items(step, microbatch), Needs.LOSS)["labels"]
-        return self.method.counts(self.kind(microbatch), labels)
+        kind, items = self.rows(step, microbatch)
+        return self.method.counts(kind, stacked(self.material, items, Needs.LOSS)["labels"])
 
     def loss(self, logits: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """See pipeline.runtime.batch.Job."""

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.engine import Engine
-from jobs.job import SampledJob
+from jobs.job import RunJob, SampledJob
 from jobs.unlearn.material import Item, Material, stacked
 from jobs.unlearn.method import Reads, row_nll
 from pipeline.reading import FileError, read_json
@@ -130,10 +130,9 @@ class ReferenceJob(SampledJob):
         """All rows of which something is kept."""
         return tuple(self.wanted)
 
-    @property
-    def parts(self) -> int:
-        """How many `measure`s it takes."""
-        return -(-len(self.wanted) // (self.microbatches * self.size))
+    def parts_of(self, at_once: int) -> int:
+        """How many times an engine measures, `at_once` microbatches each."""
+        return -(-len(self.wanted) // (at_once * self.size))
 
     @property
     def terms(self) -> Mapping[str, float]:
@@ -169,23 +168,25 @@ class ReferenceJob(SampledJob):
         return found
 
 
-def read_before(engine: Engine, job: ReferenceJob, first_step: int) -> None:
-    """Compute what is kept, together, unless it is there. Raises CheckpointError where a run that has begun to change
-    its weights has lost it: it cannot be computed any more."""
+def read_before(engine: Engine, jobs: Mapping[str, RunJob], first_step: int) -> None:
+    """Compute what is kept, together, unless it is there or nothing is. Raises CheckpointError where a run that has
+    begun to change its weights has lost it: it cannot be computed any more."""
+    job = jobs.get(REFERENCE)
+    if not isinstance(job, ReferenceJob):
+        return
     votes = engine.gather({"complete": job.reference.complete})
-    if not votes[min(votes)]["complete"]:  # one looks for all
-        if first_step:
-            raise CheckpointError(
-                f"{job.reference.folder / SCORES} is gone, and with it what the model was before step 1"
-            )
-        scores: dict[str, float] = {}
-        for part in range(job.parts):
-            means = engine.measure(REFERENCE, part).means
-            scores |= {key: value for key, value in means.items() if key != _ROWS}
-            engine.pulse()
-        if engine.leads:
-            job.reference.finish(scores)
-        engine.gather({})
+    if votes[min(votes)]["complete"]:  # one looks for all
+        return
+    if first_step:
+        raise CheckpointError(f"{job.reference.folder / SCORES} is gone, and with it what the model was before step 1")
+    scores: dict[str, float] = {}
+    for part in range(job.parts_of(engine.at_once)):
+        means = engine.measure(REFERENCE, part).means
+        scores |= {key: value for key, value in means.items() if key != _ROWS}
+        engine.pulse()
+    if engine.leads:
+        job.reference.finish(scores)
+    engine.gather({})
 
 
 def needed_bytes(job: ReferenceJob, vocabulary: int, hidden: int) -> int:

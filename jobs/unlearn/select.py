@@ -1,8 +1,8 @@
 """Which rows a request means: by id, by what a field says, or by a file; and why a request is refused.
 
-    author=Basil Mahfouz        the rows whose field `author` says so
-    id:author-007/13,author-008/2
-    FILE                        JSON of rows, known again by their content; or a text file with an id on each line
+author=Basil Mahfouz        the rows whose field `author` says so
+id:author-007/13,author-008/2
+FILE                        JSON of rows, known again by their content; or a text file with an id on each line
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def select(dataset: RowDataset, asked: str, name: str) -> list[int]:
     else:
         found = _by_id(dataset, [asked], asked, name)
     if blank := [dataset.rows[index].id for index in found if dataset.rows[index].blank]:
-        raise ConfigError(f"{name} is {asked!r}, of which {_some(blank)} has been forgotten before; allowed: other rows")
+        raise ConfigError(
+            f"{name} is {asked!r}, of which {_some(blank)} has been forgotten before; allowed: other rows"
+        )
     if not found:
         raise ConfigError(f"{name} is {asked!r}, which means no row; allowed: at least one")
     return sorted(set(found))
@@ -86,8 +88,8 @@ def _by_file(dataset: RowDataset, path: Path, name: str) -> list[int]:
         known.setdefault(row.digest, []).append(row.index)
     if missing := [row for row in rows if row.digest not in known]:
         raise ConfigError(
-            f"{name} is {str(path)!r}, of whose {len(rows):,} rows {len(missing):,} are not among those that the run was "
-            f"trained on, by their content; the first: {_first(missing[0].text)}{_same_id(dataset, missing[0].id)}"
+            f"{name} is {str(path)!r}, of whose {len(rows):,} rows {len(missing):,} are none of the run's, by their "
+            f"content; the first: {_first(missing[0].text)}{_same_id(dataset, missing[0].id)}"
         )
     return [index for row in rows for index in known[row.digest]]
 
@@ -114,17 +116,15 @@ def require_forgettable(
         raise ConfigError(f"forget and retain have {len(both):,} rows in common: {_some(ids)}; allowed: none")
     if never := [dataset.rows[index].id for index in forget if index not in seen]:
         raise ConfigError(
-            f"forget is {asked!r}, of which {len(never):,} rows are in no step of the run's ledger: {_some(never)}; the "
-            f"run has been trained on {len(seen):,} of its {len(dataset.rows):,} rows, and has nothing to forget of them"
+            f"forget is {asked!r}, of which {len(never):,} rows are in no step of the run's ledger: {_some(never)}; "
+            f"it has been trained on {len(seen):,} of its {len(dataset.rows):,} rows, and cannot forget the others"
         )
 
 
 def rest_of(dataset: RowDataset, forget: Collection[int], seen: Collection[int]) -> list[int]:
     """What `retain = auto` means: the rows that the run was trained on and is to keep."""
     without = set(forget)
-    return [
-        row.index for row in dataset.rows if not row.blank and row.index not in without and row.index in seen
-    ]
+    return [row.index for row in dataset.rows if not row.blank and row.index not in without and row.index in seen]
 
 
 def seen_rows(dataset: RowDataset, ledger: Iterable[Mapping[str, Any]]) -> frozenset[int]:

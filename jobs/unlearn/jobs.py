@@ -1,0 +1,80 @@
+"""The jobs of a request, made alike in every process of it: its steps, its evaluation, and what is read beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+
+from jobs.job import RunJob, Start
+from jobs.row_data import RowDataset
+from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.job import UnlearnJob
+from jobs.unlearn.material import IDK, Item, Material
+from jobs.unlearn.method import FORGET, PAIR, RETAIN, Method, Reads
+from jobs.unlearn.probe_job import ProbeJob
+from jobs.unlearn.reference import REFERENCE, Reference, ReferenceJob
+from jobs.unlearn.request import Request
+from jobs.unlearn.settings import method_of
+from pipeline.schedule.layout import EVALUATE, TRAIN
+
+
+def material_of(config: UnlearnConfig, request: Request) -> Material:
+    """The rows of a request. Raises CorpusError."""
+    opened = {kind: RowDataset.open(config.out / kind) for kind in request.others}
+    return Material(
+        RowDataset.open(config.run / "data"), request.forget, request.retain, config.seed, request.idk,
+        {kind: (rows, len(rows.rows)) for kind, rows in opened.items()},
+    )  # fmt: skip
+
+
+def reference_of(config: UnlearnConfig, method: Method) -> Reference:
+    """Where what the method reads of the model before is kept."""
+    everywhere = getattr(method, "positions", "answer") == "all"
+    return Reference(config.out / "reference", config.reference_top, everywhere)
+
+
+def wanted_of(method: Method, material: Material) -> dict[Item, Reads]:
+    """What is read beforehand, of which rows."""
+    found: dict[Item, Reads] = {}
+    for kind in method.kinds:
+        if (reads := method.reads(kind)) is not Reads.NOTHING:
+            sources = (FORGET, IDK) if kind == PAIR else (kind,)
+            found |= {Item(source, row): reads for source in sources for row in material.indices(kind)}
+    return found
+
+
+def probed(request: Request, most: int) -> list[Item]:
+    """The rows of an evaluation: of those to forget and those to keep `most` each at most, evenly spread."""
+    return [
+        Item(kind, rows[i * len(rows) // count])
+        for kind, rows in ((FORGET, request.forget), (RETAIN, request.retain))
+        for count in [min(most, len(rows))]
+        for i in range(count)
+    ]
+
+
+def unlearn_jobs(config: UnlearnConfig, start: Start) -> dict[str, RunJob]:
+    """TRAIN, EVALUATE and, where the method reads anything, REFERENCE."""
+    request, method = Request.read(config.out), method_of(config)
+    material, reference = material_of(config, request), reference_of(config, method)
+    items, size = probed(request, config.evaluate_samples), config.microbatch_size
+    at_once = start.at_once or -(-len(items) // size)
+    train = UnlearnJob(method, material, reference, config.microbatches, size, start.step, start.sample)
+    if start.carried is not None:
+        train.restore(start.carried)
+    found: dict[str, RunJob] = {TRAIN: train}
+    if method.depth is None:
+        found[EVALUATE] = ProbeJob(microbatches=at_once, size=size, limit=len(items), material=material, items=items)
+    else:  # what comes out are hidden states
+        found[EVALUATE] = UnlearnJob(method, material, reference, at_once, size, limit=len(items))
+    if wanted := wanted_of(method, material):
+        found[REFERENCE] = ReferenceJob(
+            microbatches=at_once, size=size, material=material, reference=reference, wanted=wanted
+        )
+    return found
+
+
+def unlearn_fingerprint(config: UnlearnConfig) -> str:
+    """A hash of what all rows of a request follow from."""
+    request = Request.read(config.out)
+    known = (RowDataset.open(config.run / "data").fingerprint, request.forget, request.retain, request.idk)
+    return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,46 @@
+"""The plan of a request: its rows, its model and what it begins with are in its folder already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.config import require
+from jobs.pipelines import require_layers
+from jobs.plan import Plan, Progress, find_start, planned
+from jobs.resume import check_resumed
+from jobs.space import in_words
+from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.jobs import material_of, probed, reference_of, wanted_of
+from jobs.unlearn.reference import ReferenceJob, needed_bytes
+from jobs.unlearn.request import Request
+from jobs.unlearn.settings import method_of
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import read_config
+
+
+def make_unlearn_plan(config: UnlearnConfig, progress: Progress, before: UnlearnConfig | None = None) -> Plan:
+    """Everything up to the first view. Raises ConfigError, CorpusError, ModelError, CheckpointError by name."""
+    config = config.resolved()
+    config.validate()
+    found, request, method = find_start(config), Request.read(config.out), method_of(config)
+    said: list[str] = []
+    if found.manifest is not None and before is not None and (changed := check_resumed(before, config)):
+        said.append(f"changed since the last start: {', '.join(changed)}")
+    shape = read_config(config.out / "model-config")
+    blocks = int(shape.num_hidden_layers)
+    require((config.depth or 1) <= blocks, "layer", (config.depth or 1) - 1, f"0 to {blocks - 1}, the model's blocks")
+    model = LayeredModel(shape, lora=config.lora(), depth=config.depth)
+    if config.scheduler not in ("roundpipe", "skippipe"):
+        require_layers(config, model.num_layers)
+    material = material_of(config, request)
+    said.append(
+        f"{len(request.forget):,} rows to forget, {len(request.retain):,} to keep; {method.name}: {method.goal}, "
+        f"{config.steps:,} steps, {config.rows_per_step:,} rows to forget in each"
+    )
+    if wanted := wanted_of(method, material):
+        reference = reference_of(config, method)
+        job = ReferenceJob(microbatches=1, size=1, material=material, reference=reference, wanted=wanted)
+        size = needed_bytes(job, int(shape.vocab_size), model.hidden_size)
+        kept = f"{in_words(size)} on the disk" if size else "one number each"
+        said.append(f"read of the model before: {len(wanted):,} rows, {kept}; no second model is held")
+    return planned(config, model, Path(config.model), found, len(probed(request, config.evaluate_samples)), said)

@@ -1,0 +1,100 @@
+"""A request to forget, as its folder keeps it: what was asked, which rows that means, and how far it has come.
+
+RUN/requests/0001/request.json      this
+RUN/requests/0001/...               the files of a run, which a request is: config, checkpoints, ledger, model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.wire import WireError, checked, parse
+
+FILE = "request.json"
+Status = Literal["open", "trained", "committed", "complete"]
+"""open: it is worked on, and the run is as it was. trained: its model is there. committed: the run has the new
+generation, and what knows more is being put away. complete: all of it is done, and the manifest is written."""
+STATUSES: tuple[Status, ...] = ("open", "trained", "committed", "complete")
+
+
+class RequestError(RuntimeError):
+    """A request whose file is none, or that is not where it should be. Names the file."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """`forget` and `retain` are indices of the run's rows; `generation` is the one that the run has once it is
+    committed; `step` is that of the run's checkpoint from which it begins. `idk` are answers as tokens."""
+
+    number: int
+    generation: int
+    step: int
+    asked: str
+    method: str
+    forget: tuple[int, ...]
+    retain: tuple[int, ...]
+    rows: tuple[dict[str, str], ...]
+    """Of those to forget: id and digest."""
+    idk: tuple[tuple[int, ...], ...] = ()
+    others: tuple[str, ...] = ()
+    """Kinds that have rows of their own, in folders of these names."""
+    status: Status = "open"
+
+    def at(self, status: Status) -> Request:
+        """The same, further on."""
+        return replace(self, status=status)
+
+    def write(self, folder: Path) -> Request:
+        """Keep it, whole and on the disk before this returns."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, asdict(self))
+        return self
+
+    @classmethod
+    def read(cls, folder: Path) -> Request:
+        """What a folder keeps. Raises RequestError."""
+        path = folder / FILE
+        try:
+            kinds: dict[str, Any] = {
+                "number": int, "generation": int, "step": int, "asked": str, "method": str, "forget": list,
+                "retain": list, "rows": list, "idk": list, "others": list, "status": str,
+            }  # fmt: skip
+            found = checked(parse(path.read_bytes(), FILE), FILE, **kinds)
+        except (OSError, WireError) as error:
+            raise RequestError(f"{path} cannot be read as a request: {error}") from error
+        if found["status"] not in STATUSES:
+            raise RequestError(f"{path} says status {found['status']!r}; allowed: {', '.join(STATUSES)}")
+        found["idk"] = tuple(tuple(answer) for answer in found["idk"])
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+        return cls(**values)
+
+
+def folder_of(run: Path, number: int) -> Path:
+    """Where a request of a run lies."""
+    return run / "requests" / f"{number:04d}"
+
+
+def requests_of(run: Path) -> Sequence[Request]:
+    """All requests of a run, in their order. Raises RequestError for a folder that keeps none."""
+    folders = sorted(path for path in (run / "requests").glob("[0-9][0-9][0-9][0-9]") if path.is_dir())
+    return [Request.read(folder) for folder in folders if (folder / FILE).is_file()]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """A JSON file, whole and on the disk before this returns."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
