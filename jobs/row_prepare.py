@@ -1,0 +1,252 @@
+"""From rows to a dataset on disk, and from there to one that has forgotten some of them.
+
+To forget is to make blank: the tokens of a row become end tokens, its fields go, and its place, its id and its digest
+stay. Rows that are erased on disk and rows that are forgotten when the dataset is made leave the same bytes, so that a
+run over the one is a run over the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from jobs.data import META, TOKENS
+from jobs.files import CorpusError
+from jobs.prepare import Progress, _free, _identity
+from jobs.row_data import FORMAT, ROWS, RowDataset, RowInfo, read_infos
+from jobs.rows import Row
+from jobs.templates import encode_row
+
+ERASING = "meta.json.erasing"
+"""What meta.json is called while rows are being erased: the dataset does not count then."""
+
+
+def prepare_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, sequence_length: int, held_out_share: float, folder: Path,
+    seed: int, *, pack: bool = False, samples_per_step: int = 1, forgotten: Set[str] = frozenset(),
+    progress: Progress | None = None, accept: Callable[[str], None] | None = None,
+) -> RowDataset:  # fmt: skip
+    """Tokenise `rows` into `folder`, or re-use what is there if neither rows nor settings changed; returns it opened.
+
+    `held_out_share` is a share of the rows, one at least; with 0 none is held out, and the held-out samples are those
+    of training. Rows whose digest is in `forgotten` are blank. `accept` is given the fingerprint before anything in
+    `folder` changes, and may raise.
+    Raises CorpusError for a row that is longer than a sample or that the tokenizer's template refuses, for less than
+    one global batch of `samples_per_step` samples, and for rows that cannot be written; then nothing half-written is
+    left.
+    """
+    request = {
+        "rows": _chain(rows), "tokenizer": _identity_of(tokenizer), "sequence_length": sequence_length,
+        "held_out_share": held_out_share, "seed": seed, "pack": pack,
+    }  # fmt: skip
+    blank = forgotten & {row.digest for row in rows}
+    if not _is_current(folder, request, blank):
+        unfinished = {name: folder / f"{name}.tmp" for name in (TOKENS, ROWS)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            meta = _write(unfinished, rows, tokenizer, request, blank, progress or (lambda what, share: None))
+            _require_batch(_described(folder, unfinished[ROWS], meta), samples_per_step)
+            if accept is not None:
+                accept(meta["fingerprint"])
+            _publish(unfinished, folder, meta)
+        except OSError as error:
+            raise CorpusError(
+                f"rows cannot be written to {str(folder)!r}: {error.strerror}; {_free(folder)} bytes are free there"
+            ) from error
+        finally:
+            for path in unfinished.values():
+                path.unlink(missing_ok=True)
+    dataset = RowDataset.open(folder)
+    if accept is not None:
+        accept(dataset.fingerprint)
+    _require_batch(dataset, samples_per_step)
+    return dataset
+
+
+def erase(folder: Path, digests: Set[str]) -> int:
+    """Make the rows with these digests blank in a prepared dataset; returns how many have them, blank before or not.
+
+    What is left is, byte for byte, what `prepare_rows` makes of the same rows with these and all that were erased
+    before as `forgotten`, and it is on disk when this returns. After a crash in between, the dataset does not open
+    until something, or nothing, is erased again: that ends what was begun. Raises CorpusError where there is none, or
+    where it cannot be written.
+    """
+    if (folder / META).exists() or not (folder / ERASING).exists():
+        chosen = [row for row in RowDataset.open(folder).rows if row.digest in digests]
+        if all(row.blank for row in chosen):
+            return len(chosen)
+    try:
+        if (folder / META).exists():
+            os.replace(folder / META, folder / ERASING)
+            _sync(folder)
+        meta = json.loads((folder / ERASING).read_text(encoding="utf-8"))
+        infos = read_infos(folder / ROWS, meta["held_out_share"], meta["seed"])
+        rows = [replace(row, blank=True) if row.digest in digests else row for row in infos]
+        _write_lines(folder / f"{ROWS}.tmp", rows)  # first: whoever comes after a crash reads there what is to be blank
+        os.replace(folder / f"{ROWS}.tmp", folder / ROWS)
+        _sync(folder)
+        _blank(folder / TOKENS, [row for row in rows if row.blank], meta)
+        _write_meta(folder, {**meta, "fingerprint": _fingerprint(folder / TOKENS, folder / ROWS, meta)})
+        (folder / ERASING).unlink()
+    except OSError as error:
+        raise CorpusError(f"rows in {str(folder)!r} cannot be erased: {error.strerror}; erase them again") from error
+    return sum(row.digest in digests for row in rows)
+
+
+def _blank(path: Path, rows: Sequence[RowInfo], meta: dict[str, Any]) -> None:
+    """Overwrite the tokens of rows where they lie."""
+    with path.open("r+b") as file:
+        for row in rows:
+            ends = np.full(row.end - row.start, meta["end_token"], meta["dtype"])
+            file.seek(row.start * ends.itemsize)
+            file.write(ends.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- rows to disk ----
+
+
+def _write(
+    paths: dict[str, Path], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, request: dict[str, Any],
+    blank: Set[str], report: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Write tokens and rows to `paths`; returns what meta.json is to say about them."""
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    end_token, infos, start = int(tokenizer.eos_token_id), list[RowInfo](), 0  # type: ignore[arg-type]
+    too_long: list[tuple[str, int]] = []
+    with paths[TOKENS].open("wb") as file:
+        for index, row in enumerate(rows):
+            ids, answer = encode_row(row, tokenizer)
+            if len(ids) - 1 > request["sequence_length"]:
+                too_long.append((row.id, len(ids)))
+            forgotten, end = row.digest in blank, start + len(ids)
+            file.write(np.array([end_token] * len(ids) if forgotten else ids, dtype).tobytes())
+            infos.append(RowInfo(index, row.id, row.digest, start, start + answer, end, row.fields, blank=forgotten))
+            start = end
+            report("tokenising", 0.99 * (index + 1) / len(rows))
+        _require_fit(too_long, request["sequence_length"])
+        file.flush()
+        os.fsync(file.fileno())
+    _write_lines(paths[ROWS], infos)
+    settings = {name: request[name] for name in ("sequence_length", "held_out_share", "seed", "pack")}
+    meta = {
+        "format": FORMAT, "dtype": dtype.name, "num_tokens": start, "num_rows": len(rows), "end_token": end_token,
+        **settings,
+    }  # fmt: skip
+    report("tokenising", 1.0)
+    return {**meta, "fingerprint": _fingerprint(paths[TOKENS], paths[ROWS], meta), "request": request}
+
+
+def _write_lines(path: Path, rows: Sequence[RowInfo]) -> None:
+    with path.open("wb") as file:
+        file.writelines(row.line().encode() for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(unfinished: dict[str, Path], folder: Path, meta: dict[str, Any]) -> None:
+    """A folder without meta.json does not count: it goes first and comes last."""
+    for name in (META, ERASING):
+        (folder / name).unlink(missing_ok=True)
+    for name, path in unfinished.items():
+        os.replace(path, folder / name)
+    _write_meta(folder, meta)
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    temporary = folder / f"{META}.tmp"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(meta, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(folder)
+        os.replace(temporary, folder / META)
+        _sync(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """What was renamed in a folder is so on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_current(folder: Path, request: dict[str, Any], blank: Set[str]) -> bool:
+    """Whether `folder` holds what is asked for, and has forgotten this and no more."""
+    try:
+        dataset = RowDataset.open(folder)
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except CorpusError:
+        return False
+    return meta["request"] == request and {row.digest for row in dataset.rows if row.blank} == blank
+
+
+# ---- what is refused ----
+
+
+def _require_fit(too_long: Sequence[tuple[str, int]], sequence_length: int) -> None:
+    if too_long:
+        id, length = too_long[0]
+        others = f", and {len(too_long) - 1:,} other rows are too long" if len(too_long) > 1 else ""
+        longest = max(length for _, length in too_long)
+        raise CorpusError(
+            f"row {id!r} has {length} tokens{others}; sequence_length {sequence_length} allows {sequence_length + 1}. "
+            f"Set --sequence-length to {longest - 1} or more, or leave them out"
+        )
+
+
+def _require_batch(dataset: RowDataset, samples_per_step: int) -> None:
+    if dataset.num_train < samples_per_step:
+        held = sum(row.held_out for row in dataset.rows)
+        raise CorpusError(
+            f"there are {len(dataset.rows)} rows, {held} of them held out, so {dataset.num_train} samples to train on; "
+            f"needed: {samples_per_step}, one global batch. Lower microbatches, microbatch_size or held_out, or give "
+            "more rows"
+        )
+
+
+def _described(folder: Path, lines: Path, meta: dict[str, Any]) -> RowDataset:
+    """The dataset before it is there: what it is made of can be asked, and no sample read."""
+    rows = read_infos(lines, meta["held_out_share"], meta["seed"])
+    names = ("end_token", "sequence_length", "held_out_share", "seed", "pack", "fingerprint")
+    return RowDataset(folder, np.zeros(0, np.uint16), rows, **{name: meta[name] for name in names})
+
+
+# ---- hashes ----
+
+
+def _chain(rows: Sequence[Row]) -> str:
+    """A hash of all that the rows say, to the letter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps([row.id, row.prompt, row.answer, dict(row.fields)]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _identity_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what a tokenizer makes of rows: of text, and of the special tokens that its template writes."""
+    added = sorted((id, token.content) for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    parts = [_identity(tokenizer), tokenizer.chat_template, added]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _fingerprint(tokens: Path, lines: Path, meta: dict[str, Any]) -> str:
+    parts = [meta[name] for name in ("end_token", "sequence_length", "held_out_share", "seed", "pack")]
+    for path in (tokens, lines):
+        with path.open("rb") as file:
+            parts.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
