@@ -1,0 +1,66 @@
+"""The settings of a method of unlearning: the options of all methods, flat, each unset unless the user says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+from jobs.unlearn.method import Method
+from jobs.unlearn.methods.forget_retain import BETA, POWER, WEIGHT
+from jobs.unlearn.registry import make_method
+from pipeline.settings import MOST_STEPS, RunShape, Within
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """How to forget."""
+
+    method: str = "npo"
+    """grad_ascent, grad_diff, kl_min, npo, simnpo, dpo (or idk_dpo), idk, rmu, r2mu, undial, ceu, wga, satimp, pdu,
+    roka, or oracle_matching. An option that is unset takes the method's own default."""
+    gamma: Annotated[float | None, WEIGHT] = None
+    """Weight of the term that forgets (all but grad_ascent, rmu, r2mu and ceu)."""
+    alpha: Annotated[float | None, WEIGHT] = None
+    """Weight of the term that keeps the rest (all but grad_ascent and ceu); the first one under pdu, which changes it."""
+    beta: Annotated[float | None, BETA] = None
+    """npo, simnpo, dpo: the larger, the earlier a row counts as forgotten."""
+    delta: Annotated[float | None, Within(-1000, 1000)] = None
+    """simnpo: the nats per label from which on a row counts as forgotten."""
+    positions: str | None = None
+    """kl_min, undial, oracle_matching, rmu, r2mu: compare at those that predict the answer, or at all, prompt and
+    padding too."""
+    layer: Annotated[int | None, Within(0, 1023)] = None
+    """rmu, r2mu: the decoder block whose output is steered, from 0."""
+    steering: Annotated[float | None, WEIGHT] = None
+    """rmu, r2mu: the length of the vector that hidden states are steered to."""
+    control_seed: Annotated[int | None, Within(-(2**63), 2**63 - 1)] = None
+    """rmu, r2mu: the direction of that vector is keyed by it."""
+    anchor_weight: Annotated[float | None, WEIGHT] = None
+    """r2mu: weight of the term that keeps reasoning."""
+    demotion: Annotated[float | None, WEIGHT] = None
+    """undial: how far the logit of a token to forget is lowered."""
+    skip_tokens: Annotated[int | None, Within(0, 2**24)] = None
+    """ceu: labels at the start of each answer that do not count."""
+    weight_power: Annotated[float | None, POWER] = None
+    """wga: the larger, the less is done to labels that are unlikely already; 0 is plain ascent."""
+    saturation_power: Annotated[float | None, POWER] = None
+    """satimp: the larger, the less is done to labels that are unlikely already."""
+    importance_power: Annotated[float | None, POWER] = None
+    """satimp: the larger, the less is done to labels that are nearly certain."""
+    dual_step: Annotated[float | None, WEIGHT] = None
+    """pdu: how far the weight of the term that keeps the rest moves per nat that its loss is off --retain-goal."""
+    retain_goal: Annotated[float | None, Within(0, 1000)] = None
+    """pdu: the loss per label on the rest that is good enough."""
+    dual_warmup: Annotated[int | None, Within(0, MOST_STEPS)] = None
+    """pdu: steps before that weight moves."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for a method that is none, and for an option that it does not have."""
+        method_of(self)
+
+
+def method_of(settings: MethodSettings) -> Method:
+    """The method, with the options that are set. Raises ConfigError as `make_method` does."""
+    names = (field.name for field in fields(MethodSettings) if field.name != "method")
+    options = {name: getattr(settings, name) for name in names}
+    return make_method(settings.method, {name: value for name, value in options.items() if value is not None})
