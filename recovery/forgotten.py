@@ -34,6 +34,11 @@ class ForgottenRow:
     id: str
     digest: str
 
+    @classmethod
+    def from_json(cls, values: Any) -> ForgottenRow:
+        """Raises WireError for what is no row."""
+        return cls(**checked(values if isinstance(values, dict) else {}, "a row", id=str, digest=str))
+
 
 @dataclass(frozen=True, eq=False)
 class ForgottenRequest:
@@ -57,9 +62,8 @@ class ForgottenRequest:
         )
         if found["generation"] < 1:
             raise WireError(f"a request is of generation {found['generation']}; expected 1 or more")
-        return cls(
-            found["generation"], listed(found["rows"], "rows", _row), listed(found["windows"], "windows", _windows)
-        )
+        rows = listed(found["rows"], "rows", ForgottenRow.from_json)
+        return cls(found["generation"], rows, listed(found["windows"], "windows", Windows.from_json))
 
 
 def read_forgotten(run: Path) -> tuple[ForgottenRequest, ...]:
@@ -109,14 +113,6 @@ def _read(run: Path) -> tuple[ForgottenRequest, ...]:
         return ()
     except (WireError, OSError) as error:
         raise ForgottenError(f"{path} cannot be read ({error}); without it nobody knows what is forgotten") from error
-
-
-def _row(values: Any) -> ForgottenRow:
-    return ForgottenRow(**checked(values if isinstance(values, dict) else {}, "a row", id=str, digest=str))
-
-
-def _windows(values: Any) -> Windows:
-    return Windows.from_json(values)
 
 
 def _short(rows: Sequence[ForgottenRow]) -> str:

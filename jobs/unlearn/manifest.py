@@ -6,8 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -103,13 +103,16 @@ class Manifest:
                 settings=dict, hashes=dict, ledger=dict, seen_in_steps=list, versions=dict, before=dict, after=dict,
                 times=dict,
             )  # fmt: skip
+            hashes = checked(
+                found["hashes"], "hashes", data_before=str, data_after=str, weights_before=str, weights_after=str
+            )
+            ledger = checked(found["ledger"], "ledger", first_step=int, last_step=int, num_lines=int, sha256=str)
             asked = checked(found["request"], "request", rows=list, retain=str, chosen=str)
-            rows = listed(asked.pop("rows"), "rows", _row)
-            kinds = {each.name: int for each in fields(LedgerRange)} | {"sha256": str}
+            rows = listed(asked.pop("rows"), "rows", ForgottenRow.from_json)
             found |= {
                 "request": Asked(rows, **asked),
-                "hashes": Hashes(**checked(found["hashes"], "hashes", **{each.name: str for each in fields(Hashes)})),
-                "ledger": LedgerRange(**checked(found["ledger"], "ledger", **kinds)),
+                "hashes": Hashes(**hashes),
+                "ledger": LedgerRange(**ledger),
                 "seen_in_steps": listed(found["seen_in_steps"], "seen_in_steps", lambda step: whole(step, "a step")),
             }
             for name, kind in {"versions": str, "before": float, "after": float, "times": float}.items():
@@ -117,10 +120,6 @@ class Manifest:
             return cls(**found)
         except (WireError, OSError) as error:
             raise ManifestError(f"{path} is no manifest that can be read: {error}") from error
-
-
-def _row(values: Any) -> ForgottenRow:
-    return ForgottenRow(**checked(values if isinstance(values, dict) else {}, "a row", id=str, digest=str))
 
 
 def versions() -> dict[str, str]:
@@ -186,7 +185,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         raise ManifestError(f"{path} is no safetensors file that can be read: {error}") from error
 
 
-def _pieces(file: BinaryIO, left: int) -> Any:
+def _pieces(file: BinaryIO, left: int) -> Iterator[bytes]:
     while left:
         if not (piece := file.read(min(left, _PIECE))):
             raise OSError(f"{left} bytes are missing")
