@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.model.weights import Weights
-from pipeline.wire import WireError, checked, listed, pair, parse, whole
+from pipeline.wire import Kind, WireError, checked, listed, pair, parse, whole
 from recovery.disk import write_flushed
 from recovery.forgotten import ForgottenRow
 
@@ -115,8 +115,10 @@ class Manifest:
                 "ledger": LedgerRange(**ledger),
                 "seen_in_steps": listed(found["seen_in_steps"], "seen_in_steps", lambda step: whole(step, "a step")),
             }
-            for name, kind in {"versions": str, "before": float, "after": float, "times": float}.items():
-                found[name] = checked(found[name], name, **dict.fromkeys(found[name], kind))
+            of = {"versions": str, "before": float, "after": float, "times": float}
+            for name in of:
+                kinds: dict[str, Kind] = dict.fromkeys(found[name], of[name])
+                found[name] = checked(found[name], name, **kinds)
             return cls(**found)
         except (WireError, OSError) as error:
             raise ManifestError(f"{path} is no manifest that can be read: {error}") from error
