@@ -47,6 +47,12 @@ def inexact(events: Iterable[Event], start: int, step: int, replicas: int | None
     return None
 
 
+def changed_at(events: Iterable[Event], step: int) -> Event | None:
+    """The first event that made the weights others when `step` steps were committed: what was saved of that step may
+    have them or not."""
+    return next((each.event for each in _changes(events, None) if each.first == step), None)
+
+
 def _changes(events: Iterable[Event], replicas: int | None) -> list[_Change]:
     """Those that stand in the end: a rollback, or a resumed run, undoes what came after its checkpoint."""
     found: list[_Change] = []

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -75,19 +75,30 @@ def settings_of(run: TrainConfig, asked: Asked, tied: bool, step: int, resume: b
     """The settings of the replay of a run up to `step`, in a folder of its own, where it begins at a checkpoint if
     `resume`. Raises ConfigError for what would sum in another order than the run, or can never work."""
     scheduler, replicas = asked.scheduler or run.scheduler, asked.replicas or run.replicas
-    swapped = run.recovery == "checkfree+"
     recovery = {"roundpipe": "auto", "skippipe": "checkpoint"}.get(scheduler, "exact")
-    ends = where_ends_go(run) if tied and not run.exact_sums else "in-line"
     now = replace(
-        run, workers=asked.workers or run.workers, replicas=replicas, scheduler=scheduler, model=asked.model or run.model,
-        recovery="checkfree+" if swapped else recovery, ends=run.ends if swapped or ends == "in-line" == run.ends else
-        "auto" if ends == "in-line" else ends, min_workers=0, spares=0, snapshot="off",
-        shard_optimizer=run.shard_optimizer and replicas > 1, network=run.network if scheduler == "skippipe" else None,
+        run, workers=asked.workers or run.workers, replicas=replicas, scheduler=scheduler,
+        model=asked.model or run.model, recovery=run.recovery if _swaps(run) else recovery, ends=_ends(run, tied),
+        min_workers=0, spares=0, snapshot="off", shard_optimizer=run.shard_optimizer and replicas > 1,
+        network=run.network if scheduler == "skippipe" else None,
         evaluate_every=0, sample_tokens=0, tensorboard=False, until=step, resume=resume, out=out, inject="",
     )  # fmt: skip
     check_sums(run, now, tied)
     now.validate()
     return now
+
+
+def _swaps(run: TrainConfig) -> bool:
+    """Whether half of the microbatches take swapped routes."""
+    return run.recovery == "checkfree+"
+
+
+def _ends(run: TrainConfig, tied: bool) -> Literal["auto", "in-line", "home", "apart"]:
+    """Where the embedding and the head go: as in the run where a sum depends on it."""
+    ends = where_ends_go(run)
+    if _swaps(run):
+        return run.ends
+    return ends if tied and not run.exact_sums and ends != "in-line" else "auto"
 
 
 def check_sums(run: TrainConfig, now: TrainConfig, tied: bool) -> None:
@@ -97,10 +108,10 @@ def check_sums(run: TrainConfig, now: TrainConfig, tied: bool) -> None:
         not pools or now.scheduler == run.scheduler, "scheduler", now.scheduler,
         f"{run.scheduler}, as in the run: {' or '.join(sorted(pools))} sums gradients in an order of its own",
     )  # fmt: skip
-    if now.scheduler == "roundpipe" or (run.exact_sums and not pools and run.recovery != "checkfree+"):
+    if now.scheduler == "roundpipe" or (run.exact_sums and not pools and not _swaps(run)):
         return
     shares = "balanced" in (run.scheduler, now.scheduler)
-    if pools or shares or run.recovery == "checkfree+":
+    if pools or shares or _swaps(run):
         why = "shares of a layer are summed by worker" if shares and not pools else "routes follow from it"
         for name in ("scheduler", "workers", "replicas"):
             had, has = getattr(run, name), getattr(now, name)
@@ -123,8 +134,8 @@ def check_rates(run: TrainConfig, records: Records, steps: Iterable[int]) -> Non
         line = records.metrics.get(step)
         if line is not None and (lr := learning_rate(run.optimizer(), step - 1)) != line["lr"]:
             raise ConfigError(
-                f"step {step} had the learning rate {line['lr']!r} by metrics.jsonl, and has {lr!r} by config.toml: the "
-                "run was resumed with other settings since; allowed: a step after that"
+                f"step {step} had the learning rate {line['lr']!r} by metrics.jsonl, and has {lr!r} by config.toml: "
+                "the run was resumed with other settings since; allowed: a step after that"
             )
 
 
@@ -145,7 +156,9 @@ class Difference:
 
     def __str__(self) -> str:
         if self.was is None or self.now is None:
-            return f"step {self.step}: {self.what} is {'only in the replay' if self.was is None else 'not in the replay'}"
+            return (
+                f"step {self.step}: {self.what} is {'only in the replay' if self.was is None else 'not in the replay'}"
+            )
         return f"step {self.step}: {self.what} was {self.was} and is {self.now}"
 
 

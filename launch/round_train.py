@@ -46,8 +46,8 @@ from recovery.restore import load_checkpoint
 
 
 def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool = False) -> int:
-    """Run a job to its end on this machine; `prepared` as in `make_plan`. Returns the exit code; raises ConfigError before anything is started,
-    HostMemoryError where the state does not fit, RunFailed when the run cannot go on."""
+    """Run a job to its end on this machine; `prepared` as in `make_plan`. Returns the exit code; raises ConfigError
+    before anything is started, HostMemoryError where the state does not fit, RunFailed when the run cannot go on."""
     require("LOCAL_RANK" not in os.environ, "scheduler", config.scheduler, "one process that starts its own workers, "
             "not torchrun: the state is in the memory of one host")  # fmt: skip
     check_machine(config, config.workers)
