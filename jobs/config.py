@@ -59,6 +59,11 @@ class TrainConfig(
         """The global batch."""
         return self.microbatches * self.microbatch_size
 
+    @property
+    def last_step(self) -> int:
+        """The step after which this start of the run ends."""
+        return self.until or self.steps
+
     def resolved(self) -> TrainConfig:
         """The same with the settings filled in that are unset and follow from others: what a run is kept with."""
         trained = has_weights(self.model)

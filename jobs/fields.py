@@ -22,6 +22,9 @@ class ModelSettings:
     """Everything random is keyed by it."""
     steps: Annotated[int, Within(1, MOST_STEPS)] = 240
     """Optimizer steps of the whole run, counted from its first start."""
+    until: Annotated[int, Within(0, MOST_STEPS)] = 0
+    """End this start of the run after so many of its steps, with a checkpoint and the model as of then; 0 goes on to
+    --steps. The learning rate is that of the whole run, which --resume goes on with."""
     microbatch_size: Annotated[int, Within(1, 65536)] = 4
     """Samples per microbatch."""
     sequence_length: Annotated[int, Within(1, 2**24)] = 128
@@ -34,6 +37,10 @@ class ModelSettings:
     """Compute threads per worker; 0 shares the cores of the machine evenly, at least one each."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError where a start of the run would end after the run itself."""
+        require(self.until <= self.steps, "until", self.until, f"0 to {self.steps}, the steps of the run")
 
 
 @dataclass(frozen=True)

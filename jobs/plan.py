@@ -29,7 +29,7 @@ from jobs.rounds import Rounds, plan_rounds
 from jobs.space import check_space, space_needed
 from jobs.tokenizer import build_tokenizer
 from pipeline.model.layered import LayeredModel
-from pipeline.model.weights import PRESETS, read_config, resolve
+from pipeline.model.weights import PRESETS, drawn, read_config, resolve
 from pipeline.schedule.layout import Layout
 from recovery import checkpoint
 from recovery.generation import read_generation
@@ -62,8 +62,21 @@ def evaluation_samples(config: TrainConfig, dataset: Dataset) -> int:
     return min(config.evaluate_samples, dataset.num_held_out)
 
 
-def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | None = None) -> Plan:
-    """Everything up to the first view. `before` are the settings that a run to be resumed has had. Raises ConfigError,
+@dataclass(frozen=True)
+class Material:
+    """What is trained, and on what: the model's shape, the directory of the weights that it begins with, if it has any,
+    and the tokens."""
+
+    model: LayeredModel
+    source: Path | None
+    dataset: Dataset
+
+
+def make_plan(
+    config: TrainConfig, progress: Progress, before: TrainConfig | None = None, prepared: bool = False
+) -> Plan:
+    """Everything up to the first view. `before` are the settings that a run to be resumed has had. `prepared` takes
+    tokens, tokenizer and the model's shape as they lie in the run folder, and reads no text. Raises ConfigError,
     CorpusError, ModelError or CheckpointError by name."""
     config = config.resolved()
     config.validate()
@@ -80,43 +93,10 @@ def make_plan(config: TrainConfig, progress: Progress, before: TrainConfig | Non
     said += remarks(config, first_step)
     if config.network is not None:
         read_network(config.network, config.workers)
-    model_config, source = find_model(config)
-    if config.dropout is not None:
-        set_dropout(model_config, config)
-    largest = check_early(config, model_config, source)
-    there = sum(path.suffix != ".tmp" for path in (out / "checkpoints").glob("step-*"))
-    check_space(out, space_needed(config, largest, first_step, there))  # before text is read, which may take long
-    corpus = documents(config.data or "", text_field=config.text_field, tell=said.append)
-    said.append(check_space(out, space_needed(config, largest, first_step, there, corpus.most_tokens)))
-    cache = Cache(user_folder(), lambda line: progress(line, 1.0))
-    tokenizer = find_tokenizer(config, source, corpus, cache, progress)
-    if config.model in PRESETS:
-        model_config.vocab_size = len(tokenizer)
-        model_config.bos_token_id = model_config.eos_token_id = tokenizer.eos_token_id
-        model_config.pad_token_id = tokenizer.pad_token_id
-    elif len(tokenizer) > int(model_config.vocab_size):
-        raise ConfigError(
-            f"tokenizer {config.tokenizer!r} has {len(tokenizer)} tokens; "
-            f"model {config.model!r} allows at most {model_config.vocab_size}"
-        )
-    model = LayeredModel(model_config, lora=config.lora())
-    if found.manifest is not None:
-        checkpoint.check_compatible(found.manifest, model=model_fingerprint(model_config), **kept_identity(config))
-
-    def same_data(fingerprint: str) -> None:
-        had = None if found.manifest is None else found.manifest["extra"].get("data")
-        if had not in (None, fingerprint) and not config.change:
-            raise ConfigError(other_data(before, config, f"its fingerprint was {had} and is {fingerprint}"))
-
-    dataset = prepare(
-        corpus, tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
-        max_tokens=config.max_tokens or None, samples_per_step=config.samples_per_step, progress=progress,
-        accept=same_data, cache=cache,
-    )  # fmt: skip
-    if found.path is None:
-        tokenizer.save_pretrained(out / "tokenizer")
-        model_config.save_pretrained(out / "model-config")
-    return planned(config, model, source, found, evaluation_samples(config, dataset), said)
+    make = _opened if prepared else _made
+    material = make(config, found, before, said, progress)
+    evaluated = evaluation_samples(config, material.dataset)
+    return planned(config, material.model, material.source, found, evaluated, said)
 
 
 def planned(
@@ -133,8 +113,7 @@ def planned(
     around: Planner | None = None
     resize: Resize | None = None
     if config.scheduler == "roundpipe":
-        costs = layer_costs(model, config.sequence_length)
-        rounds = plan_rounds(config, model, costs, evaluated)
+        rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), evaluated)
         layout = rounds.layout
     else:
         layout, around = plan_layout(config, model, evaluated)
@@ -166,6 +145,77 @@ def planned(
     return Plan(view, layout, model, notes, around, rounds, tuple(said), resize)
 
 
+def _made(
+    config: TrainConfig, found: checkpoint.Found, before: TrainConfig | None, said: list[str], progress: Progress
+) -> Material:
+    """Made of the text and the model that the settings name, and kept in the run folder."""
+    out = config.out
+    model_config, source = find_model(config)
+    if config.dropout is not None:
+        set_dropout(model_config, config)
+    largest = check_early(config, model_config, source)
+    _tell_space(config, found, largest)  # before text is read, which may take long
+    corpus = documents(config.data or "", text_field=config.text_field, tell=said.append)
+    said.append(_tell_space(config, found, largest, corpus.most_tokens))
+    cache = Cache(user_folder(), lambda line: progress(line, 1.0))
+    tokenizer = find_tokenizer(config, source, corpus, cache, progress)
+    if config.model in PRESETS:
+        model_config.vocab_size = len(tokenizer)
+        model_config.bos_token_id = model_config.eos_token_id = tokenizer.eos_token_id
+        model_config.pad_token_id = tokenizer.pad_token_id
+    elif len(tokenizer) > int(model_config.vocab_size):
+        raise ConfigError(
+            f"tokenizer {config.tokenizer!r} has {len(tokenizer)} tokens; "
+            f"model {config.model!r} allows at most {model_config.vocab_size}"
+        )
+    model = _model(config, found, model_config)
+
+    def same_data(fingerprint: str) -> None:
+        had = None if found.manifest is None else found.manifest["extra"].get("data")
+        if had not in (None, fingerprint) and not config.change:
+            raise ConfigError(other_data(before, config, f"its fingerprint was {had} and is {fingerprint}"))
+
+    dataset = prepare(
+        corpus, tokenizer, config.sequence_length, config.held_out, out / "data", config.seed,
+        max_tokens=config.max_tokens or None, samples_per_step=config.samples_per_step, progress=progress,
+        accept=same_data, cache=cache,
+    )  # fmt: skip
+    if found.path is None:
+        tokenizer.save_pretrained(out / "tokenizer")
+        model_config.save_pretrained(out / "model-config")
+    return Material(model, source, dataset)
+
+
+def _opened(
+    config: TrainConfig, found: checkpoint.Found, before: TrainConfig | None, said: list[str], progress: Progress
+) -> Material:
+    """As it lies in the run folder: there the model's shape is that of the tokenizer, with the dropout of the settings.
+    The weights that the run began with are needed where no checkpoint has taken their place."""
+    model_config = read_config(config.out / "model-config")
+    source = None if found.path is not None or drawn(config.model) else find_model(config)[1]
+    check_early(config, model_config, source)
+    model = _model(config, found, model_config)
+    said.append(_tell_space(config, found, model, 0))
+    return Material(model, source, open_dataset(config.out))
+
+
+def _model(config: TrainConfig, found: checkpoint.Found, model_config: PreTrainedConfig) -> LayeredModel:
+    """The model. Raises CheckpointError where the checkpoint is of another."""
+    model = LayeredModel(model_config, lora=config.lora())
+    if found.manifest is not None:
+        checkpoint.check_compatible(found.manifest, model=model_fingerprint(model_config), **kept_identity(config))
+    return model
+
+
+def _tell_space(
+    config: TrainConfig, found: checkpoint.Found, model: LayeredModel, most_tokens: int | None = None
+) -> str:
+    """See `check_space`."""
+    first_step = 0 if found.manifest is None else int(found.manifest["extra"]["step"])
+    there = sum(path.suffix != ".tmp" for path in (config.out / "checkpoints").glob("step-*"))
+    return check_space(config.out, space_needed(config, model, first_step, there, most_tokens))
+
+
 def find_start(config: TrainConfig) -> checkpoint.Found:
     """The checkpoint that the run goes on from, if it is resumed. Raises ConfigError where there is none to go on from,
     and where there is one that nobody has asked for."""
@@ -184,6 +234,7 @@ def find_start(config: TrainConfig) -> checkpoint.Found:
         require(
             config.steps >= step, "steps", config.steps, f"{step} or more: {found.path.name} is at step {step}"
         )  # fmt: skip
+        require(config.last_step >= step, "until", config.until, f"{step} or more: {found.path.name} is at step {step}")
     return found
 
 

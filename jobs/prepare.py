@@ -139,7 +139,7 @@ def _make(
         "format": FORMAT, "read": len(taken.digests), "text": _chain(taken.digests), "dtype": taken.dtype.name,
         "num_tokens": taken.num_tokens, "held_out_tokens": kept, "train_start": held,
         "sequence_length": sequence_length, "seed": seed,
-        "fingerprint": _fingerprint(path, kept, held, sequence_length, seed),
+        "fingerprint": fingerprint_of(path, kept, held, sequence_length, seed),
     }  # fmt: skip
 
 
@@ -272,7 +272,9 @@ def _chain(digests: Iterable[int]) -> str:
     return hashlib.blake2b(array("Q", digests).tobytes(), digest_size=16).hexdigest()
 
 
-def _fingerprint(path: Path, *numbers: int) -> str:
+def fingerprint_of(path: Path, *numbers: int) -> str:
+    """The fingerprint of a dataset whose tokens lie in `path`; `numbers` are held-out tokens, the start of training,
+    sequence length and seed."""
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "blake2b").hexdigest()
     return hashlib.blake2b(f"{content} {numbers}".encode(), digest_size=8).hexdigest()

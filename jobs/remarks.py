@@ -17,8 +17,8 @@ def remarks(config: TrainConfig, first_step: int = 0) -> list[str]:
             f"{learning_rate(known, config.steps - 1):.3g} of {known.lr:g}"
         )
     for text, fault in zip(filter(str.strip, config.inject.split(";")), config.faults(), strict=True):
-        if isinstance(fault, Fault) and not first_step <= fault.step < config.steps:
+        if isinstance(fault, Fault) and not first_step <= fault.step < config.last_step:
             found.append(
-                f"inject {text.strip()!r} never happens: this start takes steps {first_step} to {config.steps - 1}"
+                f"inject {text.strip()!r} never happens: this start takes steps {first_step} to {config.last_step - 1}"
             )
     return found

@@ -13,7 +13,9 @@ from typing import Any
 from jobs.config import ConfigError, TrainConfig
 from pipeline.settings import names_of
 
-OF_THE_START = frozenset({"resume", "change", "inject", "out", "nodes", "node_rank", "store", "store_port"})
+OF_THE_START = frozenset({
+    "resume", "change", "until", "inject", "out", "nodes", "node_rank", "store", "store_port",
+})  # fmt: skip
 FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets")
 NUMBERS = (
     "samples_per_step", "sequence_length", "seed", "dtype", "lr", "warmup", "min_lr_ratio", "weight_decay", "beta1",

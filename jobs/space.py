@@ -59,8 +59,8 @@ def space_needed(
     numbers = sum(map(model.parameter_count, layers))
     trained = sum(map(model.trained_count, layers))
     copies = 3 if config.optimizer_async else 2  # both moments, and the weights that are one step behind
-    every, left = config.checkpoint_every, config.steps - first_step
-    last = config.steps - 1
+    every, left = config.checkpoint_every, config.last_step - first_step
+    last = config.last_step - 1
     coming = int(left > 0) + (last // every - first_step // every if every and left > 0 else 0)
     at_most = min(config.keep + 1, there + coming)
     new = max(at_most - there, min(coming, 1))

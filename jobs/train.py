@@ -102,14 +102,14 @@ class Trainer:
     def _train(self) -> int:
         if self.step == self.first_step:
             self.before(self.engine)
-        config, drawn = self.config, min(self.first_step + 2, self.config.steps - 1)
+        config, drawn = self.config, min(self.first_step + 2, self.config.last_step - 1)
         while True:
-            ends = (self.at.stopping or self.step >= config.steps) and not self.engine.ahead
+            ends = (self.at.stopping or self.step >= config.last_step) and not self.engine.ahead
             if ends and self.engine.missing():
                 self._await_missing()  # what is saved at the end is whole
             if self.at.due and not self.engine.ahead:
                 self._after()
-            if ends and self.step < config.steps:
+            if ends and self.step < config.last_step:
                 self._say({"kind": "stopped", "step": self.step})
                 return STOPPED
             if ends:
@@ -153,7 +153,7 @@ class Trainer:
 
     def _follows(self, done: int) -> tuple[bool, bool]:
         """Whether an evaluation, and whether a checkpoint, is due once `done` steps are committed."""
-        config, first, last = self.config, done == self.first_step, done == self.config.steps
+        config, first, last = self.config, done == self.first_step, done == self.config.last_step
         evaluated = first or last or (config.evaluate_every > 0 and done % config.evaluate_every == 0)
         saved = last or (not first and config.checkpoint_every > 0 and done % config.checkpoint_every == 0)
         return evaluated, saved
@@ -171,7 +171,7 @@ class Trainer:
             self._evaluate(done)
         if saved or stopping:
             whole = self._save(done)
-            if stopping and done < self.config.steps and not whole:
+            if stopping and done < self.config.last_step and not whole:
                 raise CheckpointError(f"asked to stop at step {done}, but could not save")
         self.at = replace(self.at, due=False)
 
@@ -203,7 +203,7 @@ class Trainer:
         self.engine.rest()
         path = self.config.out / "model"
         export(self.engine, path, self.config.out / "tokenizer", self.config.model)
-        self._event("exported", step=self.config.steps, path=str(path))
+        self._event("exported", step=self.config.last_step, path=str(path))
         self.engine.gather({})
 
     # ---- what is seen ----

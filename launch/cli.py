@@ -27,6 +27,8 @@ class _Command:
     summary: str
     load: Callable[[], tuple[type, Callable[[Any], Any]]]
     reports: bool = True
+    first: str = ""
+    """The setting that a word before all flags gives."""
 
 
 def _train() -> tuple[type, Callable[[Any], Any]]:
@@ -81,6 +83,12 @@ def _draw() -> tuple[type, Callable[[Any], Any]]:
     return DrawConfig, draw
 
 
+def _replay() -> tuple[type, Callable[[Any], Any]]:
+    from launch.replay import ReplayConfig, replay
+
+    return ReplayConfig, replay
+
+
 def _doctor() -> tuple[type, Callable[[Any], Any]]:
     from launch.doctor import DoctorConfig, doctor
 
@@ -89,6 +97,7 @@ def _doctor() -> tuple[type, Callable[[Any], Any]]:
 
 COMMANDS = {
     "train": _Command("train a model through a pipeline of workers", _train, reports=False),
+    "replay": _Command("run a step of a run again, and compare every bit", _replay, first="run"),
     "eval": _Command("perplexity of an exported model", _evaluate),
     "generate": _Command("sample a continuation from an exported model", _generate),
     "simulate": _Command("time a schedule without running it", _simulate),
@@ -132,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, function = command.load()
     try:
         try:
-            config = configured(settings, name, arguments[1:])
+            config = configured(settings, name, _named(command.first, arguments[1:]))
         except (SystemExit, BrokenPipeError):  # the help has been printed, or its reader has enough
             return _say()
         result = function(config)
@@ -193,6 +202,13 @@ def configured(settings: type, name: str, arguments: Sequence[str]) -> Any:
     asked |= given(settings, words)
     kept = kept_values(Path(asked.get("out", settings().out))) if asked.get("resume") else {}
     return config_from_dict(settings, {**kept, **asked})
+
+
+def _named(first: str, arguments: list[str]) -> list[str]:
+    """The arguments, the first of which may be a setting without its name."""
+    if not first or not arguments or arguments[0].startswith("-"):
+        return arguments
+    return [f"--{first}={arguments[0]}", *arguments[1:]]
 
 
 def _by_owner(settings: type, asked: Mapping[str, Any]) -> type:

@@ -37,7 +37,7 @@ from launch.run_lock import RunLock
 from launch.signals import Stopping
 from launch.story import Story
 from launch.warm import warm_up
-from launch.worker_main import default_threads
+from launch.worker_main import computes, default_threads
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
@@ -47,9 +47,9 @@ from recovery.pool import NoWorkerLeft, Pool
 from recovery.restore import load_checkpoint
 
 
-def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
-    """Run a job to its end on this machine. Returns the exit code; raises ConfigError before anything is started,
-    HostMemoryError where the state does not fit, RunFailed when the run cannot go on."""
+def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool = False) -> int:
+    """Run a job to its end on this machine; `prepared` as in `make_plan`. Returns the exit code; raises ConfigError
+    before anything is started, HostMemoryError where the state does not fit, RunFailed when the run cannot go on."""
     require("LOCAL_RANK" not in os.environ, "scheduler", config.scheduler, "one process that starts its own workers, "
             "not torchrun: the state is in the memory of one host")  # fmt: skip
     check_machine(config, config.workers)
@@ -59,9 +59,9 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
     forkserver = ForkServer(pool_worker)  # forked now: nothing below has started a thread yet
     try:
         claim = RunLock(config.out)
-        with Display(config.steps, quiet=as_json) as display:
+        with Display(config.last_step, quiet=as_json) as display:
             try:
-                plan = KINDS[config.job].plan(config, display.preparing, kept(config))
+                plan = KINDS[config.job].plan(config, display.preparing, kept(config), prepared)
                 assert plan.rounds is not None
                 layout = make_layout(config, plan.model, plan.rounds.cut, config.workers)
                 store = HostStore.create(layout, store_path(config.out))
@@ -135,7 +135,8 @@ def _host(
     display.say(f"host memory: {store.layout.num_bytes / 2**30:.2f} GiB in {store.path}")
     view = plan.view
     folder = RunFolder(config.out, to_toml(config), view.first_step, config.tensorboard, display.warn)
-    folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes)
+    folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes,
+                 **computes(config, config.workers))  # fmt: skip
     story, rounds = Story(config, plan, folder, display), plan.rounds
     torch.set_num_threads(config.threads or default_threads(1))
     jobs, source = run_jobs(config, view.first_step, view.first_sample, view.details["carried"]), view.details["source"]

@@ -33,7 +33,7 @@ from launch.signals import NotStarted, Stopping, stopping
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
 from launch.warm import warm_up
-from launch.worker_main import default_threads, worker_main
+from launch.worker_main import computes, default_threads, worker_main
 from pipeline.exit_codes import ERROR, STOPPED, exit_code
 from pipeline.model.weights import watch
 from recovery import keys
@@ -48,14 +48,15 @@ TAKES_BACK = {"SIGUSR1": signal.SIGUSR2, "SIGUSR2": signal.SIGUSR1}
 """The signal that tells a machine to go -> the one that tells it that it stays after all."""
 
 
-def train(config: TrainConfig, as_json: bool = False) -> int:
+def train(config: TrainConfig, as_json: bool = False, prepared: bool = False) -> int:
     """Run a training job to its end on this machine, or this slot's share of it under torchrun. Returns the exit code.
+    `prepared`: as in `make_plan`.
 
     Raises ConfigError and its like before anything is started, RunFailed when a worker fails.
     """
     try:
         with stopping() as signals:
-            return _train(config.resolved(), as_json, signals)
+            return _train(config.resolved(), as_json, signals, prepared)
     except NotStarted:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -67,10 +68,10 @@ def train(config: TrainConfig, as_json: bool = False) -> int:
         return exit_code(error)  # one slot of a machine says it for all
 
 
-def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
+def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool) -> int:
     config.validate()
     if config.scheduler == "roundpipe":
-        return train_rounds(config, as_json, signals)
+        return train_rounds(config, as_json, signals, prepared)
     slot = find_slot(config)
     if slot.attempt and any_saved(config.out / "checkpoints"):
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
@@ -91,7 +92,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping) -> int:
         try:
             agent.start()
             if slot.coordinates:
-                return _coordinate(config, agent, handle.store, slot, as_json, signals)
+                return _coordinate(config, agent, handle.store, slot, as_json, signals, prepared)
             signals.trains(agent.asked_to_stop)
             try:
                 code = agent.supervise(lambda: None)
@@ -132,12 +133,12 @@ def _payload(
 
 
 def _coordinate(
-    config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool, signals: Stopping
+    config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool, signals: Stopping, prepared: bool
 ) -> int:
     claim = RunLock(config.out)
-    with Display(config.steps, quiet=as_json) as display:
+    with Display(config.last_step, quiet=as_json) as display:
         try:
-            plan = KINDS[config.job].plan(config, display.preparing, kept(config))
+            plan = KINDS[config.job].plan(config, display.preparing, kept(config), prepared)
             signals.trains(agent.asked_to_stop)
         except BaseException as error:
             fail_before_start(store, error)
@@ -192,7 +193,8 @@ def _coordinator(
     config: TrainConfig, plan: Plan, folder: RunFolder, story: Story, display: Display, store: dist.Store, slot: Slot
 ) -> Coordinator:
     """Tell what begins, and publish the first view."""
-    folder.event("started", step=plan.view.first_step, workers=config.workers, view=1)
+    folder.event("started", step=plan.view.first_step, workers=config.workers, view=1,
+                 **computes(config, slot.workers_here(config.workers)))  # fmt: skip
     for name, reason in plan.notes:
         folder.event("checkpoint_skipped", step=plan.view.first_step, checkpoint=name, reason=reason)
     first, model = replace(plan.view, agents=slot.dealt(config.workers)), plan.model

@@ -282,6 +282,11 @@ class Reports:
         return keys.claim(self._store, name)
 
 
+def computes(config: TrainConfig, workers_here: int) -> dict[str, Any]:
+    """What the bits of a run depend on beside its settings, for the record of its start."""
+    return {"torch": torch.__version__, "threads": config.threads or default_threads(workers_here)}
+
+
 def default_threads(workers_here: int) -> int:
     """Compute threads per worker: OMP_NUM_THREADS where it is set, else an even share of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")

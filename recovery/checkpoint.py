@@ -211,20 +211,22 @@ class Verifier:
     _known: dict[Path, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def find(self, root: Path) -> Found:
-        """The newest checkpoint under `root` that is whole, every file's length and checksum verified.
+    def find(self, root: Path, before: int | None = None) -> Found:
+        """The newest checkpoint under `root` that is whole, every file's length and checksum verified; of a step less
+        than `before`, if that is given.
 
         Where something was saved meanwhile, what was damaged may have been replaced: then it looks again.
         """
         with self._turn:
-            looks, before, found = 1, _listing(root), self._find(root)
+            looks, before, found = 1, _listing(root), self._find(root, before)
             while found.skipped and looks < _LOOKS and _listing(root) != before:
-                looks, before, found = looks + 1, _listing(root), self._find(root)
+                looks, before, found = looks + 1, _listing(root), self._find(root, before)
             return found
 
-    def _find(self, root: Path) -> Found:
+    def _find(self, root: Path, before: int | None) -> Found:
         skipped: list[tuple[Path, str]] = []
-        for path in sorted(_committed(root), key=_order, reverse=True):
+        older = [path for path in _committed(root) if before is None or int(_order(path)[0][5:]) < before]
+        for path in sorted(older, key=_order, reverse=True):
             try:
                 manifest = read_manifest(path)
                 source(path, manifest).require(None, self.generation)
@@ -243,9 +245,10 @@ class Verifier:
         self.came_on_at = time.monotonic()
 
 
-def find(root: Path, generation: int = 0) -> Found:
-    """The newest checkpoint of a generation that is whole, every file's length and checksum verified."""
-    return Verifier(generation).find(root)
+def find(root: Path, generation: int = 0, before: int | None = None) -> Found:
+    """The newest checkpoint of a generation, of a step less than `before` if that is given, that is whole, every file's
+    length and checksum verified."""
+    return Verifier(generation).find(root, before)
 
 
 def _listing(root: Path) -> list[tuple[str, int]]:

@@ -229,7 +229,7 @@ class Recovery:
 class _Always(Verifier):
     """There is a checkpoint."""
 
-    def find(self, root: Path) -> Found:
+    def find(self, root: Path, before: int | None = None) -> Found:
         return Found(root, None)
 
 

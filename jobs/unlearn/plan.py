@@ -18,8 +18,11 @@ from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 
 
-def make_unlearn_plan(config: UnlearnConfig, progress: Progress, before: UnlearnConfig | None = None) -> Plan:
-    """Everything up to the first view. Raises ConfigError, CorpusError, ModelError, CheckpointError by name."""
+def make_unlearn_plan(
+    config: UnlearnConfig, progress: Progress, before: UnlearnConfig | None = None, prepared: bool = True
+) -> Plan:
+    """Everything up to the first view; its data are always prepared. Raises ConfigError, CorpusError, ModelError or
+    CheckpointError by name."""
     config = config.resolved()
     config.validate()
     found, request, method = find_start(config), Request.read(config.out), method_of(config)

@@ -137,6 +137,11 @@ def has_weights(model: str) -> bool:
     return model not in PRESETS and (path.is_dir() or (path.suffix == ".gguf" and path.is_file()))
 
 
+def drawn(model: str) -> bool:
+    """Whether `model`, as `resolve` takes it, is a shape alone, whose weights are drawn: a preset or a config file."""
+    return model in PRESETS or Path(model).suffix in (".json", ".toml")
+
+
 def resolve(model: str | Path, cache: Path, *, vocab_size: int | None = None) -> Path | PreTrainedConfig:
     """What `model` names: a directory of safetensors to load, or a config to fill with random weights.
 
