@@ -21,14 +21,14 @@ class MethodSettings:
     gamma: Annotated[float | None, WEIGHT] = None
     """Weight of the term that forgets (all but grad_ascent, rmu, r2mu and ceu)."""
     alpha: Annotated[float | None, WEIGHT] = None
-    """Weight of the term that keeps the rest (all but grad_ascent and ceu); the first one under pdu, which changes it."""
+    """Weight of the term that keeps the rest (all but grad_ascent and ceu); pdu begins with it, and changes it."""
     beta: Annotated[float | None, BETA] = None
     """npo, simnpo, dpo: the larger, the earlier a row counts as forgotten."""
     delta: Annotated[float | None, Within(-1000, 1000)] = None
     """simnpo: the nats per label from which on a row counts as forgotten."""
     positions: str | None = None
-    """kl_min, undial, oracle_matching, rmu, r2mu: compare at those that predict the answer, or at all, prompt and
-    padding too."""
+    """kl_min, undial, oracle_matching, rmu, r2mu: compare at the positions that predict the answer (answer), or at all,
+    prompt and padding too (all)."""
     layer: Annotated[int | None, Within(0, 1023)] = None
     """rmu, r2mu: the decoder block whose output is steered, from 0."""
     steering: Annotated[float | None, WEIGHT] = None

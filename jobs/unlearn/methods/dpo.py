@@ -1,5 +1,5 @@
 """Direct preference optimization (Rafailov et al., arXiv 2305.18290, equation 7) of an answer that says nothing over
-the one to forget: IdkDPO of TOFU (arXiv 2401.06121, section 4)."""
+the one to forget: IdkDPO of TOFU (arXiv 2401.06121)."""
 
 from __future__ import annotations
 

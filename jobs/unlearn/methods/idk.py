@@ -1,4 +1,4 @@
-"""Plain training on answers that say nothing: the "IDK" baseline of TOFU (arXiv 2401.06121, section 4)."""
+"""Plain training on answers that say nothing: the "IDK" baseline of TOFU (arXiv 2401.06121)."""
 
 from __future__ import annotations
 

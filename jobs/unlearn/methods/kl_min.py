@@ -1,5 +1,5 @@
-"""KL minimisation (TOFU, Maini et al., arXiv 2401.06121, section 4): gradient ascent, while the distributions over the
-next token stay on the rest as they were."""
+"""KL minimisation (TOFU, Maini et al., arXiv 2401.06121): gradient ascent, while on the rest the
+distributions over the next token stay as they were."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Negative preference optimization (Zhang et al., arXiv 2404.05868, equation 3): DPO with nothing to prefer, which ends
-where gradient ascent would go on without end."""
+"""Negative preference optimization (Zhang et al., arXiv 2404.05868): DPO with nothing to prefer, which ends where
+gradient ascent would go on without end."""
 
 from __future__ import annotations
 

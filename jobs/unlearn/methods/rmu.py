@@ -1,4 +1,4 @@
-"""Representation misdirection (RMU; Li et al., "The WMDP Benchmark", arXiv 2403.03218, section 4): at one layer, hidden
+"""Representation misdirection (RMU; Li et al., "The WMDP Benchmark", arXiv 2403.03218): at one layer, hidden
 states of what is to be forgotten are steered to one random vector, and those of the rest held where they were. Only
 the blocks up to that layer are computed."""
 
@@ -36,8 +36,8 @@ def distance(hidden: Tensor, target: Tensor, where: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RMU(Method):
-    """Minimises MSE(h(F), steering u) + alpha MSE(h(R), h before(R)), means over a row's positions, then over rows; h is
-    the output of decoder block `layer`, u a unit vector.
+    """Minimises MSE(h(F), steering u) + alpha MSE(h(R), h before(R)), means over a row's positions, then over rows; h
+    is the output of decoder block `layer`, u a unit vector.
 
     Labels stand beside the position that predicts them, so the answer's positions are one to the left of those that
     hold it, which OpenUnlearning takes. Defaults are its own for TOFU; the paper has steering 6.5 and alpha 1200 for

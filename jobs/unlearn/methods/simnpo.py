@@ -1,4 +1,4 @@
-"""SimNPO (Fan et al., arXiv 2410.07163, equation 4): negative preference optimization by the mean over a row's labels,
+"""SimNPO (Fan et al., arXiv 2410.07163): negative preference optimization by the mean over a row's labels,
 without anything of the model before."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.settings import Within
 @dataclass(frozen=True)
 class SimNPO(ForgetRetain):
     """Minimises -gamma (2 / beta) mean log sigmoid(beta (nll / labels - delta))(F) + alpha CE(R). Defaults are those of
-    OpenUnlearning for TOFU."""
+    OpenUnlearning for TOFU, as is delta inside of beta: the paper's gamma is beta delta."""
 
     name = "simnpo"
     goal = "untraining"

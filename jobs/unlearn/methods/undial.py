@@ -1,4 +1,4 @@
-"""UNDIAL (Dong et al., arXiv 2402.10052, section 3): the model is its own teacher, whose logit of each token to forget
+"""UNDIAL (Dong et al., arXiv 2402.10052): the model is its own teacher, whose logit of each token to forget
 has been lowered."""
 
 from __future__ import annotations
