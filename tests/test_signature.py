@@ -94,7 +94,7 @@ def test_a_key_of_another_type_is_named(tmp_path: Path, key: Any, message: str) 
         with pytest.raises(SignatureError, match=message):
             sign(manifest(tmp_path), write_key(tmp_path / "key", form, key))
     signature = sign(manifest(tmp_path), write_key(tmp_path / "good"))
-    with pytest.raises(SignatureError, match="is a key of type .*; allowed: an Ed25519 public key"):
+    with pytest.raises(SignatureError, match=r"is a key of type .*; allowed: an Ed25519 public key"):
         verify(tmp_path / "manifest.json", signature, write_public(tmp_path / "public", key, False))
 
 

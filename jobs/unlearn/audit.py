@@ -89,19 +89,19 @@ class _Auditor:
         self.by_words = [(generation, each) for generation, each in windows if each.of == "words"]
         self.texts = Texts(texts)
         self.weights: Counter[tuple[Path, int | None, str]] = Counter()
-        self.done, self.total = 0, 0
+        self.done, self.end, self.total = 0, 0, 0
+        """Bytes: looked into, up to the end of the file that is looked into, and in all."""
 
     def audit(self) -> Audit:
         sizes = {path: path.lstat().st_size for path in self._walk(self.run, ())}
         self.total = sum(sizes.values())
         for path, size in sizes.items():
-            begun = self.done
+            self.end = self.done + size
             try:
                 self._file(path)
                 self.found.files += 1
             except OSError as error:
                 self._unread(path, error.strerror or str(error))
-            self.done = begun
             self._come_on(path, size)
         for (folder, said, how), count in self.weights.items():
             self._old_weights(folder, said, how, count)
@@ -219,8 +219,8 @@ class _Auditor:
         self.found.unread.append((self._name(path), why))
 
     def _come_on(self, path: Path, num_bytes: int) -> None:
-        self.done += num_bytes
-        self.progress(self._name(path), min(1.0, self.done / max(1, self.total)))
+        self.done = min(self.done + num_bytes, self.end)
+        self.progress(self._name(path), self.done / max(1, self.total))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.run).as_posix()
