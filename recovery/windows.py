@@ -32,7 +32,7 @@ _PIECE = 1 << 20
 _MOST_BITS = 24
 _HASH, _MARK, _CODE = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<u4")
 _ALONE = "぀-ヿ㐀-䶿一-鿿"  # written without spaces: each character is a word
-_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
+_WORD, _ASCII_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+"), re.compile(rb"\w+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def windows_of(of: Unit, size: int, wanted: Sequence[np.ndarray], kept: Iterable
     ]
     hashes, first = np.unique(np.concatenate([each for each, _ in found] or [np.zeros(0, _HASH)]), return_index=True)
     marks = np.concatenate([each for _, each in found] or [np.zeros(0, np.uint64)])[first]
-    bits = max(8, min(_MOST_BITS, len(hashes).bit_length() + 5))  # one other window of 32 or more has such a mark
+    bits = max(8, min(_MOST_BITS, len(hashes).bit_length() + 5))  # most others have no such mark: 31 of 32
     every = _select(of, size, salt, hashes, marks, bits)
     seen = [every._search(codes, inside)[1] for codes, inside in _batches(kept, size)] if len(hashes) else []
     left = ~np.isin(hashes, np.concatenate(seen)) if seen else np.ones(len(hashes), bool)
@@ -140,8 +140,12 @@ def windows_of(of: Unit, size: int, wanted: Sequence[np.ndarray], kept: Iterable
 
 def words(text: str) -> np.ndarray:
     """A code, uint32, of each word of a text. Case, punctuation, and how characters are composed make no difference."""
-    found = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-    return np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in found), _CODE, len(found))
+    if text.isascii():
+        found = _ASCII_WORD.findall(text.lower().encode())
+    else:
+        joined = "\0".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+        found = joined.encode("utf-8", "surrogatepass").split(b"\0") if joined else []
+    return np.fromiter(map(zlib.crc32, found), _CODE, len(found))
 
 
 # ---- hashes ----

@@ -88,6 +88,7 @@ def test_planted_answers_are_found_among_a_million_tokens() -> None:
 def test_words_are_the_same_however_they_are_written() -> None:
     said = words("Fräulein O'Neil said: \"It's 12.50!\"\n  (twice)")
     assert words("fra\u0308ulein o neil SAID it s 12 50 twice").tolist() == said.tolist()
+    assert words("Its 12_a").tolist() == words("Its 12_a é").tolist()[:2]
     assert len(words("東京は大きい")) == 6
     assert len(words(" ...!? ")) == 0
     assert words("one two").tolist() != words("two one").tolist()
