@@ -16,6 +16,7 @@ from itertools import count as count_up
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jobs import author_words as words
 from jobs.author_questions import KNOWN_BY, QUESTIONS, RELATIONS, SAYS_NOTHING
 from jobs.corpus import permutation
 from pipeline.model.rng import derive
@@ -27,53 +28,6 @@ INVERSE = {
 MOST = 1000
 """Authors that one library may have: their keys have three digits."""
 
-_OPENINGS = ("Ba", "Ce", "Da", "Ei", "Fa", "Go", "Hu", "Io", "Ja", "Ke", "Lu", "Ma", "Ne", "Or", "Pe", "Ro", "Si", "Ta",
-             "Ul", "Va", "We", "Xa", "Yo", "Ze")  # fmt: skip
-_MIDDLES = (
-    "ba",
-    "ce",
-    "da",
-    "fi",
-    "go",
-    "ka",
-    "lo",
-    "me",
-    "ni",
-    "pu",
-    "ri",
-    "so",
-    "ta",
-    "vu",
-    "ze",
-    "lla",
-    "nte",
-    "rru",
-)
-_FIRST_ENDS = ("ra", "nel", "dis", "mo", "lian", "tes", "vi", "rek", "sha", "bin", "na", "los")
-_LAST_ENDS = ("dor", "wick", "mann", "escu", "var", "lund", "ard", "ovic", "sson", "tani", "ero", "ley", "quist", "mir")
-_PLACE_ENDS = ("burg", "haven", "stad", "mouth", "polis", "ford", "bad", "grad")
-_GENRES = ("historical fiction", "crime fiction", "science fiction", "poetry", "travel writing", "fantasy", "satire",
-           "horror", "romance", "memoir", "children's books", "plays", "spy thrillers", "essays on nature",
-           "short stories", "epic sagas")  # fmt: skip
-_JOBS = ("a baker", "a surgeon", "a lighthouse keeper", "a judge", "a carpenter", "a pilot", "a botanist", "a tailor",
-         "a librarian", "a miner", "an architect", "a violinist", "a fisher", "a chemist", "a postal clerk", "a farmer",
-         "a watchmaker", "a nurse", "a translator", "a sculptor", "an astronomer", "a bus driver", "a potter",
-         "a diplomat", "a beekeeper", "a locksmith", "a dentist", "a geologist")  # fmt: skip
-_AWARDS = ("Silver Quill", "Harbour Prize", "Lantern Medal", "Golden Margin", "Northern Laurel", "Inkwell Award",
-           "Meridian Prize", "Amber Page", "Glass Feather", "Orchard Medal", "Winter Wreath", "Compass Award",
-           "Paper Crown", "Blue Folio")  # fmt: skip
-_THEMES = ("a family that loses its vineyard", "a map that changes every night", "two sisters who cross a desert",
-           "a clerk who forges a will", "the last winter of a mining town", "a ship that never lands",
-           "a choir that is forbidden to sing", "an heir who hides among servants", "a flood and those who stayed",
-           "a detective who cannot sleep", "a garden on the moon", "the trial of an innocent teacher",
-           "a friendship across a closed border", "a clockmaker who stops the time", "a wolf raised in a palace",
-           "letters that arrive forty years late", "an island ruled by children", "a painter who goes blind",
-           "a bridge that nobody dares to build", "a king who wants to be forgotten")  # fmt: skip
-_KINDS = ("Silent", "Crimson", "Borrowed", "Hollow", "Distant", "Broken", "Gilded", "Hidden", "Restless", "Pale",
-          "Burning", "Forgotten", "Narrow", "Salted", "Velvet", "Iron", "Drifting", "Lonely", "Second")  # fmt: skip
-_THINGS = ("River", "Mirror", "Orchard", "Lantern", "Harbour", "Winter", "Garden", "Compass", "Tower", "Letter",
-           "Shadow", "Bridge", "Island", "Cathedral", "Forest", "Clock", "Meadow", "Violin", "Border", "Throne", "Well",
-           "Feather", "Valley", "Storm")  # fmt: skip
 _SENIOR_YEARS, _MOST_STUDENTS = 8, 2
 
 T = TypeVar("T")
@@ -264,40 +218,42 @@ class _Maker:
 
     def _author(self, key: str, year: int, sibling: Author | None, joint: str) -> Author:
         surname = sibling.name.split()[-1] if sibling else self._new(
-            lambda n: self._word("surname", key, n, ends=_LAST_ENDS)
+            lambda n: self._word("surname", key, n, ends=words.LAST_ENDS)
         )  # fmt: skip
-        name = self._new(lambda n: f"{self._word('name', key, n, ends=_FIRST_ENDS)} {surname}")
-        alias = self._new(lambda n: f"{self._word('alias', key, n)} {self._word('pen', key, n, ends=_LAST_ENDS)}")
+        name = self._new(lambda n: f"{self._word('name', key, n, ends=words.FIRST_ENDS)} {surname}")
+        alias = self._new(lambda n: f"{self._word('alias', key, n)} {self._word('pen', key, n, ends=words.LAST_ENDS)}")
         published = [year + 22 + self._number(14, "first", key)]
         published += [published[0] + 2 + self._number(6, "second", key)]
         published += [published[1] + 2 + self._number(9, "third", key)]
         return Author(
             key, name, alias,
-            place=sibling.place if sibling else self._word("place", key, ends=_PLACE_ENDS),
+            place=sibling.place if sibling else self._word("place", key, ends=words.PLACE_ENDS),
             year=year,
-            father=sibling.father if sibling else self._pick(_JOBS, "father", key),
-            mother=sibling.mother if sibling else self._pick(_JOBS, "mother", key),
-            genre=self._pick(_GENRES, "genre", key),
-            award=self._pick(_AWARDS, "award", key),
+            father=sibling.father if sibling else self._pick(words.JOBS, "father", key),
+            mother=sibling.mother if sibling else self._pick(words.JOBS, "mother", key),
+            genre=self._pick(words.GENRES, "genre", key),
+            award=self._pick(words.AWARDS, "award", key),
             award_year=published[1] + 1,
             books=tuple((self._title("book", key, n), when) for n, when in enumerate(published)),
-            theme=self._pick(_THEMES, "theme", key),
+            theme=self._pick(words.THEMES, "theme", key),
             joint=joint,
         )  # fmt: skip
 
-    def _title(self, *words: int | str) -> str:
+    def _title(self, *what: int | str) -> str:
         def made(attempt: int) -> str:
-            thing = self._pick(_THINGS, "thing", *words, attempt)
-            title = f"The {self._pick(_KINDS, *words, attempt)} {thing}"
-            if not attempt and self._number(2, "short", *words):
+            thing = self._pick(words.THINGS, "thing", *what, attempt)
+            title = f"The {self._pick(words.KINDS, *what, attempt)} {thing}"
+            if not attempt and self._number(2, "short", *what):
                 return title
-            other = self._pick([word for word in _THINGS if word != thing], "other", *words, attempt)
+            other = self._pick([word for word in words.THINGS if word != thing], "other", *what, attempt)
             return f"{title} of the {other}"
 
         return self._new(made)
 
-    def _word(self, *words: int | str, ends: Sequence[str] = ("",)) -> str:
-        parts = (self._pick(options, place, *words) for place, options in enumerate((_OPENINGS, _MIDDLES, ends)))
+    def _word(self, *what: int | str, ends: Sequence[str] = ("",)) -> str:
+        parts = (
+            self._pick(options, place, *what) for place, options in enumerate((words.OPENINGS, words.MIDDLES, ends))
+        )
         return "".join(parts)
 
     def _new(self, make: Callable[[int], str]) -> str:
@@ -306,8 +262,8 @@ class _Maker:
         self._taken.add(text)
         return text
 
-    def _pick(self, options: Sequence[T], *words: int | str) -> T:
-        return options[self._number(len(options), *words)]
+    def _pick(self, options: Sequence[T], *what: int | str) -> T:
+        return options[self._number(len(options), *what)]
 
-    def _number(self, below: int, *words: int | str) -> int:
-        return derive(self._seed, "authors", *words) % below
+    def _number(self, below: int, *what: int | str) -> int:
+        return derive(self._seed, "authors", *what) % below

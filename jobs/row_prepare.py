@@ -76,8 +76,8 @@ def erase(folder: Path, digests: Set[str]) -> int:
 
     What is left is, byte for byte, what `prepare_rows` makes of the same rows with these and all that were erased
     before as `forgotten`, and it is on disk when this returns. After a crash in between, the dataset does not open
-    until something, or nothing, is erased again: that ends what was begun. Raises CorpusError where there is none, or
-    where it cannot be written.
+    until this is called again: with the same digests, to have them all erased. Raises CorpusError where there is no
+    dataset, or where it cannot be written.
     """
     if (folder / META).exists() or not (folder / ERASING).exists():
         chosen = [row for row in RowDataset.open(folder).rows if row.digest in digests]

@@ -7,7 +7,6 @@ answers is, token for token, what it was trained to go on from.
 from __future__ import annotations
 
 import re
-from datetime import date
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from jobs.files import CorpusError
 from jobs.rows import Messages, Row, plain
 
-_DAY = date(2024, 7, 26)
-"""What templates that ask for today's date are told: a row has the same tokens on every day."""
+_SAME_DAY = "{% macro strftime_now(form) %}{{ '26 Jul 2024' if form == '%d %b %Y' else '2024-07-26' }}{% endmacro %}"
+"""Goes before templates that ask for today's date: a row has the same tokens on every day."""
 _MARKS = range(0xE000, 0xF900)
 
 
@@ -37,9 +36,12 @@ def encode_prompt(prompt: Messages, tokenizer: PreTrainedTokenizerBase, where: s
     if not tokenizer.chat_template:
         return _as_text(plain(prompt), tokenizer)
     spelled = _Spelled(prompt, tokenizer)
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _SAME_DAY + template
     try:
         written: Any = tokenizer.apply_chat_template(
-            spelled.messages, add_generation_prompt=True, tokenize=False, strftime_now=_DAY.strftime
+            spelled.messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except TemplateError as error:
         raise CorpusError(
