@@ -36,11 +36,14 @@ class _Change:
         return self.first > step or (self.first == step and not self.kept)
 
 
-def inexact(events: Iterable[Event], start: int, step: int, replicas: int | None = None) -> Event | None:
+def inexact(
+    events: Iterable[Event], start: int, step: int, replicas: int | None = None, tied: bool = False
+) -> Event | None:
     """The first event that makes the steps after `start`, up to `step`, others than the data alone would; None where
     they follow from the state at `start` and the data. `events` are lines of events.jsonl, in order; with `replicas`,
-    sums depend on how many there are, and the run began with so many."""
-    for change in _changes(events, replicas):
+    sums depend on how many there are, and the run began with so many; `tied`: also on whether the embedding, which is
+    the head, is in two places."""
+    for change in _changes(events, replicas, tied):
         begins = change.first < step and change.last >= start
         if begins and not (change.kept and change.first == change.last == start):
             return change.event
@@ -50,10 +53,10 @@ def inexact(events: Iterable[Event], start: int, step: int, replicas: int | None
 def changed_at(events: Iterable[Event], step: int) -> Event | None:
     """The first event that made the weights others when `step` steps were committed: what was saved of that step may
     have them or not."""
-    return next((each.event for each in _changes(events, None) if each.first == step), None)
+    return next((each.event for each in _changes(events) if each.first == step), None)
 
 
-def _changes(events: Iterable[Event], replicas: int | None) -> list[_Change]:
+def _changes(events: Iterable[Event], replicas: int | None = None, tied: bool = False) -> list[_Change]:
     """Those that stand in the end: a rollback, or a resumed run, undoes what came after its checkpoint."""
     found: list[_Change] = []
     for event in events:
@@ -70,12 +73,12 @@ def _changes(events: Iterable[Event], replicas: int | None) -> list[_Change]:
             for each in found:
                 each.kept |= each.first == step
         elif name == "rejoined":
-            _end(found, "rerouted", step, event.get("worker"))
-        elif name == "rerouted":
+            _end(found, ("rerouted", "taken_over"), step, event.get("worker"))
+        elif name == "rerouted" or (name == "taken_over" and tied and replicas is not None):
             found.append(_Change(event, step, math.inf))
         elif name == "resized" and replicas is not None:
-            _end(found, "resized", step)
-            if _replicas(event) != {replicas}:
+            _end(found, ("resized",), step)
+            if tied or _replicas(event) != {replicas}:
                 found.append(_Change(event, step, math.inf))
         if _is_approximate(event):
             if name == "resumed":  # the workers know best after which step it was
@@ -85,9 +88,9 @@ def _changes(events: Iterable[Event], replicas: int | None) -> list[_Change]:
     return found
 
 
-def _end(found: Iterable[_Change], name: str, step: int, worker: int | None = None) -> None:
+def _end(found: Iterable[_Change], names: tuple[str, ...], step: int, worker: int | None = None) -> None:
     for each in found:
-        if each.event["event"] == name and worker in (None, each.event.get("worker")):
+        if each.event["event"] in names and worker in (None, each.event.get("worker")):
             each.last = min(each.last, step)
 
 

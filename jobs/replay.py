@@ -111,19 +111,24 @@ def check_sums(run: TrainConfig, now: TrainConfig, tied: bool) -> None:
     if now.scheduler == "roundpipe" or (run.exact_sums and not pools and not _swaps(run)):
         return
     shares = "balanced" in (run.scheduler, now.scheduler)
-    if pools or shares or _swaps(run):
-        why = "shares of a layer are summed by worker" if shares and not pools else "routes follow from it"
+    meets = tied and (where_ends_go(run) != "in-line" or run.stages == 1)
+    if pools or shares or meets or _swaps(run):
+        why = (
+            "routes follow from it"
+            if pools or _swaps(run)
+            else "on one worker gradients of a weight are summed in turn"
+        )
         for name in ("scheduler", "workers", "replicas"):
             had, has = getattr(run, name), getattr(now, name)
-            require(had == has, name, has, f"{had}, as in the run: {why}")
+            require(had == has, name, has, f"{had}, as in the run, which had no --exact-sums: {why}")
     require(
         now.replicas == run.replicas, "replicas", now.replicas,
         f"{run.replicas}, as in the run, which had no --exact-sums: gradients are summed by replica",
     )  # fmt: skip
     require(
         not tied or (run.stages == 1) == (now.stages == 1), "workers", now.workers,
-        f"{'one' if run.stages == 1 else '2 or more'} for each replica, as in the run, which had no --exact-sums: the "
-        "embedding is the head, and on one worker the gradients of both are summed otherwise",
+        "2 or more for each replica, as in the run, which had no --exact-sums: the embedding is the head, and on one "
+        "worker the gradients of both are summed in turn",
     )  # fmt: skip
 
 

@@ -107,8 +107,8 @@ def _open(folder: Path) -> Dataset:
 
 
 def lay_out(past: Past, out: Path, tokens: Path, start: int, saved: Path | None) -> None:
-    """Make `out` the folder of a replay on `tokens` that begins after step `start`, with the checkpoint `saved` if there
-    is one, and with all else that a run has then. Raises ConfigError where something else is in it."""
+    """Make `out` the folder of a replay on `tokens` that begins after step `start`, with the checkpoint `saved` if
+    there is one, and with all else that a run has then. Raises ConfigError where something else is in it."""
     inside = out.resolve() in (past.folder.resolve(), *past.folder.resolve().parents)
     require(not inside, "out", str(out), "a folder that the run does not lie in")
     claim = RunLock(out)

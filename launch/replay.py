@@ -134,7 +134,7 @@ def plan_replay(past: Past, config: ReplayConfig) -> Planned:
             f"the ledger of the run in {str(past.folder)!r} lacks step {gaps[0]}, which is to be run again"
         )
     exact = past.config.exact_sums or past.config.scheduler == "roundpipe"
-    if (event := inexact(past.events, start, step, None if exact else past.config.replicas)) is not None:
+    if (event := inexact(past.events, start, step, None if exact else past.config.replicas, past.tied)) is not None:
         raise ConfigError(
             f"step is {step}, and the run has {told(event)}: the steps after that do not follow from the data alone; "
             f"allowed: a step up to {event['step']}, or one after the next checkpoint"

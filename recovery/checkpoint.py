@@ -218,9 +218,9 @@ class Verifier:
         Where something was saved meanwhile, what was damaged may have been replaced: then it looks again.
         """
         with self._turn:
-            looks, before, found = 1, _listing(root), self._find(root, before)
-            while found.skipped and looks < _LOOKS and _listing(root) != before:
-                looks, before, found = looks + 1, _listing(root), self._find(root, before)
+            looks, listed, found = 1, _listing(root), self._find(root, before)
+            while found.skipped and looks < _LOOKS and _listing(root) != listed:
+                looks, listed, found = looks + 1, _listing(root), self._find(root, before)
             return found
 
     def _find(self, root: Path, before: int | None) -> Found:

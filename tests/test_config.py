@@ -48,6 +48,7 @@ ROUNDS = {"scheduler": "roundpipe"}
             for name in ("checkpoint_every", "evaluate_every", "warmup", "max_tokens", "threads", "sample_tokens",
                          "clip", "weight_decay")
         ],
+        ({"until": 7, "steps": 6}, r"^until is 7; allowed: 0 to 6, the steps of the run$"),
         ({"scheduler": "pipedream"}, r"^scheduler is 'pipedream'; allowed: one of gpipe, one_f_one_b, interleaved, z"),
         ({"scheduler": ""}, r"^scheduler is ''; allowed: one of"),
         ({"workers": 4, "replicas": 3}, r"^replicas is 3; allowed: a divisor of workers \(4\)$"),

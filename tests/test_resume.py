@@ -157,6 +157,22 @@ def test_another_run_is_refused_and_the_settings_stay(
         assert (tmp_path / "run" / name).read_bytes() == (first / name).read_bytes()
 
 
+def test_a_start_may_end_before_the_run_which_then_goes_on(resume: Callable[..., Command], tmp_path: Path) -> None:
+    refused = resume("--steps", "7", "--until", "3")
+    assert refused.code == 2
+    assert "until is 3; allowed: 4 or more: step-00000004 is at step 4" in refused.output
+    done = resume("--steps", "7", "--until", "5")
+    assert done.code == 0, done.output
+    assert "changed since the last start: steps 4 -> 7\n" in done.output
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    assert [m["step"] for m in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    again = resume()
+    assert again.code == 0, again.output
+    assert "changed" not in again.output, "it is of the one start"
+    rates = [learning_rate(settings(tmp_path).optimizer(), step) for step in (4, 5, 6)]
+    assert [m["lr"] for m in metrics(tmp_path)[4:]] == rates, "of the whole run"
+
+
 def test_text_that_has_changed_is_told_from_settings_that_have(
     resume: Callable[..., Command], corpus: Path, tmp_path: Path
 ) -> None:
