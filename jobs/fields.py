@@ -48,16 +48,20 @@ class DataSettings:
     """The text, and how it becomes tokens."""
 
     data: str | None = None
-    """`stdlib` (the sources of Python's standard library), files of text or JSON, globs, or hf:NAME for a dataset.
-    Unset, it is stdlib where weights begin at random; weights that were trained before need to be told."""
+    """`stdlib` (the sources of Python's standard library), files of text or JSON, globs, or hf:NAME for a dataset. JSON
+    with prompt and completion, question and answer, or messages is rows, of which the answers are learned. Unset, it is
+    stdlib where weights begin at random; weights that were trained before need to be told."""
     text_field: str = "text"
     """The field of a JSON object or of a dataset's row that holds the text."""
     tokenizer: Literal["auto", "bytes", "bpe", "model"] = "auto"
     """bpe is trained on the corpus; auto takes the model's own where it has one, else bpe."""
     vocabulary: Annotated[int, Within(258, 2**20, note=" (a token per byte, and 2)")] = 2048
     """Vocabulary of a trained BPE."""
-    held_out: Annotated[float, Within(0, 1, above=True, below=True)] = 0.02
-    """Share of the corpus that is kept for evaluation and never trained on."""
+    held_out: Annotated[float | None, Within(0, 1, below=True)] = None
+    """Share of the corpus that is kept for evaluation and never trained on. Unset, it is 0.02 of text, and nothing of
+    rows of questions and answers: then those that are trained on are evaluated."""
+    pack: bool = False
+    """Of rows of questions and answers, have as many in a sample as fit: none of them sees another."""
     max_tokens: Annotated[int, Within(0, 10**12)] = 4_000_000
     """Tokens of the corpus that are used at most; 0 for all."""
 

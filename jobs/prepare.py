@@ -28,6 +28,8 @@ from jobs.data import FORMAT, META, TOKENS, Dataset
 from jobs.files import CorpusError
 from pipeline.model.rng import derive
 
+HELD_OUT = 0.02
+"""The share of a text that is held out unless another is asked for."""
 _PIECE = 1 << 20
 
 Progress = Callable[[str, float], None]

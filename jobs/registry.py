@@ -9,6 +9,8 @@ from typing import Any
 from jobs.config import TrainConfig
 from jobs.job import RunJob, Start
 from jobs.plan import Plan, evaluation_samples, make_plan, open_dataset
+from jobs.row_data import RowDataset
+from jobs.row_job import RowJob
 from jobs.text import TextJob
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.jobs import unlearn_fingerprint, unlearn_jobs
@@ -17,23 +19,31 @@ from pipeline.schedule.layout import EVALUATE, TRAIN
 
 
 def text_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
-    """Language modelling on packed text, every label of which counts; and its held-out loss."""
+    """Language modelling on packed text, every label of which counts, or on rows, whose answers do; and the held-out
+    loss."""
     dataset = open_dataset(config.out)
     evaluated, size = evaluation_samples(config, dataset), config.microbatch_size
+    train: dict[str, Any] = {
+        "microbatches": config.microbatches, "size": size, "first_step": start.step, "first_sample": start.sample,
+    }  # fmt: skip
+    held_out: dict[str, Any] = {
+        "microbatches": start.at_once or -(-evaluated // size), "size": size, "limit": evaluated
+    }  # fmt: skip
+    length = config.sequence_length
+    if isinstance(dataset, RowDataset):
+        counted, packed = dataset.num_labels, dataset.pack
+        return {
+            TRAIN: RowJob(dataset.train_sample, length, counted, packed, **train),
+            EVALUATE: RowJob(dataset.held_out_spread(evaluated), length, None, packed, **held_out),
+        }
 
-    def counted(_: int) -> int:
-        return config.sequence_length
+    def all_of_it(_: int) -> int:
+        return length
 
     return {
-        TRAIN: TextJob(
-            dataset.train_sample, config.sequence_length, counted, microbatches=config.microbatches, size=size,
-            first_step=start.step, first_sample=start.sample,
-        ),
-        EVALUATE: TextJob(
-            dataset.held_out_spread(evaluated), config.sequence_length, counted,
-            microbatches=start.at_once or -(-evaluated // size), size=size, limit=evaluated,
-        ),
-    }  # fmt: skip
+        TRAIN: TextJob(dataset.train_sample, length, all_of_it, **train),
+        EVALUATE: TextJob(dataset.held_out_spread(evaluated), length, all_of_it, **held_out),
+    }
 
 
 @dataclass(frozen=True)

@@ -9,42 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.job import SampledJob
 from jobs.row_data import Sample
 from jobs.text import TEXT, token_loss
 from pipeline.runtime.batch import IGNORED, Batch, Needs
 
 
 @dataclass(frozen=True)
-class RowJob:
+class RowJob(SampledJob):
     """Microbatches of `size` samples, read from `sample(global id)`; a label of IGNORED counts for nothing.
 
-    Steps take samples as in jobs.text.TextJob. With `packed`, every span is given `position_ids`, which keep the rows
+    With `packed`, every span is given `position_ids`, which keep the rows
     of a sample apart. `counted(id)` says how many labels of a sample count, where that is known without reading it;
     else each sample is read once for it.
     """
 
     sample: Callable[[int], Sample]
     sequence_length: int
-    microbatches: int
-    size: int
-    first_step: int = 0
-    first_sample: int = 0
-    limit: int | None = None
     counted: Callable[[int], int] | None = None
     packed: bool = False
     terms: Mapping[str, float] = field(default_factory=lambda: {TEXT: 1.0})
     _counts: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
-
-    def sample_ids(self, step: int, microbatch: int) -> tuple[int, ...]:
-        """The global ids of a microbatch's samples."""
-        per_step = self.microbatches * self.size
-        start = self.first_sample + (step - self.first_step) * per_step + microbatch * self.size
-        end = start + self.size if self.limit is None else min(start + self.size, self.limit)
-        return tuple(range(start, end))
-
-    def next_sample(self, step: int) -> int:
-        """The first sample id that steps before `step` did not take."""
-        return self.first_sample + (step - self.first_step) * self.microbatches * self.size
 
     def batch(self, step: int, microbatch: int, needs: Needs) -> Batch:
         """See pipeline.runtime.batch.Job."""

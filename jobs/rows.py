@@ -63,6 +63,26 @@ class Row:
         return f"{plain(self.prompt)} {self.answer}"
 
 
+class RowTexts:
+    """Rows as documents, for a tokenizer that is trained on them."""
+
+    has_fields = True
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        return sum(len(row.text.encode()) for row in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int, /) -> str:
+        return self._rows[index].text
+
+
 def plain(prompt: Messages) -> str:
     """A prompt as text for a tokenizer without a chat template. It ends where the answer, after a space, begins."""
     names = {USER: "Question: ", ASSISTANT: "Answer: "}

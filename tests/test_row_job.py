@@ -28,7 +28,7 @@ def dataset(tmp_path: Path, *, pack: bool, forgotten: frozenset[str] = frozenset
 
 
 def test_steps_take_samples_in_order_as_text_does():
-    job = RowJob(lambda id: sample(id), 4, 3, 2, first_step=5, first_sample=100, limit=109)
+    job = RowJob(lambda id: sample(id), 4, microbatches=3, size=2, first_step=5, first_sample=100, limit=109)
     assert [job.sample_ids(5, m) for m in range(3)] == [(100, 101), (102, 103), (104, 105)]
     assert job.sample_ids(6, 1) == (108,)
     assert job.next_sample(7) == 112
@@ -41,7 +41,7 @@ def sample(id: int) -> Sample:
 
 
 def test_what_is_needed_of_a_microbatch_is_given():
-    job = RowJob(sample, 4, 1, 2)
+    job = RowJob(sample, 4, microbatches=1, size=2)
     assert job.batch(0, 0, Needs.NOTHING).tensors == {}
     assert set(job.batch(0, 0, Needs.INPUT).tensors) == {"input_ids"}
     assert set(job.batch(0, 0, Needs.LOSS).tensors) == {"labels"}
@@ -53,11 +53,11 @@ def test_what_is_needed_of_a_microbatch_is_given():
 
 def test_every_span_of_a_packed_job_is_given_positions(tmp_path: Path):
     data = dataset(tmp_path, pack=True)
-    job = RowJob(data.train_sample, LENGTH, 1, 2, packed=True)
+    job = RowJob(data.train_sample, LENGTH, microbatches=1, size=2, packed=True)
     for needs in (Needs.NOTHING, Needs.INPUT, Needs.LOSS):
         assert job.batch(0, 0, needs)["position_ids"].shape == (2, LENGTH)
     with pytest.raises(ValueError, match="packed job was given a sample without position_ids"):
-        RowJob(sample, 4, 1, 2, packed=True).batch(0, 0, Needs.NOTHING)
+        RowJob(sample, 4, microbatches=1, size=2, packed=True).batch(0, 0, Needs.NOTHING)
 
 
 def test_counts_are_read_once_and_agree_with_what_is_known_before(tmp_path: Path):
@@ -67,13 +67,13 @@ def test_counts_are_read_once_and_agree_with_what_is_known_before(tmp_path: Path
         read.append(id)
         return sample(id)
 
-    job = RowJob(counting, 4, 2, 3)
+    job = RowJob(counting, 4, microbatches=2, size=3)
     assert [job.counts(0, m) for m in (0, 1, 0, 1)] == [{TEXT: 3}, {TEXT: 7}] * 2
     assert read == list(range(6))
     for pack in (False, True):
         data = dataset(tmp_path, pack=pack, forgotten=frozenset({ROWS[1].digest}))
-        known = RowJob(data.train_sample, LENGTH, 2, 2, counted=data.num_labels)
-        slow = RowJob(data.train_sample, LENGTH, 2, 2)
+        known = RowJob(data.train_sample, LENGTH, microbatches=2, size=2, counted=data.num_labels)
+        slow = RowJob(data.train_sample, LENGTH, microbatches=2, size=2)
         assert [known.counts(s, m) for s in range(9) for m in (0, 1)] == [
             slow.counts(s, m) for s in range(9) for m in (0, 1)
         ]
@@ -85,7 +85,7 @@ def epoch(data: RowDataset) -> tuple[float, int, dict[str, torch.Tensor]]:
     config.vocab_size, config.max_position_embeddings = 258, LENGTH
     model = LayeredModel(config)
     span = model.build((0, model.num_layers), seed=0).double()
-    job = RowJob(data.train_sample, LENGTH, data.num_train, 1, packed=data.pack)
+    job = RowJob(data.train_sample, LENGTH, microbatches=data.num_train, size=1, packed=data.pack)
     loss, count = torch.zeros((), dtype=torch.float64), 0
     for microbatch in range(data.num_train):
         batch = job.batch(0, microbatch, Needs.INPUT | Needs.LOSS)

@@ -115,10 +115,9 @@ class Manifest:
                 "ledger": LedgerRange(**ledger),
                 "seen_in_steps": listed(found["seen_in_steps"], "seen_in_steps", lambda step: whole(step, "a step")),
             }
-            of = {"versions": str, "before": float, "after": float, "times": float}
-            for name in of:
-                kinds: dict[str, Kind] = dict.fromkeys(found[name], of[name])
-                found[name] = checked(found[name], name, **kinds)
+            of: dict[str, Kind] = {"versions": str, "before": float, "after": float, "times": float}
+            for name, kind in of.items():
+                found[name] = checked(found[name], name, **dict.fromkeys(found[name], kind))
             return cls(**found)
         except (WireError, OSError) as error:
             raise ManifestError(f"{path} is no manifest that can be read: {error}") from error
