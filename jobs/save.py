@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from jobs.engine import Engine, ReportSink
+from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import is_adapter, merge_adapters, save_adapter
-from pipeline.model.weights import ModelError, finish_export, write_shard
+from pipeline.model.weights import ModelError, Weights, finish_export, write_shard
 from recovery import checkpoint
 
 _FILE_BYTES = 2 << 30
@@ -138,9 +139,20 @@ def _finish(
         config = model.lora.config(model.module(model.paths(1)["block"]))
         save_adapter(path.with_name("adapter"), config, adapters, base if Path(base).is_dir() else None)
     weight_map = {tensor: name for vote in votes.values() for tensor, name in vote["shards"].items()}
+    weight_map |= _add_rest(model, Path(base), unfinished)
     every = [key for layer in range(model.num_layers) for key in model.keys(layer) if not is_adapter(key)]
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     finish_export(unfinished, model.config, weight_map, keys=every, tokenizer=loaded, into=path)
+
+
+def _add_rest(model: LayeredModel, source: Path, folder: Path) -> dict[str, str]:
+    """Write the layers after the last one of a model that ends early, as they are in `source`; returns tensor ->
+    file."""
+    whole, known = LayeredModel(model.config), Weights(source)
+    rest = [key for layer in range(model.num_layers, whole.num_layers) for key in whole.keys(layer)]
+    if not rest:
+        return {}
+    return write_shard(folder, whole.num_layers, whole.num_layers, known.read({key: (key,) for key in rest}))
 
 
 def _files(engine: Engine) -> list[tuple[int, list[int]]]:

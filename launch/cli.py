@@ -26,9 +26,10 @@ class _Command:
 
     summary: str
     load: Callable[[], tuple[type, Callable[[Any], Any]]]
-    reports: bool = True
     first: str = ""
     """The setting that a word before all flags gives."""
+    base: Callable[[], Callable[[Mapping[str, Any]], Mapping[str, Any]]] | None = None
+    """Loads what gives settings that come before those asked for, by those."""
 
 
 def _train() -> tuple[type, Callable[[Any], Any]]:
@@ -83,6 +84,48 @@ def _draw() -> tuple[type, Callable[[Any], Any]]:
     return DrawConfig, draw
 
 
+def _unlearn() -> tuple[type, Callable[[Any], Any]]:
+    from jobs.unlearn.config import UnlearnConfig
+    from launch.unlearn import unlearn
+
+    @dataclass(frozen=True)
+    class TerminalSettings:
+        """What is printed, and what is given up."""
+
+        json: bool = False
+        """Show no progress; print one JSON object at the end."""
+        abandon: bool = False
+        """Give up the request that is not complete: the run stays as it was."""
+
+    @dataclass(frozen=True)
+    class Unlearn(UnlearnConfig, TerminalSettings):
+        __doc__ = UnlearnConfig.__doc__
+
+    def run(config: Unlearn) -> Any:
+        plain = UnlearnConfig(**{f.name: getattr(config, f.name) for f in fields(UnlearnConfig)})
+        return unlearn(plain, config.json, config.abandon)
+
+    return Unlearn, run
+
+
+def _of_the_run() -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    from launch.unlearn import of_the_run
+
+    return of_the_run
+
+
+def _audit() -> tuple[type, Callable[[Any], Any]]:
+    from launch.audit import AuditConfig, audit_command
+
+    return AuditConfig, audit_command
+
+
+def _authors() -> tuple[type, Callable[[Any], Any]]:
+    from launch.authors_command import AuthorsConfig, authors_command
+
+    return AuthorsConfig, authors_command
+
+
 def _replay() -> tuple[type, Callable[[Any], Any]]:
     from launch.replay import ReplayConfig, replay
 
@@ -96,7 +139,10 @@ def _doctor() -> tuple[type, Callable[[Any], Any]]:
 
 
 COMMANDS = {
-    "train": _Command("train a model through a pipeline of workers", _train, reports=False),
+    "train": _Command("train a model through a pipeline of workers", _train),
+    "unlearn": _Command("have a trained model forget rows of its data", _unlearn, first="run", base=_of_the_run),
+    "audit": _Command("search a run for what it has forgotten", _audit, first="run"),
+    "authors": _Command("write fictitious authors to learn and to forget", _authors),
     "replay": _Command("run a step of a run again, and compare every bit", _replay, first="run"),
     "eval": _Command("perplexity of an exported model", _evaluate),
     "generate": _Command("sample a continuation from an exported model", _generate),
@@ -141,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, function = command.load()
     try:
         try:
-            config = configured(settings, name, _named(command.first, arguments[1:]))
+            config = configured(settings, name, _named(command.first, arguments[1:]), command.base)
         except (SystemExit, BrokenPipeError):  # the help has been printed, or its reader has enough
             return _say()
         result = function(config)
@@ -154,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(name, "asked to stop before the first step: nothing was saved, and nothing is left", STOPPED)
     except KeyboardInterrupt:
         return _refuse(name, "interrupted; what was not saved is lost", ERROR)
-    if not command.reports:
-        return int(result)
+    if isinstance(result, int):
+        return result
     values, text = result
     return _say(json.dumps(values) if config.json else text, 0 if values.get("ok", True) else ERROR)
 
@@ -177,7 +223,10 @@ def _refuse(name: str, told: object, code: int = USAGE) -> int:
     return code
 
 
-def configured(settings: type, name: str, arguments: Sequence[str]) -> Any:
+def configured(
+    settings: type, name: str, arguments: Sequence[str],
+    base: Callable[[], Callable[[Mapping[str, Any]], Mapping[str, Any]]] | None = None,
+) -> Any:  # fmt: skip
     """The settings of a command: defaults, those that a run to be resumed has kept, those of --config FILE, then flags.
 
     Raises ConfigError for what is no setting or does not fit, SystemExit after the help.
@@ -200,7 +249,11 @@ def configured(settings: type, name: str, arguments: Sequence[str]) -> Any:
             config=(tyro.conf.OmitArgPrefixes,),
         )
     asked |= given(settings, words)
-    kept = kept_values(Path(asked.get("out", settings().out))) if asked.get("resume") else {}
+    kept: Mapping[str, Any] = {}
+    if base is not None:
+        kept = base()(asked)
+    elif asked.get("resume"):
+        kept = kept_values(Path(asked.get("out", settings().out)))
     return config_from_dict(settings, {**kept, **asked})
 
 

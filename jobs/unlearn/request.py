@@ -7,13 +7,13 @@ RUN/requests/0001/...               the files of a run, which a request is: conf
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.wire import WireError, checked, parse
+from recovery.disk import write_flushed
 
 FILE = "request.json"
 Status = Literal["open", "trained", "committed", "complete"]
@@ -52,7 +52,7 @@ class Request:
     def write(self, folder: Path) -> Request:
         """Keep it, whole and on the disk before this returns."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FILE, asdict(self))
+        write_flushed(folder / FILE, json.dumps(asdict(self), indent=1).encode())
         return self
 
     @classmethod
@@ -83,18 +83,3 @@ def requests_of(run: Path) -> Sequence[Request]:
     """All requests of a run, in their order. Raises RequestError for a folder that keeps none."""
     folders = sorted(path for path in (run / "requests").glob("[0-9][0-9][0-9][0-9]") if path.is_dir())
     return [Request.read(folder) for folder in folders if (folder / FILE).is_file()]
-
-
-def write_json(path: Path, values: Any) -> None:
-    """A JSON file, whole and on the disk before this returns."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -252,7 +252,7 @@ class LayeredModel:
         modules = [m for m in module.modules() if drawn or any(True for _ in m.buffers(recurse=False))]
         self._initialise(modules, derive(seed, "init", layer, path))
         if weights is not None:
-            tensors = weights.read({name: self._stored_names(name) for name in fresh.values()})
+            tensors = weights.read({name: self.stored_names(name) for name in fresh.values()})
             for local, name in fresh.items():
                 _copy(module.get_parameter(local), tensors[name], name, weights)
         module = module.to(device) if fresh or any(True for _ in module.buffers()) else module
@@ -286,7 +286,7 @@ class LayeredModel:
         assert self.family.rotary is not None
         return type(self._skeleton.get_submodule(self.family.rotary))(self.config)
 
-    def _stored_names(self, name: str) -> tuple[str, ...]:
+    def stored_names(self, name: str) -> tuple[str, ...]:
         """What a checkpoint may call a parameter: its name, the name without the base model's prefix, a tied name."""
         names = (name, *(alias for alias, owner in self.aliases.items() if owner == name))
         prefix = f"{self._skeleton.base_model_prefix}."

@@ -1,0 +1,105 @@
+"""How a request begins: the rows that it means, its folder, and the weights that it begins with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jobs.author_questions import SAYS_NOTHING
+from jobs.config import ConfigError, TrainConfig, require
+from jobs.files import CorpusError
+from jobs.row_data import ROWS, RowDataset
+from jobs.row_prepare import prepare_rows
+from jobs.rows import read_rows
+from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.method import ANCHOR, PAIR, TRACE
+from jobs.unlearn.request import Request, folder_of
+from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
+from jobs.unlearn.settings import method_of
+from jobs.unlearn.weights import begin_with
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import read_config
+from recovery import checkpoint
+from recovery.generation import read_generation
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The run that is to forget: its settings, its rows, the rows that its ledger has, and its newest checkpoint."""
+
+    config: TrainConfig
+    dataset: RowDataset
+    seen: frozenset[int]
+    saved: Path
+    step: int
+
+    @classmethod
+    def read(cls, run: Path, config: TrainConfig, ledger: Iterable[Mapping[str, Any]]) -> Trained:
+        """Raises ConfigError for a run that has no rows or no checkpoint, CorpusError for damaged rows."""
+        require(
+            (run / "data" / ROWS).is_file(), "run", str(run),
+            "a run on rows of questions and answers: `unbroken train --data FILE.jsonl`",
+        )  # fmt: skip
+        dataset = RowDataset.open(run / "data")
+        found = checkpoint.find(run / "checkpoints", read_generation(run))
+        if found.path is None or found.manifest is None:
+            told = "".join(f"; {path.name} is skipped: {reason}" for path, reason in found.skipped)
+            raise ConfigError(f"run is {str(run)!r}, which has no valid checkpoint to begin with{told}")
+        step = int(found.manifest["extra"]["step"])
+        lines = [line for line in ledger if line["step"] <= step]
+        return cls(config, dataset, seen_rows(dataset, lines), found.path, step)
+
+
+def choose(config: UnlearnConfig, trained: Trained) -> tuple[list[int], list[int]]:
+    """The rows to forget and those to keep. Raises ConfigError, CorpusError."""
+    forget = select(trained.dataset, config.forget, "forget")
+    auto = config.retain == AUTO
+    retain = (
+        rest_of(trained.dataset, forget, trained.seen) if auto else select(trained.dataset, config.retain, "retain")
+    )
+    require_forgettable(trained.dataset, forget, retain, trained.seen, config.forget)
+    return forget, retain
+
+
+def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
+    """Lay out the folder of a request, and keep the request there last of all. Raises ConfigError, CorpusError."""
+    run, folder, kinds = config.run, folder_of(config.run, number), method_of(config).kinds
+    forget, retain = choose(config, trained)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("tokenizer", "model-config"):
+        shutil.copytree(run / name, folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    idk = _answers(config.idk, tokenizer) if PAIR in kinds else ()
+    others = {kind: getattr(config, kind) for kind in (TRACE, ANCHOR) if kind in kinds}
+    for kind, path in others.items():
+        require(path is not None, kind, path, f"a file of rows, which method {config.method} needs")
+        rows = read_rows(str(path))
+        if rows is None:
+            raise ConfigError(f"{kind} is {str(path)!r}, which holds no rows; allowed: JSON of rows")
+        prepare_rows(rows, tokenizer, config.sequence_length, 0.0, folder / kind, config.seed)
+    model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
+    begin_with(model, trained.saved, folder / "start", run / "tokenizer")
+    return Request(
+        number, read_generation(run) + 1, trained.step, config.forget, config.method, tuple(forget), tuple(retain),
+        tuple(described(trained.dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
+    ).write(folder)  # fmt: skip
+
+
+def _answers(path: Path | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sequence[int]]:
+    """Answers that say nothing, as tokens with the end token last."""
+    texts = list(SAYS_NOTHING)
+    if path is not None:
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts = [json.loads(line)["answer"] if line.lstrip().startswith("{") else line.strip() for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorpusError(f"idk is {str(path)!r}, which cannot be read: {error}") from error
+        require(bool(texts), "idk", str(path), "at least one answer, one on each line")
+    return [[*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]

@@ -1,0 +1,74 @@
+"""The weights of a request: out of the run's checkpoint before it, and into a checkpoint of the run after it.
+
+A request begins with weights alone, adapters merged. What it ends with becomes a checkpoint of the run at the step that
+it began from, in the new generation: the same layers, with no moments, because moments are sums over what was seen.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from pipeline.model.layered import LayeredModel
+from pipeline.model.lora import first_value, is_adapter, merge_adapters
+from pipeline.model.weights import Weights, finish_export, write_shard
+from recovery import checkpoint
+from recovery.disk import write_flushed
+
+SAID = "unbroken.json"
+"""Says beside an exported model of which generation it is."""
+
+
+def begin_with(model: LayeredModel, saved: Path, into: Path, tokenizer: Path) -> None:
+    """Write the weights of a checkpoint as a model directory. Raises CheckpointError, ModelError."""
+    manifest, unfinished = checkpoint.read_manifest(saved), into.with_name(into.name + ".tmp")
+    weight_map: dict[str, str] = {}
+    for layer in range(model.num_layers):
+        tensors = {
+            key.removeprefix("param/"): tensor
+            for key, tensor in checkpoint.read_layer(saved, manifest, layer).items() if key.startswith("param/")
+        }  # fmt: skip
+        if model.lora is not None:
+            tensors = merge_adapters(model.lora, tensors, model.module)
+        if tensors:
+            weight_map |= write_shard(unfinished, layer + 1, model.num_layers, tensors)
+    finish_export(
+        unfinished, model.config, weight_map, tokenizer=AutoTokenizer.from_pretrained(tokenizer), into=into
+    )  # fmt: skip
+
+
+def publish(model: LayeredModel, weights: Path, root: Path, before: Path, seed: int, **changed: Any) -> Path:
+    """Make a checkpoint under `root` of the weights in a model directory: that of the checkpoint `before`, but for what
+    is `changed` in what its manifest says. Raises CheckpointError, ModelError."""
+    extra = {**checkpoint.read_manifest(before)["extra"], **changed}
+    step, fence = int(extra["step"]), (checkpoint.last_attempt(root) + 1, 1)
+    folder, known = checkpoint.begin(root, step, fence), Weights(weights)
+    records = [
+        checkpoint.write_layer(folder, layer, _state(model, known, layer, seed)) for layer in range(model.num_layers)
+    ]
+    return checkpoint.commit(root, step, records, extra, fence=fence)
+
+
+def _state(model: LayeredModel, known: Weights, layer: int, seed: int) -> dict[str, Tensor]:
+    """What the file of a layer has, as at the first step; adapters begin anew, for they are merged."""
+    shapes, found = model.shapes(layer), dict[str, Tensor]()
+    for spec in (spec for spec in model.states if spec.owner == layer):
+        names = {key: model.stored_names(key) for key in spec.keys if not is_adapter(key)}
+        values = known.read(names) | {key: first_value(key, shapes[key], seed) for key in spec.keys if is_adapter(key)}
+        found |= {f"param/{key}": values[key] for key in spec.keys}
+        for place, key in enumerate(spec.keys[: spec.trained]):
+            found |= {f"{kind}/{key}": torch.zeros_like(values[key]) for kind in ("exp_avg", "exp_avg_sq")}
+            found[f"step/{key}"] = torch.zeros(())
+            if place == 0:
+                found[f"lr_scale/{key}"] = torch.ones(())
+    return found
+
+
+def say_generation(folder: Path, generation: int) -> None:
+    """Have a model directory say of which generation it is."""
+    write_flushed(folder / SAID, json.dumps({"generation": generation}).encode())
