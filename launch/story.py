@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -51,6 +52,15 @@ _SAID = {
 def _printable(text: str) -> str:
     """The text without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _measured(record: dict[str, Any]) -> str:
+    """What an evaluation has found, for a person."""
+    means = record["means"]
+    if "forget_probability" in means:
+        forget, keep = means["forget_probability"], means.get("retain_probability", math.nan)
+        return f"probability of an answer to forget {forget:.4f}, to keep {keep:.4f}"
+    return f"held-out loss {record['loss']:.3f}, perplexity {record['perplexity']:.1f}"
 
 
 class Story:
@@ -121,9 +131,7 @@ class Story:
             self._pictures.timeline(record["lanes"])
         elif kind == "evaluation":
             self._folder.event("evaluation", **record)
-            self._display.say(
-                f"step {record['step']}: held-out loss {record['loss']:.3f}, perplexity {record['perplexity']:.1f}"
-            )
+            self._display.say(f"step {record['step']}: {_measured(record)}")
         elif kind == "stopped":
             self._folder.event("stopped", **record)
             self._display.say(f"asked to stop: saved at step {record['step']}; --resume goes on from there", "yellow")

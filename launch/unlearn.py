@@ -26,7 +26,6 @@ from launch.resume import kept_values
 from launch.run_folder import write_whole
 from launch.run_lock import RunLock
 from launch.train import train
-from pipeline.exit_codes import STOPPED
 from recovery.checkpoint import any_saved
 from recovery.disk import write_flushed
 from recovery.fencing import KEPT_ELSEWHERE, shred_folder
@@ -67,7 +66,7 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
             trained = Trained.read(config.run, *trained_on)
             if request.status == "open":
                 if (code := _train(config, as_json)) != 0:
-                    return code
+                    return code  # it has been said how to go on
                 request = measured(config, request, trained)
             request = commit(config, request, trained)
         said: list[str] = []
@@ -120,12 +119,7 @@ def _abandon(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any],
 
 def _train(config: UnlearnConfig, as_json: bool) -> int:
     with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
-        code = train(config, as_json, prepared=True)
-    if code == STOPPED and not as_json:
-        print(
-            f"the request is not complete, and the run is as it was: `unbroken unlearn {config.run} --resume` goes on"
-        )
-    return code
+        return train(config, as_json, prepared=True)
 
 
 def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict[str, Any], str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from jobs.author_questions import SAYS_NOTHING
 from jobs.config import ConfigError, TrainConfig, require
@@ -59,10 +59,9 @@ class Trained:
 def choose(config: UnlearnConfig, trained: Trained) -> tuple[list[int], list[int]]:
     """The rows to forget and those to keep. Raises ConfigError, CorpusError."""
     forget = select(trained.dataset, config.forget, "forget")
-    auto = config.retain == AUTO
-    retain = (
-        rest_of(trained.dataset, forget, trained.seen) if auto else select(trained.dataset, config.retain, "retain")
-    )
+    retain = rest_of(trained.dataset, forget, trained.seen)
+    if config.retain != AUTO:
+        retain = select(trained.dataset, config.retain, "retain")
     require_forgettable(trained.dataset, forget, retain, trained.seen, config.forget)
     return forget, retain
 
@@ -92,7 +91,7 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     ).write(folder)  # fmt: skip
 
 
-def _answers(path: Path | None, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sequence[int]]:
+def _answers(path: Path | None, tokenizer: Any) -> Sequence[Sequence[int]]:
     """Answers that say nothing, as tokens with the end token last."""
     texts = list(SAYS_NOTHING)
     if path is not None:

@@ -2,7 +2,7 @@
 
 The new generation is one file that is written in one rename. Before it the run is as it was, and the request can be
 given up; after it nothing of an older generation is used by anybody, and all that follows can be repeated until it is
-done: rows are erased, checkpoints fenced or shredded, what the request itself kept is shredded, the manifest is written.
+done: rows are erased, checkpoints fenced or shredded, what the request itself kept is shredded, the manifest written.
 """
 
 from __future__ import annotations

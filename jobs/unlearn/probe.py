@@ -22,15 +22,16 @@ def probe(folder: Path, material: Material, items: Sequence[Item], size: int) ->
     job = ProbeJob(microbatches=-(-len(items) // size), size=size, limit=len(items), material=material, items=items)
     parts = [items[at : at + size] for at in range(0, len(items), size)]
     hidden = [stacked(material, list(part), Needs.INPUT)["input_ids"] for part in parts]
-    for layer in range(model.num_layers):
+    last = model.num_layers - 1
+    for layer in range(last):
         module = model.build((layer, layer + 1), seed=0, source=folder).eval()
-        if layer + 1 < model.num_layers:
-            hidden = [module(x) for x in hidden]
+        hidden = [module(x) for x in hidden]
+    head = model.build((last, last + 1), seed=0, source=folder).eval()
     sums: dict[str, float] = {}
     totals: dict[str, int] = {}
     for m, x in enumerate(hidden):
         batch: Batch = job.batch(0, m, Needs.LOSS)
-        for term, value in job.loss(module(x), batch).items():
+        for term, value in job.loss(head(x), batch).items():
             sums[term] = sums.get(term, 0.0) + float(value)
         for term, count in job.counts(0, m).items():
             totals[term] = totals.get(term, 0) + count
