@@ -244,6 +244,11 @@ def _identity_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
+def row_fingerprint(folder: Path) -> str:
+    """What the fingerprint of a prepared folder is now, whatever its meta.json says. Raises OSError."""
+    return _fingerprint(folder / TOKENS, folder / ROWS, json.loads((folder / META).read_text(encoding="utf-8")))
+
+
 def _fingerprint(tokens: Path, lines: Path, meta: dict[str, Any]) -> str:
     parts = [meta[name] for name in ("end_token", "sequence_length", "held_out_share", "seed", "pack")]
     for path in (tokens, lines):

@@ -148,10 +148,10 @@ def _finish(
 def _add_rest(model: LayeredModel, source: Path, folder: Path) -> dict[str, str]:
     """Write the layers after the last one of a model that ends early, as they are in `source`; returns tensor ->
     file."""
+    if model.headed:
+        return {}
     whole, known = LayeredModel(model.config), Weights(source)
     rest = [key for layer in range(model.num_layers, whole.num_layers) for key in whole.keys(layer)]
-    if not rest:
-        return {}
     return write_shard(folder, whole.num_layers, whole.num_layers, known.read({key: (key,) for key in rest}))
 
 

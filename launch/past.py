@@ -16,6 +16,8 @@ from jobs.data import META, TOKENS, Dataset
 from jobs.files import CorpusError
 from jobs.prepare import fingerprint_of
 from jobs.replay import Records
+from jobs.row_data import ROWS, RowDataset
+from jobs.row_prepare import row_fingerprint
 from launch.resume import kept_values
 from launch.run_folder import LEDGER, read_jsonl, standing, write_whole
 from launch.run_lock import RunLock
@@ -74,10 +76,9 @@ def check_tokens(past: Past, tokens: Path, manifest: dict[str, Any] | None) -> N
     """Raise ConfigError for tokens that are damaged, or are none for this run."""
     own, name = past.folder / "data", str(tokens)
     dataset = _open(tokens)
-    numbers = dataset.held_out_tokens, dataset.train_start, dataset.sequence_length, dataset.seed
     if tokens == own:
         require(
-            fingerprint_of(own / TOKENS, *numbers) == dataset.fingerprint, "data", name,
+            _fingerprint(dataset) == dataset.fingerprint, "data", name,
             f"tokens whose fingerprint is {dataset.fingerprint}, as {META} says: they are damaged",
         )  # fmt: skip
         had = None if manifest is None else manifest["extra"].get("data")
@@ -96,9 +97,17 @@ def check_tokens(past: Past, tokens: Path, manifest: dict[str, Any] | None) -> N
         require(dataset.num_train == count, "data", name, f"{count} samples, as in the run; it has {dataset.num_train}")
 
 
-def _open(folder: Path) -> Dataset:
+def _fingerprint(dataset: Dataset | RowDataset) -> str:
+    """As it is now."""
+    if isinstance(dataset, RowDataset):
+        return row_fingerprint(dataset.folder)
+    numbers = dataset.held_out_tokens, dataset.train_start, dataset.sequence_length, dataset.seed
+    return fingerprint_of(dataset.folder / TOKENS, *numbers)
+
+
+def _open(folder: Path) -> Dataset | RowDataset:
     try:
-        return Dataset.open(folder)
+        return RowDataset.open(folder) if (folder / ROWS).is_file() else Dataset.open(folder)
     except CorpusError as error:
         raise ConfigError(f"data is {str(folder)!r}, whose tokens cannot be read: {error.__cause__}") from error
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from contextlib import ExitStack, redirect_stdout
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +26,13 @@ from jobs.replay import (
     differing_checkpoint,
     differing_model,
     differing_step,
+    first_seen,
     missing_steps,
     settings_of,
 )
+from jobs.row_data import ROWS, RowDataset
+from jobs.row_prepare import erase
+from jobs.unlearn.select import samples_of, select
 from launch.agent import RunFailed
 from launch.commands import Result
 from launch.past import MARK, Past, check_tokens, lay_out, read_ledger, read_metrics
@@ -60,6 +67,9 @@ class ReplayConfig:
     data: Path | None = None
     """A folder of prepared tokens that take the place of those of the run. Then nothing is compared: what counts is the
     checkpoint and the model."""
+    without: str = ""
+    """Rows without which the steps are run again, from the newest checkpoint that never saw them: an id, FIELD=VALUE or
+    a file, as `unbroken unlearn --forget`. Nothing is compared: the model is the one that would have been."""
     out: Path | None = None
     """The folder of the replay; unset, replays/step-N in that of the run. An older replay there is replaced."""
     json: bool = False
@@ -91,9 +101,11 @@ def replay(config: ReplayConfig) -> Result:
     check_bounds(config)
     require("LOCAL_RANK" not in os.environ, "replay", "torchrun", "one process that starts its own workers")
     past = Past.read(config.run)
-    planned = plan_replay(past, config)
-    lay_out(past, planned.config.out, planned.tokens, planned.start, planned.checkpoint)
     with ExitStack() as stack:
+        if config.without:
+            config = stack.enter_context(filtered(past, config))
+        planned = plan_replay(past, config)
+        lay_out(past, planned.config.out, planned.tokens, planned.start, planned.checkpoint)
         if config.json:  # one object is printed, and it is not that of the run
             stack.enter_context(redirect_stdout(io.StringIO()))
         code = train(planned.config, config.json, prepared=True)
@@ -105,6 +117,27 @@ def replay(config: ReplayConfig) -> Result:
 
 
 # ---- before ----
+
+
+@contextmanager
+def filtered(past: Past, config: ReplayConfig) -> Iterator[ReplayConfig]:
+    """The replay without some rows: their first step is where it has to begin, and their tokens are blank. Raises
+    ConfigError for rows that the run has never seen."""
+    require(config.data is None, "data", str(config.data), "nothing with --without, which makes its own")
+    require((past.folder / "data" / ROWS).is_file(), "without", config.without, "nothing: the run is not on rows")
+    dataset = RowDataset.open(past.folder / "data")
+    rows = select(dataset, config.without, "without")
+    lines = read_ledger(past.folder)
+    last = max((line["first_sample"] + line["samples"] for line in lines), default=0)
+    since = first_seen(lines, samples_of(dataset, rows, last))
+    if since is None:
+        raise ConfigError(f"without is {config.without!r}; no step of the run's ledger has any of these rows")
+    with tempfile.TemporaryDirectory(prefix="without-", dir=past.folder) as folder:
+        copy = Path(folder) / "data"
+        shutil.copytree(past.folder / "data", copy)
+        erase(copy, {dataset.rows[row].digest for row in rows})
+        since = min(since, config.step or past.records.committed)
+        yield replace(config, data=copy, since=since if config.since is None else min(config.since, since))
 
 
 def plan_replay(past: Past, config: ReplayConfig) -> Planned:
