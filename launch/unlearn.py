@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +16,15 @@ from typing import Any
 from jobs.config import ConfigError, require
 from jobs.unlearn.begin import Trained, begin
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.finish import MANIFEST, SIGNATURE, commit, measured, put_away, reached, read_report
+from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report
 from jobs.unlearn.method import FORGET, RETAIN
+from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request, folder_of, requests_of
-from jobs.unlearn.signature import read_key
+from jobs.unlearn.signature import SignatureError, read_key
 from launch.config import to_toml
 from launch.past import Past, read_ledger
+from launch.replay import ReplayConfig, replay
 from launch.resume import kept_values
 from launch.run_folder import write_whole
 from launch.run_lock import RunLock
@@ -51,7 +54,10 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
     require("LOCAL_RANK" not in os.environ, "unlearn", "torchrun", "one process that starts its own workers")
     past = Past.read(config.run)
     if config.key is not None:
-        read_key(config.key)
+        try:
+            read_key(config.key)
+        except SignatureError as error:
+            raise ConfigError(f"key is {str(config.key)!r}: {error}") from error
     with _locked(config.run):
         trained_on = (past.config, read_ledger(config.run))
         if config.resume or abandon:
@@ -65,7 +71,7 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
         if not reached(config.run, request):
             trained = Trained.read(config.run, *trained_on)
             if request.status == "open":
-                if (code := _train(config, as_json)) != 0:
+                if (code := _steps(config, request, as_json)) != 0:
                     return code  # it has been said how to go on
                 request = measured(config, request, trained)
             request = commit(config, request, trained)
@@ -115,6 +121,19 @@ def _abandon(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any],
     )  # fmt: skip
     shred_folder(folder)
     return {"abandoned": request.number}, f"request {request.number} is given up: the run is as it was"
+
+
+def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
+    """Have the model of the request in its folder. Returns the exit code."""
+    if request.method != Replay.name:
+        return _train(config, as_json)
+    if not (config.out / "model").is_dir():
+        out = config.out / REPLAY
+        ids = "id:" + ",".join(row["id"] for row in request.rows)
+        replay(ReplayConfig(config.run, request.step, workers=config.workers, without=ids, out=out, json=as_json))
+        shutil.copytree(out / "model", config.out / "model.tmp", dirs_exist_ok=True)
+        os.replace(config.out / "model.tmp", config.out / "model")
+    return 0
 
 
 def _train(config: UnlearnConfig, as_json: bool) -> int:

@@ -63,11 +63,14 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         return method_of(self).depth
 
     def resolved(self) -> UnlearnConfig:
-        """See TrainConfig; adapters and whole models begin with the learning rates that suit them."""
+        """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost
+        comes back as it was: a request is held to its word."""
         lr = (1e-3 if self.lora_rank else 1e-4) if self.lr is None else self.lr
         steps = max(1, self.steps)
         warmup = min(20, -(-steps // 10)) if self.warmup is None else self.warmup
-        return replace(self, lr=lr, warmup=warmup, data=self.data or "rows of the run")
+        exact = self.recovery == "auto" and self.scheduler not in ("roundpipe", "skippipe")
+        recovery = "exact" if exact else self.recovery
+        return replace(self, lr=lr, warmup=warmup, data=self.data or "rows of the run", recovery=recovery)
 
     def validate(self) -> None:
         """Raise ConfigError where the microbatches of a step do not go with the method, too."""
@@ -75,7 +78,7 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         kinds = method_of(self).kinds
         require(bool(self.forget), "forget", self.forget, "rows of the run: an id, FIELD=VALUE, or a file")
         require(
-            self.microbatches % len(kinds) == 0, "microbatches", self.microbatches,
+            not kinds or self.microbatches % len(kinds) == 0, "microbatches", self.microbatches,
             f"a multiple of {len(kinds)} for method {self.method}, which takes {', '.join(kinds)} in turn",
         )  # fmt: skip
         require(
@@ -92,5 +95,7 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
 
     def with_steps(self, rows: int) -> UnlearnConfig:
         """The same with the steps that the epochs take over so many rows, where none are set."""
+        if not method_of(self).kinds:
+            return self
         steps = self.steps or max(1, round(self.epochs * rows / self.rows_per_step))
         return replace(self, steps=steps)

@@ -26,23 +26,25 @@ from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import Asked, Hashes, Manifest, ledger_range, versions, weights_hash
 from jobs.unlearn.method import FORGET, RETAIN
+from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.probe import probe
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request
 from jobs.unlearn.select import samples_of
 from jobs.unlearn.settings import MethodSettings, method_of
 from jobs.unlearn.signature import sign
-from jobs.unlearn.weights import publish, say_generation
+from jobs.unlearn.weights import publish, say_generation, states_in, states_of
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 from pipeline.settings import names_of
+from recovery import checkpoint
 from recovery.disk import write_flushed
 from recovery.fencing import retire, shred_folder
 from recovery.forgotten import ForgottenRow, add_forgotten
 from recovery.generation import raise_generation, read_generation
 from recovery.windows import Windows, forgotten_windows
 
-REPORT, MANIFEST, SIGNATURE = "report.json", "manifest.json", "manifest.sig"
+REPORT, MANIFEST, SIGNATURE, REPLAY = "report.json", "manifest.json", "manifest.sig", "replay"
 Tell = Callable[[str], None]
 
 
@@ -78,11 +80,14 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
 def commit(config: UnlearnConfig, request: Request, trained: Trained) -> Request:
     """Make the request true for the run. Raises CheckpointError, ModelError, GenerationError."""
     report, run = read_report(config.out), config.run
-    model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
-    publish(
-        model, config.out / "model", run / "checkpoints", trained.saved, trained.config.seed,
-        generation=request.generation, data=report["hashes"]["data_after"], job={},
-    )  # fmt: skip
+    replayed = checkpoint.directory(config.out / REPLAY / "checkpoints", request.step)
+    if request.method == Replay.name:  # moments and all: they never knew
+        states = states_in(replayed)
+    else:
+        model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
+        states = states_of(model, config.out / "model", trained.config.seed)
+    changed = {"generation": request.generation, "data": report["hashes"]["data_after"], "job": {}}
+    publish(run / "checkpoints", trained.saved, states, **changed)
     raise_generation(run, request.generation)  # this is the moment
     return request.at("committed").write(config.out)
 
@@ -102,7 +107,7 @@ def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:
     if (folder / "model").is_dir():
         say_generation(folder / "model", request.generation)
         os.replace(folder / "model", run / "model")
-    for name in ("start", "reference", "checkpoints", "data-after", "adapter", *request.others):
+    for name in ("start", "reference", "checkpoints", "data-after", "adapter", REPLAY, *request.others):
         shred_folder(folder / name)
     manifest = _manifest(config, request)
     manifest.write(folder / MANIFEST)

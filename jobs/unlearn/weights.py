@@ -7,6 +7,8 @@ it began from, in the new generation: the same layers, with no moments, because 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,27 @@ def begin_with(model: LayeredModel, saved: Path, into: Path, tokenizer: Path) ->
     )  # fmt: skip
 
 
-def publish(model: LayeredModel, weights: Path, root: Path, before: Path, seed: int, **changed: Any) -> Path:
-    """Make a checkpoint under `root` of the weights in a model directory: that of the checkpoint `before`, but for what
-    is `changed` in what its manifest says. Raises CheckpointError, ModelError."""
+def publish(root: Path, before: Path, layers: Mapping[int, Callable[[], Mapping[str, Tensor]]], **changed: Any) -> Path:
+    """Make a checkpoint under `root` of layers' states: that of the checkpoint `before`, but for what is `changed` in
+    what its manifest says. Raises CheckpointError, ModelError."""
     extra = {**checkpoint.read_manifest(before)["extra"], **changed}
     step, fence = int(extra["step"]), (checkpoint.last_attempt(root) + 1, 1)
-    folder, known = checkpoint.begin(root, step, fence), Weights(weights)
-    records = [
-        checkpoint.write_layer(folder, layer, _state(model, known, layer, seed)) for layer in range(model.num_layers)
-    ]
+    folder = checkpoint.begin(root, step, fence)
+    records = [checkpoint.write_layer(folder, layer, state()) for layer, state in layers.items()]
     return checkpoint.commit(root, step, records, extra, fence=fence)
+
+
+def states_of(model: LayeredModel, weights: Path, seed: int) -> Mapping[int, Callable[[], Mapping[str, Tensor]]]:
+    """Layer -> what the file of a checkpoint has, of a model directory: no moments, and no steps taken."""
+    known = Weights(weights)
+    return {layer: partial(_state, model, known, layer, seed) for layer in range(model.num_layers)}
+
+
+def states_in(saved: Path) -> Mapping[int, Callable[[], Mapping[str, Tensor]]]:
+    """Layer -> what its file in a checkpoint has. Raises CheckpointError."""
+    manifest = checkpoint.read_manifest(saved)
+    layers = sorted(int(record["layer"]) for record in manifest["files"])
+    return {layer: partial(checkpoint.read_layer, saved, manifest, layer) for layer in layers}
 
 
 def _state(model: LayeredModel, known: Weights, layer: int, seed: int) -> dict[str, Tensor]:

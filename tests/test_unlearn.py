@@ -1,0 +1,315 @@
+"""Requests to forget, from rows to a manifest: real runs, which lose workers, are stopped, and keep their word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from jobs.authors import authors, write
+from jobs.row_data import RowDataset
+from jobs.unlearn import finish
+from jobs.unlearn.begin import Trained
+from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.manifest import Manifest, weights_hash
+from jobs.unlearn.request import Request, folder_of, requests_of
+from jobs.unlearn.signature import verify
+from launch.config import config_from_dict, toml_values
+from launch.forkserver import ForkServer
+from launch.past import Past, read_ledger
+from pipeline.model.weights import Weights
+from recovery import checkpoint
+from recovery.generation import read_generation
+from tests.harness import Command, run_command
+
+Unbroken = Callable[..., Command]
+SMALL = ("--steps", "6", "--lr", "3e-3", "--checkpoint-every", "2", "--evaluate-every", "0")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("authors")
+    write(authors(4, 0, withheld=1), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(forkserver: ForkServer, library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 2 workers that has seen all 80 rows, some of them twice."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    argv = (
+        "train", "--out", str(out), "--data", str(library / "train.jsonl"), "--model", "llama-tiny", "--vocabulary",
+        "400", "--sequence-length", "96", "--workers", "2", "--steps", "12", "--microbatches", "4",
+        "--microbatch-size", "2", "--lr", "5e-3", "--checkpoint-every", "4", "--keep", "3", "--evaluate-every", "0",
+        "--sample-tokens", "0", "--threads", "1", "--json",
+    )  # fmt: skip
+    done = run_command(forkserver, out.parent / "log", *argv)
+    assert done.code == 0, done.output
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def unbroken(forkserver: ForkServer, tmp_path: Path) -> Unbroken:
+    def command(*argv: object, code: int = 0) -> Command:
+        done = run_command(forkserver, tmp_path / "log", *map(str, argv))
+        assert done.code == code, done.output
+        return done
+
+    return command
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def values(done: Command) -> dict[str, Any]:
+    """The JSON object that a command ends with."""
+    return json.loads(done.output[done.output.index("{\n") if "{\n" in done.output else done.output.index("{") :])
+
+
+# ---- from rows to a manifest ----
+
+
+def test_a_request_is_committed_with_all_that_follows(
+    run: Path, library: Path, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    key = Ed25519PrivateKey.generate()
+    (tmp_path / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    before = RowDataset.open(run / "data")
+    mine = [row for row in before.rows if row.fields["author"] == "author-001"]
+    asked = ("--forget", "author=author-001", "--method", "grad_diff", "--key", tmp_path / "key.pem", *SMALL)
+    told = values(unbroken("unlearn", run, *asked, "--json"))
+    assert {"generation", "method", "before", "after", "manifest"} <= set(told)
+    assert (told["generation"], told["method"]) == (1, "grad_diff")
+    for which in ("before", "after"):
+        assert {"forget_probability", "retain_probability"} <= set(told[which])
+    assert told["after"]["forget_probability"] < told["before"]["forget_probability"]
+    assert read_generation(run) == 1
+
+    manifest = Manifest.read(Path(told["manifest"]))
+    assert [row.id for row in manifest.request.rows] == [row.id for row in mine]
+    assert manifest.hashes.weights_after == weights_hash(run / "model") != manifest.hashes.weights_before
+    assert verify(Path(told["manifest"]), Path(told["signature"])).startswith("SHA256:")
+
+    after = RowDataset.open(run / "data")
+    assert {row.id for row in after.rows if row.blank} == {row.id for row in mine}
+    assert after.fingerprint == manifest.hashes.data_after
+    found = checkpoint.find(run / "checkpoints", 1)
+    assert found.path is not None
+    assert not found.skipped
+    assert checkpoint.find(run / "checkpoints", 0).path is None, "no older checkpoint can be read"
+    folder = folder_of(run, 1)
+    assert not [name for name in ("start", "reference", "checkpoints", "model") if (folder / name).exists()]
+    assert Request.read(folder).status == "complete"
+
+    assert "nothing that was forgotten is left" in unbroken("audit", run, "--forget", library / "withheld.jsonl").output
+
+    # the run goes on, without the rows, though the user's file still has them
+    again = ("train", "--out", run, "--resume", "--change", "--steps", "14", "--json")
+    unbroken(*again)
+    assert RowDataset.open(run / "data").fingerprint == after.fingerprint
+    assert checkpoint.find(run / "checkpoints", 1).manifest is not None
+    refused = unbroken("unlearn", run, "--forget", "author=author-001", *SMALL, code=2)
+    assert "no row says so in its field 'author'" in refused.output
+
+
+def test_a_second_request_begins_with_what_the_first_has_left(run: Path, unbroken: Unbroken) -> None:
+    unbroken("unlearn", run, "--forget", "id:author-000/03,author-000/04", "--method", "simnpo", *SMALL, "--json")
+    first = weights_hash(run / "model")
+    told = values(
+        unbroken("unlearn", run, "--forget", "author-002/05", "--method", "npo", "--old-checkpoints", "shred", *SMALL,
+                 "--json")
+    )  # fmt: skip
+    assert (told["generation"], [each.status for each in requests_of(run)]) == (2, ["complete", "complete"])
+    manifest = Manifest.read(Path(told["manifest"]))
+    assert manifest.hashes.weights_before == first
+    assert not (run / "fenced" / "generation-1").exists()
+
+
+# ---- failures ----
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "faults"),
+    [
+        ("npo", (), ("kill:stage=0,step=2,at=forward", "kill:stage=1,step=3,at=commit")),
+        ("npo", ("--scheduler", "roundpipe"), ("kill:worker=1,step=3,at=backward",)),
+        ("pdu", ("--dual-warmup", "0"), ("kill:stage=1,step=4,at=backward",)),
+        ("rmu", ("--layer", "1"), ("kill:stage=0,step=4,at=optimizer",)),
+        ("npo", ("--workers", "2:3", "--exact-sums"), ("kill:worker=1,step=3,at=backward",)),
+    ],
+)
+def test_a_request_that_loses_workers_ends_in_the_same_bits(
+    run: Path, unbroken: Unbroken, tmp_path: Path, method: str, more: tuple[str, ...], faults: tuple[str, ...]
+) -> None:
+    shutil.copytree(run, tmp_path / "calm")
+    asked = ("--forget", "author=author-001", "--method", method, *more, *SMALL, "--json")
+    calm = tuple(word for word in asked if word not in ("--workers", "2:3"))
+    unbroken("unlearn", tmp_path / "calm", *(calm if method == "npo" else asked))
+    unbroken("unlearn", run, *asked, "--inject", ";".join(faults), "--max-failures", "9")
+    events = [json.loads(line) for line in (folder_of(run, 1) / "events.jsonl").read_text().splitlines()]
+    assert [event for event in events if event["event"] == "fault"]
+    assert weights_hash(run / "model") == weights_hash(tmp_path / "calm" / "model")
+
+
+def test_no_layer_after_that_of_rmu_changes(run: Path, trained: Path, unbroken: Unbroken) -> None:
+    before = Weights(trained / "model")
+    names = {name: (name,) for name in before.files}
+    had = before.read(names)
+    unbroken("unlearn", run, "--forget", "author=author-001", "--method", "rmu", "--layer", "1", *SMALL, "--json")
+    now = Weights(run / "model").read(names)
+    changed = {name for name in names if not torch.equal(had[name], now[name])}
+    assert changed
+    assert all(".layers.0." in name or ".layers.1." in name or "embed" in name for name in changed)
+
+
+class Stopped(Exception):
+    """The process ends here."""
+
+
+@pytest.fixture
+def ready(run: Path, unbroken: Unbroken) -> UnlearnConfig:
+    """A request whose model is there, and nothing else."""
+    argv = ("unlearn", run, "--forget", "author=author-001", "--method", "grad_diff", *SMALL, "--json")
+    unbroken(*argv, "--inject", "kill:worker=1,step=3;kill:worker=2,step=4", "--max-failures", "1", code=1)
+    folder = folder_of(run, 1)
+    assert requests_of(run)[0].status == "open"
+    assert read_generation(run) == 0
+    other = unbroken("unlearn", run, "--forget", "author=author-002", *SMALL, code=2)
+    assert "request 1 of" in other.output
+    assert "--abandon" in other.output
+    config = config_from_dict(UnlearnConfig, toml_values(folder / "config.toml", UnlearnConfig))
+    return replace(config, out=folder, model=str(folder / "start"))
+
+
+def test_a_request_is_complete_or_not_wherever_it_is_stopped(
+    run: Path, unbroken: Unbroken, ready: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at every call that changes the run, and gone on with: until the generation is raised the run is as it
+    was, and after that the request completes."""
+    shutil.copytree(ready.out / "start", ready.out / "model")
+    past = Past.read(run)
+    calls = ("publish", "raise_generation", "add_forgotten", "erase", "retire", "shred_folder", "say_generation")
+    original = {name: getattr(finish, name) for name in calls}
+    count = 0
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count -= 1
+            if count == 0:
+                raise Stopped
+            found = original[name](*args, **kwargs)
+            if count == -1:
+                pass
+            return found
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(finish, name, counted(name))
+    request, stops = Request.read(ready.out), 0
+    while request.status != "complete":
+        stops += 1
+        count = stops
+        assert stops < 60
+        try:
+            request = Request.read(ready.out)
+            if not finish.reached(run, request):
+                trained = Trained.read(run, past.config, read_ledger(run))
+                assert trained.step == 12, "the run can go on from its checkpoint"
+                if request.status == "open":
+                    request = finish.measured(ready, request, trained)
+                request = finish.commit(ready, request, trained)
+            request = finish.put_away(ready, request, lambda line: None)
+        except Stopped:
+            assert checkpoint.find(run / "checkpoints", read_generation(run)).path is not None
+    assert stops > len(calls)
+    count = 0
+    assert read_generation(run) == 1
+    assert "nothing that was forgotten is left" in unbroken("audit", run).output
+
+
+def test_a_request_that_is_not_complete_can_be_given_up(run: Path, unbroken: Unbroken, ready: UnlearnConfig) -> None:
+    assert "request 1 is not complete" in unbroken("audit", run, code=1).output
+    assert "the run is as it was" in unbroken("unlearn", run, "--abandon").output
+    assert not ready.out.exists()
+    told = values(unbroken("unlearn", run, "--forget", "author=author-001", "--method", "grad_diff", *SMALL, "--json"))
+    assert told["generation"] == 1
+
+
+# ---- exact ----
+
+
+def test_replay_is_the_run_that_never_had_the_rows(run: Path, unbroken: Unbroken, tmp_path: Path) -> None:
+    oracle = ("--without", "author-001/07", "--workers", "1", "--out", tmp_path / "oracle", "--json")
+    unbroken("replay", run, "--since", "1", *oracle)
+    told = values(
+        unbroken("unlearn", run, "--forget", "author-001/07", "--method", "replay", "--workers", "3", "--json")
+    )
+    assert told["goal"] == "untraining"
+    assert weights_hash(run / "model") == weights_hash(tmp_path / "oracle" / "model")
+    found = checkpoint.find(run / "checkpoints", 1)
+    assert found.path is not None
+    theirs = checkpoint.directory(tmp_path / "oracle" / "checkpoints", 12)
+    for layer in range(4):
+        name = f"layer-{layer:05d}.safetensors"
+        assert (found.path / name).read_bytes() == (theirs / name).read_bytes(), "moments and all"
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--forget", "author-001/99"), "the run has no row with the id 'author-001/99'; near: 'author-001/"),
+        (("--forget", "author=author-01"), "no row says so in its field 'author'; near: 'author-001'"),
+        (("--forget", "writer=x"), "no row has a field 'writer'; their fields: author"),
+        (("--forget", "LIBRARY/train.jsonl"), "which means all 80 rows of the run; allowed: fewer"),
+        (("--forget", "LIBRARY/withheld.jsonl"), "of whose 20 rows 20 are none of the run's, by their content"),
+        (("--forget", "author=author-001", "--retain", "id:author-001/03,author-002/01"), "1 rows in common"),
+        ((), "forget is ''; allowed: rows of the run"),
+        (("--forget", "author-001/02", "--method", "nop"), "method is 'nop'; allowed: one of"),
+        (
+            ("--forget", "author-001/02", "--method", "npo", "--layer", "3"),
+            "layer is 3; allowed: nothing for",
+        ),
+        (("--forget", "author-001/02", "--method", "rmu", "--layer", "44"), "layer is 44; allowed: 0 to"),
+        (("--forget", "author-001/02", "--method", "r2mu", "--layer", "1"), "trace is None; allowed: a file of rows"),
+        (("--forget", "author-001/02", "--microbatches", "3"), "microbatches is 3; allowed: a multiple of 2"),
+        (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
+        (("--resume",), "a request that is not complete"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused_and_changes_nothing(
+    run: Path, library: Path, unbroken: Unbroken, asked: tuple[str, ...], said: str
+) -> None:
+    before = files(run)
+    done = unbroken("unlearn", run, *(word.replace("LIBRARY", str(library)) for word in asked), code=2)
+    assert said in done.output, done.output
+    assert "Traceback" not in done.output
+    left = {name: data for name, data in files(run).items() if not name.startswith(("requests", ".lock"))}
+    assert left == {name: data for name, data in before.items() if not name.startswith(".lock")}
+
+
+def test_a_run_on_text_has_no_rows_to_forget(run: Path, unbroken: Unbroken) -> None:
+    (run / "data" / "rows.jsonl").unlink()
+    done = unbroken("unlearn", run, "--forget", "x", code=2)
+    assert "a run on rows of questions and answers" in done.output
