@@ -17,8 +17,11 @@ from jobs.config import ConfigError, require
 from jobs.unlearn.begin import Trained, begin
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report
+from jobs.unlearn.jobs import reference_job
 from jobs.unlearn.method import FORGET, RETAIN
+from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.replay import Replay
+from jobs.unlearn.probe import read_oracle
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request, folder_of, requests_of
 from jobs.unlearn.signature import SignatureError, read_key
@@ -125,6 +128,9 @@ def _abandon(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any],
 
 def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
     """Have the model of the request in its folder. Returns the exit code."""
+    if request.method == OracleMatching.name and not (job := reference_job(config, request)).reference.complete:
+        assert config.oracle is not None
+        read_oracle(config.oracle, job)
     if request.method != Replay.name:
         return _train(config, as_json)
     if not (config.out / "model").is_dir():

@@ -32,7 +32,8 @@ from pipeline.runtime.batch import IGNORED
 from pipeline.settings import ConfigError, bounds_of, check_bounds
 
 ROWS, SEQUENCE, VOCABULARY, HIDDEN = 4, 7, 11, 5
-NAMES = sorted({method.name for method in METHODS.values()})
+NAMES = sorted({method.name for method in METHODS.values()} - {"replay"})
+"""Those that minimise something."""
 LOGIT_METHODS = [name for name in NAMES if make_method(name, {}).depth is None]
 
 
@@ -274,7 +275,7 @@ def test_value_and_gradient_are_those_of_the_formula(name: str, method: Method, 
 
 
 def test_every_method_has_a_formula_and_says_what_it_is() -> None:
-    assert set(FORMULAS) == set(NAMES) == set(METHODS) - {"idk_dpo"}
+    assert set(FORMULAS) == set(NAMES) == set(METHODS) - {"idk_dpo", "replay"}
     assert METHODS["idk_dpo"] is DPO
     for name in NAMES:
         assert METHODS[name].name == name
@@ -444,7 +445,7 @@ def test_made_methods_are_equal_where_their_options_are() -> None:
         (
             "nop",
             {},
-            r"method is 'nop'; allowed: one of grad_ascent, .*, oracle_matching, idk_dpo \(did you mean npo\?\)",
+            r"method is 'nop'; allowed: one of grad_ascent, .*, oracle_matching, replay, idk_dpo \(did you mean npo\?\)",
         ),
         ("npo", {"steering": 2.0}, "steering is 2.0; allowed: nothing for method npo, which has gamma, alpha, beta$"),
         (

@@ -273,6 +273,15 @@ def test_replay_is_the_run_that_never_had_the_rows(run: Path, unbroken: Unbroken
         assert (found.path / name).read_bytes() == (theirs / name).read_bytes(), "moments and all"
 
 
+def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path: Path) -> None:
+    oracle = tmp_path / "oracle"
+    unbroken("replay", run, "--since", "1", "--without", "author=author-001", "--out", oracle, "--json")
+    asked = ("--forget", "author=author-001", "--method", "oracle_matching", "--oracle", oracle / "model")
+    found = values(unbroken("unlearn", run, *asked, *SMALL, "--json"))
+    before, after, wanted = (found[which]["forget"] for which in ("before", "after", "oracle"))
+    assert abs(after - wanted) < abs(before - wanted)
+
+
 # ---- refusals ----
 
 
@@ -295,6 +304,8 @@ def test_replay_is_the_run_that_never_had_the_rows(run: Path, unbroken: Unbroken
         (("--forget", "author-001/02", "--method", "r2mu", "--layer", "1"), "trace is None; allowed: a file of rows"),
         (("--forget", "author-001/02", "--microbatches", "3"), "microbatches is 3; allowed: a multiple of 2"),
         (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
+        (("--forget", "author-001/02", "--method", "oracle_matching"), "oracle is None; allowed: a model directory"),
+        (("--forget", "author-001/02", "--oracle", "nowhere"), "oracle is 'nowhere'; allowed: a model directory"),
         (("--resume",), "a request that is not complete"),
     ],
 )

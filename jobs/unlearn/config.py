@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from jobs.config import TrainConfig, require
 from jobs.unlearn.method import PAIR
+from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.settings import MethodSettings, method_of
 from pipeline.settings import MOST_STEPS, Within
 
@@ -76,6 +77,11 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         """Raise ConfigError where the microbatches of a step do not go with the method, too."""
         super().validate()
         kinds = method_of(self).kinds
+        require(
+            self.method != OracleMatching.name or self.oracle is not None, "oracle", self.oracle,
+            f"a model directory, which method {self.method} needs",
+        )  # fmt: skip
+        require(self.oracle is None or self.oracle.is_dir(), "oracle", str(self.oracle), "a model directory")
         require(bool(self.forget), "forget", self.forget, "rows of the run: an id, FIELD=VALUE, or a file")
         require(
             not kinds or self.microbatches % len(kinds) == 0, "microbatches", self.microbatches,

@@ -73,6 +73,15 @@ def unlearn_jobs(config: UnlearnConfig, start: Start) -> dict[str, RunJob]:
     return found
 
 
+def reference_job(config: UnlearnConfig, request: Request) -> ReferenceJob:
+    """What is read beforehand, on its own."""
+    method, material = method_of(config), material_of(config, request)
+    wanted, reference = wanted_of(method, material), reference_of(config, method)
+    return ReferenceJob(
+        microbatches=1, size=config.microbatch_size, material=material, reference=reference, wanted=wanted
+    )  # fmt: skip
+
+
 def unlearn_fingerprint(config: UnlearnConfig) -> str:
     """A hash of what all rows of a request follow from."""
     request = Request.read(config.out)

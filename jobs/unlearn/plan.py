@@ -10,8 +10,8 @@ from jobs.plan import Plan, Progress, find_start, planned
 from jobs.resume import check_resumed
 from jobs.space import in_words
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.jobs import material_of, probed, reference_of, wanted_of
-from jobs.unlearn.reference import ReferenceJob, needed_bytes
+from jobs.unlearn.jobs import probed, reference_job
+from jobs.unlearn.reference import needed_bytes
 from jobs.unlearn.request import Request
 from jobs.unlearn.settings import method_of
 from pipeline.model.layered import LayeredModel
@@ -35,15 +35,13 @@ def make_unlearn_plan(
     model = LayeredModel(shape, lora=config.lora(), depth=config.depth)
     if config.scheduler not in ("roundpipe", "skippipe"):
         require_layers(config, model.num_layers)
-    material = material_of(config, request)
     said.append(
         f"{len(request.forget):,} rows to forget, {len(request.retain):,} to keep; {method.name}: {method.goal}, "
         f"{config.steps:,} steps, {config.rows_per_step:,} rows to forget in each"
     )
-    if wanted := wanted_of(method, material):
-        reference = reference_of(config, method)
-        job = ReferenceJob(microbatches=1, size=1, material=material, reference=reference, wanted=wanted)
+    job = reference_job(config, request)
+    if job.wanted:
         size = needed_bytes(job, int(shape.vocab_size), model.hidden_size)
         kept = f"{in_words(size)} on the disk" if size else "one number each"
-        said.append(f"read of the model before: {len(wanted):,} rows, {kept}; no second model is held")
+        said.append(f"read of the model before: {len(job.wanted):,} rows, {kept}; no second model is held")
     return planned(config, model, Path(config.model), found, len(probed(request, config.evaluate_samples)), said)

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from jobs.unlearn.material import Item, Material, stacked
 from jobs.unlearn.probe_job import ProbeJob
+from jobs.unlearn.reference import ReferenceJob
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
-from pipeline.runtime.batch import Batch, Needs
+from pipeline.runtime.batch import Needs
 
 
 @torch.no_grad()
-def probe(folder: Path, material: Material, items: Sequence[Item], size: int) -> Mapping[str, float]:
-    """The means of a ProbeJob's terms over `items`, `size` rows at a time, of the model in a directory, in fp32 on the
-    CPU. Raises ModelError."""
+def logits_of(folder: Path, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What the model in a directory gives for ids [batch, sequence], one after another: [batch, sequence, vocabulary],
+    in fp32 on the CPU. Raises ModelError."""
     model = LayeredModel(read_config(folder))
-    job = ProbeJob(microbatches=-(-len(items) // size), size=size, limit=len(items), material=material, items=items)
-    parts = [items[at : at + size] for at in range(0, len(items), size)]
-    hidden = [stacked(material, list(part), Needs.INPUT)["input_ids"] for part in parts]
-    last = model.num_layers - 1
+    hidden, last = list(inputs), model.num_layers - 1
     for layer in range(last):
         module = model.build((layer, layer + 1), seed=0, source=folder).eval()
         hidden = [module(x) for x in hidden]
     head = model.build((last, last + 1), seed=0, source=folder).eval()
-    sums: dict[str, float] = {}
-    totals: dict[str, int] = {}
-    for m, x in enumerate(hidden):
-        batch: Batch = job.batch(0, m, Needs.LOSS)
-        for term, value in job.loss(head(x), batch).items():
-            sums[term] = sums.get(term, 0.0) + float(value)
-        for term, count in job.counts(0, m).items():
-            totals[term] = totals.get(term, 0) + count
-    return {term: sums[term] / totals[term] for term in sums}
+    for x in hidden:
+        yield head(x)
+
+
+def probe(folder: Path, material: Material, items: Sequence[Item], size: int) -> Mapping[str, float]:
+    """The means of a ProbeJob's terms over `items`, `size` rows at a time, of the model in a directory. Raises
+    ModelError."""
+    job = ProbeJob(microbatches=-(-len(items) // size), size=size, limit=len(items), material=material, items=items)
+    sums, totals = Counter[str](), Counter[str]()
+    inputs = [stacked(material, part, Needs.INPUT)["input_ids"] for part in parts_of(items, size)]
+    for m, logits in enumerate(logits_of(folder, inputs)):
+        found = job.loss(logits, job.batch(0, m, Needs.LOSS))
+        sums.update({term: float(value) for term, value in found.items()})
+        totals.update(job.counts(0, m))
+    return {term: sums[term] / totals[term] for term in totals}
+
+
+def read_oracle(folder: Path, job: ReferenceJob) -> None:
+    """Keep the logits of another model, from a directory, in place of those of the model before. Raises ModelError."""
+    parts = parts_of(job.items, job.size)
+    inputs = [stacked(job.material, part, Needs.INPUT)["input_ids"] for part in parts]
+    for part, logits in zip(parts, logits_of(folder, inputs), strict=True):
+        labels = stacked(job.material, part, Needs.LOSS)["labels"]
+        for row, item in enumerate(part):
+            job.reference.write(item, logits[row], labels[row], logits=True)
+    job.reference.finish({})
+
+
+def parts_of(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """`size` rows at a time."""
+    return [list(items[at : at + size]) for at in range(0, len(items), size)]
