@@ -32,6 +32,7 @@ from launch.resume import kept_values
 from launch.run_folder import write_whole
 from launch.run_lock import RunLock
 from launch.train import train
+from pipeline.settings import check_bounds
 from recovery.checkpoint import any_saved
 from recovery.disk import write_flushed
 from recovery.fencing import KEPT_ELSEWHERE, shred_folder
@@ -54,6 +55,7 @@ def of_the_run(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False) -> tuple[dict[str, Any], str] | int:
     """The report, or STOPPED. Raises ConfigError for what is refused, before anything changes, and as `train` does."""
+    check_bounds(config)
     require("LOCAL_RANK" not in os.environ, "unlearn", "torchrun", "one process that starts its own workers")
     past = Past.read(config.run)
     if config.key is not None:
