@@ -36,8 +36,7 @@ class TrainConfig(
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 
-    job: ClassVar[str] = "text"
-    """What the run is of: see jobs.registry."""
+    job: ClassVar[str] = "text"  # what the run is of: see jobs.registry
 
     @property
     def depth(self) -> int | None:

@@ -89,7 +89,7 @@ def _unlearn() -> tuple[type, Callable[[Any], Any]]:
     from launch.unlearn import unlearn
 
     @dataclass(frozen=True)
-    class TerminalSettings:
+    class EndSettings:
         """What is printed, and what is given up."""
 
         json: bool = False
@@ -98,7 +98,7 @@ def _unlearn() -> tuple[type, Callable[[Any], Any]]:
         """Give up the request that is not complete: the run stays as it was."""
 
     @dataclass(frozen=True)
-    class Unlearn(UnlearnConfig, TerminalSettings):
+    class Unlearn(UnlearnConfig, EndSettings):
         __doc__ = UnlearnConfig.__doc__
 
     def run(config: Unlearn) -> Any:

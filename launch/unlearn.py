@@ -50,7 +50,9 @@ def of_the_run(asked: Mapping[str, Any]) -> dict[str, Any]:
     run = Path(asked.get("run", UnlearnConfig().run))
     if asked.get("resume"):
         return kept_values(_open_request(run)[1], UnlearnConfig)
-    return {name: value for name, value in kept_values(run).items() if name in OF_THE_RUN}
+    own: dict[str, Any] = {"checkpoint_every": 20, "evaluate_every": 20, "sample_tokens": 0}
+    own |= {"epochs": None} if "steps" in asked else {}
+    return {name: value for name, value in kept_values(run).items() if name in OF_THE_RUN} | own
 
 
 def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False) -> tuple[dict[str, Any], str] | int:

@@ -10,7 +10,7 @@ from jobs.config import TrainConfig, require
 from jobs.unlearn.method import PAIR
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.settings import MethodSettings, method_of
-from pipeline.settings import MOST_STEPS, Within
+from pipeline.settings import Within
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,8 @@ class RequestSettings:
     oracle: Path | None = None
     """A model directory that never saw what is to be forgotten, such as `unbroken replay --without` writes: the report
     measures how far the result is from it."""
-    epochs: Annotated[float, Within(0, 10_000, above=True)] = 5.0
-    """How often every row to forget is taken, where --steps is 0."""
-    steps: Annotated[int, Within(0, MOST_STEPS)] = 0
-    """Optimizer steps of the request; 0 for as many as --epochs takes."""
+    epochs: Annotated[float | None, Within(0, 10_000, above=True)] = 5.0
+    """How often every row to forget is taken; with --steps it is unset, and they say how long the request takes."""
     reference_top: Annotated[int, Within(0, 2**20)] = 0
     """Of the distribution over tokens that kl_min, undial and roka compare with, keep so many tokens of each position;
     0 keeps all."""
@@ -44,12 +42,6 @@ class RequestSettings:
     them."""
     key: Path | None = None
     """A private key (Ed25519, PEM or OpenSSH) that signs the manifest."""
-    checkpoint_every: Annotated[int, Within(0, MOST_STEPS)] = 20
-    """Steps between checkpoints of the request; 0 saves only on SIGTERM and at the end."""
-    evaluate_every: Annotated[int, Within(0, MOST_STEPS)] = 20
-    """Steps between measurements of how probable the answers are; 0 measures before and after alone."""
-    sample_tokens: Annotated[int, Within(0, 65536)] = 0
-    """Tokens of the continuation that is sampled at the end; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +59,7 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost
         comes back as it was: a request is held to its word."""
         lr = (1e-3 if self.lora_rank else 1e-4) if self.lr is None else self.lr
-        steps = max(1, self.steps)
-        warmup = min(20, -(-steps // 10)) if self.warmup is None else self.warmup
+        warmup = min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup
         exact = self.recovery == "auto" and self.scheduler not in ("roundpipe", "skippipe")
         recovery = "exact" if exact else self.recovery
         return replace(self, lr=lr, warmup=warmup, data=self.data or "rows of the run", recovery=recovery)
@@ -100,8 +91,7 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         return size * (self.microbatches // len(kinds))
 
     def with_steps(self, rows: int) -> UnlearnConfig:
-        """The same with the steps that the epochs take over so many rows, where none are set."""
-        if not method_of(self).kinds:
+        """The same with the steps that the epochs take over so many rows."""
+        if self.epochs is None or not method_of(self).kinds:
             return self
-        steps = self.steps or max(1, round(self.epochs * rows / self.rows_per_step))
-        return replace(self, steps=steps)
+        return replace(self, steps=max(1, round(self.epochs * rows / self.rows_per_step)))
