@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from jobs.config import TrainConfig
 from jobs.pipelines import layer_costs, plan_layout
 from jobs.pool_engine import PoolEngine
+from jobs.registry import KINDS
 from jobs.rounds import plan_rounds
 from jobs.text import TextJob
 from jobs.train import Trainer
@@ -43,11 +44,12 @@ from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import Needs
 from pipeline.runtime.probe import Pulse
-from pipeline.schedule.layout import TRAIN
+from pipeline.schedule.layout import EVALUATE, TRAIN
 from pipeline.schedule.ops import Route
 from pipeline.state.host_store import HostStore, store_path
 from pipeline.state.optimizer import decay_groups, learning_rate
 from recovery.commit import READY
+from recovery.member import Member
 from recovery.membership import View, await_view, publish, within
 
 TIMEOUT_S = 90.0
@@ -93,12 +95,14 @@ def entry(payload: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     store = connect(payload["store"], TIMEOUT_S)
     view = await_view(store, 1, within(TIMEOUT_S))
-    config = config_from_dict(TrainConfig, view.details["config"])
+    config = config_from_dict(KINDS[view.details.get("job", "text")].settings, view.details["config"])
     me = int(payload["worker"])
     member = build_member(me, config, view, me, store, payload, Pulse())
     worker = member.worker
     member.enter(1, None)
     train = member.excerpt(TRAIN)
+    if "unlearn" in payload:
+        return _unlearn(member, me, payload)
     job = make_job(config, int(worker.store.model.config.vocab_size))
     gradients: dict[str, Tensor] = {}
     votes = worker.commit.exchange
@@ -119,6 +123,38 @@ def entry(payload: dict[str, Any]) -> int:
     save_file({n: t.cpu().contiguous() for n, t in gradients.items()}, out / f"gradients-{me}.safetensors")
     details = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
     (out / f"result-{me}.json").write_text(json.dumps(details))
+    worker.transport.close()
+    return 0
+
+
+def _unlearn(member: Member, me: int, payload: dict[str, Any]) -> int:
+    """What is read of the model before, and one step, of each method; all begin with the same weights."""
+    from tests import unlearn_rows
+
+    worker, out = member.worker, Path(payload["out"])
+    train, votes, told = member.excerpt(TRAIN), worker.commit.exchange, dict[str, Any]()
+    for name in payload["unlearn"]:
+        found: dict[str, Tensor] = {}
+
+        def watching(*args: Any, found: dict[str, Tensor] = found) -> Any:
+            for state in worker.store.states.values():  # reduced, not yet applied
+                found.update({key: p.grad.clone() for key, p in state.parameters.items() if p.grad is not None})
+            return votes(*args)
+
+        before = unlearn_rows.reference_job(name, out / "read", member.excerpt(EVALUATE).num_microbatches)
+        scores: dict[str, float] = {}
+        for part in range(before.parts_of(before.microbatches) if before.wanted else 0):
+            scores |= worker.run(member.excerpt(EVALUATE), before, part).means
+        if before.wanted and me == 0:
+            before.reference.finish({key: value for key, value in scores.items() if key != "rows"})
+        worker.gather({})
+        worker.commit.exchange = watching
+        result = worker.run(train, unlearn_rows.job(name, out / "read"), 0)
+        worker.commit.exchange = votes
+        worker.store.start_again(list(worker.store.states.values()), None)
+        told[name] = {"loss": result.loss, "means": dict(result.means), "norm": result.grad_norm}
+        save_file({key: g.contiguous() for key, g in found.items()}, out / f"gradients-{name}-{me}.safetensors")
+    (out / f"unlearn-{me}.json").write_text(json.dumps(told))
     worker.transport.close()
     return 0
 
@@ -191,14 +227,14 @@ def run_workers(
     """Train `model_config` for config.steps with real workers. Raises AssertionError when one fails or hangs."""
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
-    model = LayeredModel(model_config)
+    model = LayeredModel(model_config, depth=config.depth)
     layout, _ = plan_layout(config, model, config.evaluate_samples)
     fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
     view = View(
         1,
         tuple(range(config.workers)),
         layout.key,
-        details={"config": fields, "source": None},
+        details={"config": fields, "source": None, "job": config.job},
         places={w: w for w in range(config.workers)},
     )
     with hosted_store() as (store, address):
@@ -214,7 +250,7 @@ def run_workers(
             assert not running, f"workers {sorted(running.values())} did not end"
         finally:
             stop(forkserver, running)
-    return _collect(out, view.workers)
+    return Outcome([], [], {}, {}) if "unlearn" in more else _collect(out, view.workers)
 
 
 def stop(forkserver: ForkServer, running: dict[int, int]) -> None:

@@ -169,6 +169,21 @@ def test_a_request_that_loses_workers_ends_in_the_same_bits(
     assert weights_hash(run / "model") == weights_hash(tmp_path / "calm" / "model")
 
 
+@pytest.mark.parametrize("method", ["pdu", "kl_min"])
+def test_the_pool_minimises_the_same(run: Path, unbroken: Unbroken, tmp_path: Path, method: str) -> None:
+    """With the dual variable and the distributions of the model before, which its workers cannot know by themselves."""
+    shutil.copytree(run, tmp_path / "pool")
+    asked = ("--forget", "author=author-001", "--method", method, *SMALL, "--json")
+    asked += ("--dual-warmup", "0") if method == "pdu" else ()
+    told: list[list[float]] = []
+    for folder, more in ((run, ()), (tmp_path / "pool", ("--scheduler", "roundpipe", "--workers", "3"))):
+        unbroken("unlearn", folder, *asked, *more)
+        lines = [json.loads(line) for line in (folder_of(folder, 1) / "metrics.jsonl").read_text().splitlines()]
+        told.append([number for line in lines for number in (line["loss"], line["grad_norm"])])
+    assert told[1] == pytest.approx(told[0], rel=1e-4)
+    assert told[1][:2] == pytest.approx(told[0][:2], rel=1e-5)
+
+
 def test_no_layer_after_that_of_rmu_changes(run: Path, trained: Path, unbroken: Unbroken) -> None:
     before = Weights(trained / "model")
     names = {name: (name,) for name in before.files}
