@@ -63,6 +63,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/transition_faults.py --out benchmarks/results
 	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results
 	$(BIN)/python benchmarks/frequency.py --out benchmarks/results
+	$(BIN)/python benchmarks/unlearn.py --out benchmarks/results
+	$(BIN)/python benchmarks/resurgence.py --out benchmarks/results
 
 matrix: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py --out benchmarks/results

@@ -23,6 +23,7 @@ from jobs.corpus import TEXT_FIELD, documents
 from jobs.data import META, Dataset
 from jobs.plan import evaluation_samples
 from jobs.prepare import blocks
+from jobs.row_data import ROWS
 from jobs.text import token_loss
 from launch.commands import Result
 from launch.generate import context_length, load
@@ -95,6 +96,10 @@ def evaluate(config: EvalConfig) -> Result:
 
 def _held_out(config: EvalConfig, run: Path, vocabulary: int) -> _Text:
     """The samples on which the run evaluates."""
+    require(
+        not (run / "data" / ROWS).is_file(), "data", HELD_OUT,
+        f"files of text: the run in {str(run)!r} is on rows, whose answers it measures while it trains",
+    )  # fmt: skip
     dataset = Dataset.open(run / "data")
     length, highest = dataset.sequence_length, int(dataset.tokens[: dataset.held_out_tokens].max())
     require(
