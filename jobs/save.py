@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from jobs.engine import Engine, ReportSink
+from jobs.unlearn.weights import say_generation
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import is_adapter, merge_adapters, save_adapter
 from pipeline.model.weights import ModelError, Weights, finish_export, write_shard
@@ -142,6 +143,10 @@ def _finish(
     weight_map |= _add_rest(model, Path(base), unfinished)
     every = [key for layer in range(model.num_layers) for key in model.keys(layer) if not is_adapter(key)]
     loaded = AutoTokenizer.from_pretrained(tokenizer)
+    if engine.generation:  # who looks for what was forgotten finds that this is of after it
+        say_generation(unfinished, engine.generation)
+        if model.lora is not None:
+            say_generation(path.with_name("adapter"), engine.generation)
     finish_export(unfinished, model.config, weight_map, keys=every, tokenizer=loaded, into=path)
 
 

@@ -126,6 +126,7 @@ def test_a_request_is_committed_with_all_that_follows(
     unbroken(*again)
     assert RowDataset.open(run / "data").fingerprint == after.fingerprint
     assert checkpoint.find(run / "checkpoints", 1).manifest is not None
+    assert "nothing that was forgotten is left" in unbroken("audit", run).output
     refused = unbroken("unlearn", run, "--forget", "author=author-001", *SMALL, code=2)
     assert "no row says so in its field 'author'" in refused.output
 
@@ -141,6 +142,19 @@ def test_a_second_request_begins_with_what_the_first_has_left(run: Path, unbroke
     manifest = Manifest.read(Path(told["manifest"]))
     assert manifest.hashes.weights_before == first
     assert not (run / "fenced" / "generation-1").exists()
+
+
+def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken, tmp_path: Path) -> None:
+    """Its adapters are merged into what the request begins with, and begin anew after it; evaluated in parts."""
+    run, data = tmp_path / "lora", library / "train.jsonl"
+    sizes = ("--sequence-length", "96", "--workers", "2", "--microbatches", "4", "--microbatch-size", "4")
+    kind = ("--model", "llama-tiny", "--vocabulary", "400", "--scheduler", "roundpipe", "--lora-rank", "2")
+    unbroken("train", "--out", run, "--data", data, *kind, *sizes, "--steps", "5", "--sample-tokens", "0", "--json")
+    asked = ("--forget", "id:author-000/01,author-002/03", "--method", "npo", "--steps", "2", "--lr", "1e-2")
+    told = values(unbroken("unlearn", run, *asked, "--evaluate-samples", "7", "--json"))
+    assert told["after"] != told["before"]
+    unbroken("train", "--out", run, "--resume", "--change", "--steps", "7", "--sample-tokens", "0", "--json")
+    assert "nothing that was forgotten is left" in unbroken("audit", run).output
 
 
 # ---- failures ----

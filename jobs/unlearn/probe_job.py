@@ -44,9 +44,9 @@ class ProbeJob(SampledJob):
 
     def counts(self, step: int, microbatch: int) -> Mapping[str, int]:
         """See pipeline.runtime.batch.Job."""
-        items = self._rows(step, microbatch)
-        labels = stacked(self.material, items, Needs.LOSS)["labels"]
-        found: dict[str, int] = {}
+        if not (items := self._rows(step, microbatch)):  # the last part of an evaluation may have fewer
+            return {}
+        labels, found = stacked(self.material, items, Needs.LOSS)["labels"], dict[str, int]()
         for kind in (RETAIN, FORGET):
             mine = labels[torch.tensor([item.source == kind for item in items])]
             if tokens(mine):
