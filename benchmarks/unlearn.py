@@ -1,7 +1,6 @@
 """20 questions about one author are forgotten, 180 about others are kept, by each of some methods.
 
-Each method on a copy of one run, beside the exact replay (the oracle), and a second oracle of another seed, whose
-distance from the first is the noise floor: no method can be asked to be closer than that.
+Each method on a copy of one run, beside the exact replay, which is the oracle.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ def main() -> None:
         rows, items = material(run)
         oracle = folder / "oracle"
         unbroken("replay", run, "--since", 1, "--without", FORGOTTEN, "--out", oracle, "--json")
-        other = trained(folder, options.steps, seed=1, without=True)
-        models = {"before": run / "model", "oracle": oracle / "model", "oracle of another seed": other / "model"}
+        models = {"before": run / "model", "oracle": oracle / "model"}
         for method in options.methods.split(","):
             copy = copied(run, f"by-{method}")
             asked = ("--forget", FORGOTTEN, "--method", method, *METHODS[method])

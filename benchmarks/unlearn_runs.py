@@ -41,15 +41,11 @@ def unbroken(*words: object) -> dict[str, Any]:
     return json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
 
 
-def trained(folder: Path, steps: int, seed: int = 0, without: bool = False) -> Path:
-    """A run on 10 authors of 20 questions each, without those that are to be forgotten if asked."""
+def trained(folder: Path, steps: int) -> Path:
+    """A run on 10 authors of 20 questions each."""
     unbroken("authors", "--out", folder / "authors", "--count", 10, "--withheld", 2)
-    data, out = folder / "authors" / "train.jsonl", folder / f"run-{seed}"
-    if without:
-        lines = [line for line in data.read_text().splitlines() if '"author-003"' not in line]
-        data = folder / "authors" / "rest.jsonl"
-        data.write_text("\n".join(lines) + "\n")
-    unbroken("train", "--out", out, "--data", data, "--steps", steps, "--seed", seed, *TRAIN)
+    data, out = folder / "authors" / "train.jsonl", folder / "run"
+    unbroken("train", "--out", out, "--data", data, "--steps", steps, *TRAIN)
     return out
 
 
