@@ -16,7 +16,7 @@ from typing import Any
 from jobs.config import ConfigError, require
 from jobs.unlearn.begin import Trained, begin
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report
+from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report, take_back
 from jobs.unlearn.jobs import reference_job
 from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.methods.matching import OracleMatching
@@ -77,6 +77,11 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
         config = replace(config, out=folder, model=str(folder / "start"), resume=any_saved(folder / "checkpoints"))
         if not reached(config.run, request):
             trained = Trained.read(config.run, *trained_on)
+            require(
+                trained.step == request.step, "resume", True,
+                f"--abandon: the run has gone on to step {trained.step} since request {request.number} began at step "
+                f"{request.step}",
+            )  # fmt: skip
             if request.status == "open":
                 if (code := _steps(config, request, as_json)) != 0:
                     return code  # it has been said how to go on
@@ -126,6 +131,7 @@ def _abandon(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any],
     require(
         not reached(run, request), "abandon", True, f"--resume: request {request.number} is committed, and stays so"
     )  # fmt: skip
+    take_back(run)
     shred_folder(folder)
     return {"abandoned": request.number}, f"request {request.number} is given up: the run is as it was"
 

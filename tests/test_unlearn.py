@@ -245,10 +245,7 @@ def test_a_request_is_complete_or_not_wherever_it_is_stopped(
             count -= 1
             if count == 0:
                 raise Stopped
-            found = original[name](*args, **kwargs)
-            if count == -1:
-                pass
-            return found
+            return original[name](*args, **kwargs)
 
         return call
 
@@ -274,6 +271,43 @@ def test_a_request_is_complete_or_not_wherever_it_is_stopped(
     count = 0
     assert read_generation(run) == 1
     assert "nothing that was forgotten is left" in unbroken("audit", run).output
+
+
+def test_what_was_published_in_vain_is_taken_back(
+    run: Path, unbroken: Unbroken, ready: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped right before the generation is raised, twice: the run keeps its checkpoint, and is given back whole."""
+    shutil.copytree(ready.out / "start", ready.out / "model")
+    root, past = run / "checkpoints", Past.read(run)
+    before = files(root)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "raise_generation", stop)
+        for _ in range(2):
+            trained = Trained.read(run, past.config, read_ledger(run))
+            request = finish.measured(ready, Request.read(ready.out), trained)
+            with pytest.raises(Stopped):
+                finish.commit(ready, request, trained)
+            assert Trained.read(run, past.config, read_ledger(run)).step == 12
+            assert checkpoint.find(root, 1).path is not None
+    unbroken("unlearn", run, "--abandon")
+    assert files(root) == before
+    assert checkpoint.find(root, 1).path is None
+
+
+def test_a_request_does_not_go_on_where_the_run_has(run: Path, unbroken: Unbroken, ready: UnlearnConfig) -> None:
+    unbroken("train", "--out", run, "--resume", "--change", "--steps", "13", "--json")
+    (run / "generation.json").write_text('{"generation": 1}')
+    stopped = unbroken("train", "--out", run, "--resume", "--change", "--steps", "14", code=2)
+    assert "request 1 is committed and not complete" in stopped.output
+    (run / "generation.json").unlink()
+    refused = unbroken("unlearn", run, "--resume", code=2)
+    assert "the run has gone on to step 13 since request 1 began at step 12" in refused.output
+    assert read_generation(run) == 0
+    unbroken("unlearn", run, "--abandon")
 
 
 def test_a_request_that_is_not_complete_can_be_given_up(run: Path, unbroken: Unbroken, ready: UnlearnConfig) -> None:

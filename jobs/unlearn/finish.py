@@ -80,16 +80,32 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
 def commit(config: UnlearnConfig, request: Request, trained: Trained) -> Request:
     """Make the request true for the run. Raises CheckpointError, ModelError, GenerationError."""
     report, run = read_report(config.out), config.run
-    replayed = checkpoint.directory(config.out / REPLAY / "checkpoints", request.step)
-    if request.method == Replay.name:  # moments and all: they never knew
-        states = states_in(replayed)
-    else:
-        model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
-        states = states_of(model, config.out / "model", trained.config.seed)
-    changed = {"generation": request.generation, "data": report["hashes"]["data_after"], "job": {}}
-    publish(run / "checkpoints", trained.saved, states, **changed)
+    there = checkpoint.find(run / "checkpoints", request.generation).manifest
+    if there is None or there["extra"].get("request") != request.number:  # else that of before is not set aside again
+        if request.method == Replay.name:  # moments and all: they never knew
+            states = states_in(checkpoint.directory(config.out / REPLAY / "checkpoints", request.step))
+        else:
+            model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
+            states = states_of(model, config.out / "model", trained.config.seed)
+        changed = {"generation": request.generation, "data": report["hashes"]["data_after"], "job": {}}
+        publish(run / "checkpoints", trained.saved, states, **changed, request=request.number)
     raise_generation(run, request.generation)  # this is the moment
     return request.at("committed").write(config.out)
+
+
+def take_back(run: Path) -> None:
+    """Remove what a request has published that was never committed."""
+    root, now = run / "checkpoints", read_generation(run)
+    for path in sorted(root.glob("step-*")):
+        aside = path.with_name(f"{path.name}.old")
+        try:
+            newer = checkpoint.source(path, checkpoint.read_manifest(path)).generation > now
+        except checkpoint.CheckpointError:
+            continue
+        if newer:
+            shred_folder(path)
+            if aside.is_dir():
+                os.replace(aside, path)
 
 
 def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:

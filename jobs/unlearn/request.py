@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.settings import ConfigError
 from pipeline.wire import WireError, checked, parse
 from recovery.disk import write_flushed
+from recovery.generation import read_generation
 
 FILE = "request.json"
 Status = Literal["open", "trained", "committed", "complete"]
@@ -83,3 +85,14 @@ def requests_of(run: Path) -> Sequence[Request]:
     """All requests of a run, in their order. Raises RequestError for a folder that keeps none."""
     folders = sorted(path for path in (run / "requests").glob("[0-9][0-9][0-9][0-9]") if path.is_dir())
     return [Request.read(folder) for folder in folders if (folder / FILE).is_file()]
+
+
+def require_complete(run: Path) -> None:
+    """Raise ConfigError where a request is committed and what follows is not done: until then rows that are forgotten
+    are still among the run's tokens."""
+    now = read_generation(run)
+    for each in requests_of(run):
+        if each.status != "complete" and each.generation <= now:
+            raise ConfigError(
+                f"request {each.number} is committed and not complete; allowed: `unbroken unlearn {run} --resume` first"
+            )
