@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -31,12 +31,12 @@ from jobs.config import TrainConfig
 from jobs.pipelines import layer_costs, plan_layout
 from jobs.pool_engine import PoolEngine
 from jobs.registry import KINDS
-from jobs.rounds import plan_rounds
+from jobs.rounds import Rounds, plan_rounds
 from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
-from launch.pool_worker import pool_worker, run_jobs
+from launch.pool_worker import Jobs, pool_worker, run_jobs
 from launch.round_train import hosting, make_layout
 from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
@@ -44,13 +44,15 @@ from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import Needs
 from pipeline.runtime.probe import Pulse
-from pipeline.schedule.layout import EVALUATE, TRAIN
+from pipeline.schedule.layout import TRAIN
 from pipeline.schedule.ops import Route
+from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, store_path
 from pipeline.state.optimizer import decay_groups, learning_rate
 from recovery.commit import READY
-from recovery.member import Member
 from recovery.membership import View, await_view, publish, within
+from recovery.pool import Pool
+from tests import unlearn_rows
 
 TIMEOUT_S = 90.0
 
@@ -90,7 +92,7 @@ def entry(payload: dict[str, Any]) -> int:
     if "pool" in payload:
         if "late" in payload["config"]["data"] and payload["worker"] >= payload["config"]["workers"]:
             time.sleep(0.7)  # who takes a lost one's place takes its time
-        return pool_worker(payload, pool_jobs if "random-tokens" in payload["config"]["data"] else run_jobs)
+        return pool_worker(payload, _jobs_of(payload["config"]["data"]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     store = connect(payload["store"], TIMEOUT_S)
@@ -102,7 +104,9 @@ def entry(payload: dict[str, Any]) -> int:
     member.enter(1, None)
     train = member.excerpt(TRAIN)
     if "unlearn" in payload:
-        return _unlearn(member, me, payload)
+        from tests.unlearn_engines import pipeline_worker  # it needs this module
+
+        return pipeline_worker(member, payload)
     job = make_job(config, int(worker.store.model.config.vocab_size))
     gradients: dict[str, Tensor] = {}
     votes = worker.commit.exchange
@@ -127,36 +131,11 @@ def entry(payload: dict[str, Any]) -> int:
     return 0
 
 
-def _unlearn(member: Member, me: int, payload: dict[str, Any]) -> int:
-    """What is read of the model before, and one step, of each method; all begin with the same weights."""
-    from tests import unlearn_rows
-
-    worker, out = member.worker, Path(payload["out"])
-    train, votes, told = member.excerpt(TRAIN), worker.commit.exchange, dict[str, Any]()
-    for name in payload["unlearn"]:
-        found: dict[str, Tensor] = {}
-
-        def watching(*args: Any, found: dict[str, Tensor] = found) -> Any:
-            for state in worker.store.states.values():  # reduced, not yet applied
-                found.update({key: p.grad.clone() for key, p in state.parameters.items() if p.grad is not None})
-            return votes(*args)
-
-        before = unlearn_rows.reference_job(name, out / "read", member.excerpt(EVALUATE).num_microbatches)
-        scores: dict[str, float] = {}
-        for part in range(before.parts_of(before.microbatches) if before.wanted else 0):
-            scores |= worker.run(member.excerpt(EVALUATE), before, part).means
-        if before.wanted and me == 0:
-            before.reference.finish({key: value for key, value in scores.items() if key != "rows"})
-        worker.gather({})
-        worker.commit.exchange = watching
-        result = worker.run(train, unlearn_rows.job(name, out / "read"), 0)
-        worker.commit.exchange = votes
-        worker.store.start_again(list(worker.store.states.values()), None)
-        told[name] = {"loss": result.loss, "means": dict(result.means), "norm": result.grad_norm}
-        save_file({key: g.contiguous() for key, g in found.items()}, out / f"gradients-{name}-{me}.safetensors")
-    (out / f"unlearn-{me}.json").write_text(json.dumps(told))
-    worker.transport.close()
-    return 0
+def _jobs_of(data: str) -> Jobs:
+    """What a pool's worker makes its jobs with."""
+    if data.startswith(unlearn_rows.DATA):
+        return unlearn_rows.pool_jobs
+    return pool_jobs if "random-tokens" in data else run_jobs
 
 
 def _command(argv: list[str], log: Path) -> int:
@@ -288,13 +267,7 @@ def run_pool(
     forkserver: ForkServer, config: TrainConfig, model_config: PreTrainedConfig, out: Path, evaluate: bool = False
 ) -> Outcome:
     """Train `model_config` for config.steps with a pool of stateless workers, hosted by this process."""
-    out.mkdir(parents=True, exist_ok=True)
-    model_config.save_pretrained(out / "model-config")
-    model = LayeredModel(model_config, lora=config.lora())
     config = replace(config, scheduler="roundpipe", out=out, data=config.data or "random-tokens")
-    config.validate()
-    rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), config.evaluate_samples)
-    store = HostStore.create(make_layout(config, model, rounds.cut, config.workers), store_path(out))
     jobs = pool_jobs(config, 0, 0)
     outcome = Outcome([], [], {}, {})
     events: list[dict[str, Any]] = []
@@ -308,44 +281,56 @@ def run_pool(
             outcome.norms.append(record["grad_norm"])
         events.append({"event": record["kind"], **record})
 
+    with hosted_pool(forkserver, config, model_config, event) as (optimizer, pool, rounds):
+        optimizer.initialise(config.seed, None)
+        update = optimizer.update
+
+        def watching(step: int, norm: float, lr: float) -> None:
+            if step == 0:  # measured, not yet applied
+                for state in optimizer.states.values():
+                    for n, p in state.parameters.items():
+                        assert p.grad is not None
+                        outcome.gradients[n] = p.grad.clone()
+            update(step, norm, lr)
+
+        optimizer.update = watching
+        engine = PoolEngine(optimizer, pool, rounds.cut, rounds.row, jobs, config.round_size, config.deadline)
+        reports = SimpleNamespace(put=report, save_ledger=lambda step, view: "")
+        trainer = Trainer(config, engine, jobs["train"], "", reports, bool)
+        pool.open(config.workers)
+        while trainer.step < config.steps:
+            trainer.one_step(record=True)
+        if evaluate:
+            trainer._evaluate(config.steps)
+        optimizer.drain(TIMEOUT_S)
+        layers = range(optimizer.model.num_layers)
+        outcome.weights = {n: t.clone() for layer in layers for n, t in optimizer.weights(layer).items()}
+        most = max((member.most_held for member in pool.members.values()), default=0)
+        outcome.details[0] = {
+            "events": events, "most_held": most, "rounds": rounds, "speeds": pool.dispatcher.speeds
+        }  # fmt: skip
+    return outcome
+
+
+@contextmanager
+def hosted_pool(
+    forkserver: ForkServer,
+    config: TrainConfig,
+    model_config: PreTrainedConfig,
+    event: Callable[..., None] = lambda *_, **__: None,
+) -> Iterator[tuple[HostOptimizer, Pool, Rounds]]:
+    """A pool in this process without workers yet, its weights not filled in; all of it ends with the context."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    model_config.save_pretrained(config.out / "model-config")
+    model = LayeredModel(model_config, lora=config.lora(), depth=config.depth)
+    config.validate()
+    rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), config.evaluate_samples)
+    store = HostStore.create(make_layout(config, model, rounds.cut, config.workers), store_path(config.out))
     try:
         with hosting(config, store, rounds, forkserver, event, lambda _: "cpu") as (optimizer, pool):
-            optimizer.initialise(config.seed, None)
-            update = optimizer.update
-
-            def watching(step: int, norm: float, lr: float) -> None:
-                if step == 0:  # measured, not yet applied
-                    for state in optimizer.states.values():
-                        for n, p in state.parameters.items():
-                            assert p.grad is not None
-                            outcome.gradients[n] = p.grad.clone()
-                update(step, norm, lr)
-
-            optimizer.update = watching
-            engine = PoolEngine(
-                optimizer, pool, rounds.cut, rounds.row, jobs, config.round_size, config.deadline,
-            )  # fmt: skip
-            reports = SimpleNamespace(put=report, save_ledger=lambda step, view: "")
-            trainer = Trainer(config, engine, jobs["train"], "", reports, bool)
-            pool.open(config.workers)
-            while trainer.step < config.steps:
-                trainer.one_step(record=True)
-            if evaluate:
-                trainer._evaluate(config.steps)
-            optimizer.drain(TIMEOUT_S)
-            outcome.weights = {
-                n: t.clone() for layer in range(model.num_layers) for n, t in optimizer.weights(layer).items()
-            }
-            most = max((member.most_held for member in pool.members.values()), default=0)
-            outcome.details[0] = {
-                "events": events,
-                "most_held": most,
-                "rounds": rounds,
-                "speeds": pool.dispatcher.speeds,
-            }
+            yield optimizer, pool, rounds
     finally:
         store.close()
-    return outcome
 
 
 def plain_training(
