@@ -36,7 +36,7 @@ from jobs.text import TextJob
 from jobs.train import Trainer
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
-from launch.pool_worker import Jobs, pool_worker, run_jobs
+from launch.pool_worker import pool_worker, run_jobs
 from launch.round_train import hosting, make_layout
 from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
@@ -131,7 +131,7 @@ def entry(payload: dict[str, Any]) -> int:
     return 0
 
 
-def _jobs_of(data: str) -> Jobs:
+def _jobs_of(data: str) -> Callable[..., Any]:
     """What a pool's worker makes its jobs with."""
     if data.startswith(unlearn_rows.DATA):
         return unlearn_rows.pool_jobs

@@ -48,14 +48,14 @@ class Found:
 
 def settings(names: Sequence[str], workers: int, out: Path, **more: Any) -> TrainConfig:
     """Those of a request. All cases have the whole model, or all end at the same layer."""
+    deep = set(names) <= set(rows.DEEP)
     changes: dict[str, Any] = {
         "workers": workers, "microbatches": rows.MICROBATCHES, "microbatch_size": rows.SIZE, "steps": len(names),
         "clip": 0.0, "sequence_length": rows.LENGTH, "evaluate_samples": rows.MICROBATCHES * rows.SIZE, "out": out,
-        "data": rows.DATA + ";".join(names), "method": "rmu" if set(names) <= set(rows.DEEP) else "npo", "forget": "x",
-        **more,
+        "data": rows.DATA + ";".join(names), "forget": "x", "method": "rmu" if deep else "npo",
+        "layer": rows.LAYER if deep else None, **more,
     }  # fmt: skip
-    deep = {"layer": rows.LAYER} if changes["method"] == "rmu" else {}
-    return UnlearnConfig(**changes, **deep).resolved()
+    return UnlearnConfig(**changes).resolved()
 
 
 def fill(states: LayerStates, weights: Tensors) -> None:
