@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR, EVERY = "all-linear", "all"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_KEPT_AS = "base_model.model."  # what peft puts before a name in a file
+KEPT_AS = "base_model.model."  # what peft puts before a name in a file
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def save_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
     unfinished.mkdir(parents=True)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(unfinished))
-    held: dict[str, Any] = {_KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
+    held: dict[str, Any] = {KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
     save_file(held, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
