@@ -23,7 +23,7 @@ from jobs.s3t import best, left, name_of
 from jobs.slices import STAGES, Slices, folder_of
 from jobs.unlearn import request as requests
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.finish import REPORT, put_away, reached
+from jobs.unlearn.finish import REPORT, put_away, reached, read_report
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import weights_hash
 from jobs.unlearn.method import FORGET, RETAIN
@@ -84,7 +84,8 @@ def _begun(config: UnlearnConfig, known: Slices) -> tuple[Request, Path]:
     )
     require(bool(config.forget), "forget", config.forget, "rows of the run: an id, FIELD=VALUE, or a file")
     dataset = RowDataset.open(run / "data")
-    forget = select(dataset, config.forget, "forget")
+    said = {dataset.rows[index].digest for index in select(dataset, config.forget, "forget")}
+    forget = [row.index for row in dataset.rows if row.digest in said]  # whoever says the same is erased as well
     seen = frozenset(range(len(dataset.rows)))
     retain = rest_of(dataset, forget, seen)
     if config.retain != AUTO:
@@ -151,7 +152,7 @@ def _measured(config: UnlearnConfig, request: Request, known: Slices, trained: T
 
 def _drop(run: Path, request: Request, known: Slices, tell: Callable[[str], None]) -> Slices:
     """Have the run without the stages that have seen the slices; interrupted anywhere, it is done again."""
-    known = known.without({known.slice_of[row] for row in request.forget}).write(run)
+    known = known.without(set(read_report(requests.folder_of(run, request.number))["slices"])).write(run)
     for folder in sorted(path for path in (run / STAGES).iterdir() if path.is_dir()):
         if folder not in {folder_of(run, stage) for stage in known.stages}:
             shred_folder(folder)

@@ -12,7 +12,9 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from jobs.s3t import (
     steps_of,
 )  # fmt: skip
 from jobs.slice_weights import assemble
-from jobs.slices import FILE, Slices, SlicesConfig, adapter_hash, folder_of
+from jobs.slices import FILE, Slices, SlicesConfig, SliceSettings, adapter_hash, folder_of
 from jobs.unlearn.manifest import weights_hash
 from jobs.unlearn.request import require_complete
 from jobs.unlearn.weights import say_generation
@@ -52,7 +54,7 @@ from launch.train import train
 from launch.warm import warm_up
 from pipeline.exit_codes import STOPPED, exit_code
 from pipeline.schedule.ops import span_text
-from pipeline.settings import check_bounds
+from pipeline.settings import check_bounds, declared
 from recovery.checkpoint import any_saved
 from recovery.generation import read_generation
 
@@ -123,9 +125,10 @@ def _begun(config: SlicesConfig) -> tuple[Slices, Path, list[Row]]:
         same = [row.digest for row in rows] == [row.digest for row in dataset.rows]
         require(same or not known.missing, "data", config.data, "the rows that the run was dealt")
         require(weights_hash(source) == known.base, "model", config.model, "the weights that the run began with")
-        wanted = (known.slices, known.sequences, known.rates)
-        asked = (config.slices, config.chosen(), config.rates())
-        require(asked == wanted, "slices", asked, f"the same, {wanted}, for a run that is resumed")
+        for name, wanted in of_the_slices({"resume": True, "out": out}).items():
+            if name in declared(SliceSettings):
+                found = getattr(config, name)
+                require(found == wanted, name, found, f"{wanted!r}, with which the run began")
         return known, source, rows
     blocks = int(shape.num_hidden_layers)
     require(config.slices <= blocks, "slices", config.slices, f"2 to {blocks}, the decoder blocks of the model")
@@ -175,10 +178,15 @@ def _train(
         print(f"stage {number} of {count}: slices {name_of(stage)}, blocks {own.lora_blocks}", file=sys.stderr)  # noqa: T201
     values = json.loads(json.dumps(asdict(own), default=str))
     pid = forkserver.start({"config": values, "quiet": quiet})
-    with stop_signals(lambda number: os.kill(pid, number)):
+    with stop_signals(partial(_tell, pid)):
         while not (ended := forkserver.poll(3600.0)):
             pass
     return ended[0].code if ended[0].code >= 0 else STOPPED
+
+
+def _tell(pid: int, signum: int) -> None:
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signum)
 
 
 def _stage(payload: dict[str, Any]) -> int:

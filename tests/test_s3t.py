@@ -162,6 +162,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["Ann", "Bob", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal", "Ida", "Jon"]
     lines = [{"id": f"r{n}", "question": f"Who is {name}?", "answer": f"{name} lives at {n * 7} Elm St."}
              for n, name in enumerate(names)]  # fmt: skip
+    slices = deal(len(lines), 2, 0)
+    twin = next(n for n in range(4, len(lines)) if slices[n] == slices[3])
+    lines[twin] |= {"question": lines[3]["question"], "answer": lines[3]["answer"]}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -239,9 +242,13 @@ def test_a_deletion_leaves_what_has_never_seen_the_row_to_the_last_bit(
     manifest = Manifest.read(Path(told["manifest"]))
     assert (manifest.goal, manifest.method) == ("untraining", "s3t")
     assert manifest.hashes.weights_after == weights_hash(run / "model") != manifest.hashes.weights_before
+    blank = [row.id for row in RowDataset.open(run / "data").rows if row.blank]
+    assert len(blank) == 2, "a row that says the same is forgotten, too"
+    assert [row.id for row in manifest.request.rows] == blank
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-    assert manifest.seen_in_steps == tuple(line["step"] for line in lines if 3 in line["rows"])
-    assert [row.id for row in RowDataset.open(run / "data").rows if row.blank] == ["r3"]
+    assert manifest.seen_in_steps == tuple(
+        line["step"] for line in lines if any(f"r{row}" in blank for row in line["rows"])
+    )
     assert "nothing that was forgotten is left" in unbroken("audit", run).output
 
     lacking = [line for number, line in enumerate(rows.read_text().splitlines()) if known.slice_of[number] == kept]
@@ -298,7 +305,7 @@ def test_a_run_of_slices_goes_on_where_it_was_stopped(run: Path, unbroken: Calla
     unbroken("slices", "--resume", "--out", run, "--json")
     assert hashes(run) == before
     refused = unbroken("slices", "--resume", "--out", run, "--slices", 3, code=2)
-    assert "slices is 3" in refused.output
+    assert "slices is 3; allowed: 2, with which the run began" in refused.output
 
 
 # ---- refusals ----
@@ -336,6 +343,17 @@ def test_what_cannot_work_is_refused_before_anything_is_there(
     with pytest.raises(ConfigError, match=said):
         slices(SlicesConfig(**{**values, **changes}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_row_that_says_the_same_in_another_slice_is_forgotten_with_it(run: Path) -> None:
+    """Here that leaves nothing, so it is refused."""
+    known, path = Slices.read(run), run / "data" / "rows.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    other = next(n for n, each in enumerate(known.slice_of) if each != known.slice_of[3])
+    lines[other]["digest"] = lines[3]["digest"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match=r"in slices 0, 1 of 2, without which no stage is left"):
+        slice_unlearn.forget_slices(UnlearnConfig(run=run, method="s3t", forget="r3"))
 
 
 def test_other_methods_and_other_runs_are_refused(run: Path, tmp_path: Path) -> None:
