@@ -394,7 +394,8 @@ def plain_training(
             with _keyed(model, RngKey(config.seed, step, batch.sample_ids)), _routed(model, routes[m : m + 1]):
                 logits = model(batch["input_ids"].to(device), use_cache=False).logits
             loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten().to(device), reduction="sum")
-            (loss / tokens).backward()
+            if loss.requires_grad:  # else its route visits nothing that is trained
+                (loss / tokens).backward()
             total += float(loss.detach()) / tokens
         _fill(named, newest)
         older = newest
@@ -403,7 +404,8 @@ def plain_training(
         for number, block in enumerate(model.model.layers, 1) if routes else ():
             visits = sum(any(lo <= number < hi for lo, hi in route.forward) for route in routes)
             for parameter in block.parameters():
-                parameter.grad *= len(routes) / visits
+                if parameter.grad is not None:
+                    parameter.grad *= len(routes) / visits
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
         for group in adamw.param_groups:
             group["lr"] = learning_rate(settings, step)

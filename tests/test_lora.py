@@ -50,12 +50,12 @@ def first_weights(model: str, lora: Lora | None = LORA) -> dict[str, torch.Tenso
 
 
 def weights_at_first(
-    model_config: PreTrainedConfig, lora: Lora | None, source: Path | None = None
+    model_config: PreTrainedConfig, lora: Lora | None, source: Path | None = None, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     blueprint = LayeredModel(model_config, lora=lora)
     found: dict[str, torch.Tensor] = {}
     for layer in range(blueprint.num_layers):
-        built = blueprint.build((layer, layer + 1), seed=0, source=source)
+        built = blueprint.build((layer, layer + 1), seed=seed, source=source)
         found |= {n: p.detach() for n, p in built.named_layer_parameters(layer).items()}
     return found
 

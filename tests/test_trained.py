@@ -3,6 +3,7 @@ pool."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from pipeline.runtime.batch import Needs
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.footprint import measure
 from pipeline.schedule.lower import lower
+from pipeline.schedule.ops import Route
 from schedulers import build
 from tests.harness import Outcome, make_job, plain_training, relative_difference, run_pool, run_workers
 from tests.test_lora import weights_at_first
 from tests.test_parity import MODELS, TOLERANCE, settings
+from tests.test_skip_engine import skipping, train_schedule
 
 RMU = "*.layers.[45].mlp.down_proj.weight"
 
@@ -29,8 +32,9 @@ def config(**changes: Any) -> TrainConfig:
     return settings(**{"steps": 6, "lr": 3e-2, "weight_decay": 0.0, **changes})
 
 
-def check(found: Outcome, chosen: TrainConfig, model: str) -> None:
-    expected, first = plain_training(chosen, MODELS[model]), weights_at_first(MODELS[model], None)
+def check(found: Outcome, chosen: TrainConfig, model: str, routes: Sequence[Route] = ()) -> None:
+    expected = plain_training(chosen, MODELS[model], routes=routes)
+    first = weights_at_first(MODELS[model], None, seed=chosen.seed)
     assert found.replicas_equal
     assert found.losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert found.norms == pytest.approx(expected.norms, rel=10 * TOLERANCE)
@@ -65,6 +69,14 @@ def test_a_pipeline_equals_plain_torch(
 def test_the_pool_equals_plain_torch(forkserver: ForkServer, tmp_path: Path) -> None:
     chosen = config(trained=RMU, scheduler="roundpipe", at_once=2)
     check(run_pool(forkserver, chosen, MODELS["llama"], tmp_path), chosen, "llama")
+
+
+def test_where_routes_skip_stages_without_a_gradient_are_passed_as_well(forkserver: ForkServer, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"skip": 0.5, "swaps": True, "seed": 3, "microbatches": 6, "steps": 6, "lr": 3e-2}
+    chosen = skipping(tmp_path, trained="*.layers.[25].*", weight_decay=0.0, **more)
+    routes = train_schedule(chosen).routes
+    assert len(set(routes)) > 1
+    check(run_workers(forkserver, chosen, MODELS["llama"], tmp_path), chosen, "llama", routes)
 
 
 def test_states_say_what_of_them_is_trained() -> None:
