@@ -85,7 +85,10 @@ def _draw() -> tuple[type, Callable[[Any], Any]]:
 
 
 def _unlearn() -> tuple[type, Callable[[Any], Any]]:
+    from jobs.slices import FILE
     from jobs.unlearn.config import UnlearnConfig
+    from jobs.unlearn.methods.s3t import S3T
+    from launch.slice_unlearn import forget_slices
     from launch.unlearn import unlearn
 
     @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def _unlearn() -> tuple[type, Callable[[Any], Any]]:
 
     def run(config: Unlearn) -> Any:
         plain = UnlearnConfig(**{f.name: getattr(config, f.name) for f in fields(UnlearnConfig)})
-        return unlearn(plain, config.json, config.abandon)
+        of_slices = config.method == S3T.name or (config.run / FILE).is_file()
+        return (forget_slices if of_slices else unlearn)(plain, config.json, config.abandon)
 
     return Unlearn, run
 
@@ -112,6 +116,34 @@ def _of_the_run() -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     from launch.unlearn import of_the_run
 
     return of_the_run
+
+
+def _slices() -> tuple[type, Callable[[Any], Any]]:
+    from jobs.slices import SlicesConfig
+    from launch.slices import slices
+
+    @dataclass(frozen=True)
+    class PrintSettings:
+        """What is printed."""
+
+        json: bool = False
+        """Show no progress; print one JSON object at the end."""
+
+    @dataclass(frozen=True)
+    class SlicesCommand(SlicesConfig, PrintSettings):
+        __doc__ = SlicesConfig.__doc__
+
+    def run(config: SlicesCommand) -> Any:
+        plain = SlicesConfig(**{f.name: getattr(config, f.name) for f in fields(SlicesConfig)})
+        return slices(plain, config.json)
+
+    return SlicesCommand, run
+
+
+def _of_the_slices() -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    from launch.slices import of_the_slices
+
+    return of_the_slices
 
 
 def _audit() -> tuple[type, Callable[[Any], Any]]:
@@ -141,6 +173,7 @@ def _doctor() -> tuple[type, Callable[[Any], Any]]:
 COMMANDS = {
     "train": _Command("train a model through a pipeline of workers", _train),
     "unlearn": _Command("have a trained model forget rows of its data", _unlearn, first="run", base=_of_the_run),
+    "slices": _Command("train adapters slice by slice, to forget a slice at once", _slices, base=_of_the_slices),
     "audit": _Command("search a run for what it has forgotten", _audit, first="run"),
     "authors": _Command("write fictitious authors to learn and to forget", _authors),
     "replay": _Command("run a step of a run again, and compare every bit", _replay, first="run"),

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,8 @@ from recovery.fencing import KEPT_ELSEWHERE, shred_folder
 
 OF_THE_RUN = (
     "sequence_length", "seed", "dtype", "device", "threads", "recompute", "workers", "replicas", "scheduler", "chunks",
-    "microbatches", "microbatch_size", "at_once", "network", "lora_rank", "lora_alpha", "lora_targets", "exact_sums",
+    "microbatches", "microbatch_size", "at_once", "network", "lora_rank", "lora_alpha", "lora_targets", "lora_blocks",
+    "trained", "exact_sums",
     "tokenizer", "vocabulary", "deadline", "heartbeat",
 )  # fmt: skip
 """The settings of a run that its requests begin with."""
@@ -49,7 +50,7 @@ def of_the_run(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a request has without being told: the settings of its run, or with --resume those that it began with."""
     run = Path(asked.get("run", UnlearnConfig().run))
     if asked.get("resume"):
-        return kept_values(_open_request(run)[1], UnlearnConfig)
+        return kept_values(open_request(run)[1], UnlearnConfig)
     own: dict[str, Any] = {"checkpoint_every": 20, "evaluate_every": 20, "sample_tokens": 0}
     own |= {"epochs": None} if "steps" in asked else {}
     return {name: value for name, value in kept_values(run).items() if name in OF_THE_RUN} | own
@@ -60,17 +61,13 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
     check_bounds(config)
     require("LOCAL_RANK" not in os.environ, "unlearn", "torchrun", "one process that starts its own workers")
     past = Past.read(config.run)
-    if config.key is not None:
-        try:
-            read_key(config.key)
-        except SignatureError as error:
-            raise ConfigError(f"key is {str(config.key)!r}: {error}") from error
-    with _locked(config.run):
+    check_key(config)
+    with locked(config.run):
         trained_on = (past.config, read_ledger(config.run))
         if config.resume or abandon:
-            request, folder = _open_request(config.run)
+            request, folder = open_request(config.run)
             if abandon:
-                return _abandon(config.run, request, folder)
+                return abandon_request(config.run, request, folder)
         else:
             config, request = _begun(config, Trained.read(config.run, *trained_on))
             folder = config.out
@@ -89,11 +86,21 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
             request = commit(config, request, trained)
         said: list[str] = []
         request = put_away(config, request, said.append)
-    return _told(config, request, said)
+    return told(config, request, said)
+
+
+def check_key(config: UnlearnConfig) -> None:
+    """Raise ConfigError for a key that cannot sign."""
+    if config.key is not None:
+        try:
+            read_key(config.key)
+        except SignatureError as error:
+            raise ConfigError(f"key is {str(config.key)!r}: {error}") from error
 
 
 @contextmanager
-def _locked(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Iterator[None]:
+    """Inside, nobody else works in the run folder. Raises ConfigError where somebody does."""
     claim = RunLock(run)
     try:
         yield
@@ -103,14 +110,7 @@ def _locked(run: Path) -> Iterator[None]:
 
 def _begun(config: UnlearnConfig, trained: Trained) -> tuple[UnlearnConfig, Request]:
     """A new request. Raises ConfigError where another one is not complete."""
-    before = requests_of(config.run)
-    if unfinished := [each for each in before if each.status != "complete"]:
-        each = unfinished[0]
-        raise ConfigError(
-            f"request {each.number} of {str(config.run)!r} ({each.asked!r}, {each.method}) is not complete; allowed: "
-            f"`unbroken unlearn {config.run} --resume` to complete it"
-            + ("" if reached(config.run, each) else ", or --abandon to give it up")
-        )
+    before = refuse_unfinished(config.run)
     number = max((each.number for each in before), default=0) + 1
     config = replace(config, out=folder_of(config.run, number), model=str(folder_of(config.run, number) / "start"))
     config.resolved().validate()
@@ -120,14 +120,28 @@ def _begun(config: UnlearnConfig, trained: Trained) -> tuple[UnlearnConfig, Requ
     return config, request
 
 
-def _open_request(run: Path) -> tuple[Request, Path]:
+def refuse_unfinished(run: Path) -> Sequence[Request]:
+    """The requests of a run. Raises ConfigError where one is not complete."""
+    before = requests_of(run)
+    for each in before:
+        if each.status != "complete":
+            raise ConfigError(
+                f"request {each.number} of {str(run)!r} ({each.asked!r}, {each.method}) is not complete; allowed: "
+                f"`unbroken unlearn {run} --resume` to complete it"
+                + ("" if reached(run, each) else ", or --abandon to give it up")
+            )
+    return before
+
+
+def open_request(run: Path) -> tuple[Request, Path]:
     """The request that is not complete. Raises ConfigError where there is none."""
     found = [each for each in requests_of(run) if each.status != "complete"]
     require(bool(found), "resume", True, f"a request that is not complete; {str(run)!r} has none")
     return found[0], folder_of(run, found[0].number)
 
 
-def _abandon(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any], str]:
+def abandon_request(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any], str]:
+    """Give a request up; what is told of it. Raises ConfigError for one that is committed."""
     require(
         not reached(run, request), "abandon", True, f"--resume: request {request.number} is committed, and stays so"
     )  # fmt: skip
@@ -157,7 +171,7 @@ def _train(config: UnlearnConfig, as_json: bool) -> int:
         return train(config, as_json, prepared=True)
 
 
-def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict[str, Any], str]:
+def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict[str, Any], str]:
     """What --json prints, and what a person reads."""
     report, manifest = read_report(config.out), config.out / MANIFEST
     values = {

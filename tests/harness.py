@@ -6,6 +6,7 @@ torch in one process; of the engine it uses the initial weights and the mask fun
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import signal
@@ -206,7 +207,7 @@ def run_workers(
     """Train `model_config` for config.steps with real workers. Raises AssertionError when one fails or hangs."""
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
-    model = LayeredModel(model_config, depth=config.depth)
+    model = LayeredModel(model_config, lora=config.lora(), depth=config.depth, trained=config.patterns())
     layout, _ = plan_layout(config, model, config.evaluate_samples)
     fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
     view = View(
@@ -322,7 +323,7 @@ def hosted_pool(
     """A pool in this process without workers yet, its weights not filled in; all of it ends with the context."""
     config.out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(config.out / "model-config")
-    model = LayeredModel(model_config, lora=config.lora(), depth=config.depth)
+    model = LayeredModel(model_config, lora=config.lora(), depth=config.depth, trained=config.patterns())
     config.validate()
     rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), config.evaluate_samples)
     store = HostStore.create(make_layout(config, model, rounds.cut, config.workers), store_path(config.out))
@@ -341,7 +342,7 @@ def plain_training(
 
     With `routes`, by microbatch, only the blocks that a route visits are run, in its order, and the gradient of a
     block is divided by the tokens that have visited it. With `behind`, gradients are those of the weights before the
-    last update. Adapters are those of peft.
+    last update. Adapters are those of peft. With patterns of what is trained, the rest is frozen.
     """
     blueprint = LayeredModel(model_config, lora=config.lora())
     whole = blueprint.build((0, blueprint.num_layers), seed=config.seed)
@@ -352,7 +353,10 @@ def plain_training(
         import peft  # only where it is asked for: an import of seconds
 
         block = model.get_submodule(blueprint.paths(1)["block"])
-        peft.get_peft_model(model, blueprint.lora.config(block), autocast_adapter_dtype=False)  # changed in place
+        adapted = blueprint.lora.config(block, whole=True)
+        peft.get_peft_model(model, adapted, autocast_adapter_dtype=False)  # changed in place
+    for name, parameter in model.named_parameters() if config.patterns() else ():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in config.patterns()))
     standard = {n: n.replace(".base_layer", "").replace(".default", "") for n in model.state_dict()}
     values = {n: state[name].detach().clone() for n, name in standard.items() if name in state}
     assert set(state) == {standard[n] for n in values}
@@ -375,7 +379,8 @@ def plain_training(
             with _keyed(model, RngKey(config.seed, step, batch.sample_ids)), _routed(model, routes[m : m + 1]):
                 logits = model(batch["input_ids"].to(device), use_cache=False).logits
             loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten().to(device), reduction="sum")
-            (loss / tokens).backward()
+            if loss.requires_grad:  # else its route visits nothing that is trained
+                (loss / tokens).backward()
             total += float(loss.detach()) / tokens
         _fill(named, newest)
         older = newest
@@ -384,7 +389,8 @@ def plain_training(
         for number, block in enumerate(model.model.layers, 1) if routes else ():
             visits = sum(any(lo <= number < hi for lo, hi in route.forward) for route in routes)
             for parameter in block.parameters():
-                parameter.grad *= len(routes) / visits
+                if parameter.grad is not None:
+                    parameter.grad *= len(routes) / visits
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
         for group in adamw.param_groups:
             group["lr"] = learning_rate(settings, step)

@@ -32,7 +32,7 @@ from pipeline.runtime.batch import IGNORED
 from pipeline.settings import ConfigError, bounds_of, check_bounds
 
 ROWS, SEQUENCE, VOCABULARY, HIDDEN = 4, 7, 11, 5
-NAMES = sorted({method.name for method in METHODS.values()} - {"replay"})
+NAMES = sorted({method.name for method in METHODS.values()} - {"replay", "s3t"})
 """Those that minimise something."""
 LOGIT_METHODS = [name for name in NAMES if make_method(name, {}).depth is None]
 
@@ -275,7 +275,7 @@ def test_value_and_gradient_are_those_of_the_formula(name: str, method: Method, 
 
 
 def test_every_method_has_a_formula_and_says_what_it_is() -> None:
-    assert set(FORMULAS) == set(NAMES) == set(METHODS) - {"idk_dpo", "replay"}
+    assert set(FORMULAS) == set(NAMES) == set(METHODS) - {"idk_dpo", "replay", "s3t"}
     assert METHODS["idk_dpo"] is DPO
     for name in NAMES:
         assert METHODS[name].name == name
@@ -445,7 +445,7 @@ def test_made_methods_are_equal_where_their_options_are() -> None:
         (
             "nop",
             {},
-            r"method is 'nop'; allowed: one of grad_ascent, .*, oracle_.*, replay, idk_dpo \(did you mean npo\?\)",
+            r"method is 'nop'; allowed: one of grad_ascent, .*, oracle_.*, replay, s3t, idk_dpo \(did you mean npo\?\)",
         ),
         ("npo", {"steering": 2.0}, "steering is 2.0; allowed: nothing for method npo, which has gamma, alpha, beta$"),
         (

@@ -64,8 +64,8 @@ MORE = {
     "roka, top 8": Case("roka", top=8),
     "rmu, all positions, top 8": Case("rmu", {"layer": LAYER, "positions": "all"}, top=8),
 }
-APART = ("replay",)
-"""It takes no steps of its own: test_replay.py."""
+APART = ("replay", "s3t")
+"""They take no steps of their own: test_replay.py, test_s3t.py."""
 
 CASES: Mapping[str, Case] = {
     name: Case(name, OPTIONS.get(name, {}))

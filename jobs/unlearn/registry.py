@@ -20,6 +20,7 @@ from jobs.unlearn.methods.r2mu import R2MU
 from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.methods.rmu import RMU
 from jobs.unlearn.methods.roka import ROKA
+from jobs.unlearn.methods.s3t import S3T
 from jobs.unlearn.methods.satimp import SatImp
 from jobs.unlearn.methods.simnpo import SimNPO
 from jobs.unlearn.methods.undial import Undial
@@ -29,7 +30,7 @@ from pipeline.settings import check_bounds, require, require_known
 
 _ALL: tuple[type[Method], ...] = (
     GradAscent, GradDiff, KLMin, NPO, SimNPO, DPO, IDK, RMU, R2MU, Undial, CEU, WGA, SatImp, PDU, ROKA, OracleMatching,
-    Replay,
+    Replay, S3T,
 )  # fmt: skip
 
 METHODS: Mapping[str, type[Method]] = {**{each.name: each for each in _ALL}, "idk_dpo": DPO}

@@ -17,8 +17,8 @@ class MethodSettings:
 
     method: str = "npo"
     """grad_ascent, grad_diff, kl_min, npo, simnpo, dpo (or idk_dpo), idk, rmu, r2mu, undial, ceu, wga, satimp, pdu,
-    roka, oracle_matching, or replay, which runs the run again without the rows. An option that is unset takes the
-    method's own default."""
+    roka, oracle_matching, replay, which runs the run again without the rows, or s3t, for a run of `unbroken slices`.
+    An option that is unset takes the method's own default."""
     gamma: Annotated[float | None, WEIGHT] = None
     """Weight of the term that forgets (all but grad_ascent, rmu, r2mu and ceu)."""
     alpha: Annotated[float | None, WEIGHT] = None
