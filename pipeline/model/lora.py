@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ALL_LINEAR = "all-linear"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+A, B = ".lora_A.weight", ".lora_B.weight"
 _KEPT_AS = "base_model.model."  # what peft puts before a name in a file
 
 
@@ -107,7 +107,7 @@ class Lora:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter is A or B of an adapter, by its full name."""
-    return name.endswith((_A, _B))
+    return name.endswith((A, B))
 
 
 def plain_name(name: str) -> str:
@@ -118,7 +118,7 @@ def plain_name(name: str) -> str:
 def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """An adapter's parameter before training, from (seed, name) alone: A as peft draws it, B zero."""
     value = torch.zeros(shape)
-    if name.endswith(_A):
+    if name.endswith(A):
         generator = torch.Generator().manual_seed(derive(seed, "lora", name))
         nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
     return value
@@ -129,9 +129,9 @@ def merge_adapters(lora: Lora, tensors: Mapping[str, Tensor], module: Callable[[
     """Full name -> weight with the adapters of `tensors` added and left out; `module` gives the one at a path."""
     merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
     for name in filter(is_adapter, tensors):
-        if name.endswith(_A):
-            path = name.removesuffix(_A)
-            change = lora.scale * (tensors[path + _B] @ tensors[name])
+        if name.endswith(A):
+            path = name.removesuffix(A)
+            change = lora.scale * (tensors[path + B] @ tensors[name])
             weight = f"{path}.weight"
             merged[weight] = merged[weight] + (change.T if isinstance(module(path), Conv1D) else change)
     return merged
