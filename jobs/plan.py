@@ -31,6 +31,7 @@ from jobs.row_prepare import prepare_rows
 from jobs.rows import RowTexts, read_rows
 from jobs.space import check_space, space_needed
 from jobs.tokenizer import build_tokenizer
+from jobs.unlearn.guard import require_plain
 from jobs.unlearn.request import require_complete
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import PRESETS, drawn, read_config, resolve
@@ -87,6 +88,7 @@ def make_plan(
     config.validate()
     out = config.out
     require_complete(out)
+    require_plain(out)
     found = find_start(config)
     first_step, said = 0, list[str]()
     if found.manifest is not None:

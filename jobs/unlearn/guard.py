@@ -28,9 +28,12 @@ from jobs.unlearn.router import Router, weight
 from pipeline.model.lora import A, B
 from pipeline.model.projection import PROJECTION, project
 from pipeline.model.weights import ModelError
+from pipeline.settings import ConfigError
 from recovery.disk import write_flushed
 
 SETTINGS, TENSORS, BASE = "guard.json", "guard.safetensors", "base"
+GUARD = "guard"
+"""Where a request keeps the guard that the run had when it began."""
 _EARLIER, _ROUTER = "earlier", "router"
 
 
@@ -139,3 +142,24 @@ def is_guarded(folder: Path) -> bool:
 def plain(folder: Path) -> Path:
     """Where the plain weights of a model directory lie: in it, or in a guarded one beside the guard."""
     return folder / BASE if is_guarded(folder) else folder
+
+
+def check_guard(run: Path, method: str) -> None:
+    """Raise ConfigError for another method where the model of a run is guarded: it would begin with weights that know
+    what is only suppressed, and end with them."""
+    guard = Guard.read(run / "model")
+    if guard is not None and guard.method != method:
+        raise ConfigError(
+            f"method is {method!r}; allowed: {guard.method}, as before: the weights of {str(run / 'model')!r} still "
+            "know what its guard suppresses, and any other model made of them would say it"
+        )
+
+
+def require_plain(run: Path) -> None:
+    """Raise ConfigError for a run whose model is guarded: what trained on would come without the guard."""
+    guard = Guard.read(run / "model")
+    if guard is not None:
+        raise ConfigError(
+            f"out is {str(run)!r}, whose model is guarded by {guard.method}: its weights still know what was to be "
+            "forgotten, and would say it when they are trained on; allowed: a run that has forgotten by another method"
+        )
