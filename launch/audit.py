@@ -42,9 +42,8 @@ def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
     lines = [f"generation {values['generation']}, {found.files:,} files looked into"]
     lines += [f"fenced    {path}" for path in found.fenced]
     if guard is not None:
-        lines.append(
-            f"guarded   model: its weights still know what {guard.method} suppresses; without the guard they say it"
-        )
+        told = f"its weights still know what {guard.method} suppresses, and say it without the guard"
+        lines.append(f"guarded   model: {told}")
     lines += [f"FOUND     {each.path}: {each.what} ({each.how})" for each in found.findings]
     lines += [f"UNREAD    {path}: {why}" for path, why in found.unread]
     lines += [f"request {number} is not complete: `unbroken unlearn {config.run} --resume`" for number in open_ones]
