@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from jobs.fields import DataSettings, MachineSettings, ModelSettings, OutputSettings
 from pipeline.model.lora import LoraSettings
+from pipeline.model.trained import TrainedSettings
 from pipeline.model.weights import has_weights
 from pipeline.settings import ConfigError as ConfigError
 from pipeline.settings import check_groups
@@ -31,8 +32,8 @@ from schedulers.swapped import SwappedSettings
 class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
     SupervisionSettings, ResizeSettings, SnapshotSettings, MachineSettings, InjectionSettings, InterleavedSettings,
-    SkipPipeSettings, RoundPipeSettings, LoraSettings, CheckFreeSettings, SwappedSettings, RedundantSettings,
-    ShardSettings,
+    SkipPipeSettings, RoundPipeSettings, LoraSettings, TrainedSettings, CheckFreeSettings, SwappedSettings,
+    RedundantSettings, ShardSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 
@@ -67,8 +68,10 @@ class TrainConfig(
         """The same with the settings filled in that are unset and follow from others: what a run is kept with."""
         trained = has_weights(self.model)
         lr = (2e-4 if self.lora_rank else 2e-5) if trained else 2e-3
+        partly = (self.lora_rank > 0 or bool(self.patterns())) and self.scheduler != "roundpipe"
         return replace(
             self,
+            recovery="exact" if partly and self.recovery == "auto" else self.recovery,
             lr=lr if self.lr is None else self.lr,
             warmup=min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup,
             data="stdlib" if self.data is None and not trained else self.data,

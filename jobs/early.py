@@ -44,7 +44,7 @@ def check_early(config: TrainConfig, model_config: PreTrainedConfig, source: Pat
         longest is None or config.sequence_length <= longest, "sequence_length", config.sequence_length,
         f"at most {longest} for model {config.model}",
     )  # fmt: skip
-    model = LayeredModel(model_config, lora=config.lora())
+    model = LayeredModel(model_config, lora=config.lora(), trained=config.patterns())
     if config.scheduler == "roundpipe":
         ends = 0 if not own else 1  # which depend on the tokenizer
         require_room(config, model, range(ends, model.num_layers - ends))

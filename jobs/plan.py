@@ -34,6 +34,7 @@ from jobs.tokenizer import build_tokenizer
 from jobs.unlearn.guard import require_plain
 from jobs.unlearn.request import require_complete
 from pipeline.model.layered import LayeredModel
+from pipeline.model.trained import ALL
 from pipeline.model.weights import PRESETS, drawn, read_config, resolve
 from pipeline.schedule.layout import Layout
 from recovery import checkpoint
@@ -226,9 +227,10 @@ def _opened(
 
 def _model(config: TrainConfig, found: checkpoint.Found, model_config: PreTrainedConfig) -> LayeredModel:
     """The model. Raises CheckpointError where the checkpoint is of another."""
-    model = LayeredModel(model_config, lora=config.lora())
+    model = LayeredModel(model_config, lora=config.lora(), trained=config.patterns())
     if found.manifest is not None:
-        checkpoint.check_compatible(found.manifest, model=model_fingerprint(model_config), **kept_identity(config))
+        now = {"trained": None, **kept_identity(config)}
+        checkpoint.check_compatible(found.manifest, model=model_fingerprint(model_config), **now)
     return model
 
 
@@ -282,7 +284,9 @@ def find_tokenizer(
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run cannot change when it is resumed, beside its model and its data."""
     lora = config.lora()
-    return {"seed": config.seed, "tokenizer": config.tokenizer, "lora": None if lora is None else asdict(lora)}
+    adapters = None if lora is None else {name: value for name, value in asdict(lora).items() if value is not None}
+    trained = {} if config.trained == ALL else {"trained": config.trained}
+    return {"seed": config.seed, "tokenizer": config.tokenizer, "lora": adapters, **trained}
 
 
 def kept_identity(config: TrainConfig) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from schedulers import PartitionError
 from schedulers.resize import ResizeProblem, resize
 
 _KEPT = 4096  # layouts: a table of what each loss leads to, and of what came before
-_STATE = 4  # fp32 copies of a trained weight: itself, its gradient and two moments
 
 
 def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[float], evaluated: int) -> ResizeProblem:
     """What is known of a job before it runs; `evaluated` are the samples of an evaluation."""
-    held = [_STATE * float(model.parameter_bytes(layer)) for layer in range(model.num_layers)]
+    held = [float(model.state_bytes(layer)) for layer in range(model.num_layers)]
     return ResizeProblem(
         config.scheduler, layer_costs, config.microbatches, -(-evaluated // config.microbatch_size), config.replicas,
         config.chunks, held, config.snapshot == "neighbour", config.exact_sums and model.tied,

@@ -16,7 +16,7 @@ from pipeline.settings import names_of
 OF_THE_START = frozenset({
     "resume", "change", "until", "inject", "out", "nodes", "node_rank", "store", "store_port",
 })  # fmt: skip
-FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets")
+FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets", "lora_blocks", "trained")
 NUMBERS = (
     "samples_per_step", "sequence_length", "seed", "dtype", "lr", "warmup", "min_lr_ratio", "weight_decay", "beta1",
     "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async", "exact_sums", "pack",

@@ -24,7 +24,7 @@ _TRIES = 4000
 _BACKWARD = 2.0
 """What a backward costs, in forwards."""
 _FROZEN_BACKWARD = 1.0
-"""The same where nearly all weights are frozen: their gradients are half of it."""
+"""The same where all weights are frozen, or all but adapters: their gradients are half of it."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[
     require_room(config, model, range(model.num_layers))
     sizes = tuple(float(model.parameter_bytes(layer)) for layer in range(model.num_layers))
     room = config.span_mib * 2**20 if config.span_mib else math.inf
-    backward = _BACKWARD if model.lora is None else _FROZEN_BACKWARD
+    backward = [_backward(model, layer) for layer in range(model.num_layers)]
     problem = RoundsProblem(
-        tuple(layer_costs), tuple(backward * cost for cost in layer_costs), config.workers, config.microbatches,
-        config.round_size, sizes=sizes, room=room,
+        tuple(layer_costs), tuple(times * cost for times, cost in zip(backward, layer_costs, strict=True)),
+        config.workers, config.microbatches, config.round_size, sizes=sizes, room=room,
     )  # fmt: skip
     best = search(problem, tries=_TRIES).best
     count = -(-evaluated // config.microbatch_size)
@@ -71,6 +71,14 @@ def plan_rounds(config: TrainConfig, model: LayeredModel, layer_costs: Sequence[
     for schedule in made.values():
         verify(schedule)
     return Rounds(problem, best.cut, best.row, Layout(made), config.rule)
+
+
+def _backward(model: LayeredModel, layer: int) -> float:
+    if model.lora is not None:
+        return _FROZEN_BACKWARD
+    numbers = sum(map(math.prod, model.shapes(layer).values()))
+    trained = sum(math.prod(model.shapes(layer)[name]) for name in model.differentiated(layer))
+    return _FROZEN_BACKWARD + (_BACKWARD - _FROZEN_BACKWARD) * trained / max(1, numbers)
 
 
 def require_room(config: TrainConfig, model: LayeredModel, layers: Sequence[int]) -> None:

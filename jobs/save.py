@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -20,6 +21,7 @@ from pipeline.model.lora import is_adapter, merge_adapters, save_adapter
 from pipeline.model.weights import ModelError, Weights, finish_export, write_shard
 from recovery import checkpoint
 
+_ADAPTERS = "adapters"
 _FILE_BYTES = 2 << 30
 """Of an exported file: a worker that writes many gigabytes is seen to come on."""
 
@@ -94,12 +96,11 @@ def export(engine: Engine, path: Path, tokenizer: Path, base: str) -> None:
     engine.gather({})
     files = _files(engine)
     shards: dict[str, str] = {}
-    adapters: dict[str, Tensor] = {}
     error = None
     try:
         for number, (writer, layers) in enumerate(files, 1):
             if writer == engine.me:
-                shards |= _write_file(engine, unfinished, number, len(files), layers, adapters)
+                shards |= _write_file(engine, unfinished, number, len(files), layers)
     except (OSError, ModelError) as problem:
         error = str(problem)
     votes = engine.gather({"shards": shards, "error": error})
@@ -107,7 +108,7 @@ def export(engine: Engine, path: Path, tokenizer: Path, base: str) -> None:
         if (told := _first_error(votes)) is not None:
             raise ModelError(told)
         if engine.leads:
-            _finish(engine, unfinished, votes, adapters, path, tokenizer, base)
+            _finish(engine, unfinished, votes, path, tokenizer, base)
     except (OSError, ModelError):
         if engine.leads:  # by now nobody writes any more
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -115,13 +116,14 @@ def export(engine: Engine, path: Path, tokenizer: Path, base: str) -> None:
 
 
 def _write_file(
-    engine: Engine, folder: Path, number: int, count: int, layers: Sequence[int], adapters: dict[str, Tensor]
-) -> dict[str, str]:
-    """One file of an export; returns tensor -> file. Adapters are merged, and added to `adapters`."""
+    engine: Engine, folder: Path, number: int, count: int, layers: Sequence[int]
+) -> dict[str, str]:  # fmt: skip
+    """One file of an export; returns tensor -> file. Adapters are merged, and kept beside it for `_finish`."""
     model = engine.states.model
     tensors = {name: tensor for layer in layers for name, tensor in engine.states.weights(layer).items()}
     if model.lora is not None:
-        adapters |= {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+        if adapters := {name: tensor for name, tensor in tensors.items() if is_adapter(name)}:
+            write_shard(folder / _ADAPTERS, number, count, adapters)
         tensors = merge_adapters(model.lora, tensors, model.module)
     if not tensors:
         return {}
@@ -131,14 +133,17 @@ def _write_file(
 
 
 def _finish(
-    engine: Engine, unfinished: Path, votes: Mapping[int, Mapping[str, Any]], adapters: dict[str, Tensor], path: Path,
-    tokenizer: Path, base: str,
+    engine: Engine, unfinished: Path, votes: Mapping[int, Mapping[str, Any]], path: Path, tokenizer: Path, base: str
 ) -> None:  # fmt: skip
     """All files are there: the index, the tokenizer, and the place where the model is to be."""
     model = engine.states.model
     if model.lora is not None:
-        config = model.lora.config(model.module(model.paths(1)["block"]))
+        config = model.lora.config(model.module(model.paths(1)["block"]), whole=True)
+        adapters: dict[str, Tensor] = {}
+        for file in sorted((unfinished / _ADAPTERS).glob("*.safetensors")):
+            adapters |= load_file(file)
         save_adapter(path.with_name("adapter"), config, adapters, base if Path(base).is_dir() else None)
+        shutil.rmtree(unfinished / _ADAPTERS)
     weight_map = {tensor: name for vote in votes.values() for tensor, name in vote["shards"].items()}
     weight_map |= _add_rest(model, Path(base), unfinished)
     every = [key for layer in range(model.num_layers) for key in model.keys(layer) if not is_adapter(key)]

@@ -16,9 +16,10 @@ def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
     model = plan.model
     count = sum(model.parameter_count(layer) for layer in range(model.num_layers))
     adapters = ""
-    if model.lora is not None:
+    if model.partly:
         trained = sum(model.trained_count(layer) for layer in range(model.num_layers))
-        adapters = f" ({trained / 1e6:.2f}M of them trained, in adapters of rank {model.lora.rank})"
+        where = f"adapters of rank {model.lora.rank}" if model.lora is not None else config.trained
+        adapters = f" ({trained / 1e6:.2f}M of them trained, in {where})"
     view = plan.view
     spans = " ".join(f"{lo}:{hi}" for lo, hi in plan.layout.train.holders)
     parallel = f"{config.replicas} replica(s)" if config.scheduler != "skippipe" else f"skip {config.skip:g}"

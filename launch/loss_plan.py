@@ -30,7 +30,7 @@ from recovery.policy import Recovery
 from recovery.remedy import CannotRestore, has, states_of
 from recovery.resize import Resize
 
-_STATE = 16  # bytes of a trained weight: itself, its gradient and two moments, fp32
+_FP32, _STATE = 4, 16  # bytes of a frozen weight, and of a trained one: itself, its gradient and two moments
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,13 @@ def loss_table(config: TrainConfig, model: LayeredModel, losses: int) -> list[Ou
     )
     usual = _seconds(home, costs)
     shapes = {key: shape for layer in range(model.num_layers) for key, shape in model.shapes(layer).items()}
-    sizes = {state.name: _STATE * sum(math.prod(shapes[key]) for key in state.keys) for state in model.states}
+    sizes = {
+        state.name: sum(
+            (_STATE if place < state.trained else _FP32) * math.prod(shapes[key])
+            for place, key in enumerate(state.keys)
+        )
+        for state in model.states
+    }
     return [
         _outcome(recovery, sizes, lost, lambda layout: _seconds(layout, costs) / usual)
         for count in range(1, losses + 1)
@@ -100,7 +106,8 @@ def plan_losses(config: TrainConfig, losses: int) -> Result:
     require(not config.shard_optimizer, "shard_optimizer", True, "False with --losses: such a run keeps its size")
     with tempfile.TemporaryDirectory() as converted:
         found = resolve(config.model, Path(converted))
-        model = LayeredModel(read_config(found) if isinstance(found, Path) else found)
+        shape = read_config(found) if isinstance(found, Path) else found
+        model = LayeredModel(shape, lora=config.lora(), trained=config.patterns())
     outcomes = loss_table(config, model, losses)
     rows = [
         {"lost": list(o.lost), "survives": not o.why, "why": o.why, "stages": o.stages, "replicas": o.replicas,

@@ -14,7 +14,7 @@ from jobs.config import TrainConfig
 from jobs.job import RunJob, Start
 from jobs.registry import KINDS, make_jobs
 from launch.config import config_from_dict
-from launch.worker_main import blueprint, last_words
+from launch.worker_main import last_words, model_of
 from pipeline.runtime.batch import Job
 from pipeline.runtime.channel import Channel
 from pipeline.runtime.compute import Settings
@@ -69,9 +69,8 @@ def make_worker(
     forward, fused, backward = payload["cut"]
     cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
     layout = StoreLayout(
-        blueprint(config.out / "model-config", lora=config.lora(), depth=config.depth), cut, config.microbatches,
-        config.microbatch_size,
-        config.sequence_length, int(payload["blocks"]), config.optimizer_async,
+        model_of(config), cut, config.microbatches, config.microbatch_size, config.sequence_length,
+        int(payload["blocks"]), config.optimizer_async,
     )  # fmt: skip
     device = torch.device(payload["device"])
     store = HostStore(layout, store_path(config.out))

@@ -39,7 +39,8 @@ from recovery.fencing import KEPT_ELSEWHERE, shred_folder
 
 OF_THE_RUN = (
     "sequence_length", "seed", "dtype", "device", "threads", "recompute", "workers", "replicas", "scheduler", "chunks",
-    "microbatches", "microbatch_size", "at_once", "network", "lora_rank", "lora_alpha", "lora_targets", "exact_sums",
+    "microbatches", "microbatch_size", "at_once", "network", "lora_rank", "lora_alpha", "lora_targets", "lora_blocks",
+    "trained", "exact_sums",
     "tokenizer", "vocabulary", "deadline", "heartbeat",
 )  # fmt: skip
 """The settings of a run that its requests begin with."""

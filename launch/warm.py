@@ -20,6 +20,6 @@ def warm_up(config: TrainConfig) -> None:
     with suppress(Exception):
         path = Path(config.model)
         if config.model in PRESETS:
-            LayeredModel(preset(config.model), lora=config.lora())
+            LayeredModel(preset(config.model), lora=config.lora(), trained=config.patterns())
         elif path.is_dir() or path.suffix in (".json", ".toml"):
-            LayeredModel(read_config(path), lora=config.lora())
+            LayeredModel(read_config(path), lora=config.lora(), trained=config.patterns())

@@ -97,7 +97,7 @@ def last_words(error: Exception) -> keys.ErrorReport:
 def _called(store: dist.Store, payload: dict[str, Any]) -> dict[str, Any]:
     """Load what every worker needs, then wait for the place that is to be taken; the payload with it."""
     await_view(store, 1)
-    blueprint(settings_of(read_view(store, 1)).out / "model-config")
+    model_of(settings_of(read_view(store, 1)))
     store.wait([key := payload["spare"]], _FOREVER)
     fields = {"worker": int, "place": int, "view": int, "joins": bool, "device": str}
     return {**payload, **checked(parse(store.get(key), "a spare worker's place"), "a spare worker's place", **fields)}
@@ -108,12 +108,16 @@ def settings_of(view: View) -> TrainConfig:
     return config_from_dict(KINDS[view.details["job"]].settings, view.details["config"])
 
 
+def model_of(config: TrainConfig, attention: str | None = None) -> LayeredModel:
+    """The model of a run, read once from its folder."""
+    return _blueprint(config.out / "model-config", attention, config.lora(), config.depth, config.patterns())
+
+
 @cache
-def blueprint(
-    folder: Path, attention: str | None = None, lora: Lora | None = None, depth: int | None = None
+def _blueprint(
+    folder: Path, attention: str | None, lora: Lora | None, depth: int | None, trained: tuple[str, ...]
 ) -> LayeredModel:
-    """The model of a run folder, read once."""
-    return LayeredModel(read_config(folder), attention=attention, lora=lora, depth=depth)
+    return LayeredModel(read_config(folder), attention=attention, lora=lora, depth=depth, trained=trained)
 
 
 def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threading.Event) -> int:
@@ -182,7 +186,7 @@ def build_member(
     device = torch.device(payload["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = blueprint(config.out / "model-config", payload.get("attention"), depth=config.depth)
+    model = model_of(config, payload.get("attention"))
     source = view.details["source"]
     layout = read_layout(store, view, place)
     parts = part_holders(layout.holders, model.num_layers, model.tied) if config.shard_optimizer else {}
@@ -223,7 +227,8 @@ def make_injector(
     store = member.worker.store
 
     def poison() -> None:
-        next(iter(store.gradients.values()))[0] = float("nan")
+        for gradient in list(store.gradients.values())[:1]:  # none where all that is held is frozen
+            gradient[0] = float("nan")
 
     def told(fault: Fault) -> None:
         reports.put({"kind": "event", "event": "fault", "worker": reports.worker, "step": fault.step,

@@ -42,6 +42,8 @@ _ELSEWHERE = {
     "store_port": "master_port",
     "lora_rank": "lora_r lora_dim",
     "lora_targets": "lora_target_modules target_modules",
+    "lora_blocks": "layers_to_transform lora_layers",
+    "trained": "trainable_params_regex trainable_parameters unfrozen_parameters",
     "tokens": "max_new_tokens max_tokens num_tokens",
     "samples": "limit num_samples",
     "one_f_one_b": "1f1b onefoneb pipedream pipedream_flush",

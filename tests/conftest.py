@@ -32,7 +32,7 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 for _model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
-    warm_up(TrainConfig(model=_model))
+    warm_up(TrainConfig(model=_model, lora_rank=int(_model == "llama-tiny")))  # so that peft is there as well
 _FORKSERVER = ForkServer(entry)
 
 

@@ -6,6 +6,7 @@ torch in one process; of the engine it uses the initial weights and the mask fun
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import signal
@@ -227,7 +228,7 @@ def run_workers(
     """Train `model_config` for config.steps with real workers. Raises AssertionError when one fails or hangs."""
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
-    model = LayeredModel(model_config, depth=config.depth)
+    model = LayeredModel(model_config, lora=config.lora(), depth=config.depth, trained=config.patterns())
     layout, _ = plan_layout(config, model, config.evaluate_samples)
     fields = json.loads(json.dumps(asdict(config) | {"out": str(out)}, default=str))
     view = View(
@@ -290,7 +291,7 @@ def run_pool(
     """Train `model_config` for config.steps with a pool of stateless workers, hosted by this process."""
     out.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(out / "model-config")
-    model = LayeredModel(model_config, lora=config.lora())
+    model = LayeredModel(model_config, lora=config.lora(), trained=config.patterns())
     config = replace(config, scheduler="roundpipe", out=out, data=config.data or "random-tokens")
     config.validate()
     rounds = plan_rounds(config, model, layer_costs(model, config.sequence_length), config.evaluate_samples)
@@ -356,7 +357,7 @@ def plain_training(
 
     With `routes`, by microbatch, only the blocks that a route visits are run, in its order, and the gradient of a
     block is divided by the tokens that have visited it. With `behind`, gradients are those of the weights before the
-    last update. Adapters are those of peft.
+    last update. Adapters are those of peft. With patterns of what is trained, the rest is frozen.
     """
     blueprint = LayeredModel(model_config, lora=config.lora())
     whole = blueprint.build((0, blueprint.num_layers), seed=config.seed)
@@ -367,7 +368,10 @@ def plain_training(
         import peft  # only where it is asked for: an import of seconds
 
         block = model.get_submodule(blueprint.paths(1)["block"])
-        peft.get_peft_model(model, blueprint.lora.config(block), autocast_adapter_dtype=False)  # changed in place
+        adapted = blueprint.lora.config(block, whole=True)
+        peft.get_peft_model(model, adapted, autocast_adapter_dtype=False)  # changed in place
+    for name, parameter in model.named_parameters() if config.patterns() else ():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in config.patterns()))
     standard = {n: n.replace(".base_layer", "").replace(".default", "") for n in model.state_dict()}
     values = {n: state[name].detach().clone() for n, name in standard.items() if name in state}
     assert set(state) == {standard[n] for n in values}

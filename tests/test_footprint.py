@@ -92,15 +92,22 @@ def test_recomputing_leaves_the_inputs_of_blocks_alone() -> None:
     assert again[2, 4].working["B"] > whole[2, 4].working["B"], "a block is there again while it is gone back through"
 
 
+@pytest.mark.parametrize("trained", [(), ("*.mlp.*",)], ids=["all", "mlp"])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("spans", [[(0, 2)], [(2, 4)], [(4, 6)], [(0, 2), (4, 6)], [(0, 6)]])
-def test_state_is_what_a_store_holds(name: str, spans: list[Span]) -> None:
-    store = ResidentStore(model(name), spans, OptimizerConfig(), seed=0, device=torch.device("cpu"))
+def test_state_is_what_a_store_holds(name: str, spans: list[Span], trained: tuple[str, ...]) -> None:
+    model = LayeredModel(CONFIGS[name], trained=trained)
+    store = ResidentStore(model, spans, OptimizerConfig(), seed=0, device=torch.device("cpu"))
     held: list[Tensor] = [p for module in store.modules.values() for p in module.parameters()]
     held += store.gradients.values()
     for each in store.states.values():
         held += [t for n in each.parameters for k, t in each.moments(n).items() if k != "step"]
-    assert state_bytes(model(name), spans) == unique_bytes(held, [])
+    assert state_bytes(model, spans) == unique_bytes(held, [])
+    assert (
+        not model.tied
+        or spans == [(0, 6)]
+        or state_bytes(model, spans) <= sum(model.state_bytes(layer) for span in spans for layer in range(*span))
+    )
 
 
 def test_live_storages_count_once_and_until_they_are_freed() -> None:

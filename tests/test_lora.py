@@ -1,4 +1,5 @@
-"""Adapters beside frozen weights: equal to peft in one process, the same bits with every number of workers."""
+"""Adapters beside frozen weights: equal to peft in one process, the same bits with every number of workers, on the
+pipeline and on the pool."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedConfig, Qwen3Config
 
 from jobs.config import ConfigError, TrainConfig
@@ -24,7 +26,7 @@ from pipeline.model.lora import Lora, is_adapter
 from pipeline.model.weights import read_config
 from pipeline.schedule.work_units import Cut
 from recovery.checkpoint import CheckpointError
-from tests.harness import Outcome, plain_training, relative_difference, run_command, run_pool
+from tests.harness import Outcome, plain_training, relative_difference, run_command, run_pool, run_workers
 from tests.test_parity import MODELS, TOLERANCE, settings
 from tests.test_pool import arguments, equal, same_bits, weights_of
 
@@ -63,6 +65,7 @@ def adapters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check(found: Outcome, expected: Outcome, model: str) -> None:
+    assert found.replicas_equal
     assert found.losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert found.norms == pytest.approx(expected.norms, rel=10 * TOLERANCE)
     assert relative_difference(found.gradients, expected.gradients) <= TOLERANCE
@@ -105,6 +108,31 @@ def test_a_fault_changes_no_bit(forkserver: ForkServer, tmp_path: Path, fault: s
     hurt = run_pool(forkserver, config(workers=2, rule="round_robin", inject=fault), MODELS["llama"], tmp_path / "hurt")
     assert {"detected", "not_finite"} & {event["event"] for event in hurt.details[0]["events"]}
     assert same_bits(hurt, run_pool(forkserver, config(workers=2), MODELS["llama"], tmp_path / "calm"))
+
+
+# ---- the pipeline ----
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("llama", {"scheduler": "one_f_one_b", "workers": 4, "replicas": 2, "shard_optimizer": True, "exact_sums": True,
+                   "lora_blocks": "3:5"}),
+        ("gpt2", {"scheduler": "zero_bubble", "workers": 4}),
+        pytest.param("gpt2", {"scheduler": "balanced", "workers": 2}, marks=pytest.mark.long),
+        pytest.param("llama", {"scheduler": "interleaved", "workers": 2, "recompute": True}, marks=pytest.mark.long),
+        pytest.param("llama", {"scheduler": "gpipe", "workers": 4, "snapshot": "neighbour"}, marks=pytest.mark.long),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["scheduler"],
+)  # fmt: skip
+def test_a_pipeline_equals_peft(forkserver: ForkServer, tmp_path: Path, model: str, changes: dict[str, Any]) -> None:
+    """Spans with nothing to train included: a stage of frozen blocks, the embedding, the head, and what they share."""
+    chosen = config(at_once=0, **changes)
+    chosen.validate()
+    found = run_workers(forkserver, chosen, MODELS[model], tmp_path)
+    check(found, plain_training(chosen, MODELS[model]), model)
+    if chosen.lora_blocks != "all":
+        assert {name.split(".")[2] for name in adapters(found.weights)} == {"3", "4"}
 
 
 # ---- names, places and first values ----
@@ -159,6 +187,18 @@ def lora_arguments(out: Path, *more: str) -> list[str]:
     return arguments(out, "--model", "gpt2-tiny", "--lora-rank", "4", "--lr", "0.01", *more)
 
 
+PIPE = ("--scheduler", "one_f_one_b", "--exact-sums", "--lora-blocks", "1:3", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def piped(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on a pipeline, with adapters in two blocks."""
+    out = tmp_path_factory.mktemp("lora") / "piped"
+    done = run_command(forkserver, out.with_name("log"), *lora_arguments(out, *PIPE))
+    assert done.code == 0, done.output
+    return out
+
+
 @pytest.fixture(scope="module")
 def whole(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run without failures."""
@@ -169,7 +209,9 @@ def whole(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def test_what_is_exported_is_what_peft_computes(whole: Path) -> None:
+@pytest.mark.parametrize("kind", ["whole", "piped"])
+def test_what_is_exported_is_what_peft_computes(request: pytest.FixtureRequest, kind: str) -> None:
+    whole: Path = request.getfixturevalue(kind)
     shape = read_config(whole / "model-config")
     base = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     base.load_state_dict(weights_at_first(shape, None), strict=False)
@@ -182,6 +224,28 @@ def test_what_is_exported_is_what_peft_computes(whole: Path) -> None:
     assert (ours - theirs).abs().max() <= 1e-5
     assert (ours - untrained).abs().max() > 1e-2
     assert json.loads((whole / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    blocks = {key.split(".")[4] for key in load_file(whole / "adapter" / "adapter_model.safetensors")}
+    assert blocks == ({"1", "2"} if kind == "piped" else set("0123"))
+    assert sorted(path.name for path in (whole / "model").iterdir() if path.is_dir()) == []
+
+
+def test_a_pipeline_that_changes_its_size_is_lost_and_resumed_ends_in_the_same_bits(
+    forkserver: ForkServer, tmp_path: Path, piped: Path
+) -> None:
+    """With nobody's approximation: the frozen weights of who is lost come back exactly, its adapters from before."""
+    out = tmp_path / "lost"
+    kill = ("--inject", "kill:worker=1,step=5,at=backward;kill:worker=0,step=7,at=commit", "--until", "9")
+    lost = run_command(forkserver, tmp_path / "log", *lora_arguments(out, *PIPE, "--workers", "1:2", *kill))
+    assert lost.code == 0, lost.output
+    told = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert len([event for event in told if event["event"] == "fault"]) == 2
+    assert not any("checkfree" in str(event) for event in told)
+    more = ("--scheduler", "gpipe", "--workers", "3", "--until", "0", "--inject", "")
+    again = run_command(forkserver, tmp_path / "log", "train", "--out", str(out), "--resume", *more)
+    assert again.code == 0, again.output
+    assert equal(weights_of(piped), weights_of(out))
+    ours, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (out, piped))
+    assert equal(ours, theirs)
 
 
 @pytest.mark.long
@@ -201,7 +265,16 @@ def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(forkserver: ForkServer,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"scheduler": "one_f_one_b", "at_once": 0}, "lora_rank is 4; allowed: 0 unless scheduler is roundpipe"),
+        *(
+            (
+                {"scheduler": "one_f_one_b", "at_once": 0, "recovery": recovery},
+                f"recovery is '{recovery}'; allowed: auto, exact, .* with adapters: the mean of two is neither's",
+            )
+            for recovery in ("checkfree", "copy", "random")
+        ),
+        ({"lora_blocks": "3:3"}, "lora_blocks is '3:3'; allowed: all, or LO:HI with LO below HI"),
+        ({"lora_blocks": "3"}, "lora_blocks is '3'; allowed: all, or LO:HI"),
+        ({"lora_rank": 0, "lora_blocks": "0:2"}, "lora_blocks is '0:2'; allowed: all without lora_rank"),
         ({"lora_rank": -1}, "lora_rank is -1; allowed: 0 to 65536"),
         ({"lora_alpha": 0.0}, r"lora_alpha is 0\.0; allowed: above 0"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf; allowed: above 0"),
@@ -217,6 +290,20 @@ def test_bad_settings_are_refused_by_name(changes: dict[str, Any], said: str) ->
 def test_unknown_targets_are_refused_with_those_there_are() -> None:
     with pytest.raises(ModelError, match="lora_targets has 'q_porj'; allowed: all-linear, or some of q_proj, k_proj"):
         LayeredModel(MODELS["llama"], lora=Lora(4, targets="q_porj, v_proj"))
+
+
+def test_blocks_that_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(ModelError, match="lora_blocks is 4:7; allowed: within 0:6, the model's blocks"):
+        LayeredModel(MODELS["llama"], lora=Lora(4, blocks=(4, 7)))
+    with pytest.raises(ModelError, match="no adapter is in the first 2 blocks, which alone are computed"):
+        LayeredModel(MODELS["llama"], lora=Lora(4, blocks=(2, 4)), depth=2)
+
+
+def test_what_is_lost_comes_back_exactly_without_being_told() -> None:
+    piped = {"scheduler": "one_f_one_b", "at_once": 0}
+    assert config(**piped).resolved().recovery == "exact"
+    assert config(**piped, lora_rank=0, trained="*.mlp.*").resolved().recovery == "exact"
+    assert config(**piped, lora_rank=0).resolved().recovery == config().resolved().recovery == "auto"
 
 
 def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -21,11 +21,13 @@ LLAMA = LlamaConfig(
     vocab_size=32, max_position_embeddings=16, tie_word_embeddings=False,
 )  # fmt: skip
 GPT2 = GPT2Config(n_embd=16, n_layer=4, n_head=2, n_positions=16, vocab_size=32)
-CONFIGS: dict[str, PreTrainedConfig] = {"llama": LLAMA, "gpt2, tied": GPT2}
+CONFIGS: dict[str, PreTrainedConfig] = {"llama": LLAMA, "gpt2, tied": GPT2, "gpt2, frozen ends": GPT2}
+TRAINED = {"gpt2, frozen ends": ("*.h.[0123].mlp.*",)}
 
 
-def store(config: PreTrainedConfig, *spans: Span) -> ResidentStore:
-    return ResidentStore(LayeredModel(config), spans, OptimizerConfig(warmup_steps=0), seed=5, device=CPU)
+def store(config: PreTrainedConfig, *spans: Span, trained: Sequence[str] = ()) -> ResidentStore:
+    model = LayeredModel(config, trained=trained)
+    return ResidentStore(model, spans, OptimizerConfig(warmup_steps=0), seed=5, device=CPU)
 
 
 def train(each: ResidentStore, steps: int = 2) -> None:
@@ -53,7 +55,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     ],
 )  # fmt: skip
 def test_layers_come_and_go_without_touching_the_others(name: str, before: list[Span], after: list[Span]) -> None:
-    each, fresh = store(CONFIGS[name], *before), store(CONFIGS[name], *after)
+    each, fresh = (store(CONFIGS[name], *spans, trained=TRAINED.get(name, ())) for spans in (before, after))
     train(each)
     had, objects, summed = states(each), dict(each.states), each.gradients.get
     each.hold(after)
@@ -73,7 +75,7 @@ def test_layers_come_and_go_without_touching_the_others(name: str, before: list[
 def test_what_was_put_together_again_computes_and_learns_as_if_it_had_never_changed(name: str) -> None:
     """Spans of other lengths, the same layers: outputs, gradients and the next step are the same bits."""
     ids = torch.arange(24).view(2, 12) % 32
-    whole, moved = store(CONFIGS[name], (0, 6)), store(CONFIGS[name], (0, 6))
+    whole, moved = (store(CONFIGS[name], (0, 6), trained=TRAINED.get(name, ())) for _ in range(2))
     for each in (whole, moved):
         train(each)
     moved.hold([(0, 2), (2, 6)])
@@ -92,6 +94,18 @@ def test_what_was_put_together_again_computes_and_learns_as_if_it_had_never_chan
             each.apply(0.1, 0.1)
     assert all(same(tensors, states(moved)[state]) for state, tensors in states(whole).items())
     assert [s.fingerprint() for s in whole.states.values()] == [s.fingerprint() for s in moved.states.values()]
+
+
+def test_a_frozen_weight_that_both_ends_share_is_one_wherever_they_meet() -> None:
+    each = store(GPT2, (4, 6), trained=("*.mlp.*",))
+    state = each.states["tied"]
+    assert (state.size, each.part_of["tied"], "tied" in each.gradients) == (0, "tied", False)
+    each.hold([(0, 2), (4, 6)])
+    (weight,) = state.frozen.values()
+    weight.fill_(7.0)
+    for module in (each.modules[0, 2], each.modules[4, 6]):
+        ends = [p for layer in range(*module.span) for p in module.named_layer_parameters(layer).items()]
+        assert [bool((p == 7).all()) for name, p in ends if name == "transformer.wte.weight"] == [True]
 
 
 def test_a_layer_is_held_once() -> None:

@@ -52,7 +52,9 @@ def test_a_number_of_the_run_is_changed_only_by_who_says_so(name: str) -> None:
 @pytest.mark.parametrize("name", FIXED)
 def test_what_the_weights_are_made_for_never_changes(name: str) -> None:
     before = TrainConfig()
-    others: dict[str, Any] = {"tokenizer": "bpe", "lora_targets": "q_proj", "dropout": 0.5}
+    others: dict[str, Any] = {
+        "tokenizer": "bpe", "lora_targets": "q_proj", "lora_blocks": "0:1", "trained": "*.mlp.*", "dropout": 0.5,
+    }  # fmt: skip
     now = replace(before, change=True, **{name: others[name] if name in others else getattr(before, name) + 1})
     with pytest.raises(ConfigError, match=rf"^cannot resume: {name} was .*, which the weights are made for"):
         check_resumed(before, now)

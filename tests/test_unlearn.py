@@ -151,6 +151,7 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
     kind = ("--model", "llama-tiny", "--vocabulary", "400", "--scheduler", "roundpipe", "--lora-rank", "2")
     unbroken("train", "--out", run, "--data", data, *kind, *sizes, "--steps", "5", "--sample-tokens", "0", "--json")
     asked = ("--forget", "id:author-000/01,author-002/03", "--method", "npo", "--steps", "2", "--lr", "1e-2")
+    asked += ("--scheduler", "one_f_one_b")
     told = values(unbroken("unlearn", run, *asked, "--evaluate-samples", "7", "--json"))
     assert told["after"] != told["before"]
     unbroken("train", "--out", run, "--resume", "--change", "--steps", "7", "--sample-tokens", "0", "--json")
@@ -166,7 +167,11 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
         ("npo", (), ("kill:stage=0,step=2,at=forward", "kill:stage=1,step=3,at=commit")),
         ("npo", ("--scheduler", "roundpipe"), ("kill:worker=1,step=3,at=backward",)),
         ("pdu", ("--dual-warmup", "0"), ("kill:stage=1,step=4,at=backward",)),
-        ("rmu", ("--layer", "1"), ("kill:stage=0,step=4,at=optimizer",)),
+        (
+            "rmu",
+            ("--layer", "1", "--trained", "*.layers.[01].mlp.down_proj.weight"),
+            ("kill:stage=0,step=4,at=optimizer",),
+        ),
         ("npo", ("--workers", "2:3", "--exact-sums"), ("kill:worker=1,step=3,at=backward",)),
     ],
 )

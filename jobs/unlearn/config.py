@@ -60,7 +60,8 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         comes back as it was: a request is held to its word."""
         lr = (1e-3 if self.lora_rank else 1e-4) if self.lr is None else self.lr
         warmup = min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup
-        exact = self.recovery == "auto" and self.scheduler not in ("roundpipe", "skippipe")
+        schedulers = ("roundpipe",) if self.lora_rank or self.patterns() else ("roundpipe", "skippipe")
+        exact = self.recovery == "auto" and self.scheduler not in schedulers
         recovery = "exact" if exact else self.recovery
         return replace(self, lr=lr, warmup=warmup, data=self.data or "rows of the run", recovery=recovery)
 

@@ -91,7 +91,10 @@ def commit(config: UnlearnConfig, request: Request, trained: Trained) -> Request
         elif request.method in GUARDS:  # the weights are as they were
             states = states_in(trained.saved)
         else:
-            model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
+            of_the_run = trained.config
+            model = LayeredModel(
+                read_config(run / "model-config"), lora=of_the_run.lora(), trained=of_the_run.patterns()
+            )
             states = states_of(model, config.out / "model", trained.config.seed)
         changed = {"generation": request.generation, "data": report["hashes"]["data_after"], "job": {}}
         publish(run / "checkpoints", trained.saved, states, **changed, request=request.number)

@@ -32,7 +32,7 @@ def make_unlearn_plan(
     shape = read_config(config.out / "model-config")
     blocks = int(shape.num_hidden_layers)
     require((config.depth or 1) <= blocks, "layer", (config.depth or 1) - 1, f"0 to {blocks - 1}, the model's blocks")
-    model = LayeredModel(shape, lora=config.lora(), depth=config.depth)
+    model = LayeredModel(shape, lora=config.lora(), depth=config.depth, trained=config.patterns())
     if config.scheduler not in ("roundpipe", "skippipe"):
         require_layers(config, model.num_layers)
     said.append(

@@ -26,6 +26,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from pipeline.model.families import DROPOUTS, FAMILIES, FULL_ATTENTION, SLIDING, Embedding, Head
 from pipeline.model.lora import Lora, first_value, is_adapter, plain_name
 from pipeline.model.rng import RngKey, derive, keyed_dropout
+from pipeline.model.trained import matching
 from pipeline.model.weights import ModelError as ModelError
 from pipeline.model.weights import Weights
 from pipeline.schedule.ops import Span
@@ -63,13 +64,13 @@ class LayeredModel:
 
     `attention` is "sdpa" or "eager"; None takes sdpa where the family has it and attention drops nothing, because
     dropout inside sdpa cannot be keyed by sample. With `lora`, decoder blocks have adapters, and these alone are
-    trained. With `depth`, the model ends after so many blocks, and what comes out is their hidden state. Raises
-    ModelError for a config that is not supported.
+    trained; else what matches one of the patterns `trained`, if there are any. With `depth`, the model ends after so
+    many blocks, and what comes out is their hidden state. Raises ModelError for a config that is not supported.
     """
 
     def __init__(
         self, config: PreTrainedConfig, *, attention: str | None = None, lora: Lora | None = None,
-        depth: int | None = None,
+        depth: int | None = None, trained: Sequence[str] = (),
     ) -> None:  # fmt: skip
         family = FAMILIES.get(config.model_type)
         if family is None:
@@ -112,10 +113,19 @@ class LayeredModel:
         self.lora = lora
         self._adapted: dict[str, nn.Module] = {}
         if lora is not None:
-            for number in range(self.config.num_hidden_layers):
+            for number in lora.within(every):
                 path = f"{family.blocks}.{number}"
                 self._adapted[path] = copy.deepcopy(self.module(path), {id(self.config): self.config})
                 lora.adapt(self._adapted[path])
+        names = {name for layer in range(self.num_layers) for name in self.shapes(layer)}
+        self.partly: bool = lora is not None or bool(trained)
+        """Whether some of the weights are frozen."""
+        self._trained = frozenset(filter(is_adapter, names) if lora is not None else names)
+        if trained:
+            known = {name: (name, *(a for a, owner in self.aliases.items() if owner == name)) for name in names}
+            self._trained = matching(trained, known)
+        if not self._trained:
+            raise ModelError(f"nothing is trained: no adapter is in the first {depth} blocks, which alone are computed")
 
     # ---- what a layer is made of ----
 
@@ -144,12 +154,17 @@ class LayeredModel:
         return tuple(name for name in self.shapes(layer) if layer == 0 or name not in self.tied_keys)
 
     def trainable(self, layer: int) -> tuple[str, ...]:
-        """Those of `keys` that are trained: all of them, or with LoRA the adapters alone."""
-        return tuple(name for name in self.keys(layer) if self.lora is None or is_adapter(name))
+        """Those of `keys` that are trained: all of them, with LoRA the adapters alone, or what the patterns match."""
+        return tuple(name for name in self.keys(layer) if name in self._trained)
 
     def differentiated(self, layer: int) -> tuple[str, ...]:
         """The trained parameters that the layer computes with, a tied head's weight included unless it is frozen."""
-        return tuple(self.shapes(layer)) if self.lora is None else self.trainable(layer)
+        return tuple(name for name in self.shapes(layer) if name in self._trained)
+
+    @cached_property
+    def learning(self) -> frozenset[int]:
+        """The layers that compute with something that is trained."""
+        return frozenset(layer for layer in range(self.num_layers) if self.differentiated(layer))
 
     @cached_property
     def states(self) -> tuple[NamedState, ...]:
@@ -162,7 +177,7 @@ class LayeredModel:
                 frozen = [name for name in own if name not in trained]
                 found.append(NamedState(str(layer), (layer,), (*trained, *frozen), len(trained)))
             if layer == 0 and self.tied:
-                trains = 0 if self.lora else len(self.tied_keys)
+                trains = sum(name in self._trained for name in self.tied_keys)
                 found.append(NamedState(TIED, (0, self.num_layers - 1), self.tied_keys, trains))
         return tuple(found)
 
@@ -184,6 +199,12 @@ class LayeredModel:
     def parameter_bytes(self, layer: int) -> int:
         """Bytes of fp32 weights that a worker with this layer alone holds, a tied head's copy included."""
         return 4 * sum(math.prod(shape) for shape in self.shapes(layer).values())
+
+    def state_bytes(self, layer: int) -> int:
+        """Bytes in fp32 that a worker keeps for this layer from step to step: weights, and of what is trained the
+        gradient and two moments, a tied head's copy included."""
+        shapes = self.shapes(layer)
+        return self.parameter_bytes(layer) + 3 * 4 * sum(math.prod(shapes[name]) for name in self.differentiated(layer))
 
     def full_name(self, path: str, local: str) -> str:
         """The state-dict name of parameter `local` of the module at `path`; a tied head's is the embedding's."""
@@ -223,8 +244,8 @@ class LayeredModel:
             parts: dict[str, Any] = {}
             for part, path in self.paths(layer).items():
                 module = self._part(path, layer, seed, torch.device(device), weights, held)
-                if self.lora is not None:
-                    self._adapt(module, path, seed, torch.device(device), held)
+                if self.partly:
+                    self._freeze(module, path, seed, torch.device(device), held)
                 parts[part] = module
             if layer == 0:
                 layers["0"] = Embedding(**parts)
@@ -261,10 +282,11 @@ class LayeredModel:
             setattr(module.get_submodule(owner), attribute, held.setdefault(name, module.get_parameter(local)))
         return module
 
-    def _adapt(
+    def _freeze(
         self, module: nn.Module, path: str, seed: int, device: torch.device, held: dict[str, nn.Parameter]
     ) -> None:
-        """Freeze the module at `path`; a block gets adapters, those that are held or new ones."""
+        """Freeze what is not trained of the module at `path`; a block gets adapters, those that are held or new
+        ones."""
         if self.lora is not None and path in self._adapted:
             self.lora.adapt(module)
         for local, parameter in list(module.named_parameters()):
@@ -272,7 +294,7 @@ class LayeredModel:
             if is_adapter(name) and name not in held:
                 held[name] = nn.Parameter(first_value(name, tuple(parameter.shape), seed).to(device))
             owner, _, attribute = local.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, held[name].requires_grad_(is_adapter(name)))
+            setattr(module.get_submodule(owner), attribute, held[name].requires_grad_(name in self._trained))
 
     @torch.no_grad()
     def _initialise(self, modules: Sequence[nn.Module], seed: int) -> None:

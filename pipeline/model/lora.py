@@ -22,14 +22,15 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.model.rng import derive
 from pipeline.model.weights import ModelError
-from pipeline.settings import RunShape, Within, require, require_owner
+from pipeline.schedule.ops import Span, span_text
+from pipeline.settings import RunShape, Within, require
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, EVERY = "all-linear", "all"
 A, B = ".lora_A.weight", ".lora_B.weight"
-_KEPT_AS = "base_model.model."  # what peft puts before a name in a file
+KEPT_AS = "base_model.model."  # what peft puts before a name in a file
 
 
 @dataclass(frozen=True)
@@ -37,34 +38,63 @@ class LoraSettings:
     """Low-rank adapters."""
 
     lora_rank: Annotated[int, Within(0, 65536)] = 0
-    """Under --scheduler roundpipe, train low-rank adapters of this rank and nothing else (LoRA, through peft; needs the
-    lora extra); 0 trains all weights."""
+    """Train low-rank adapters of this rank and nothing else (LoRA, through peft; needs the lora extra); 0 trains all
+    weights."""
     lora_alpha: Annotated[float, Within(0, 1_000_000, above=True)] = 16.0
     """What an adapter adds is multiplied by this, divided by --lora-rank."""
     lora_targets: str = ALL_LINEAR
     """What gets adapters: all-linear (every linear layer of the decoder blocks), or names separated by commas, such as
     q_proj,v_proj."""
+    lora_blocks: str = EVERY
+    """Which decoder blocks get adapters: all, or LO:HI, from LO up to and without HI, counted from 0."""
 
     def lora(self) -> Lora | None:
         """The adapters that are trained, if it is adapters."""
-        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
+        if not self.lora_rank:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets, _blocks(self.lora_blocks))
 
     def check(self, run: RunShape) -> None:
-        """Raise ConfigError for targets that are none, and where there would be no adapters."""
-        require_owner(self, LoraSettings, ("lora_rank",), "roundpipe")
+        """Raise ConfigError for targets and blocks that are none, and for blocks of no adapters."""
         require(
             all(name.strip() for name in self.lora_targets.split(",")), "lora_targets", self.lora_targets,
             f"{ALL_LINEAR}, or names separated by commas",
         )  # fmt: skip
+        require(
+            self.lora_blocks == EVERY or _blocks(self.lora_blocks) is not None, "lora_blocks", self.lora_blocks,
+            f"{EVERY}, or LO:HI with LO below HI",
+        )  # fmt: skip
+        require(
+            self.lora_blocks == EVERY or self.lora_rank > 0, "lora_blocks", self.lora_blocks,
+            f"{EVERY} without lora_rank",
+        )  # fmt: skip
+
+
+def _blocks(text: str) -> Span | None:
+    """What LO:HI says; None for what does not."""
+    lo, colon, hi = text.partition(":")
+    if not (colon and lo.isdecimal() and hi.isdecimal()) or int(lo) >= int(hi):
+        return None
+    return int(lo), int(hi)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapters of a model. `targets` is "all-linear", or the last words of paths, e.g. "q_proj,v_proj"."""
+    """The adapters of a model. `targets` is "all-linear", or the last words of paths, e.g. "q_proj,v_proj"; `blocks`
+    are the decoder blocks, from 0, that have them, None for all."""
 
     rank: int
     alpha: float = 16.0
     targets: str = ALL_LINEAR
+    blocks: Span | None = None
+
+    def within(self, count: int) -> range:
+        """The blocks with adapters of a model of so many. Raises ModelError for some that it does not have."""
+        if self.blocks is None:
+            return range(count)
+        if self.blocks[1] > count:
+            raise ModelError(f"lora_blocks is {span_text(self.blocks)}; allowed: within 0:{count}, the model's blocks")
+        return range(*self.blocks)
 
     @property
     def scale(self) -> float:
@@ -85,8 +115,9 @@ class Lora:
             )
         return asked
 
-    def config(self, block: nn.Module) -> LoraConfig:
-        """The settings as peft has them, for models with such blocks. Raises ModelError where peft is missing."""
+    def config(self, block: nn.Module, *, whole: bool = False) -> LoraConfig:
+        """The settings as peft has them, for one such block, or for a `whole` model of them. Raises ModelError where
+        peft is missing."""
         if importlib.util.find_spec("peft") is None:
             raise ModelError(f"lora_rank is {self.rank}: LoRA needs peft; pip install 'unbroken[lora]'")
         from peft import LoraConfig  # an extra: only those who train adapters need it
@@ -95,6 +126,7 @@ class Lora:
             r=self.rank, lora_alpha=cast(Any, self.alpha), target_modules=list(self.names(block)), lora_dropout=0.0,
             bias="none", task_type="CAUSAL_LM",
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in block.modules()),
+            layers_to_transform=list(range(*self.blocks)) if whole and self.blocks is not None else None,
         )  # fmt: skip
 
     def adapt(self, block: nn.Module) -> None:
@@ -144,7 +176,7 @@ def save_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
     unfinished.mkdir(parents=True)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(unfinished))
-    held: dict[str, Any] = {_KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
+    held: dict[str, Any] = {KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
     save_file(held, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Job, Needs
 from pipeline.runtime.compute import Settings
-from pipeline.runtime.lane_executor import Lane, LaneExecutor, lane_needs
+from pipeline.runtime.lane_executor import Lane, LaneExecutor, lane_needs, learns
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import HEADER_BYTES, span_bytes
 from pipeline.schedule.graph import compiled
@@ -94,15 +94,16 @@ def footprints(model: LayeredModel, schedule: Schedule, job: Job, settings: Sett
 
 
 def state_bytes(model: LayeredModel, spans: Iterable[Span]) -> int:
-    """What a worker keeps for `spans` from step to step, in fp32: weights, gradients and two moments. A weight that
-    both ends of the model share counts once."""
-    shapes = {
-        (None if name in model.tied_keys else span, name): shape
+    """What a worker keeps for `spans` from step to step, in fp32: weights, and of what is trained gradients and two
+    moments. A weight that both ends of the model share counts once."""
+    sizes = {
+        (None if name in model.tied_keys else span, name): (4 if name in model.differentiated(layer) else 1)
+        * math.prod(shape)
         for span in spans
         for layer in range(*span)
         for name, shape in model.shapes(layer).items()
     }
-    return 4 * 4 * sum(math.prod(shape) for shape in shapes.values())
+    return 4 * sum(sizes.values())
 
 
 # ---- what a microbatch takes on a span ----
@@ -114,7 +115,11 @@ def measure(model: LayeredModel, schedule: Schedule, job: Job, settings: Setting
     result: dict[Span, SpanBytes] = {}
     for (kind, span, m), worker in schedule.home.items():
         if kind == F and span not in result:
-            alike = _layers(model, span), span in schedule.routes[m].forward[1:-1], (W, span, m) in schedule.home
+            route = schedule.routes[m]
+            alike = (
+                _layers(model, span), span in route.forward[1:-1], (W, span, m) in schedule.home,
+                learns(model, route, span),
+            )  # fmt: skip
             if alike not in found:
                 found[alike] = _measure(model, schedule, job, settings, worker, span, m)
             result[span] = found[alike]
@@ -124,7 +129,14 @@ def measure(model: LayeredModel, schedule: Schedule, job: Job, settings: Setting
 def _layers(model: LayeredModel, span: Span) -> tuple[Any, ...]:
     """What tells spans apart that take different amounts."""
     blocks = model.blocks
-    return tuple((*model.shapes(n).values(), model.attention_type(n) if n in blocks else n) for n in range(*span))
+    trained = {n: set(model.differentiated(n)) for n in range(*span)}
+    return tuple(
+        (
+            *((shape, name in trained[n]) for name, shape in model.shapes(n).items()),
+            model.attention_type(n) if n in blocks else n,
+        )
+        for n in range(*span)
+    )
 
 
 def _measure(

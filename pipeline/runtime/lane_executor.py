@@ -25,7 +25,7 @@ from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.probe import Probe, Unprobed
 from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.layout import Excerpt
-from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Span, W
+from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, I, Op, R, Route, Span, W
 from pipeline.schedule.timeline import Event
 
 _POINTS = {F: "forward", B: "backward", I: "backward", REDUCE: "reduce"}
@@ -109,6 +109,12 @@ def lane_needs(model: LayeredModel, ops: Sequence[Op]) -> dict[int, Needs]:
         if op.kind in (F, R):
             found[op.microbatch] = found.get(op.microbatch, Needs.NOTHING) | needs(model, op.span)
     return found
+
+
+def learns(model: LayeredModel, route: Route, span: Span) -> bool:
+    """Whether something is trained in what a route visits before a span."""
+    before = route.forward[: route.forward.index(span)]
+    return any(layer in model.learning for each in before for layer in range(*each))
 
 
 class LaneExecutor:
@@ -197,8 +203,12 @@ class LaneExecutor:
     def compute(self, op: Op, x: Tensor | None, later: WeightGradients | None) -> Saved:
         """The forward of a span on `x` (None: on the tokens), up to the loss where it is the last."""
         lane, batch = self.lane, self.batch(op.microbatch)
-        x = batch["input_ids"] if x is None else x.detach().requires_grad_(torch.is_grad_enabled())
-        recompute = self.settings.recompute and bool(self.routes[op.microbatch].backward)
+        route = self.routes[op.microbatch]
+        if x is None:
+            x = batch["input_ids"]
+        else:  # nobody asks for its gradient where all before is frozen
+            x = x.detach().requires_grad_(torch.is_grad_enabled() and learns(lane.model, route, op.span))
+        recompute = self.settings.recompute and bool(route.backward)
         with defer_weights(later) if later else nullcontext():
             output = compute(
                 lane.modules[op.span], x, lane.job, batch, lane.step, lane.terms, self.settings, recompute=recompute
@@ -216,13 +226,13 @@ class LaneExecutor:
             before = route.backward[place - 1]
             kind = I if (I, before, m) in self.values else B
             gradient = self.values.pop((kind, before, m))
-        with self.weighed(span, m):
-            torch.autograd.backward(saved.output.y, gradient)
+        if saved.output.y.requires_grad:  # else it and all before it is frozen
+            with self.weighed(span, m):
+                torch.autograd.backward(saved.output.y, gradient)
         self.lane.counted(span)
         saved.output = Output(saved.output.y.detach())  # the graph and what it holds can go; W keeps its own inputs
         if place + 1 < len(route.backward):
-            assert saved.x.grad is not None
-            self.values[op.kind, span, m] = saved.x.grad
+            self.values[op.kind, span, m] = torch.zeros_like(saved.x) if saved.x.grad is None else saved.x.grad
         if op is self.last[m]:  # who runs these forwards for real has come through
             for key in [key for key in self.lane.spare if key[2] == m]:
                 del self.lane.spare[key]
@@ -240,10 +250,10 @@ class LaneExecutor:
         terms, factor = self.lane.terms, 1.0
         if terms.divisor(range(*span)) is None:
             factor = terms.factor(span[0], m)
-        if factor == 1.0:
+        gradient = self.lane.gradients.get(span)
+        if factor == 1.0 or gradient is None:
             yield
             return
-        gradient = self.lane.gradients[span]
         gradient.div_(factor)
         yield
         gradient.mul_(factor)

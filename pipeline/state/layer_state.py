@@ -122,7 +122,11 @@ class LayerState:
 
     def weights(self) -> dict[str, Tensor]:
         """Full name -> weight, trained or not."""
-        return {name: tensor.detach() for name, tensor in (*self.parameters.items(), *self.frozen.items())}
+        return {name: tensor.detach() for name, tensor in self.all_weights().items()}
+
+    def all_weights(self) -> dict[str, Tensor]:
+        """The same themselves: of what is trained the parameters."""
+        return {**self.parameters, **self.frozen}
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, not copied: `param/NAME`; of what is trained `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and

@@ -87,7 +87,7 @@ class ResidentStore(LayerStates):
         wanted = self.model.states_of(layers)
         known = self.aside | self.states
         states = {state.name: known[state.name] for state in wanted if state.name in known}
-        share = {name: p for state in states.values() for name, p in state.parameters.items()}
+        share = {name: _held(tensor) for state in states.values() for name, tensor in state.all_weights().items()}
         for run in _runs(layer for layer in layers if layer not in have):
             built = self._build(run, source, share)
             have |= dict(_layers(built))
@@ -237,6 +237,12 @@ def _runs(layers: Iterable[int]) -> list[Span]:
         else:
             runs.append((layer, layer + 1))
     return runs
+
+
+def _held(weight: Tensor) -> nn.Parameter:
+    """A weight of a state, to compute with: what is trained is a parameter, with its gradient; what is frozen becomes
+    one where it lies."""
+    return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
 
 
 def _layers(module: SpanModule) -> list[tuple[int, nn.Module]]:
