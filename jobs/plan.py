@@ -284,7 +284,7 @@ def find_tokenizer(
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run cannot change when it is resumed, beside its model and its data."""
     lora = config.lora()
-    adapters = None if lora is None else {name: value for name, value in asdict(lora).items() if value is not None}
+    adapters = None if lora is None else lora.identity()
     trained = {} if config.trained == ALL else {"trained": config.trained}
     return {"seed": config.seed, "tokenizer": config.tokenizer, "lora": adapters, **trained}
 

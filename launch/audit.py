@@ -35,9 +35,10 @@ def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
     open_ones = [each.number for each in requests_of(config.run) if each.status != "complete"]
     guard = Guard.read(config.run / "model")
     values = {
-        "guarded": None if guard is None else guard.method, "generation": read_generation(config.run), "files": found.files, "fenced": found.fenced,
+        "generation": read_generation(config.run), "files": found.files, "fenced": found.fenced,
         "findings": [asdict(each) for each in found.findings], "unread": [list(each) for each in found.unread],
-        "not_complete": open_ones, "ok": found.clean and not open_ones,
+        "not_complete": open_ones, "guarded": None if guard is None else guard.method,
+        "ok": found.clean and not open_ones,
     }  # fmt: skip
     lines = [f"generation {values['generation']}, {found.files:,} files looked into"]
     lines += [f"fenced    {path}" for path in found.fenced]

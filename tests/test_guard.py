@@ -19,7 +19,7 @@ from jobs.unlearn.probe import descriptions, logits_of, question
 from jobs.unlearn.router import Router, described, least_errors, weight
 from launch.generate import load
 from launch.guarded import put_on
-from pipeline.model.projection import PROJECTION, Projections, first_directions, project
+from pipeline.model.projection import PROJECTION, Projections, project
 from pipeline.model.weights import ModelError, preset
 from pipeline.runtime.batch import IGNORED
 
@@ -68,24 +68,24 @@ def test_projection(directions: int, seed: int) -> None:
 
 
 def test_which_blocks_are_projected() -> None:
-    paths = [f"model.layers.{n}" for n in range(12)]
-    drawn = [Projections(seed=seed).blocks(paths) for seed in range(40)]
-    assert all(len(set(each)) == 2 and each == sorted(each, key=paths.index) for each in drawn)
-    assert set().union(*drawn) == set(paths)
-    kept = Projections(seed=1, kept={paths[7]: torch.ones(1, 4)})
-    assert kept.blocks(paths) == [paths[7]]
-    with pytest.raises(ModelError, match="projected is 13; the model has 12 blocks"):
-        Projections(count=13).blocks(paths)
-    with pytest.raises(ModelError, match="an earlier request has projected"):
-        kept.blocks(paths[:3])
+    drawn = [Projections(seed=seed).within(12) for seed in range(40)]
+    assert all(len(set(each)) == 2 for each in drawn)
+    assert all(each == sorted(each) for each in drawn)
+    assert set().union(*drawn) == set(range(12))
+    kept = Projections(seed=1, kept={7: torch.ones(1, 4)})
+    assert kept.within(12) == [7]
+    with pytest.raises(ModelError, match="projected is 13; allowed: 1 to 12, the model's blocks"):
+        Projections(count=13).within(12)
+    with pytest.raises(ModelError, match=r"an earlier request has projected blocks \[7\]; the model has 3"):
+        kept.within(3)
 
 
 def test_earlier_directions_are_taken_too() -> None:
-    block = torch.nn.Linear(8, 8)
-    kept = torch.randn(2, 8)
-    Projections(3, kept={"b": kept}).adapt(block, "b", 8)
+    block, kept = torch.nn.Linear(8, 8), torch.randn(2, 8)
+    projections = Projections(3, kept={4: kept})
+    projections.adapt(block, 4, 8)
     module = block.get_submodule("projection")
-    module.weight = torch.nn.Parameter(first_directions("b" + PROJECTION, (3, 8), 5))
+    module.weight = torch.nn.Parameter(projections.first_value("b" + PROJECTION, (3, 8), 5))
     found = block(torch.randn(4, 8))
     assert (found @ kept.T).abs().max() < 1e-4
     assert (found @ module.weight.T).abs().max() < 1e-4

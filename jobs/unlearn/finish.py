@@ -23,8 +23,8 @@ from jobs.row_data import RowDataset
 from jobs.row_prepare import erase
 from jobs.unlearn.begin import Trained
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.guard import GUARD, is_guarded, plain
-from jobs.unlearn.guarding import GUARDS, put_guard, told_of_guard
+from jobs.unlearn.guard import GUARD, GUARDS, is_guarded, plain
+from jobs.unlearn.guarding import put_guard, told_of_guard
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import Asked, Hashes, Manifest, ledger_range, versions, weights_hash
 from jobs.unlearn.method import FORGET, RETAIN

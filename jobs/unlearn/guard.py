@@ -10,11 +10,12 @@ works by hooks on a model's decoder blocks, whoever built them: transformers, or
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from jobs.unlearn.method import Method
+from jobs.unlearn.methods.mrp import MRP
+from jobs.unlearn.methods.o3 import O3
 from jobs.unlearn.router import Router, weight
-from pipeline.model.lora import A, B
-from pipeline.model.projection import PROJECTION, project
+from pipeline.model.lora import A, Adapters, B, Lora
+from pipeline.model.projection import PROJECTION, Projections, project
 from pipeline.model.weights import ModelError
 from pipeline.settings import ConfigError
 from recovery.disk import write_flushed
@@ -34,6 +38,10 @@ from recovery.disk import write_flushed
 SETTINGS, TENSORS, BASE = "guard.json", "guard.safetensors", "base"
 GUARD = "guard"
 """Where a request keeps the guard that the run had when it began."""
+GUARDS = (MRP.name, O3.name)
+"""The methods that guard."""
+O3_RANK, O3_ALPHA = 8, 16.0
+"""Of an adapter of o3 where --lora-rank is unset, as in its authors' code."""
 _EARLIER, _ROUTER = "earlier", "router"
 
 
@@ -132,6 +140,32 @@ def _take(directions: Tensor, _: nn.Module, __: Any, output: Any) -> Any:
     hidden = output if whole else output[0]
     found = project(hidden, directions.to(hidden.device))
     return found if whole else (found, *output[1:])
+
+
+def adapters_of(method: Method, lora: Adapters | None, folder: Path) -> Adapters | None:
+    """What a method that guards trains, with the guard in `folder` before it; `lora` for any other. Raises
+    ModelError."""
+    if not isinstance(method, MRP | O3):
+        return lora
+    before = Guard.read(folder)
+    if isinstance(method, MRP):
+        taken = {} if before is None else before.projections
+        kept = {int(path.rpartition(".")[2]): tensor for path, tensor in taken.items()}
+        return Projections(method.directions, method.projected, method.control_seed, kept, digest_of(folder))
+    if not isinstance(lora, Lora):
+        lora = Lora(O3_RANK, O3_ALPHA)
+    if before is None:
+        return lora
+    stacked = {
+        name: torch.cat([each[name] for each in (*before.earlier, before.adapter) if name in each])
+        for name in before.adapter if name.endswith(A)
+    }  # fmt: skip
+    return replace(lora, first=before.adapter, earlier=stacked, apart=method.orthogonality, digest=digest_of(folder))
+
+
+def digest_of(folder: Path) -> str:
+    """sha256 [64 hex digits] of a guard's tensors; "" where there is no guard. Raises OSError."""
+    return hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest() if is_guarded(folder) else ""
 
 
 def is_guarded(folder: Path) -> bool:

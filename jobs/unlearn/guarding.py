@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.guard import GUARD, SETTINGS, TENSORS, Guard, is_guarded
+from jobs.unlearn.guard import GUARD, GUARDS, SETTINGS, TENSORS, Guard, digest_of, is_guarded
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.material import Material, stacked
 from jobs.unlearn.method import FORGET
@@ -24,9 +23,6 @@ from jobs.unlearn.settings import method_of
 from pipeline.model.lora import A, Lora, adapter_of
 from pipeline.model.projection import PROJECTION
 from pipeline.runtime.batch import Needs
-
-GUARDS = (MRP.name, O3.name)
-"""The methods that guard."""
 
 
 def keep_guard(run: Path, folder: Path) -> None:
@@ -78,6 +74,5 @@ def told_of_guard(folder: Path) -> dict[str, dict[str, str]]:
     """What a manifest says of a guarded model."""
     if not is_guarded(folder):
         return {}
-    sha256 = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
     note = "the weights have not changed and still know; the guard suppresses it"
-    return {"guard": {"sha256": sha256, "note": note}}
+    return {"guard": {"sha256": digest_of(folder), "note": note}}

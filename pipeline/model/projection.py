@@ -8,7 +8,7 @@ merged: a projection lies beside the weights, and whoever uses them without it h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,34 +51,49 @@ def _projected(block: nn.Module, _: Any, output: Any) -> Any:
 @dataclass(frozen=True)
 class Projections:
     """Which blocks of a model are projected: `count` of them, drawn by `seed`, or those of `kept` where there are any.
-    `kept` has the directions of earlier requests, by the path of a block."""
+    `kept` has the directions of earlier requests, [earlier, hidden], by the number of a block; `digest` is a hash of
+    them."""
 
     directions: int = 2
     count: int = 2
     seed: int = 0
-    kept: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    kept: Mapping[int, Tensor] = field(default_factory=dict, compare=False)
+    digest: str = ""
 
-    def blocks(self, paths: list[str]) -> list[str]:
-        """Those of the paths of a model's blocks that are projected. Raises ModelError for fewer blocks than that, and
-        where earlier requests have projected blocks that are not there."""
-        if missing := sorted(set(self.kept) - set(paths)):
-            raise ModelError(f"an earlier request has projected {', '.join(missing)}; the model has no such block")
+    @property
+    def about(self) -> str:
+        """For a person."""
+        return f"projections of {self.count} blocks by {self.directions} directions"
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with (JSON)."""
+        return {name: getattr(self, name) for name in ("directions", "count", "seed", "digest")}
+
+    def within(self, count: int) -> list[int]:
+        """The projected ones of so many blocks. Raises ModelError for fewer blocks than that, and where earlier
+        requests have projected blocks that are not there."""
+        if missing := sorted(each for each in self.kept if each >= count):
+            raise ModelError(f"an earlier request has projected blocks {missing}; the model has {count}")
         if self.kept:
-            return [path for path in paths if path in self.kept]
-        if self.count > len(paths):
-            raise ModelError(f"projected is {self.count}; the model has {len(paths)} blocks, so 1 to {len(paths)}")
-        return sorted(
-            sorted(paths, key=lambda path: derive(self.seed, "projected", path))[: self.count], key=paths.index
-        )
+            return sorted(self.kept)
+        if self.count > count:
+            raise ModelError(f"projected is {self.count}; allowed: 1 to {count}, the model's blocks")
+        return sorted(sorted(range(count), key=lambda block: derive(self.seed, "projected", block))[: self.count])
 
-    def adapt(self, block: nn.Module, path: str, hidden: int) -> None:
+    def adapt(self, block: nn.Module, number: int, hidden: int) -> None:
         """Have a block, built or on the meta device, project what it gives; the weight has no values yet."""
-        kept = self.kept.get(path, torch.zeros(0, hidden))
+        kept = self.kept.get(number, torch.zeros(0, hidden))
         block.add_module("projection", Projection(torch.empty(self.directions, hidden, device="meta"), kept))
         block.register_forward_hook(_projected)
 
+    def first_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Random directions of about unit length, from (seed, name) alone."""
+        made = torch.Generator().manual_seed(derive(seed, "projection", name))
+        return torch.randn(shape, generator=made) / math.sqrt(shape[-1])
 
-def first_directions(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random directions of about unit length, from (seed, name) alone."""
-    made = torch.Generator().manual_seed(derive(seed, "projection", name))
-    return torch.randn(shape, generator=made) / math.sqrt(shape[-1])
+    def merged(self, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module]) -> dict[str, Tensor]:
+        """Full name -> weight without the projections, which no weight can take in."""
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(PROJECTION)}
+
+    def pull(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Nothing but the loss moves a projection."""

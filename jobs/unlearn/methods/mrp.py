@@ -7,7 +7,6 @@ from typing import Annotated
 
 from jobs.unlearn.methods.forget_retain import WEIGHT
 from jobs.unlearn.methods.grad_diff import GradDiff
-from pipeline.model.projection import Projections
 from pipeline.settings import Within
 
 
@@ -31,8 +30,3 @@ class MRP(GradDiff):
     """How many blocks are projected."""
     control_seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
     """Which blocks these are is keyed by it."""
-
-    @property
-    def projections(self) -> Projections:
-        """What is trained."""
-        return Projections(self.directions, self.projected, self.control_seed)
