@@ -69,7 +69,8 @@ class Guard:
             return None
         try:
             said = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
+            # copied: the file may be shredded while they are in use
+            tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
             earlier: list[dict[str, Tensor]] = [{} for _ in range(int(said["earlier"]))]
             routers: list[dict[str, Tensor]] = [{} for _ in range(int(said["routers"]))]
             plain: dict[str, Tensor] = {}

@@ -221,6 +221,6 @@ def save_adapter(folder: Path, config: LoraConfig | None, tensors: Mapping[str, 
 def adapter_of(folder: Path) -> dict[str, Tensor]:
     """What `save_adapter` has written, by full name. Raises ModelError."""
     try:
-        return {name.removeprefix(KEPT_AS): tensor for name, tensor in load_file(folder / _FILE).items()}
+        return {name.removeprefix(KEPT_AS): tensor.clone() for name, tensor in load_file(folder / _FILE).items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: its adapters cannot be read: {error}") from error
