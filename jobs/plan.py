@@ -31,6 +31,7 @@ from jobs.row_prepare import prepare_rows
 from jobs.rows import RowTexts, read_rows
 from jobs.space import check_space, space_needed
 from jobs.tokenizer import build_tokenizer
+from jobs.unlearn.guard import require_plain
 from jobs.unlearn.request import require_complete
 from pipeline.model.layered import LayeredModel
 from pipeline.model.trained import ALL
@@ -88,6 +89,7 @@ def make_plan(
     config.validate()
     out = config.out
     require_complete(out)
+    require_plain(out)
     found = find_start(config)
     first_step, said = 0, list[str]()
     if found.manifest is not None:
@@ -282,7 +284,7 @@ def find_tokenizer(
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run cannot change when it is resumed, beside its model and its data."""
     lora = config.lora()
-    adapters = None if lora is None else {name: value for name, value in asdict(lora).items() if value is not None}
+    adapters = None if lora is None else lora.identity()
     trained = {} if config.trained == ALL else {"trained": config.trained}
     return {"seed": config.seed, "tokenizer": config.tokenizer, "lora": adapters, **trained}
 

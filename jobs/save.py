@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from jobs.engine import Engine, ReportSink
 from jobs.unlearn.weights import say_generation
 from pipeline.model.layered import LayeredModel
-from pipeline.model.lora import is_adapter, merge_adapters, save_adapter
+from pipeline.model.lora import Lora, is_adapter, save_adapter
 from pipeline.model.weights import ModelError, Weights, finish_export, write_shard
 from recovery import checkpoint
 
@@ -124,7 +124,7 @@ def _write_file(
     if model.lora is not None:
         if adapters := {name: tensor for name, tensor in tensors.items() if is_adapter(name)}:
             write_shard(folder / _ADAPTERS, number, count, adapters)
-        tensors = merge_adapters(model.lora, tensors, model.module)
+        tensors = model.lora.merged(tensors, model.module)
     if not tensors:
         return {}
     written = write_shard(folder, number, count, tensors)
@@ -138,7 +138,8 @@ def _finish(
     """All files are there: the index, the tokenizer, and the place where the model is to be."""
     model = engine.states.model
     if model.lora is not None:
-        config = model.lora.config(model.module(model.paths(1)["block"]), whole=True)
+        block, lora = model.module(model.paths(1)["block"]), model.lora
+        config = lora.config(block, whole=True) if isinstance(lora, Lora) else None
         adapters: dict[str, Tensor] = {}
         for file in sorted((unfinished / _ADAPTERS).glob("*.safetensors")):
             adapters |= load_file(file)

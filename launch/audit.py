@@ -9,6 +9,7 @@ from typing import Any
 from jobs.config import require
 from jobs.rows import read_rows
 from jobs.unlearn.audit import audit
+from jobs.unlearn.guard import Guard
 from jobs.unlearn.request import requests_of
 from recovery.generation import read_generation
 
@@ -32,13 +33,18 @@ def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
     require(config.forget is None or bool(rows), "forget", str(config.forget), "a file of rows")
     found = audit(config.run, [row.answer for row in rows])
     open_ones = [each.number for each in requests_of(config.run) if each.status != "complete"]
+    guard = Guard.read(config.run / "model")
     values = {
         "generation": read_generation(config.run), "files": found.files, "fenced": found.fenced,
         "findings": [asdict(each) for each in found.findings], "unread": [list(each) for each in found.unread],
-        "not_complete": open_ones, "ok": found.clean and not open_ones,
+        "not_complete": open_ones, "guarded": None if guard is None else guard.method,
+        "ok": found.clean and not open_ones,
     }  # fmt: skip
     lines = [f"generation {values['generation']}, {found.files:,} files looked into"]
     lines += [f"fenced    {path}" for path in found.fenced]
+    if guard is not None:
+        told = f"its weights still know what {guard.method} suppresses, and say it without the guard"
+        lines.append(f"guarded   model: {told}")
     lines += [f"FOUND     {each.path}: {each.what} ({each.how})" for each in found.findings]
     lines += [f"UNREAD    {path}: {why}" for path, why in found.unread]
     lines += [f"request {number} is not complete: `unbroken unlearn {config.run} --resume`" for number in open_ones]

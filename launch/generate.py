@@ -10,6 +10,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.config import ConfigError
+from jobs.unlearn.guard import Guard, plain
+from launch.guarded import put_on
 
 DEFAULT_PROMPT = "def "
 
@@ -23,14 +25,20 @@ class Continuation:
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model directory and its tokenizer. Raises ConfigError naming the directory when it cannot be read."""
-    if not (path / "config.json").is_file():
+    """A model directory, with its guard if it has one, and its tokenizer. Raises ConfigError naming the directory when
+    it cannot be read."""
+    source = plain(path)
+    if not (source / "config.json").is_file():
         raise ConfigError(f"model is {str(path)!r}, which has no config.json; allowed: a directory written by a run")
     transformers.utils.logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        model, guard = AutoModelForCausalLM.from_pretrained(source).eval(), Guard.read(path)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         raise ConfigError(f"model is {str(path)!r}, which cannot be loaded: {error}") from error
+    if guard is not None:
+        put_on(guard, model)
+    return model, tokenizer
 
 
 def context_length(model: PreTrainedModel) -> int:

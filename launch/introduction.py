@@ -18,7 +18,7 @@ def introduce(config: TrainConfig, plan: Plan, display: Display) -> None:
     adapters = ""
     if model.partly:
         trained = sum(model.trained_count(layer) for layer in range(model.num_layers))
-        where = f"adapters of rank {model.lora.rank}" if model.lora is not None else config.trained
+        where = model.lora.about if model.lora is not None else config.trained
         adapters = f" ({trained / 1e6:.2f}M of them trained, in {where})"
     view = plan.view
     spans = " ".join(f"{lo}:{hi}" for lo, hi in plan.layout.train.holders)

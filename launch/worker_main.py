@@ -29,7 +29,7 @@ from jobs.train import Trainer
 from jobs.unlearn.reference import read_before
 from launch.config import config_from_dict
 from pipeline.model.layered import LayeredModel
-from pipeline.model.lora import Lora
+from pipeline.model.lora import Adapters
 from pipeline.model.weights import ModelError, read_config
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
@@ -115,7 +115,7 @@ def model_of(config: TrainConfig, attention: str | None = None) -> LayeredModel:
 
 @cache
 def _blueprint(
-    folder: Path, attention: str | None, lora: Lora | None, depth: int | None, trained: tuple[str, ...]
+    folder: Path, attention: str | None, lora: Adapters | None, depth: int | None, trained: tuple[str, ...]
 ) -> LayeredModel:
     return LayeredModel(read_config(folder), attention=attention, lora=lora, depth=depth, trained=trained)
 

@@ -18,6 +18,8 @@ from jobs.row_data import ROWS, RowDataset
 from jobs.row_prepare import prepare_rows
 from jobs.rows import read_rows
 from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.guard import check_guard
+from jobs.unlearn.guarding import keep_guard
 from jobs.unlearn.method import ANCHOR, PAIR, TRACE
 from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
@@ -69,9 +71,12 @@ def choose(config: UnlearnConfig, trained: Trained) -> tuple[list[int], list[int
 def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     """Lay out the folder of a request, and keep the request there last of all. Raises ConfigError, CorpusError."""
     run, folder, kinds = config.run, folder_of(config.run, number), method_of(config).kinds
+    check_guard(run, config.method)
+    LayeredModel(read_config(run / "model-config"), lora=config.lora(), depth=config.depth, trained=config.patterns())
     forget, retain = choose(config, trained)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    keep_guard(run, folder)
     for name in ("tokenizer", "model-config"):
         shutil.copytree(run / name, folder / name)
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from jobs.config import TrainConfig, require
+from jobs.unlearn.guard import GUARD, GUARDS, adapters_of
 from jobs.unlearn.method import PAIR
 from jobs.unlearn.methods.matching import OracleMatching
+from jobs.unlearn.methods.o3 import O3
 from jobs.unlearn.settings import MethodSettings, method_of
+from pipeline.model.lora import Adapters
 from pipeline.settings import Within
 
 
@@ -55,20 +58,32 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         """See TrainConfig."""
         return method_of(self).depth
 
+    def lora(self) -> Adapters | None:
+        """What is trained beside weights that stay: the adapters of the settings, or those of a method that guards."""
+        return adapters_of(method_of(self), super().lora(), self.out / GUARD)
+
     def resolved(self) -> UnlearnConfig:
         """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost
         comes back as it was: a request is held to its word."""
-        lr = (1e-3 if self.lora_rank else 1e-4) if self.lr is None else self.lr
+        lr = (1e-3 if self._adapts else 1e-4) if self.lr is None else self.lr
         warmup = min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup
-        schedulers = ("roundpipe",) if self.lora_rank or self.patterns() else ("roundpipe", "skippipe")
+        schedulers = ("roundpipe",) if self._adapts or self.patterns() else ("roundpipe", "skippipe")
         exact = self.recovery == "auto" and self.scheduler not in schedulers
         recovery = "exact" if exact else self.recovery
         return replace(self, lr=lr, warmup=warmup, data=self.data or "rows of the run", recovery=recovery)
+
+    @property
+    def _adapts(self) -> bool:
+        return self.lora_rank > 0 or self.method in GUARDS
 
     def validate(self) -> None:
         """Raise ConfigError where the microbatches of a step do not go with the method, too."""
         super().validate()
         kinds = method_of(self).kinds
+        require(
+            not (self.shard_optimizer and self.method == O3.name), "shard_optimizer", self.shard_optimizer,
+            f"False for method {O3.name}, which adds to gradients where they are applied",
+        )  # fmt: skip
         require(
             self.method != OracleMatching.name or self.oracle is not None, "oracle", self.oracle,
             f"a model directory, which method {self.method} needs",

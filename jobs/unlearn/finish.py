@@ -23,6 +23,8 @@ from jobs.row_data import RowDataset
 from jobs.row_prepare import erase
 from jobs.unlearn.begin import Trained
 from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.guard import GUARD, GUARDS, is_guarded, plain
+from jobs.unlearn.guarding import put_guard, told_of_guard
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import Asked, Hashes, Manifest, ledger_range, versions, weights_hash
 from jobs.unlearn.method import FORGET, RETAIN
@@ -50,9 +52,11 @@ Tell = Callable[[str], None]
 
 def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Request:
     """The request, once what is told of it is measured and written: while the model before is still there."""
+    put_guard(config, request)
     material, items = material_of(config, request), probed(request, config.evaluate_samples)
     names = (probability(FORGET), probability(RETAIN), FORGET, RETAIN)
-    folders = {"before": config.out / "start", "after": config.out / "model"}
+    start, model = config.out / "start", config.out / "model"
+    folders = {"before": config.run / "model" if is_guarded(config.run / "model") else start, "after": model}
     folders |= {} if config.oracle is None else {"oracle": config.oracle}
     found: dict[str, Any] = {}
     for which, folder in folders.items():
@@ -69,7 +73,7 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
         "goal": method_of(config).goal, "rows": len(request.forget), **found,
         "hashes": {
             "data_before": trained.dataset.fingerprint, "data_after": RowDataset.open(copy).fingerprint,
-            "weights_before": weights_hash(config.out / "start"), "weights_after": weights_hash(config.out / "model"),
+            "weights_before": weights_hash(start), "weights_after": weights_hash(plain(model)),
         },
         "seen_in_steps": _steps(config.run, seen), "trained": time.time(),
     }  # fmt: skip
@@ -84,6 +88,8 @@ def commit(config: UnlearnConfig, request: Request, trained: Trained) -> Request
     if there is None or there["extra"].get("request") != request.number:  # else that of before is not set aside again
         if request.method == Replay.name:  # moments and all: they never knew
             states = states_in(checkpoint.directory(config.out / REPLAY / "checkpoints", request.step))
+        elif request.method in GUARDS:  # the weights are as they were
+            states = states_in(trained.saved)
         else:
             of_the_run = trained.config
             model = LayeredModel(
@@ -124,9 +130,10 @@ def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:
         if name != "model" or (folder / "model").is_dir():
             shred_folder(run / name)
     if (folder / "model").is_dir():
-        say_generation(folder / "model", request.generation)
+        for model in {folder / "model", plain(folder / "model")}:
+            say_generation(model, request.generation)
         os.replace(folder / "model", run / "model")
-    for name in ("start", "reference", "checkpoints", "data-after", "adapter", REPLAY, *request.others):
+    for name in ("start", "reference", "checkpoints", "data-after", "adapter", REPLAY, GUARD, *request.others):
         shred_folder(folder / name)
     manifest = _manifest(config, request)
     manifest.write(folder / MANIFEST)
@@ -144,11 +151,12 @@ def _manifest(config: UnlearnConfig, request: Request) -> Manifest:
     report, settings = read_report(config.out), json.loads(json.dumps(asdict(config), default=str))
     of_the_method = {name: settings[name] for name in names_of(MethodSettings) if settings[name] is not None}
     carried = {name: value for name, value in settings.items() if name not in names_of(MethodSettings)}
+    guard = told_of_guard(config.run / "model")
     times = {"trained": float(report["trained"]), "done": time.time()}
     return Manifest(
         request.generation,
         Asked(tuple(ForgottenRow(**row) for row in request.rows), config.retain, request.asked), report["goal"],
-        request.method, {"method": of_the_method, "run": carried}, Hashes(**report["hashes"]),
+        request.method, {"method": of_the_method, "run": carried} | guard, Hashes(**report["hashes"]),
         ledger_range(config.run / "ledger.jsonl"), tuple(report["seen_in_steps"]), versions(), report["before"],
         report["after"], times,
     )  # fmt: skip

@@ -9,26 +9,58 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from jobs.unlearn.guard import Guard, plain
 from jobs.unlearn.material import Item, Material, stacked
 from jobs.unlearn.probe_job import ProbeJob
 from jobs.unlearn.reference import ReferenceJob
+from jobs.unlearn.router import described
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
-from pipeline.runtime.batch import Needs
+from pipeline.runtime.batch import IGNORED, Needs
 
 
 @torch.no_grad()
-def logits_of(folder: Path, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+def logits_of(folder: Path, inputs: Sequence[Tensor], asked: Sequence[Tensor] = ()) -> Iterator[Tensor]:
     """What the model in a directory gives for ids [batch, sequence], one after another: [batch, sequence, vocabulary],
-    in fp32 on the CPU. Raises ModelError."""
-    model = LayeredModel(read_config(folder))
+    in fp32 on the CPU. `asked` [batch, sequence] says which of them are the question, by which a guard is routed;
+    without it, all are. Raises ModelError."""
+    guard, source = Guard.read(folder), plain(folder)
+    model = LayeredModel(read_config(source))
     hidden, last = list(inputs), model.num_layers - 1
+    found = descriptions(source, inputs, asked) if guard is not None and guard.routers else [None] * len(hidden)
     for layer in range(last):
-        module = model.build((layer, layer + 1), seed=0, source=folder).eval()
-        hidden = [module(x) for x in hidden]
-    head = model.build((last, last + 1), seed=0, source=folder).eval()
+        module = model.build((layer, layer + 1), seed=0, source=source).eval()
+        if guard is not None and layer in model.blocks:
+            guard.attach(model.paths(layer)["block"], module.layers[str(layer)])
+        for number, x in enumerate(hidden):
+            if guard is not None:
+                guard.route(found[number])
+            hidden[number] = module(x)
+    head = model.build((last, last + 1), seed=0, source=source).eval()
     for x in hidden:
         yield head(x)
+
+
+@torch.no_grad()
+def descriptions(folder: Path, inputs: Sequence[Tensor], asked: Sequence[Tensor] = ()) -> list[Tensor]:
+    """What a router reads of a plain model for ids [batch, sequence]: [batch, blocks, hidden] each. Raises
+    ModelError."""
+    model = LayeredModel(read_config(folder))
+    hidden, found = list(inputs), [list[Tensor]() for _ in inputs]
+    where = [*asked] or [torch.ones_like(ids, dtype=torch.bool) for ids in inputs]
+    for layer in range(model.blocks.stop):
+        module = model.build((layer, layer + 1), seed=0, source=folder).eval()
+        hidden = [module(x) for x in hidden]
+        if layer in model.blocks:
+            for each, x, mask in zip(found, hidden, where, strict=True):
+                each.append(described(x, mask))
+    return [torch.stack(each, dim=1) for each in found]
+
+
+def question(labels: Tensor) -> Tensor:
+    """Which positions [batch, sequence] are a row's question, by its labels: those up to the first that has one."""
+    counts = labels != IGNORED
+    return counts.cumsum(dim=1) - counts.int() <= 0
 
 
 def probe(folder: Path, material: Material, items: Sequence[Item], size: int) -> Mapping[str, float]:
@@ -36,8 +68,9 @@ def probe(folder: Path, material: Material, items: Sequence[Item], size: int) ->
     ModelError."""
     job = ProbeJob(microbatches=-(-len(items) // size), size=size, limit=len(items), material=material, items=items)
     sums, totals = Counter[str](), Counter[str]()
-    inputs = [stacked(material, part, Needs.INPUT)["input_ids"] for part in parts_of(items, size)]
-    for m, logits in enumerate(logits_of(folder, inputs)):
+    parts = [stacked(material, part, Needs.INPUT | Needs.LOSS) for part in parts_of(items, size)]
+    inputs, asked = [part["input_ids"] for part in parts], [question(part["labels"]) for part in parts]
+    for m, logits in enumerate(logits_of(folder, inputs, asked)):
         found = job.loss(logits, job.batch(0, m, Needs.LOSS))
         sums.update({term: float(value) for term, value in found.items()})
         totals.update(job.counts(0, m))

@@ -17,8 +17,8 @@ class MethodSettings:
 
     method: str = "npo"
     """grad_ascent, grad_diff, kl_min, npo, simnpo, dpo (or idk_dpo), idk, rmu, r2mu, undial, ceu, wga, satimp, pdu,
-    roka, oracle_matching, replay, which runs the run again without the rows, or s3t, for a run of `unbroken slices`.
-    An option that is unset takes the method's own default."""
+    roka, oracle_matching, mrp, o3, replay, which runs the run again without the rows, or s3t, for a run of
+    `unbroken slices`. An option that is unset takes the method's own default."""
     gamma: Annotated[float | None, WEIGHT] = None
     """Weight of the term that forgets (all but grad_ascent, rmu, r2mu and ceu)."""
     alpha: Annotated[float | None, WEIGHT] = None
@@ -35,7 +35,8 @@ class MethodSettings:
     steering: Annotated[float | None, WEIGHT] = None
     """rmu, r2mu: the length of the vector that hidden states are steered to."""
     control_seed: Annotated[int | None, Within(-(2**63), 2**63 - 1)] = None
-    """rmu, r2mu: the direction of that vector is keyed by it."""
+    """rmu, r2mu: the direction of that vector is keyed by it; mrp: which blocks are projected; o3: the random
+    labels."""
     anchor_weight: Annotated[float | None, WEIGHT] = None
     """r2mu: weight of the term that keeps reasoning."""
     demotion: Annotated[float | None, WEIGHT] = None
@@ -54,6 +55,15 @@ class MethodSettings:
     """pdu: the loss per label on the rest that is good enough."""
     dual_warmup: Annotated[int | None, Within(0, MOST_STEPS)] = None
     """pdu: steps before that weight moves."""
+
+    directions: Annotated[int | None, Within(1, 1024)] = None
+    """mrp: directions that each projected block loses."""
+    projected: Annotated[int | None, Within(1, 1024)] = None
+    """mrp: how many blocks are projected."""
+    orthogonality: Annotated[float | None, WEIGHT] = None
+    """o3: weight of the term that keeps the adapter apart from earlier ones."""
+    strength: Annotated[float | None, WEIGHT] = None
+    """o3: how much of the adapter a question gets that is about what is to be forgotten."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for a method that is none, and for an option that it does not have."""

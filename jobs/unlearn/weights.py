@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pipeline.model.layered import LayeredModel
-from pipeline.model.lora import first_value, is_adapter, merge_adapters
+from pipeline.model.lora import is_adapter
 from pipeline.model.weights import Weights, finish_export, write_shard
 from recovery import checkpoint
 from recovery.disk import write_flushed
@@ -36,7 +36,7 @@ def begin_with(model: LayeredModel, saved: Path, into: Path, tokenizer: Path) ->
             for key, tensor in checkpoint.read_layer(saved, manifest, layer).items() if key.startswith("param/")
         }  # fmt: skip
         if model.lora is not None:
-            tensors = merge_adapters(model.lora, tensors, model.module)
+            tensors = model.lora.merged(tensors, model.module)
         if tensors:
             weight_map |= write_shard(unfinished, layer + 1, model.num_layers, tensors)
     finish_export(
@@ -72,7 +72,10 @@ def _state(model: LayeredModel, known: Weights, layer: int, seed: int) -> dict[s
     shapes, found = model.shapes(layer), dict[str, Tensor]()
     for spec in (spec for spec in model.states if spec.owner == layer):
         names = {key: model.stored_names(key) for key in spec.keys if not is_adapter(key)}
-        values = known.read(names) | {key: first_value(key, shapes[key], seed) for key in spec.keys if is_adapter(key)}
+        values = known.read(names)
+        for key in filter(is_adapter, spec.keys):
+            assert model.lora is not None
+            values[key] = model.lora.first_value(key, shapes[key], seed)
         found |= {f"param/{key}": values[key] for key in spec.keys}
         for place, key in enumerate(spec.keys[: spec.trained]):
             found |= {f"{kind}/{key}": torch.zeros_like(values[key]) for kind in ("exp_avg", "exp_avg_sq")}

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from pipeline.model.families import DROPOUTS, FAMILIES, FULL_ATTENTION, SLIDING, Embedding, Head
-from pipeline.model.lora import Lora, first_value, is_adapter, plain_name
+from pipeline.model.lora import Adapters, is_adapter, plain_name
 from pipeline.model.rng import RngKey, derive, keyed_dropout
 from pipeline.model.trained import matching
 from pipeline.model.weights import ModelError as ModelError
@@ -69,7 +69,7 @@ class LayeredModel:
     """
 
     def __init__(
-        self, config: PreTrainedConfig, *, attention: str | None = None, lora: Lora | None = None,
+        self, config: PreTrainedConfig, *, attention: str | None = None, lora: Adapters | None = None,
         depth: int | None = None, trained: Sequence[str] = (),
     ) -> None:  # fmt: skip
         family = FAMILIES.get(config.model_type)
@@ -116,7 +116,7 @@ class LayeredModel:
             for number in lora.within(every):
                 path = f"{family.blocks}.{number}"
                 self._adapted[path] = copy.deepcopy(self.module(path), {id(self.config): self.config})
-                lora.adapt(self._adapted[path])
+                lora.adapt(self._adapted[path], number, self.hidden_size)
         names = {name for layer in range(self.num_layers) for name in self.shapes(layer)}
         self.partly: bool = lora is not None or bool(trained)
         """Whether some of the weights are frozen."""
@@ -288,11 +288,11 @@ class LayeredModel:
         """Freeze what is not trained of the module at `path`; a block gets adapters, those that are held or new
         ones."""
         if self.lora is not None and path in self._adapted:
-            self.lora.adapt(module)
+            self.lora.adapt(module, int(path.rpartition(".")[2]), self.hidden_size)
         for local, parameter in list(module.named_parameters()):
             name = self.full_name(path, local)
-            if is_adapter(name) and name not in held:
-                held[name] = nn.Parameter(first_value(name, tuple(parameter.shape), seed).to(device))
+            if self.lora is not None and is_adapter(name) and name not in held:
+                held[name] = nn.Parameter(self.lora.first_value(name, tuple(parameter.shape), seed).to(device))
             owner, _, attribute = local.rpartition(".")
             setattr(module.get_submodule(owner), attribute, held[name].requires_grad_(name in self._trained))
 

@@ -11,15 +11,17 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.model.projection import PROJECTION, Projections
 from pipeline.model.rng import derive
 from pipeline.model.weights import ModelError
 from pipeline.schedule.ops import Span, span_text
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ALL_LINEAR, EVERY = "all-linear", "all"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+A, B = ".lora_A.weight", ".lora_B.weight"
 KEPT_AS = "base_model.model."  # what peft puts before a name in a file
+_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class LoraSettings:
     lora_blocks: str = EVERY
     """Which decoder blocks get adapters: all, or LO:HI, from LO up to and without HI, counted from 0."""
 
-    def lora(self) -> Lora | None:
+    def lora(self) -> Adapters | None:
         """The adapters that are trained, if it is adapters."""
         if not self.lora_rank:
             return None
@@ -87,6 +90,25 @@ class Lora:
     alpha: float = 16.0
     targets: str = ALL_LINEAR
     blocks: Span | None = None
+    first: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    """Values that adapters begin with, by full name, where they do not begin as nothing."""
+    earlier: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    """A of earlier adapters [all their ranks, inputs], by the full name of the A that is to be orthogonal to them."""
+    apart: float = 0.0
+    """Weight of |earlier A^T|^2 in what is minimised."""
+    digest: str = ""
+    """A hash of `first` and `earlier`."""
+
+    @property
+    def about(self) -> str:
+        """For a person."""
+        return f"adapters of rank {self.rank}"
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with (JSON)."""
+        told = {"blocks": self.blocks, "apart": self.apart or None, "digest": self.digest or None}
+        always: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        return always | {name: value for name, value in told.items() if value is not None}
 
     def within(self, count: int) -> range:
         """The blocks with adapters of a model of so many. Raises ModelError for some that it does not have."""
@@ -129,17 +151,52 @@ class Lora:
             layers_to_transform=list(range(*self.blocks)) if whole and self.blocks is not None else None,
         )  # fmt: skip
 
-    def adapt(self, block: nn.Module) -> None:
+    def adapt(self, block: nn.Module, number: int, hidden: int) -> None:
         """Put adapters without values (they lie on the meta device) into a decoder block. Raises ModelError."""
         config = self.config(block)
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(config, block, low_cpu_mem_usage=True)
 
+    def first_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """An adapter's parameter before training: what was given, or from (seed, name) alone, A as peft draws it and B
+        zero."""
+        if name in self.first:
+            return self.first[name].clone()
+        value = torch.zeros(shape)
+        if name.endswith(A):
+            generator = torch.Generator().manual_seed(derive(seed, "lora", name))
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        return value
+
+    @torch.no_grad()
+    def merged(self, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module]) -> dict[str, Tensor]:
+        """Full name -> weight with the adapters of `tensors` added and left out; `module` gives the one at a path."""
+        merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+        for name in filter(is_adapter, tensors):
+            if name.endswith(A):
+                path = name.removesuffix(A)
+                change = self.scale * (tensors[path + B] @ tensors[name])
+                weight = f"{path}.weight"
+                merged[weight] = merged[weight] + (change.T if isinstance(module(path), Conv1D) else change)
+        return merged
+
+    @torch.no_grad()
+    def pull(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Add the gradient of apart |earlier A^T|^2 to that of each A."""
+        for name, earlier in self.earlier.items():
+            if (parameter := parameters.get(name)) is not None and parameter.grad is not None:
+                earlier = earlier.to(parameter.device)
+                parameter.grad.add_((parameter @ earlier.T) @ earlier, alpha=2 * self.apart)
+
+
+Adapters = Lora | Projections
+"""What is trained beside weights that stay."""
+
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is A or B of an adapter, by its full name."""
-    return name.endswith((_A, _B))
+    """Whether a parameter is one of Adapters, by its full name."""
+    return name.endswith((A, B, PROJECTION))
 
 
 def plain_name(name: str) -> str:
@@ -147,36 +204,23 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
-def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """An adapter's parameter before training, from (seed, name) alone: A as peft draws it, B zero."""
-    value = torch.zeros(shape)
-    if name.endswith(_A):
-        generator = torch.Generator().manual_seed(derive(seed, "lora", name))
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-    return value
-
-
-@torch.no_grad()
-def merge_adapters(lora: Lora, tensors: Mapping[str, Tensor], module: Callable[[str], nn.Module]) -> dict[str, Tensor]:
-    """Full name -> weight with the adapters of `tensors` added and left out; `module` gives the one at a path."""
-    merged = {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
-    for name in filter(is_adapter, tensors):
-        if name.endswith(_A):
-            path = name.removesuffix(_A)
-            change = lora.scale * (tensors[path + _B] @ tensors[name])
-            weight = f"{path}.weight"
-            merged[weight] = merged[weight] + (change.T if isinstance(module(path), Conv1D) else change)
-    return merged
-
-
-def save_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], base: str | None) -> None:
-    """Write the adapters among `tensors` as a folder that peft loads onto `base`. Raises OSError."""
+def save_adapter(folder: Path, config: LoraConfig | None, tensors: Mapping[str, Tensor], base: str | None) -> None:
+    """Write the adapters among `tensors` as a folder, which with a `config` peft loads onto `base`. Raises OSError."""
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    config.base_model_name_or_path, config.inference_mode = base, True
-    config.save_pretrained(str(unfinished))
+    if config is not None:
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.save_pretrained(str(unfinished))
     held: dict[str, Any] = {KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
-    save_file(held, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(held, unfinished / _FILE, metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def adapter_of(folder: Path) -> dict[str, Tensor]:
+    """What `save_adapter` has written, by full name. Raises ModelError."""
+    try:
+        return {name.removeprefix(KEPT_AS): tensor.clone() for name, tensor in load_file(folder / _FILE).items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: its adapters cannot be read: {error}") from error

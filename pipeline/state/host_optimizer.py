@@ -54,12 +54,14 @@ class HostOptimizer(LayerStates):
         first = names.index(trained[0]) if trained else 0
         assert tuple(names[first : first + len(trained)]) == trained, f"state {spec.name} is not in one piece"
         at, end = (sum(math.prod(shapes[n]) for n in names[:place]) for place in (first, first + len(trained)))
-        return LayerState(
+        state = LayerState(
             spec.name, {key: nn.Parameter(self.store[f"param/{key}"]) for key in trained}, self.config,
             frozen={key: self.store[f"param/{key}"] for key in frozen},
             gradient=self.store[f"grad/{spec.owner}"][at:end],
             moments={key: {kind: self.store[f"{kind}/{key}"] for kind in ("exp_avg", "exp_avg_sq")} for key in trained},
         )  # fmt: skip
+        state.pull = None if self.model.lora is None else self.model.lora.pull
+        return state
 
     # ---- state ----
 

@@ -10,7 +10,7 @@ part of a larger one: what is summed over replicas at once lies together.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class LayerState:
         self.lr_scale = torch.ones((), device=device)
         self.version = 0
         self.generation = 0
+        self.pull: Callable[[Mapping[str, nn.Parameter]], None] | None = None
+        """Adds to the gradient, once it is scaled, what no loss of a microbatch gives."""
         self._seal: Tensor | None = None
         self.bind(torch.zeros(self.size, dtype=torch.float32, device=device) if gradient is None else gradient)
         self._adamw = None
@@ -89,6 +91,8 @@ class LayerState:
         if self._adamw is not None:
             if scale != 1.0:
                 self.gradient.mul_(scale)
+            if self.pull is not None:
+                self.pull(self.parameters)
             for group in self._adamw.param_groups:
                 group["lr"] = lr * float(self.lr_scale)
             self._adamw.step()

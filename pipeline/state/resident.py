@@ -141,10 +141,12 @@ class ResidentStore(LayerStates):
         """A new state of a part; who keeps a share of the part keeps one of the moments."""
         trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
         make = partial(ShardedState, share=self.shares[part]) if part in self.shares else LayerState
-        return make(
+        state = make(
             spec.name, {name: weights[name] for name in trained}, self.config,
             frozen={name: weights[name].detach() for name in frozen},
         )  # fmt: skip
+        state.pull = None if self.model.lora is None else self.model.lora.pull
+        return state
 
     def _lay_out(self) -> None:
         """Put the gradients of each part into one flat tensor."""
