@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from jobs.row_data import ROWS, RowDataset
 from jobs.row_prepare import prepare_rows
 from jobs.rows import read_rows
 from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.material import Material
 from jobs.unlearn.method import ANCHOR, PAIR, TRACE
+from jobs.unlearn.neighbours import neighbours_of
+from jobs.unlearn.neurons import NEURONS, choose_neurons
 from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
 from jobs.unlearn.settings import method_of
@@ -85,10 +88,23 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
         prepare_rows(rows, tokenizer, config.sequence_length, 0.0, folder / kind, config.seed)
     model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
     begin_with(model, trained.saved, folder / "start", run / "tokenizer")
-    return Request(
+    request = Request(
         number, read_generation(run) + 1, trained.step, config.forget, config.method, tuple(forget), tuple(retain),
         tuple(described(trained.dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
-    ).write(folder)  # fmt: skip
+    )  # fmt: skip
+    return _attributed(config, request, trained.dataset).write(folder)
+
+
+def _attributed(config: UnlearnConfig, request: Request, dataset: RowDataset) -> Request:
+    """The request with what follows from gradients of the model before: computed here, once, and kept in its folder."""
+    folder, size = folder_of(config.run, request.number), config.microbatch_size
+    start, near, neurons = folder / "start", list[int](), 0
+    material = Material(dataset, request.forget, request.retain, config.seed)
+    if config.neighbours:
+        near = neighbours_of(start, material, config.neighbours, size)
+    if config.neurons:
+        neurons = choose_neurons(start, material, config.neurons, config.depth, size, folder / NEURONS)
+    return replace(request, near=tuple(near), neurons=neurons)
 
 
 def _answers(path: Path | None, tokenizer: Any) -> Sequence[Sequence[int]]:

@@ -27,6 +27,7 @@ from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import Asked, Hashes, Manifest, ledger_range, versions, weights_hash
 from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.methods.replay import Replay
+from jobs.unlearn.neurons import NEURONS
 from jobs.unlearn.probe import probe
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request
@@ -123,7 +124,7 @@ def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:
     if (folder / "model").is_dir():
         say_generation(folder / "model", request.generation)
         os.replace(folder / "model", run / "model")
-    for name in ("start", "reference", "checkpoints", "data-after", "adapter", REPLAY, *request.others):
+    for name in ("start", "reference", "checkpoints", "data-after", "adapter", NEURONS, REPLAY, *request.others):
         shred_folder(folder / name)
     manifest = _manifest(config, request)
     manifest.write(folder / MANIFEST)
