@@ -10,7 +10,7 @@ from jobs.row_data import Sample
 from jobs.unlearn.job import UnlearnJob
 from jobs.unlearn.jobs import wanted_of
 from jobs.unlearn.material import Material
-from jobs.unlearn.method import ANCHOR, TRACE, Method
+from jobs.unlearn.method import ANCHOR, POISON, TRACE, Method
 from jobs.unlearn.reference import Reference, ReferenceJob
 from jobs.unlearn.registry import METHODS, make_method
 from pipeline.runtime.batch import IGNORED
@@ -40,7 +40,7 @@ class RandomRows:
 def material() -> Material:
     return Material(
         RandomRows(0), range(6), range(6, 15), 3, [[5, 9, 2], [7, 2]],
-        {TRACE: (RandomRows(1), 5), ANCHOR: (RandomRows(2), 5)},
+        {TRACE: (RandomRows(1), 5), ANCHOR: (RandomRows(2), 5), POISON: (RandomRows(3), 6)},
     )  # fmt: skip
 
 

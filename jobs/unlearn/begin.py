@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoTokenizer
 
@@ -19,9 +19,11 @@ from jobs.row_prepare import prepare_rows
 from jobs.rows import read_rows
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.material import Material
-from jobs.unlearn.method import ANCHOR, PAIR, TRACE
+from jobs.unlearn.method import ANCHOR, PAIR, POISON, TRACE
+from jobs.unlearn.methods.concept import Concept
 from jobs.unlearn.neighbours import neighbours_of
 from jobs.unlearn.neurons import NEURONS, choose_neurons
+from jobs.unlearn.poison import Groups, groups_of, write_poison
 from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
 from jobs.unlearn.settings import method_of
@@ -73,6 +75,7 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     """Lay out the folder of a request, and keep the request there last of all. Raises ConfigError, CorpusError."""
     run, folder, kinds = config.run, folder_of(config.run, number), method_of(config).kinds
     forget, retain = choose(config, trained)
+    groups_to_poison(config, trained.dataset, forget)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("tokenizer", "model-config"):
@@ -92,19 +95,30 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
         number, read_generation(run) + 1, trained.step, config.forget, config.method, tuple(forget), tuple(retain),
         tuple(described(trained.dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
     )  # fmt: skip
-    return _attributed(config, request, trained.dataset).write(folder)
+    return _attributed(config, request, trained.dataset, tokenizer).write(folder)
 
 
-def _attributed(config: UnlearnConfig, request: Request, dataset: RowDataset) -> Request:
+def groups_to_poison(config: UnlearnConfig, dataset: RowDataset, forget: Sequence[int]) -> Groups | None:
+    """By what rows are poisoned together, if they are. Raises ConfigError."""
+    method = method_of(config)
+    return groups_of(dataset, forget, config.forget, method) if isinstance(method, Concept) else None
+
+
+def _attributed(config: UnlearnConfig, request: Request, dataset: RowDataset, tokenizer: Any) -> Request:
     """The request with what follows from gradients of the model before: computed here, once, and kept in its folder."""
     folder, size = folder_of(config.run, request.number), config.microbatch_size
-    start, near, neurons = folder / "start", list[int](), 0
+    start, near, neurons, others = folder / "start", list[int](), 0, request.others
     material = Material(dataset, request.forget, request.retain, config.seed)
     if config.neighbours:
         near = neighbours_of(start, material, config.neighbours, size)
     if config.neurons:
         neurons = choose_neurons(start, material, config.neurons, config.depth, size, folder / NEURONS)
-    return replace(request, near=tuple(near), neurons=neurons)
+    if (groups := groups_to_poison(config, dataset, request.forget)) is not None:
+        material.idk = _answers(config.idk, tokenizer)
+        count = cast(Concept, method_of(config)).concept_words
+        write_poison(start, material, dataset, tokenizer, groups, count, size, folder / POISON)
+        others = (*others, POISON)
+    return replace(request, near=tuple(near), neurons=neurons, others=others)
 
 
 def _answers(path: Path | None, tokenizer: Any) -> Sequence[Sequence[int]]:

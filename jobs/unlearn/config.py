@@ -109,7 +109,7 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
             f"0 for method {self.method}, which takes no rows to keep",
         )  # fmt: skip
         require(
-            not self.forgotten_below or (self.depth is None and {FORGET, PAIR} & set(kinds)), "forgotten_below",
+            not self.forgotten_below or (self.depth is None and bool({FORGET, PAIR} & set(kinds))), "forgotten_below",
             self.forgotten_below,
             f"0 for method {self.method}, in whose steps the answers to forget have no probability",
         )  # fmt: skip

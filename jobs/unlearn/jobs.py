@@ -88,5 +88,11 @@ def reference_job(config: UnlearnConfig, request: Request) -> ReferenceJob:
 def unlearn_fingerprint(config: UnlearnConfig) -> str:
     """A hash of what all rows of a request follow from."""
     request = Request.read(config.out)
-    known = (RowDataset.open(config.run / "data").fingerprint, request.forget, request.retain, request.idk, *([request.near] if request.near else ()))
+    known = (
+        RowDataset.open(config.run / "data").fingerprint,
+        request.forget,
+        request.retain,
+        request.idk,
+        *([request.near] if request.near else ()),
+    )
     return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()

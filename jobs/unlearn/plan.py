@@ -41,8 +41,8 @@ def make_unlearn_plan(
     )
     if request.near:
         said.append(
-            f"of the rows to keep, {len(request.near):,} of {len(request.retain):,} are taken: the {config.neighbours:,} "
-            "nearest of each row to forget"
+            f"{len(request.near):,} of the {len(request.retain):,} rows to keep are taken: the {config.neighbours:,} "
+            "nearest ones of each row to forget"
         )
     if request.neurons:
         said.append(f"{request.neurons:,} neurons of the blocks' MLPs are updated, and no other weight")

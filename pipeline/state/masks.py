@@ -44,7 +44,7 @@ def mask_gradients(parameters: Mapping[str, nn.Parameter], masks: Masks) -> None
     """Make gradients 0 where nothing is updated. What is no number there stays none: it is a fault all the same."""
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            parameter.grad.mul_(masks[name] if name in masks else 0.0)
+            parameter.grad.mul_(masks.get(name, 0.0))
 
 
 @torch.no_grad()
