@@ -15,7 +15,9 @@ from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.job import UnlearnJob, still_known
 from jobs.unlearn.method import FORGET, PAIR, RETAIN, row_nll
 from jobs.unlearn.neurons import NEURONS, masks_of
+from launch.config import to_toml
 from launch.forkserver import ForkServer
+from launch.unlearn import _require_kept
 from pipeline.model.layered import LayeredModel, ModelError
 from pipeline.model.weights import preset
 from pipeline.runtime.batch import IGNORED, Needs
@@ -187,6 +189,15 @@ def test_what_does_not_fit_is_refused(config: UnlearnConfig, changes: dict[str, 
         replace(config, **given).validate()
     assert message in str(told.value)
     assert TrainConfig().masks is None
+
+
+def test_what_was_made_beforehand_is_not_asked_for_otherwise_later(config: UnlearnConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    _require_kept(replace(config, resume=True, lr=1.0, forgotten_below=0.5), tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"cannot resume: neighbours was 0 and is 3, neurons was 0\.1 and is 0\.2; al"
+    ):
+        _require_kept(replace(config, neurons=0.2, neighbours=3), tmp_path)
 
 
 # ---- only what is not forgotten yet ----
