@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 from jobs.fields import DataSettings, MachineSettings, ModelSettings, OutputSettings
@@ -42,6 +43,11 @@ class TrainConfig(
     @property
     def depth(self) -> int | None:
         """How many decoder blocks are computed; None for the whole model."""
+        return None
+
+    @property
+    def masks(self) -> Path | None:
+        """The folder that says which weights are updated (pipeline.state.masks); None for all."""
         return None
 
     @property

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence, Set
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,22 @@ from jobs.templates import encode_row
 
 ERASING = "meta.json.erasing"
 """What meta.json is called while rows are being erased: the dataset does not count then."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as tokens, the end token last; `answer` is the place of the first one of its answer."""
+
+    id: str
+    digest: str
+    ids: Sequence[int]
+    answer: int
+    fields: Mapping[str, str]
+
+    @classmethod
+    def of(cls, row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        """Raises CorpusError for a row that the template refuses."""
+        return cls(row.id, row.digest, *encode_row(row, tokenizer), row.fields)
 
 
 def prepare_rows(
@@ -52,15 +68,15 @@ def prepare_rows(
         unfinished = {name: folder / f"{name}.tmp" for name in (TOKENS, ROWS)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            meta = _write(unfinished, rows, tokenizer, request, blank, progress or (lambda what, share: None))
+            encoded, end_token = (Encoded.of(row, tokenizer) for row in rows), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+            kept, report = (len(tokenizer), end_token), progress or (lambda what, share: None)
+            meta = _write(unfinished, encoded, len(rows), *kept, request, blank, report)
             _require_batch(_described(folder, unfinished[ROWS], meta), samples_per_step)
             if accept is not None:
                 accept(meta["fingerprint"])
             _publish(unfinished, folder, meta)
         except OSError as error:
-            raise CorpusError(
-                f"rows cannot be written to {str(folder)!r}: {error.strerror}; {_free(folder)} bytes are free there"
-            ) from error
+            raise _unwritten(folder, error) from error
         finally:
             for path in unfinished.values():
                 path.unlink(missing_ok=True)
@@ -69,6 +85,33 @@ def prepare_rows(
         accept(dataset.fingerprint)
     _require_batch(dataset, samples_per_step)
     return dataset
+
+
+def write_encoded(
+    rows: Sequence[Encoded], vocabulary: int, end_token: int, sequence_length: int, folder: Path, seed: int
+) -> RowDataset:
+    """Write rows that are tokens already to `folder`, none of them held out; returns the dataset opened. Raises
+    CorpusError for a row that is longer than a sample, and for rows that cannot be written."""
+    request = {"sequence_length": sequence_length, "held_out_share": 0.0, "seed": seed, "pack": False}
+    unfinished = {name: folder / f"{name}.tmp" for name in (TOKENS, ROWS)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = _write(
+            unfinished, rows, len(rows), vocabulary, end_token, request, frozenset(), lambda what, share: None
+        )
+        _publish(unfinished, folder, meta)
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+    return RowDataset.open(folder)
+
+
+def _unwritten(folder: Path, error: OSError) -> CorpusError:
+    return CorpusError(
+        f"rows cannot be written to {str(folder)!r}: {error.strerror}; {_free(folder)} bytes are free there"
+    )
 
 
 def erase(folder: Path, digests: Set[str]) -> int:
@@ -116,30 +159,30 @@ def _blank(path: Path, rows: Sequence[RowInfo], meta: dict[str, Any]) -> None:
 
 
 def _write(
-    paths: dict[str, Path], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, request: dict[str, Any],
-    blank: Set[str], report: Progress,
+    paths: dict[str, Path], rows: Iterable[Encoded], count: int, vocabulary: int, end_token: int,
+    request: dict[str, Any], blank: Set[str], report: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write tokens and rows to `paths`; returns what meta.json is to say about them."""
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    end_token, infos, start = int(tokenizer.eos_token_id), list[RowInfo](), 0  # type: ignore[arg-type]
+    """Write tokens and rows, `count` of them, to `paths`; returns what meta.json is to say about them."""
+    dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
+    infos, start = list[RowInfo](), 0
     too_long: list[tuple[str, int]] = []
     with paths[TOKENS].open("wb") as file:
         for index, row in enumerate(rows):
-            ids, answer = encode_row(row, tokenizer)
+            ids, answer = row.ids, row.answer
             if len(ids) - 1 > request["sequence_length"]:
                 too_long.append((row.id, len(ids)))
             forgotten, end = row.digest in blank, start + len(ids)
             file.write(np.array([end_token] * len(ids) if forgotten else ids, dtype).tobytes())
             infos.append(RowInfo(index, row.id, row.digest, start, start + answer, end, row.fields, blank=forgotten))
             start = end
-            report("tokenising", 0.99 * (index + 1) / len(rows))
+            report("tokenising", 0.99 * (index + 1) / count)
         _require_fit(too_long, request["sequence_length"])
         file.flush()
         os.fsync(file.fileno())
     _write_lines(paths[ROWS], infos)
     settings = {name: request[name] for name in ("sequence_length", "held_out_share", "seed", "pack")}
     meta = {
-        "format": FORMAT, "dtype": dtype.name, "num_tokens": start, "num_rows": len(rows), "end_token": end_token,
+        "format": FORMAT, "dtype": dtype.name, "num_tokens": start, "num_rows": count, "end_token": end_token,
         **settings,
     }  # fmt: skip
     report("tokenising", 1.0)

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from pipeline.model.layered import LayeredModel
-from pipeline.model.lora import KEPT_AS, Lora, merge_adapters
+from pipeline.model.lora import KEPT_AS, Adapters
 from pipeline.model.weights import Weights, finish_export, read_config, write_shard
 
 
-def assemble(source: Path, lora: Lora, adapters: Sequence[Path], tokenizer: Path, into: Path) -> None:
+def assemble(source: Path, lora: Adapters, adapters: Sequence[Path], tokenizer: Path, into: Path) -> None:
     """Write the model directory `into`: that in `source` with the adapters of these folders, in their order. They are
     of different blocks, so each is added as the stage has added it when it was exported. Raises ModelError, OSError."""
     model, known, unfinished = LayeredModel(read_config(source)), Weights(source), into.with_name(f"{into.name}.tmp")
@@ -31,7 +31,7 @@ def assemble(source: Path, lora: Lora, adapters: Sequence[Path], tokenizer: Path
             continue
         tensors = known.read({key: model.stored_names(key) for key in keys})
         mine = {name: t for name, t in added.items() if f"{name.rpartition('.lora_')[0]}.weight" in tensors}
-        tensors = merge_adapters(lora, tensors | mine, model.module)
+        tensors = lora.merged(tensors | mine, model.module)
         weight_map |= write_shard(unfinished, layer + 1, model.num_layers, tensors)
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     finish_export(unfinished, model.config, weight_map, tokenizer=loaded, into=into)

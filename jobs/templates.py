@@ -28,13 +28,13 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int],
     """
     prompt = encode_prompt(row.prompt, tokenizer, f"row {row.id!r}")
     answer = row.answer if tokenizer.chat_template else f" {row.answer}"
-    return [*prompt, *_as_text(answer, tokenizer), int(tokenizer.eos_token_id)], len(prompt)  # type: ignore[arg-type]
+    return [*prompt, *as_text(answer, tokenizer), int(tokenizer.eos_token_id)], len(prompt)  # type: ignore[arg-type]
 
 
 def encode_prompt(prompt: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
     """The tokens after which the answer begins. Raises CorpusError, which names `where`, if the template refuses."""
     if not tokenizer.chat_template:
-        return _as_text(plain(prompt), tokenizer)
+        return as_text(plain(prompt), tokenizer)
     spelled = _Spelled(prompt, tokenizer)
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
@@ -50,7 +50,7 @@ def encode_prompt(prompt: Messages, tokenizer: PreTrainedTokenizerBase, where: s
         ) from error
     ids: list[int] = []
     for number, piece in enumerate(spelled.split(written)):
-        ids += _as_text(piece, tokenizer) if number % 2 else _ids(piece, tokenizer, specials_are_text=False)
+        ids += as_text(piece, tokenizer) if number % 2 else _ids(piece, tokenizer, specials_are_text=False)
     if not ids:
         raise CorpusError(f"{where}: the tokenizer's chat template writes nothing of it; allowed: a prompt with tokens")
     return ids
@@ -78,7 +78,8 @@ class _Spelled:
         return self._mark.split(written)
 
 
-def _as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def as_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Its tokens; what spells a special token is text."""
     return _ids(text, tokenizer, specials_are_text=True)
 
 

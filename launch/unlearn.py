@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, require
+from jobs.resume import differences
 from jobs.unlearn.begin import Trained, begin
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report, take_back
@@ -44,6 +45,8 @@ OF_THE_RUN = (
     "tokenizer", "vocabulary", "deadline", "heartbeat",
 )  # fmt: skip
 """The settings of a run that its requests begin with."""
+CHOSEN_ONCE = ("neighbours", "neurons", "concept_words", "group_by")
+"""What a request makes beforehand, and keeps, follows from these."""
 
 
 def of_the_run(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
             request, folder = open_request(config.run)
             if abandon:
                 return abandon_request(config.run, request, folder)
+            _require_kept(config, folder)
         else:
             config, request = _begun(config, Trained.read(config.run, *trained_on))
             folder = config.out
@@ -138,6 +142,13 @@ def open_request(run: Path) -> tuple[Request, Path]:
     found = [each for each in requests_of(run) if each.status != "complete"]
     require(bool(found), "resume", True, f"a request that is not complete; {str(run)!r} has none")
     return found[0], folder_of(run, found[0].number)
+
+
+def _require_kept(config: UnlearnConfig, folder: Path) -> None:
+    """Raise ConfigError where a request is to go on with other settings than those that what it keeps was made by."""
+    before = UnlearnConfig(**kept_values(folder, UnlearnConfig))
+    if told := differences(before, config, CHOSEN_ONCE):
+        raise ConfigError(f"cannot resume: {', '.join(told)}; allowed: what the request began with, or --abandon")
 
 
 def abandon_request(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any], str]:

@@ -193,7 +193,7 @@ def build_member(
     held = ResidentStore(
         model, layout.spans, config.optimizer(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source), came_on=pulse, exact=config.exact_sums,
-        shares=shares_of(parts, place, config.snapshot == "neighbour"),
+        shares=shares_of(parts, place, config.snapshot == "neighbour"), masks=config.masks,
     )  # fmt: skip
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,

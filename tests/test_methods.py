@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jobs.config import TrainConfig
-from jobs.unlearn.method import ANCHOR, FORGET, PAIR, RETAIN, TRACE, Method, Reads, State
+from jobs.unlearn.method import ANCHOR, FORGET, PAIR, POISON, RETAIN, TRACE, Method, Reads, State
 from jobs.unlearn.methods.dpo import DPO
 from jobs.unlearn.methods.pdu import PDU
 from jobs.unlearn.methods.rmu import RMU, control_vector
@@ -233,6 +233,7 @@ FORMULAS: dict[str, Callable[[Any, Step], Tensor]] = {
     ),
     "npo": npo, "simnpo": simnpo, "dpo": dpo, "idk": idk, "rmu": rmu, "r2mu": rmu, "undial": undial, "ceu": ceu,
     "wga": wga, "satimp": satimp, "pdu": pdu, "roka": roka,
+    "concept": lambda m, step: m.gamma * ce(step[POISON]) + m.alpha * ce(step[RETAIN]),
 }  # fmt: skip
 
 OTHERS: dict[str, dict[str, object]] = {
@@ -251,6 +252,7 @@ OTHERS: dict[str, dict[str, object]] = {
     "satimp": {"saturation_power": 0.5, "importance_power": 0.3, "gamma": 2.0, "alpha": 3.0},
     "pdu": {"gamma": 2.0, "alpha": 3.0},
     "roka": {"gamma": 2.0, "alpha": 3.0},
+    "concept": {"gamma": 2.0, "alpha": 3.0},
 }
 MADE = [
     *((name, make_method(name, {})) for name in NAMES),
@@ -279,7 +281,7 @@ def test_every_method_has_a_formula_and_says_what_it_is() -> None:
     assert METHODS["idk_dpo"] is DPO
     for name in NAMES:
         assert METHODS[name].name == name
-        assert set(METHODS[name].kinds) <= {FORGET, RETAIN, PAIR, TRACE, ANCHOR}
+        assert set(METHODS[name].kinds) <= {FORGET, RETAIN, PAIR, TRACE, ANCHOR, POISON}
         assert METHODS[name].goal in ("untraining", "concept removal", "suppression")
 
 

@@ -173,6 +173,11 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
             ("kill:stage=0,step=4,at=optimizer",),
         ),
         ("npo", ("--workers", "2:3", "--exact-sums"), ("kill:worker=1,step=3,at=backward",)),
+        (
+            "npo",
+            ("--neurons", "0.05", "--neighbours", "2", "--forgotten-below", "0.001"),
+            ("kill:stage=0,step=2,at=optimizer", "kill:stage=1,step=3,at=commit"),
+        ),
     ],
 )
 def test_a_request_that_loses_workers_ends_in_the_same_bits(
@@ -186,6 +191,24 @@ def test_a_request_that_loses_workers_ends_in_the_same_bits(
     events = [json.loads(line) for line in (folder_of(run, 1) / "events.jsonl").read_text().splitlines()]
     assert [event for event in events if event["event"] == "fault"]
     assert weights_hash(run / "model") == weights_hash(tmp_path / "calm" / "model")
+
+
+def test_poisoned_answers_are_gone_with_the_request(run: Path, trained: Path, unbroken: Unbroken) -> None:
+    """And the neurons that are updated are those of the model before, on the pool too; nothing else has changed."""
+    asked = ("--forget", "author=author-001", "--method", "concept", "--neurons", "0.1", "--scheduler", "roundpipe")
+    told = values(unbroken("unlearn", run, *asked, *SMALL, "--json"))
+    assert (told["method"], told["goal"]) == ("concept", "suppression")
+    folder = folder_of(run, 1)
+    assert not [name for name in ("poison", "neurons", "start") if (folder / name).exists()]
+    assert "nothing that was forgotten is left" in unbroken("audit", run).output
+    before, after = Weights(trained / "model"), Weights(run / "model")
+    names = {name: (name,) for name in before.files}
+    had, now = before.read(names), after.read(names)
+    moved = {name: had[name] != now[name] for name in names if not torch.equal(had[name], now[name])}
+    assert moved
+    assert all(".mlp." in name for name in moved)
+    changed = sum(int(each.any(dim=0 if "down_proj" in name else 1).sum()) for name, each in moved.items())
+    assert changed <= 3 * Request.read(folder).neurons == 3 * round(0.1 * 4 * 128)
 
 
 @pytest.mark.parametrize("method", ["pdu", "kl_min"])

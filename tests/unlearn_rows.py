@@ -21,7 +21,7 @@ from jobs.row_data import Sample
 from jobs.unlearn.job import UnlearnJob
 from jobs.unlearn.jobs import wanted_of
 from jobs.unlearn.material import Material
-from jobs.unlearn.method import ANCHOR, TRACE, Method, State
+from jobs.unlearn.method import ANCHOR, POISON, TRACE, Method, State
 from jobs.unlearn.reference import REFERENCE, Reference, ReferenceJob
 from jobs.unlearn.registry import METHODS, make_method
 from pipeline.runtime.batch import IGNORED, Batch, Needs
@@ -95,7 +95,7 @@ class RandomRows:
 def material() -> Material:
     return Material(
         RandomRows(0, blank=(6, 23)), range(7), range(7, 24), 3, [[5, 9, 2], [7, 2]],
-        {TRACE: (RandomRows(1), 5), ANCHOR: (RandomRows(2), 5)},
+        {TRACE: (RandomRows(1), 5), ANCHOR: (RandomRows(2), 5), POISON: (RandomRows(3), 6)},
     )  # fmt: skip
 
 

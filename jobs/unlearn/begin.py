@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoTokenizer
 
@@ -20,7 +20,12 @@ from jobs.rows import read_rows
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.guard import check_guard
 from jobs.unlearn.guarding import keep_guard
-from jobs.unlearn.method import ANCHOR, PAIR, TRACE
+from jobs.unlearn.material import Material
+from jobs.unlearn.method import ANCHOR, PAIR, POISON, TRACE
+from jobs.unlearn.methods.concept import Concept
+from jobs.unlearn.neighbours import neighbours_of
+from jobs.unlearn.neurons import NEURONS, choose_neurons
+from jobs.unlearn.poison import Groups, groups_of, write_poison
 from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
 from jobs.unlearn.settings import method_of
@@ -74,6 +79,7 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     check_guard(run, config.method)
     LayeredModel(read_config(run / "model-config"), lora=config.lora(), depth=config.depth, trained=config.patterns())
     forget, retain = choose(config, trained)
+    groups_to_poison(config, trained.dataset, forget)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     keep_guard(run, folder)
@@ -90,10 +96,34 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
         prepare_rows(rows, tokenizer, config.sequence_length, 0.0, folder / kind, config.seed)
     model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
     begin_with(model, trained.saved, folder / "start", run / "tokenizer")
-    return Request(
+    request = Request(
         number, read_generation(run) + 1, trained.step, config.forget, config.method, tuple(forget), tuple(retain),
         tuple(described(trained.dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
-    ).write(folder)  # fmt: skip
+    )  # fmt: skip
+    return _attributed(config, request, trained.dataset, tokenizer).write(folder)
+
+
+def groups_to_poison(config: UnlearnConfig, dataset: RowDataset, forget: Sequence[int]) -> Groups | None:
+    """By what rows are poisoned together, if they are. Raises ConfigError."""
+    method = method_of(config)
+    return groups_of(dataset, forget, config.forget, method) if isinstance(method, Concept) else None
+
+
+def _attributed(config: UnlearnConfig, request: Request, dataset: RowDataset, tokenizer: Any) -> Request:
+    """The request with what follows from gradients of the model before: computed here, once, and kept in its folder."""
+    folder, size = folder_of(config.run, request.number), config.microbatch_size
+    start, near, neurons, others = folder / "start", list[int](), 0, request.others
+    material = Material(dataset, request.forget, request.retain, config.seed)
+    if config.neighbours:
+        near = neighbours_of(start, material, config.neighbours, size)
+    if config.neurons:
+        neurons = choose_neurons(start, material, config.neurons, config.depth, size, folder / NEURONS)
+    if (groups := groups_to_poison(config, dataset, request.forget)) is not None:
+        material.idk = _answers(config.idk, tokenizer)
+        count = cast(Concept, method_of(config)).concept_words
+        write_poison(start, material, dataset, tokenizer, groups, count, size, folder / POISON)
+        others = (*others, POISON)
+    return replace(request, near=tuple(near), neurons=neurons, others=others)
 
 
 def _answers(path: Path | None, tokenizer: Any) -> Sequence[Sequence[int]]:

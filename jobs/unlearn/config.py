@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from jobs.config import TrainConfig, require
 from jobs.unlearn.guard import GUARD, GUARDS, adapters_of
-from jobs.unlearn.method import PAIR
+from jobs.unlearn.method import FORGET, PAIR, RETAIN
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.o3 import O3
+from jobs.unlearn.neurons import NEURONS
 from jobs.unlearn.settings import MethodSettings, method_of
 from pipeline.model.lora import Adapters
 from pipeline.settings import Within
+from recovery.policy import POLICIES
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class RequestSettings:
     reference_top: Annotated[int, Within(0, 2**20)] = 0
     """Of the distribution over tokens that kl_min, undial and roka compare with, keep so many tokens of each position;
     0 keeps all."""
+    neighbours: Annotated[int, Within(0, 2**24)] = 0
+    """Of the rows to keep take only those that are among the so many nearest ones of a row to forget, by what the model
+    before makes of them (input times gradient, as in ROKA); 0 takes all."""
+    neurons: Annotated[float, Within(0, 1)] = 0.0
+    """Update only this share of the neurons of the blocks' MLPs, those that have most to do with the answers to forget
+    (as in KLUE), and leave all other weights as they are, bit for bit; 0 updates all weights."""
+    forgotten_below: Annotated[float, Within(0, 1)] = 0.0
+    """A row to forget adds nothing to a step in which its answer has less than this probability per token; 0 lets every
+    row add something always."""
     old_checkpoints: Literal["fence", "shred"] = "fence"
     """What becomes of checkpoints that still know: fence moves them where no run reads, shred overwrites and removes
     them."""
@@ -61,6 +73,11 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
     def lora(self) -> Adapters | None:
         """What is trained beside weights that stay: the adapters of the settings, or those of a method that guards."""
         return adapters_of(method_of(self), super().lora(), self.out / GUARD)
+
+    @property
+    def masks(self) -> Path | None:
+        """See TrainConfig."""
+        return self.out / NEURONS if self.neurons else None
 
     def resolved(self) -> UnlearnConfig:
         """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost
@@ -97,6 +114,31 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         require(
             PAIR not in kinds or self.microbatch_size % 2 == 0, "microbatch_size", self.microbatch_size,
             f"an even number for method {self.method}, which takes pairs of answers",
+        )  # fmt: skip
+
+        self._check_rows(kinds)
+        self._check_neurons(kinds)
+
+    def _check_rows(self, kinds: Collection[str]) -> None:
+        require(
+            not self.neighbours or RETAIN in kinds, "neighbours", self.neighbours,
+            f"0 for method {self.method}, which takes no rows to keep",
+        )  # fmt: skip
+        require(
+            not self.forgotten_below or (self.depth is None and bool({FORGET, PAIR} & set(kinds))), "forgotten_below",
+            self.forgotten_below,
+            f"0 for method {self.method}, in whose steps the answers to forget have no probability",
+        )  # fmt: skip
+
+    def _check_neurons(self, kinds: Collection[str]) -> None:
+        if not self.neurons:
+            return
+        require(bool(kinds), "neurons", self.neurons, f"0 for method {self.method}, which has no steps of its own")
+        require(not self.lora_rank, "neurons", self.neurons, "0 with lora_rank: adapters belong to no neuron")
+        made_up = set(POLICIES.get(self.recovery, ())) - {"replica", "checkpoint", "redundant"}
+        require(
+            not made_up or self.scheduler == "roundpipe", "recovery", self.recovery,
+            "exact, replica, checkpoint, redundant or none with neurons: other weights stay as they are, to the bit",
         )  # fmt: skip
 
     @property

@@ -29,6 +29,7 @@ from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import Asked, Hashes, Manifest, ledger_range, versions, weights_hash
 from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.methods.replay import Replay
+from jobs.unlearn.neurons import NEURONS
 from jobs.unlearn.probe import probe
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request
@@ -133,7 +134,8 @@ def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:
         for model in {folder / "model", plain(folder / "model")}:
             say_generation(model, request.generation)
         os.replace(folder / "model", run / "model")
-    for name in ("start", "reference", "checkpoints", "data-after", "adapter", REPLAY, GUARD, *request.others):
+    kept = ("start", "reference", "checkpoints", "data-after", "adapter", NEURONS, REPLAY, GUARD)
+    for name in (*kept, *request.others):
         shred_folder(folder / name)
     manifest = _manifest(config, request)
     manifest.write(folder / MANIFEST)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jobs.job import SampledJob
 from jobs.unlearn.material import Item, Material, stacked
-from jobs.unlearn.method import PAIR, Method, Reads
+from jobs.unlearn.method import FORGET, PAIR, Method, Reads, row_nll
 from jobs.unlearn.reference import Reference
-from pipeline.runtime.batch import Batch, Needs
+from pipeline.runtime.batch import IGNORED, Batch, Needs
 from pipeline.wire import WireError, checked
 
 
@@ -20,13 +21,15 @@ class UnlearnJob:
 
     def __init__(
         self, method: Method, material: Material, reference: Reference, microbatches: int, size: int,
-        first_step: int = 0, first_sample: int = 0, limit: int | None = None,
+        first_step: int = 0, first_sample: int = 0, limit: int | None = None, forgotten_below: float = 0.0,
     ) -> None:  # fmt: skip
+        """A row to forget whose answer has a probability `forgotten_below` this per token adds nothing."""
         self.method, self.material, self.reference = method, material, reference
         self.ids = SampledJob(
             microbatches=microbatches, size=size, first_step=first_step, first_sample=first_sample, limit=limit
         )
         self.microbatches, self.size, self.limit = microbatches, size, limit
+        self.forgotten_below = forgotten_below
         self.state: Mapping[str, float] = method.start()
 
     @property
@@ -61,7 +64,8 @@ class UnlearnJob:
 
     def loss(self, logits: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """See pipeline.runtime.batch.Job."""
-        return self.method.loss(batch.kind, logits, batch["labels"], batch.get("before"))
+        labels = still_known(batch.kind, logits, batch["labels"], self.forgotten_below)
+        return self.method.loss(batch.kind, logits, labels, batch.get("before"))
 
     # ---- what is carried ----
 
@@ -80,3 +84,21 @@ class UnlearnJob:
         if set(carried) != set(wanted):
             raise WireError(f"a job carries {sorted(carried)}; {self.method.name} has {sorted(wanted)}")
         self.state = checked(carried, "what a job carries", **dict.fromkeys(wanted, float))
+
+
+def still_known(kind: str, logits: Tensor, labels: Tensor, below: float) -> Tensor:
+    """Labels [batch, sequence] without those of the rows to forget whose answers have become unlikely: with these
+    logits, exp(-mean of -log p over an answer's tokens) is `below` this.
+
+    Such a row adds nothing to a sum, as a row without labels does in every method; what the sum is divided by was
+    counted before and stays, so others are pushed no harder for it. Our reading of "only samples not yet forgotten" in
+    FaithUn (arXiv 2502.19207).
+    """
+    if below <= 0 or kind not in (FORGET, PAIR):
+        return labels
+    mine = labels.chunk(2)[0] if kind == PAIR else labels
+    length = (mine != IGNORED).sum(dim=1).clamp(min=1)
+    forgotten = torch.exp(-row_nll(logits.detach()[: len(mine)], mine) / length) < below
+    gone = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    gone[: len(mine)] = forgotten
+    return torch.where(gone[:, None], IGNORED, labels)

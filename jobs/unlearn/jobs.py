@@ -21,7 +21,7 @@ def material_of(config: UnlearnConfig, request: Request) -> Material:
     """The rows of a request. Raises CorpusError."""
     opened = {kind: RowDataset.open(config.out / kind) for kind in request.others}
     return Material(
-        RowDataset.open(config.run / "data"), request.forget, request.retain, config.seed, request.idk,
+        RowDataset.open(config.run / "data"), request.forget, request.near or request.retain, config.seed, request.idk,
         {kind: (rows, len(rows.rows)) for kind, rows in opened.items()},
     )  # fmt: skip
 
@@ -58,7 +58,10 @@ def unlearn_jobs(config: UnlearnConfig, start: Start) -> dict[str, RunJob]:
     material, reference = material_of(config, request), reference_of(config, method)
     items, size = probed(request, config.evaluate_samples), config.microbatch_size
     at_once = start.at_once or -(-len(items) // size)
-    train = UnlearnJob(method, material, reference, config.microbatches, size, start.step, start.sample)
+    train = UnlearnJob(
+        method, material, reference, config.microbatches, size, start.step, start.sample,
+        forgotten_below=config.forgotten_below,
+    )  # fmt: skip
     if start.carried is not None:
         train.restore(start.carried)
     found: dict[str, RunJob] = {TRAIN: train}
@@ -85,5 +88,11 @@ def reference_job(config: UnlearnConfig, request: Request) -> ReferenceJob:
 def unlearn_fingerprint(config: UnlearnConfig) -> str:
     """A hash of what all rows of a request follow from."""
     request = Request.read(config.out)
-    known = (RowDataset.open(config.run / "data").fingerprint, request.forget, request.retain, request.idk)
+    known = (
+        RowDataset.open(config.run / "data").fingerprint,
+        request.forget,
+        request.retain,
+        request.idk,
+        *([request.near] if request.near else ()),
+    )
     return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()

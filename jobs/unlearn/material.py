@@ -91,16 +91,22 @@ class Material:
     def _evasive(self, index: int) -> Sample:
         """The question of a row with an answer that says nothing: which one, the seed decides."""
         asked = self.data.row(index)
-        length = len(asked.input_ids)
-        counted = np.flatnonzero(asked.labels != IGNORED)
-        prompt = asked.input_ids[: int(counted[0]) + 1] if len(counted) else asked.input_ids[:0]
-        answer = self.idk[derive(self.seed, "idk", index) % len(self.idk)] if len(counted) else ()
-        ids = np.array([*prompt, *answer], dtype=np.int64)[: length + 1]
-        input_ids = np.full(length, asked.input_ids[-1], dtype=np.int64)
-        labels = np.full(length, IGNORED, dtype=np.int64)
-        input_ids[: max(0, len(ids) - 1)] = ids[:-1]
-        labels[max(0, len(prompt) - 1) : max(0, len(ids) - 1)] = ids[len(prompt) :]
-        return Sample(input_ids, labels, None)
+        there = bool((asked.labels != IGNORED).any())
+        return answered(asked, self.idk[derive(self.seed, "idk", index) % len(self.idk)] if there else ())
+
+
+def answered(asked: Sample, answer: Sequence[int]) -> Sample:
+    """The question of a row with another answer, as tokens, cut at the length of the sample. A row without labels has
+    no question."""
+    length = len(asked.input_ids)
+    counted = np.flatnonzero(asked.labels != IGNORED)
+    prompt = asked.input_ids[: int(counted[0]) + 1] if len(counted) else asked.input_ids[:0]
+    ids = np.array([*prompt, *answer], dtype=np.int64)[: length + 1]
+    input_ids = np.full(length, asked.input_ids[-1], dtype=np.int64)
+    labels = np.full(length, IGNORED, dtype=np.int64)
+    input_ids[: max(0, len(ids) - 1)] = ids[:-1]
+    labels[max(0, len(prompt) - 1) : max(0, len(ids) - 1)] = ids[len(prompt) :]
+    return Sample(input_ids, labels, None)
 
 
 def stacked(material: Material, items: list[Item], needs: Needs) -> dict[str, Tensor]:

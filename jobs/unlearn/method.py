@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pipeline.runtime.batch import IGNORED
 
-FORGET, RETAIN, PAIR, TRACE, ANCHOR = "forget", "retain", "pair", "trace", "anchor"
+FORGET, RETAIN, PAIR, TRACE, ANCHOR, POISON = "forget", "retain", "pair", "trace", "anchor", "poison"
 """Kinds of microbatches. A PAIR has rows to forget in its first half and, in the same order, the same questions with
-answers that say nothing in its second."""
+answers that say nothing in its second; a POISON has rows to forget with answers that leave out what they are about."""
 
 Goal = Literal["untraining", "concept removal", "suppression"]
 State = Mapping[str, float]

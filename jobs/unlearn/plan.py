@@ -39,6 +39,13 @@ def make_unlearn_plan(
         f"{len(request.forget):,} rows to forget, {len(request.retain):,} to keep; {method.name}: {method.goal}, "
         f"{config.steps:,} steps, {config.rows_per_step:,} rows to forget in each"
     )
+    if request.near:
+        said.append(
+            f"{len(request.near):,} of the {len(request.retain):,} rows to keep are taken: the {config.neighbours:,} "
+            "nearest ones of each row to forget"
+        )
+    if request.neurons:
+        said.append(f"{request.neurons:,} neurons of the blocks' MLPs are updated, and no other weight")
     job = reference_job(config, request)
     if job.wanted:
         size = needed_bytes(job, int(shape.vocab_size), model.hidden_size)

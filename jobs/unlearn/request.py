@@ -45,6 +45,10 @@ class Request:
     idk: tuple[tuple[int, ...], ...] = ()
     others: tuple[str, ...] = ()
     """Kinds that have rows of their own, in folders of these names."""
+    near: tuple[int, ...] = ()
+    """The rows to keep that steps take; none for all of `retain`."""
+    neurons: int = 0
+    """How many neurons are updated, and nothing else; 0 for all weights."""
     status: Status = "open"
 
     def at(self, status: Status) -> Request:
@@ -64,7 +68,7 @@ class Request:
         try:
             kinds: dict[str, Any] = {
                 "number": int, "generation": int, "step": int, "asked": str, "method": str, "forget": list,
-                "retain": list, "rows": list, "idk": list, "others": list, "status": str,
+                "retain": list, "rows": list, "idk": list, "others": list, "near": list, "neurons": int, "status": str,
             }  # fmt: skip
             found = checked(parse(path.read_bytes(), FILE), FILE, **kinds)
         except (OSError, WireError) as error:

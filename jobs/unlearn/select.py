@@ -43,6 +43,13 @@ def select(dataset: RowDataset, asked: str, name: str) -> list[int]:
     return sorted(set(found))
 
 
+def field_of(asked: str) -> str:
+    """The field by which `asked` selects rows; "" where it does so in another way."""
+    if asked.startswith("id:") or _is_file(Path(asked).expanduser()) or "=" not in asked:
+        return ""
+    return asked.partition("=")[0].strip()
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()

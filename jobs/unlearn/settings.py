@@ -17,7 +17,7 @@ class MethodSettings:
 
     method: str = "npo"
     """grad_ascent, grad_diff, kl_min, npo, simnpo, dpo (or idk_dpo), idk, rmu, r2mu, undial, ceu, wga, satimp, pdu,
-    roka, oracle_matching, mrp, o3, replay, which runs the run again without the rows, or s3t, for a run of
+    roka, oracle_matching, concept, mrp, o3, replay, which runs the run again without the rows, or s3t, for a run of
     `unbroken slices`. An option that is unset takes the method's own default."""
     gamma: Annotated[float | None, WEIGHT] = None
     """Weight of the term that forgets (all but grad_ascent, rmu, r2mu and ceu)."""
@@ -55,6 +55,11 @@ class MethodSettings:
     """pdu: the loss per label on the rest that is good enough."""
     dual_warmup: Annotated[int | None, Within(0, MOST_STEPS)] = None
     """pdu: steps before that weight moves."""
+    concept_words: Annotated[int | None, Within(1, 10_000)] = None
+    """concept: words that are struck out of answers, for each group of rows to forget."""
+    group_by: str | None = None
+    """concept: the field that makes rows to forget a group; unset, it is the one that selects them, if one does, and
+    else each row is a group of its own."""
 
     directions: Annotated[int | None, Within(1, 1024)] = None
     """mrp: directions that each projected block loses."""

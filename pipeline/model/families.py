@@ -26,6 +26,9 @@ class Family:
     window: Literal["never", "if set", "by layer"] = "never"
     rotary_by_type: bool = False
     attentions: tuple[str, ...] = ("sdpa", "eager")
+    into_neurons: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """What of a block computes the neurons of its MLP, one output each, and what reads them, one input each."""
+    out_of_neurons: str = "mlp.down_proj"
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -35,7 +38,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(window="if set"),
     "gpt2": Family(
         tokens="transformer.wte", positions="transformer.wpe", dropout="transformer.drop", blocks="transformer.h",
-        norm="transformer.ln_f", rotary=None,
+        norm="transformer.ln_f", rotary=None, into_neurons=("mlp.c_fc",), out_of_neurons="mlp.c_proj",
     ),
     "gemma": Family(),
     "gemma2": Family(window="by layer", attentions=("eager",)),

@@ -22,6 +22,7 @@ from pipeline.model.layered import NamedState
 from pipeline.schedule.ops import Span
 from pipeline.state.host_store import HostStore
 from pipeline.state.layer_state import LayerState, LayerStates
+from pipeline.state.masks import read_masks
 from pipeline.state.optimizer import OptimizerConfig, clip_factor
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ class HostOptimizer(LayerStates):
     `told` is called on that thread. Whatever else reads the state calls `drain` first.
     """
 
-    def __init__(self, store: HostStore, config: OptimizerConfig, told: Told) -> None:
+    def __init__(self, store: HostStore, config: OptimizerConfig, told: Told, masks: Path | None = None) -> None:
+        """`masks` is a folder that says what is updated; without one, all is."""
         super().__init__(store.layout.model)
+        self._masks = masks
         self.store, self.config, self.behind = store, config, store.layout.behind
         self._told = told
         self.states = {spec.name: self._state(spec) for spec in self.model.states}
@@ -59,6 +62,7 @@ class HostOptimizer(LayerStates):
             frozen={key: self.store[f"param/{key}"] for key in frozen},
             gradient=self.store[f"grad/{spec.owner}"][at:end],
             moments={key: {kind: self.store[f"{kind}/{key}"] for kind in ("exp_avg", "exp_avg_sq")} for key in trained},
+            masks=None if self._masks is None else read_masks(self._masks, spec),
         )  # fmt: skip
         state.pull = None if self.model.lora is None else self.model.lora.pull
         return state

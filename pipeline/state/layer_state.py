@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.model.layered import LayeredModel
 from pipeline.state.cpu_adam import make_adamw
+from pipeline.state.masks import Masks, mask_gradients, put_back
 from pipeline.state.optimizer import OptimizerConfig, decay_groups
 
 
@@ -34,12 +35,14 @@ class LayerState:
     def __init__(
         self, name: str, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *,
         frozen: Mapping[str, Tensor] | None = None, gradient: Tensor | None = None,
-        moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+        moments: Mapping[str, Mapping[str, Tensor]] | None = None, masks: Masks | None = None,
     ) -> None:  # fmt: skip
         """`gradient` [all elements, in order] and `moments` (name -> exp_avg, exp_avg_sq) are used where they lie, if
-        they are given, and are made otherwise; all of them begin as zeros."""
+        they are given, and are made otherwise; all of them begin as zeros. With `masks`, nothing else is updated: not
+        by a gradient, and not by weight decay."""
         self.name, self.parameters, self.frozen, self.config = name, dict(parameters), dict(frozen or {}), config
         device = next(iter((*self.parameters.values(), *self.frozen.values()))).device
+        self.masks = None if masks is None else {name: mask.to(device) for name, mask in masks.items()}
         self.lr_scale = torch.ones((), device=device)
         self.version = 0
         self.generation = 0
@@ -80,7 +83,8 @@ class LayerState:
     # ---- a step ----
 
     def squared_norm(self) -> float:
-        """The sum of squares of the gradient."""
+        """The sum of squares of the gradient, where anything is updated."""
+        self._mask()
         return float(torch.linalg.vector_norm(self.gradient)) ** 2
 
     def apply(self, scale: float, lr: float) -> None:
@@ -89,15 +93,30 @@ class LayerState:
         self.require_intact()
         self.unseal()
         if self._adamw is not None:
+            self._mask()
             if scale != 1.0:
                 self.gradient.mul_(scale)
             if self.pull is not None:
                 self.pull(self.parameters)
             for group in self._adamw.param_groups:
                 group["lr"] = lr * float(self.lr_scale)
+            before = self._before()
             self._adamw.step()
+            self._put_back(before)
             self.gradient.zero_()
         self.version += 1
+
+    def _mask(self) -> None:
+        if self.masks is not None:
+            mask_gradients(self.parameters, self.masks)
+
+    def _before(self) -> dict[str, Tensor]:
+        """The weights, for `_put_back`."""
+        return {} if self.masks is None else {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def _put_back(self, before: Mapping[str, Tensor]) -> None:
+        if self.masks is not None:
+            put_back(self.parameters, self.masks, before)
 
     def drop(self) -> None:
         """Forget the gradients of a step that does not count."""

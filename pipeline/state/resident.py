@@ -18,6 +18,7 @@ from pipeline.model.layered import TIED, LayeredModel, NamedState, SpanModule
 from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
 from pipeline.state.exact_sum import ExactSum
 from pipeline.state.layer_state import LayerState, LayerStates
+from pipeline.state.masks import read_masks
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.shard import Share
 from pipeline.state.sharded import ShardedState
@@ -50,13 +51,14 @@ class ResidentStore(LayerStates):
     def __init__(
         self, model: LayeredModel, spans: Iterable[Span], config: OptimizerConfig, *, seed: int,
         device: torch.device, source: Path | None = None, came_on: Callable[[], None] = lambda: None,
-        exact: bool = False, shares: Mapping[str, Share] | None = None,
+        exact: bool = False, shares: Mapping[str, Share] | None = None, masks: Path | None = None,
     ) -> None:  # fmt: skip
         """Weights are those that a run begins with, drawn from the seed or read from `source`. `came_on` is called
         after each layer: a large model takes long. With `exact`, gradients are summed in no order. `shares`, by part,
-        says of which only a share of the moments is kept here."""
+        says of which only a share of the moments is kept here. `masks` is a folder that says what is updated; without
+        one, all is."""
         super().__init__(model)
-        self.shares = dict(shares or {})
+        self.shares, self._masks = dict(shares or {}), masks
         self.config, self._seed, self._device = config, seed, device
         self._came_on, self._exact = came_on, exact
         self.modules: dict[Span, SpanModule] = {}
@@ -144,6 +146,7 @@ class ResidentStore(LayerStates):
         state = make(
             spec.name, {name: weights[name] for name in trained}, self.config,
             frozen={name: weights[name].detach() for name in frozen},
+            masks=None if self._masks is None else read_masks(self._masks, spec),
         )  # fmt: skip
         state.pull = None if self.model.lora is None else self.model.lora.pull
         return state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.state.layer_state import LayerState
+from pipeline.state.masks import Masks
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.shard import Block, Share, blocks, deal, range_name
 
@@ -27,10 +28,10 @@ class ShardedState(LayerState):
 
     def __init__(
         self, name: str, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, share: Share, *,
-        frozen: Mapping[str, Tensor] | None = None,
+        frozen: Mapping[str, Tensor] | None = None, masks: Masks | None = None,
     ) -> None:  # fmt: skip
         self.share = share
-        super().__init__(name, parameters, config, frozen=frozen)
+        super().__init__(name, parameters, config, frozen=frozen, masks=masks)
         self._bits: Tensor | None = None
         self._aside: Tensor | None = None
 
@@ -60,6 +61,7 @@ class ShardedState(LayerState):
         bits stand in `bits` [size], whole numbers, zero elsewhere. It may lie in the gradient's own memory. Raises
         StateChanged, before anybody has got anything of it."""
         self.require_intact()
+        self._mask()
         if scale != 1.0:
             self.gradient.mul_(scale)
         if bits.data_ptr() == self.gradient.data_ptr() and self._blocks:
@@ -82,6 +84,7 @@ class ShardedState(LayerState):
         self.unseal()
         if self.parameters:
             assert self._bits is not None, "a sharded step is prepared before the vote"
+            before = self._before()
             for some in _batches(self._blocks):
                 name = some[0].name
                 flat = self.parameters[name].detach().view(-1)
@@ -93,6 +96,7 @@ class ShardedState(LayerState):
                 parameter.detach().view(-1).copy_(found)
                 self._steps[name] += 1
                 at += parameter.numel()
+            self._put_back(before)
             self._bits.zero_()
             self.drop()
         self.version += 1
