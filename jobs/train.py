@@ -133,6 +133,7 @@ class Trainer:
         """Run a step to its commit. A loss that is not finite is given a second chance: it may have been a fault."""
         began = time.monotonic()
         try:
+            self.job.prepare(self.engine, self.step)
             result = self.engine.run(
                 self.step, wish=lambda: {"stop": self.stop_asked()}, record=record, pauses=self._pauses_after
             )

@@ -28,12 +28,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.config import TrainConfig
+from jobs.pipeline_engine import PipelineEngine
 from jobs.pipelines import layer_costs, plan_layout
 from jobs.pool_engine import PoolEngine
 from jobs.registry import KINDS
 from jobs.rounds import plan_rounds
 from jobs.text import TextJob
 from jobs.train import Trainer
+from jobs.unlearn.rollout import ROLLOUT, RolloutJob, roll_out
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
 from launch.pool_worker import pool_worker, run_jobs
@@ -103,6 +105,8 @@ def entry(payload: dict[str, Any]) -> int:
     train = member.excerpt(TRAIN)
     if "unlearn" in payload:
         return _unlearn(member, me, payload)
+    if "rollout" in payload:
+        return _roll_out(member, me, config, payload)
     job = make_job(config, int(worker.store.model.config.vocab_size))
     gradients: dict[str, Tensor] = {}
     votes = worker.commit.exchange
@@ -156,6 +160,23 @@ def _unlearn(member: Member, me: int, payload: dict[str, Any]) -> int:
         save_file({key: g.contiguous() for key, g in found.items()}, out / f"gradients-{name}-{me}.safetensors")
     (out / f"unlearn-{me}.json").write_text(json.dumps(told))
     worker.transport.close()
+    return 0
+
+
+def _roll_out(member: Member, me: int, config: TrainConfig, payload: dict[str, Any]) -> int:
+    """What the model answers at each of some temperatures."""
+    from tests import unlearn_rows
+
+    told: list[list[list[int]]] = []
+    for temperature in payload["rollout"]:
+        job = RolloutJob(
+            microbatches=member.excerpt(EVALUATE).num_microbatches, size=config.microbatch_size,
+            sequence_length=config.sequence_length, end_token=1, seed=5, temperature=temperature,
+        )  # fmt: skip
+        engine = PipelineEngine(member, {ROLLOUT: job}, 1)
+        told.append(roll_out(engine, job, 2, unlearn_rows.prompts(), 7))
+    (Path(payload["out"]) / f"rollout-{me}.json").write_text(json.dumps(told))
+    member.worker.transport.close()
     return 0
 
 
@@ -250,7 +271,7 @@ def run_workers(
             assert not running, f"workers {sorted(running.values())} did not end"
         finally:
             stop(forkserver, running)
-    return Outcome([], [], {}, {}) if "unlearn" in more else _collect(out, view.workers)
+    return Outcome([], [], {}, {}) if {"unlearn", "rollout"} & set(more) else _collect(out, view.workers)
 
 
 def stop(forkserver: ForkServer, running: dict[int, int]) -> None:

@@ -62,3 +62,11 @@ def reference_job(name: str, folder: Path, at_once: int = MICROBATCHES) -> Refer
         microbatches=at_once, size=SIZE, material=rows, reference=reference(name, folder),
         wanted=wanted_of(method(name), rows),
     )  # fmt: skip
+
+
+def prompts() -> list[list[int]]:
+    """Of several lengths, two of which leave no room for an answer."""
+    chance = np.random.default_rng(11)
+    return [
+        chance.integers(2, VOCABULARY, size).tolist() for size in (3, 9, 5, 12, 1, 2, LENGTH + 1, 4, 7, LENGTH + 2, 6)
+    ]
