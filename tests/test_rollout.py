@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from jobs.config import TrainConfig
@@ -161,7 +160,7 @@ def test_answers_are_those_of_one_process(forkserver: ForkServer, tmp_path: Path
         assert json.loads((tmp_path / f"rollout-{worker}.json").read_text()) == wanted
 
 
-@pytest.mark.parametrize("after", [1, 2, 5, 9, 14])
+@pytest.mark.parametrize("after", [1, 2, 5, 9])
 def test_an_answer_that_was_interrupted_is_the_same_again(after: int) -> None:
     class Lost(Exception):
         pass

@@ -18,10 +18,11 @@ from jobs.row_data import ROWS, RowDataset
 from jobs.row_prepare import prepare_rows
 from jobs.rows import read_rows
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.method import ANCHOR, PAIR, TRACE
+from jobs.unlearn.method import ANCHOR, PAIR, ROLLOUT, TRACE
 from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
 from jobs.unlearn.settings import method_of
+from jobs.unlearn.traces import asked_to_reason
 from jobs.unlearn.weights import begin_with
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
@@ -70,14 +71,23 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     """Lay out the folder of a request, and keep the request there last of all. Raises ConfigError, CorpusError."""
     run, folder, kinds = config.run, folder_of(config.run, number), method_of(config).kinds
     forget, retain = choose(config, trained)
+    if TRACE in kinds and config.trace is None:
+        asked = asked_to_reason(trained.dataset, forget, AutoTokenizer.from_pretrained(run / "tokenizer"))
+        most = max(map(len, asked))
+        require(
+            most <= config.sequence_length, "sequence_length", config.sequence_length,
+            f"{most} or more, for a row to forget and the words that ask for a trace; or --trace FILE",
+        )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("tokenizer", "model-config"):
         shutil.copytree(run / name, folder / name)
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    idk = _answers(config.idk, tokenizer) if PAIR in kinds else ()
+    idk = _answers(config.idk, tokenizer) if {PAIR, ROLLOUT} & set(kinds) else ()
     others = {kind: getattr(config, kind) for kind in (TRACE, ANCHOR) if kind in kinds}
     for kind, path in others.items():
+        if kind == TRACE and path is None:
+            continue  # the model writes them
         require(path is not None, kind, path, f"a file of rows, which method {config.method} needs")
         rows = read_rows(str(path))
         if rows is None:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pipeline.runtime.batch import IGNORED
 
-FORGET, RETAIN, PAIR, TRACE, ANCHOR = "forget", "retain", "pair", "trace", "anchor"
+FORGET, RETAIN, PAIR, TRACE, ANCHOR, ROLLOUT = "forget", "retain", "pair", "trace", "anchor", "rollout"
 """Kinds of microbatches. A PAIR has rows to forget in its first half and, in the same order, the same questions with
-answers that say nothing in its second."""
+answers that say nothing in its second. A ROLLOUT has the questions of rows to forget, with the model's own answers."""
 
 Goal = Literal["untraining", "concept removal", "suppression"]
 State = Mapping[str, float]

@@ -24,13 +24,11 @@ from torch import Tensor
 
 from jobs.job import SampledJob
 from jobs.row_data import Sample
+from jobs.unlearn.method import ROLLOUT
 from pipeline.model.rng import derive, uniforms
 from pipeline.runtime.batch import IGNORED, Batch, Needs
 from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.worker import StepResult
-
-ROLLOUT = "rollout"
-"""The job that draws tokens, by name."""
 
 
 class Measures(Protocol):
@@ -61,8 +59,8 @@ class Going:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutJob(SampledJob):
-    """Draws the next token of each of `rows`, which are spread evenly over its `microbatches`, at most `size` in
-    each."""
+    """Measured by the name ROLLOUT, it draws the next token of each of `rows`, which are spread evenly over its
+    `microbatches`, at most `size` in each."""
 
     sequence_length: int
     end_token: int
