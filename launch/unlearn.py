@@ -20,6 +20,7 @@ from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report, take_back
 from jobs.unlearn.jobs import reference_job
 from jobs.unlearn.method import FORGET, RETAIN, TRACE
+from jobs.unlearn.methods.grpo import REWARD
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.probe import read_oracle
@@ -29,7 +30,7 @@ from jobs.unlearn.settings import method_of
 from jobs.unlearn.signature import SignatureError, read_key
 from jobs.unlearn.traces import TraceConfig, traces_of
 from launch.config import to_toml
-from launch.past import Past, read_ledger
+from launch.past import Past, read_ledger, read_metrics
 from launch.replay import ReplayConfig, replay
 from launch.resume import kept_values
 from launch.run_folder import write_whole
@@ -182,6 +183,8 @@ def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dic
         "manifest": str(manifest), "signature": str(config.out / SIGNATURE) if config.key else None,
         "model": str(config.run / "model"), "put_away": said,
     }  # fmt: skip
+    if rewards := [line["means"][REWARD] for line in read_metrics(config.out) if REWARD in line.get("means", {})]:
+        values["rewards"] = rewards
     write_flushed(config.out / "result.json", json.dumps(values, indent=1).encode())
 
     def row(which: str) -> str:
@@ -193,6 +196,7 @@ def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dic
         f"{request.generation} of {str(config.run)!r}",
         "probability of an answer   to forget      to keep",
         *(" " * 15 + row(which) for which in ("before", "after", "oracle") if which in report),
+        *([f"mean reward of a step's answers: {rewards[0]:.3f} first, {rewards[-1]:.3f} last"] if rewards else []),
         *said,
         *([KEPT_ELSEWHERE] if config.old_checkpoints == "shred" and said else []),
         f"model     {values['model']}",

@@ -172,6 +172,7 @@ def _roll_out(member: Member, me: int, config: TrainConfig, payload: dict[str, A
         job = RolloutJob(
             microbatches=member.excerpt(EVALUATE).num_microbatches, size=config.microbatch_size,
             sequence_length=config.sequence_length, end_token=1, seed=5, temperature=temperature,
+            cut=True,
         )  # fmt: skip
         engine = PipelineEngine(member, {ROLLOUT: job}, 1)
         told.append(roll_out(engine, job, 2, unlearn_rows.prompts(), 7))

@@ -55,10 +55,10 @@ class Alone:
         pass
 
 
-def job(temperature: float = 0.0, microbatches: int = 2, size: int = 3) -> RolloutJob:
+def job(temperature: float = 0.0, microbatches: int = 2, size: int = 3, cut: bool = True) -> RolloutJob:
     return RolloutJob(
         microbatches=microbatches, size=size, sequence_length=rows.LENGTH, end_token=END, seed=5,
-        temperature=temperature,
+        temperature=temperature, cut=cut,
     )  # fmt: skip
 
 
@@ -145,6 +145,7 @@ def test_what_is_drawn_is_keyed_by_seed_step_row_and_position() -> None:
 @pytest.mark.parametrize(("microbatches", "size"), [(1, 1), (5, 1), (1, 30), (4, 2)])
 def test_answers_do_not_depend_on_how_rows_are_dealt(temperature: float, microbatches: int, size: int) -> None:
     assert said(job(temperature, microbatches, size)) == said(job(temperature))
+    assert said(job(temperature, microbatches, size, cut=False)) == said(job(temperature))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

@@ -32,6 +32,7 @@ from recovery.generation import read_generation
 from tests.harness import Command, run_command
 
 Unbroken = Callable[..., Command]
+ANSWERS = ("--rollouts", "4", "--answer-tokens", "16", "--cold-steps", "2", "--evaluate-samples", "4")
 SMALL = ("--steps", "6", "--lr", "3e-3", "--checkpoint-every", "2", "--evaluate-every", "0")
 
 
@@ -168,6 +169,8 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
         ("pdu", ("--dual-warmup", "0"), ("kill:stage=1,step=4,at=backward",)),
         ("rmu", ("--layer", "1"), ("kill:stage=0,step=4,at=optimizer",)),
         ("npo", ("--workers", "2:3", "--exact-sums"), ("kill:worker=1,step=3,at=backward",)),
+        ("grpo", ANSWERS, ("kill:stage=0,step=2,at=forward", "kill:stage=1,step=5,at=commit")),
+        ("grpo", (*ANSWERS, "--scheduler", "roundpipe"), ("kill:worker=1,step=5,at=forward",)),
     ],
 )
 def test_a_request_that_loses_workers_ends_in_the_same_bits(
@@ -365,7 +368,11 @@ def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path:
             "layer is 3; allowed: nothing for",
         ),
         (("--forget", "author-001/02", "--method", "rmu", "--layer", "44"), "layer is 44; allowed: 0 to"),
-        (("--forget", "author-001/02", "--method", "r2mu", "--layer", "1"), "trace is None; allowed: a file of rows"),
+        (("--forget", "author-001/02", "--method", "r2mu", "--layer", "1"), "anchor is None; allowed: a file of rows"),
+        (
+            ("--forget", "author-001/02", "--method", "grpo", "--rollouts", "3"),
+            "rollouts is 3; allowed: a divisor of 4",
+        ),
         (("--forget", "author-001/02", "--microbatches", "3"), "microbatches is 3; allowed: a multiple of 2"),
         (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
         (("--forget", "author-001/02", "--method", "oracle_matching"), "oracle is None; allowed: a model directory"),

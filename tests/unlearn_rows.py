@@ -11,12 +11,15 @@ from jobs.unlearn.job import UnlearnJob
 from jobs.unlearn.jobs import wanted_of
 from jobs.unlearn.material import Material
 from jobs.unlearn.method import ANCHOR, TRACE, Method
+from jobs.unlearn.methods.grpo import GRPO
+from jobs.unlearn.on_policy import OnPolicyJob
 from jobs.unlearn.reference import Reference, ReferenceJob
 from jobs.unlearn.registry import METHODS, make_method
+from jobs.unlearn.rollout import RolloutJob
 from pipeline.runtime.batch import IGNORED
 
 VOCABULARY, LENGTH, MICROBATCHES, SIZE = 64, 12, 4, 2
-OPTIONS = {"rmu": {"layer": 1}, "r2mu": {"layer": 1}, "pdu": {"dual_warmup": 0}}
+OPTIONS = {"rmu": {"layer": 1}, "r2mu": {"layer": 1}, "pdu": {"dual_warmup": 0}, "grpo": {"rollouts": 2}}
 NAMES = sorted({method.name for method in METHODS.values()} - {"replay"})
 DEEP = [name for name in NAMES if name in ("rmu", "r2mu")]
 WHOLE = [name for name in NAMES if name not in DEEP]
@@ -53,7 +56,15 @@ def reference(name: str, folder: Path) -> Reference:
 
 
 def job(name: str, folder: Path) -> UnlearnJob:
-    return UnlearnJob(method(name), material(), reference(name, folder), MICROBATCHES, SIZE)
+    made, kept = method(name), reference(name, folder)
+    if not isinstance(made, GRPO):
+        return UnlearnJob(made, material(), kept, MICROBATCHES, SIZE)
+    asks = RolloutJob(microbatches=MICROBATCHES, size=SIZE, sequence_length=LENGTH, end_token=1, seed=3)
+    found = OnPolicyJob(made, material(), kept, MICROBATCHES, SIZE, 0, 0, asks, folder)
+    chance = np.random.default_rng(5)
+    answers = [chance.integers(1, VOCABULARY, int(chance.integers(4, LENGTH + 2))).tolist() for _ in range(4)]
+    found.hear(0, {"answers": [[answer, 2 + n % 2, float(n) - 1.3, n % 2] for n, answer in enumerate(answers)]})
+    return found
 
 
 def reference_job(name: str, folder: Path, at_once: int = MICROBATCHES) -> ReferenceJob:

@@ -75,7 +75,7 @@ def unlearn_jobs(config: UnlearnConfig, start: Start) -> dict[str, RunJob]:
     if isinstance(method, GRPO):
         found[ROLLOUT] = asks = RolloutJob(
             microbatches=at_once, size=size, sequence_length=config.sequence_length, end_token=end_token(material),
-            seed=config.seed, temperature=method.temperature,
+            seed=config.seed, temperature=method.temperature, cut=start.at_once is None,
         )  # fmt: skip
         train = OnPolicyJob(
             method, material, reference, config.microbatches, size, start.step, start.sample, asks,

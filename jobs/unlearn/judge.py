@@ -1,9 +1,9 @@
 """Judges an answer of a model to a question whose true answer is to be forgotten, by the strings in it.
 
 The reward of "Unlearn-and-Reinvent" (the authors' code) is 1 where a judge says that the answer does not know,
-misspells nothing and is readable, and 0 where a string of the true answer occurs that the question does not have. There,
-a model judges; here, words do, which is our reading, and needs no second model. What words cannot tell, such as the same
-fact put in other words, passes for not knowing.
+misspells nothing and is readable, and 0 where a string of the true answer occurs that the question does not have.
+There, a model judges; here, words do, which is our reading, and needs no second model. What words cannot tell, such as
+the same fact put in other words, passes for not knowing.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The engine measures a job (see Engine.measure) whose terms are places of rows. W
 each row, and the means carry it to all: a token's id is exact in a float. All append it, and go on until every row has
 its end token or as many tokens as are allowed; rows that have ended are not computed any more. Nothing is kept from
 token to token but the tokens: whoever is lost takes nothing along, and an answer that was interrupted is begun anew,
-and is the same again. It costs a whole pass for each token, where a cache of keys and values would cost one position.
+and is the same again. A token costs a pass over all before it, where a cache of keys and values would cost a position.
 
 A token is drawn by the largest of logit / temperature + g, where g is Gumbel noise keyed by (seed, step, row, position)
 (Gumbel, 1954: that is a sample of softmax(logits / temperature)); by the largest logit, where the temperature is 0. A
@@ -66,6 +66,8 @@ class RolloutJob(SampledJob):
     end_token: int
     seed: int
     temperature: float = 0.0
+    cut: bool = False
+    """Whether a microbatch is as long as its longest row, and not as a sample: where what is sent tells its shape."""
     rows: list[Going] = field(default_factory=list)
     """At most `at_once`, of at most `sequence_length` tokens each: whoever measures the job sets them before."""
 
@@ -92,13 +94,14 @@ class RolloutJob(SampledJob):
         return max(1, -(-len(self.rows) // self.microbatches))
 
     def batch(self, step: int, microbatch: int, needs: Needs) -> Batch:
-        """See pipeline.runtime.batch.Job; a microbatch that no row is left for computes the first one again."""
+        """See pipeline.runtime.batch.Job; a microbatch that no row is left for has one token, which nobody reads."""
         first = microbatch * self._each
-        rows = self.rows[first : first + self._each] or self.rows[:1]
+        rows = self.rows[first : first + self._each] or [Going([self.end_token], 0)]
+        length = max(len(going.tokens) for going in rows) if self.cut else self.sequence_length
         ids = tuple(range(microbatch * self.size, microbatch * self.size + len(rows)))
         tensors: dict[str, Tensor] = {}
         if Needs.INPUT in needs:
-            input_ids = np.full((len(rows), self.sequence_length), self.end_token, dtype=np.int64)
+            input_ids = np.full((len(rows), length), self.end_token, dtype=np.int64)
             for row, going in zip(input_ids, rows):
                 row[: len(going.tokens)] = going.tokens
             tensors["input_ids"] = torch.from_numpy(input_ids)

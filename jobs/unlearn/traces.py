@@ -110,7 +110,8 @@ def trace_jobs(config: TraceConfig, start: Start) -> dict[str, RunJob]:
     probed = sum(min(len(rows), config.evaluate_samples) for rows in (request.forget, request.retain))
     job = TraceJob(
         microbatches=start.at_once or -(-probed // size), size=size, sequence_length=config.sequence_length,
-        end_token=dataset.end_token, seed=config.seed, traces=traces_of(config, dataset), most=config.trace_tokens,
+        end_token=dataset.end_token, seed=config.seed, cut=start.at_once is None,
+        traces=traces_of(config, dataset), most=config.trace_tokens,
         prompts=asked_to_reason(dataset, request.forget, AutoTokenizer.from_pretrained(config.out / "tokenizer")),
     )  # fmt: skip
     return dict.fromkeys((TRAIN, EVALUATE, ROLLOUT), job)
