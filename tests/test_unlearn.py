@@ -13,6 +13,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.authors import authors, write
 from jobs.row_data import RowDataset
@@ -169,7 +170,6 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
         ("pdu", ("--dual-warmup", "0"), ("kill:stage=1,step=4,at=backward",)),
         ("rmu", ("--layer", "1"), ("kill:stage=0,step=4,at=optimizer",)),
         ("npo", ("--workers", "2:3", "--exact-sums"), ("kill:worker=1,step=3,at=backward",)),
-        ("grpo", ANSWERS, ("kill:stage=0,step=2,at=forward", "kill:stage=1,step=5,at=commit")),
         ("grpo", (*ANSWERS, "--scheduler", "roundpipe"), ("kill:worker=1,step=5,at=forward",)),
     ],
 )
@@ -184,6 +184,50 @@ def test_a_request_that_loses_workers_ends_in_the_same_bits(
     events = [json.loads(line) for line in (folder_of(run, 1) / "events.jsonl").read_text().splitlines()]
     assert [event for event in events if event["event"] == "fault"]
     assert weights_hash(run / "model") == weights_hash(tmp_path / "calm" / "model")
+
+
+def test_answers_that_were_interrupted_or_resumed_are_the_same_again(
+    run: Path, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """Lost in the midst of the answers of two steps, and stopped in those of a third, after a checkpoint."""
+    shutil.copytree(run, tmp_path / "calm")
+    asked = ("--forget", "author=author-001", "--method", "grpo", *ANSWERS, *SMALL, "--json")
+    told = values(unbroken("unlearn", tmp_path / "calm", *asked))
+    assert len(told["rewards"]) == 6
+    assert told["rewards"][:2] == [1.0, 1.0], "cold"
+    assert len(set(told["rewards"][2:])) > 1, "else nothing is learned from the answers"
+    faults = "kill:stage=0,step=2,at=forward;kill:stage=1,step=3,at=commit;kill:stage=1,step=5,at=forward"
+    unbroken("unlearn", run, *asked, "--inject", faults, "--max-failures", "2", code=1)
+    again = values(unbroken("unlearn", run, "--resume", "--json"))
+    assert again["rewards"] == told["rewards"]
+    assert weights_hash(run / "model") == weights_hash(tmp_path / "calm" / "model")
+
+
+def test_the_model_writes_its_own_traces_once(run: Path, library: Path, unbroken: Unbroken, tmp_path: Path) -> None:
+    """With the whole model, of which the request computes two blocks; a worker is lost meanwhile."""
+    asked = ("--forget", "author=author-001", "--method", "r2mu", "--layer", "1", "--trace-tokens", "9", *SMALL)
+    faults = "kill:stage=1,step=0,at=forward;kill:worker=0,step=3"
+    more = ("--anchor", library / "withheld.jsonl", "--json", "--inject", faults, "--max-failures", "1")
+    unbroken("unlearn", run, *asked, *more, code=1)
+    folder = folder_of(run, 1)
+    rows, tokenizer = RowDataset.open(run / "data"), AutoTokenizer.from_pretrained(run / "tokenizer")
+    plain = AutoModelForCausalLM.from_pretrained(folder / "start").eval()
+    traces = json.loads((folder / "trace" / "traces.json").read_text())["traces"]
+    for index, (start, tokens) in zip(Request.read(folder).forget, traces, strict=True):
+        asked_with = tokenizer.decode(tokens[:start])
+        row = rows.rows[index]
+        question = tokenizer.decode(rows.tokens[row.start : row.answer].tolist())
+        assert asked_with == f"{question} Let's reason this step by step.\n<think>"
+        wrote = plain.generate(torch.tensor([tokens[:start]]), max_new_tokens=9, do_sample=False, pad_token_id=0)
+        assert tokens == wrote[0].tolist()
+    assert all(start < len(tokens) <= start + 9 for start, tokens in traces)
+    (folder / "trace").rename(tmp_path / "gone")
+    refused = unbroken("unlearn", run, "--resume", code=1)
+    assert "is gone, and with it what the model wrote before step 1" in refused.output
+    (tmp_path / "gone").rename(folder / "trace")
+    unbroken("unlearn", run, "--resume", "--json")
+    assert not (folder / "trace").exists()
+    assert "nothing that was forgotten is left" in unbroken("audit", run).output
 
 
 @pytest.mark.parametrize("method", ["pdu", "kl_min"])
@@ -372,6 +416,24 @@ def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path:
         (
             ("--forget", "author-001/02", "--method", "grpo", "--rollouts", "3"),
             "rollouts is 3; allowed: a divisor of 4",
+        ),
+        (
+            ("--forget", "author-001/02", "--method", "r2mu", "--layer", "1", "--sequence-length", "40"),
+            "for a row to forget and the words that ask for a trace; or --trace FILE",
+        ),
+        (
+            (
+                "--forget",
+                "author-001/02",
+                "--method",
+                "grpo",
+                "--rollouts",
+                "4",
+                "--scheduler",
+                "roundpipe",
+                "--optimizer-async",
+            ),
+            "optimizer_async is True; allowed: off for method grpo",
         ),
         (("--forget", "author-001/02", "--microbatches", "3"), "microbatches is 3; allowed: a multiple of 2"),
         (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
