@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,12 +149,16 @@ def test_answers_do_not_depend_on_how_rows_are_dealt(temperature: float, microba
     assert said(job(temperature, microbatches, size, cut=False)) == said(job(temperature))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_answers_are_those_of_one_process(forkserver: ForkServer, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "more"), [(1, {}), (2, {"scheduler": "interleaved"}), (4, {}), (4, {"replicas": 2})]
+)
+def test_answers_are_those_of_one_process(
+    forkserver: ForkServer, tmp_path: Path, workers: int, more: dict[str, Any]
+) -> None:
     """On a pipeline of real workers, each of which has all answers."""
     config = TrainConfig(
         workers=workers, microbatches=4, microbatch_size=3, steps=1, sequence_length=rows.LENGTH, evaluate_samples=6,
-        data="rows", out=tmp_path,
+        data="rows", out=tmp_path, **more,
     )  # fmt: skip
     run_workers(forkserver, config, SHAPE, tmp_path, rollout=[0.0, 1.0])
     wanted = [said(job(temperature)) for temperature in (0.0, 1.0)]

@@ -230,12 +230,13 @@ def test_the_model_writes_its_own_traces_once(run: Path, library: Path, unbroken
     assert "nothing that was forgotten is left" in unbroken("audit", run).output
 
 
-@pytest.mark.parametrize("method", ["pdu", "kl_min"])
+@pytest.mark.parametrize("method", ["pdu", "kl_min", "grpo"])
 def test_the_pool_minimises_the_same(run: Path, unbroken: Unbroken, tmp_path: Path, method: str) -> None:
-    """With the dual variable and the distributions of the model before, which its workers cannot know by themselves."""
+    """With the dual variable, the distributions of the model before, and answers, which its workers cannot know by
+    themselves."""
     shutil.copytree(run, tmp_path / "pool")
     asked = ("--forget", "author=author-001", "--method", method, *SMALL, "--json")
-    asked += ("--dual-warmup", "0") if method == "pdu" else ()
+    asked += {"pdu": ("--dual-warmup", "0"), "grpo": ANSWERS}.get(method, ())
     told: list[list[float]] = []
     for folder, more in ((run, ()), (tmp_path / "pool", ("--scheduler", "roundpipe", "--workers", "3"))):
         unbroken("unlearn", folder, *asked, *more)
