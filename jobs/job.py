@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.runtime.batch import Job
+
+if TYPE_CHECKING:
+    from jobs.engine import Engine
 
 
 class RunJob(Job, Protocol):
@@ -27,6 +30,11 @@ class RunJob(Job, Protocol):
     def carried(self) -> dict[str, Any]:
         """What the next step depends on beside weights and data (JSON): equal on all workers, saved and moved with the
         run."""
+        ...
+
+    def prepare(self, engine: Engine, step: int, /) -> None:
+        """What the microbatches of a step follow from beside data is computed, together, with the weights as they are
+        before it. Interrupted anywhere, or with the step after it, it is done again. Raises NonFiniteLoss."""
         ...
 
     def committed(self, step: int, means: Mapping[str, float], /) -> None:
@@ -75,6 +83,9 @@ class SampledJob:
     def carried(self) -> dict[str, Any]:
         """See RunJob."""
         return {}
+
+    def prepare(self, engine: Engine, step: int) -> None:
+        """See RunJob."""
 
     def committed(self, step: int, means: Mapping[str, float]) -> None:
         """See RunJob."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jobs.engine import Position
 from jobs.job import RunJob
+from pipeline.runtime.batch import ToldJob
 from pipeline.runtime.step_commit import NonFiniteLoss, Vote, agree
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.worker import StepResult
@@ -78,8 +79,12 @@ class PoolEngine:
             source, version, side = f"read{(step + 1) % 2}", max(0, step - 1), step % 2
         return self.pool.dispatcher.submit(
             self.row, self.optimizer.store.layout.boundaries, step=step, job=TRAIN, source=source, version=version,
-            side=side, weights=self.jobs[TRAIN].terms,
+            side=side, weights=self.jobs[TRAIN].terms, told=self._told(TRAIN, step),
         )  # fmt: skip
+
+    def _told(self, job: str, step: int) -> dict[str, Any] | None:
+        """What workers cannot know of a job by themselves."""
+        return found.tell(step) if isinstance(found := self.jobs[job], ToldJob) else None
 
     def run(
         self, step: int, *, wish: Callable[[], Mapping[str, Any]], record: bool, pauses: Callable[[int], bool]
@@ -121,6 +126,7 @@ class PoolEngine:
         run = self.pool.dispatcher.submit(
             forward_units(self.cut, count, self.round_size), self.optimizer.store.layout.boundaries, step=part,
             job=job, source="param", version=self.optimizer.updates, weights=self.jobs[job].terms,
+            told=self._told(job, part),
         )  # fmt: skip
         self.pool.finish(run)
         return dict(run.sums)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jobs.config import TrainConfig
+from jobs.engine import Engine
 from jobs.job import RunJob, Start
 from jobs.plan import Plan, evaluation_samples, make_plan, open_dataset
 from jobs.row_data import RowDataset
@@ -15,6 +16,8 @@ from jobs.text import TextJob
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.jobs import unlearn_fingerprint, unlearn_jobs
 from jobs.unlearn.plan import make_unlearn_plan
+from jobs.unlearn.reference import read_before
+from jobs.unlearn.traces import TraceConfig, trace_jobs, write_traces
 from pipeline.schedule.layout import EVALUATE, TRAIN
 
 
@@ -46,20 +49,32 @@ def text_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
     }
 
 
+class Before(Protocol):
+    """What a run does together before its first step."""
+
+    def __call__(self, engine: Engine, jobs: Mapping[str, RunJob], first_step: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Kind:
     """`settings` is a TrainConfig; `plan(settings, progress, those of the start before)` gives the first view; `jobs`
-    has TRAIN, EVALUATE and whatever else is measured; `data` is a hash of what all samples follow from."""
+    has TRAIN, EVALUATE and whatever else is measured; `data` is a hash of what all samples follow from;
+    `before` comes before the first step, and is all there is unless the run `trains`."""
 
     settings: type[TrainConfig]
     plan: Callable[..., Plan]
     jobs: Callable[[Any, Start], dict[str, RunJob]]
     data: Callable[[Any], str]
+    before: Before = read_before
+    trains: bool = True
 
 
 KINDS: Mapping[str, Kind] = {
     TrainConfig.job: Kind(TrainConfig, make_plan, text_jobs, lambda config: open_dataset(config.out).fingerprint),
     UnlearnConfig.job: Kind(UnlearnConfig, make_unlearn_plan, unlearn_jobs, unlearn_fingerprint),
+    TraceConfig.job: Kind(
+        TraceConfig, make_unlearn_plan, trace_jobs, unlearn_fingerprint, before=write_traces, trains=False
+    ),
 }
 
 

@@ -44,6 +44,8 @@ class Trainer:
     """Whether the held-out loss before the first step is told: of weights that were trained before."""
     before: Callable[[Engine], None] = lambda _: None
     """What comes before the first step. Interrupted anywhere, it is done again."""
+    trains: bool = True
+    """Whether there is more to the run than that."""
     at: Position = field(default_factory=Position)
     _began: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] | None = None
@@ -102,6 +104,8 @@ class Trainer:
     def _train(self) -> int:
         if self.step == self.first_step:
             self.before(self.engine)
+        if not self.trains:
+            return self._end_before()
         config, drawn = self.config, min(self.first_step + 2, self.config.last_step - 1)
         while True:
             ends = (self.at.stopping or self.step >= config.last_step) and not self.engine.ahead
@@ -116,6 +120,14 @@ class Trainer:
                 self._export()
                 return 0
             self.one_step(record=self.step == drawn)
+
+    def _end_before(self) -> int:
+        """The run is over before its first step."""
+        asked = self.engine.gather({"stop": self.stop_asked()})
+        if not any(each["stop"] for each in asked.values()):
+            return 0
+        self._say({"kind": "stopped", "step": self.step})
+        return STOPPED
 
     def _await_missing(self) -> None:
         """Wait for the view in which all layers are there, which ends this wait by an interruption. Raises
@@ -133,6 +145,7 @@ class Trainer:
         """Run a step to its commit. A loss that is not finite is given a second chance: it may have been a fault."""
         began = time.monotonic()
         try:
+            self.job.prepare(self.engine, self.step)
             result = self.engine.run(
                 self.step, wish=lambda: {"stop": self.stop_asked()}, record=record, pauses=self._pauses_after
             )
@@ -221,7 +234,7 @@ class Trainer:
                 "kind": "step", "step": self.step, "loss": result.loss, "tokens": result.tokens,
                 "tokens_per_s": result.tokens / max(seconds, 1e-9), "grad_norm": result.grad_norm, "lr": result.lr,
                 "first_sample": self.job.next_sample(self.step - 1), "samples": self.config.samples_per_step,
-                **self.engine.about(),
+                **({"means": dict(result.means)} if len(result.means) > 1 else {}), **self.engine.about(),
             }
         )  # fmt: skip
         self._say(self.last)

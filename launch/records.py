@@ -20,6 +20,8 @@ _FIELDS: dict[str, dict[str, Kind]] = {
     "ledger": {"step": int, "view": int},
     "event": {"event": str},
 }  # fmt: skip
+_OPTIONAL: dict[str, dict[str, Kind]] = {"step": {"means": dict}}
+"""What a record may have besides."""
 _EVENTS: dict[str, dict[str, Kind]] = {
     "fault": {"worker": int, "step": int, "fault": str, "at": str},
     "resumed": {"step": int, "view": int, "seconds": dict, "restores": list, "woken": float, "there": int},
@@ -47,7 +49,8 @@ def check_record(record: dict[str, Any], steps: int) -> dict[str, Any]:
     if kind not in _FIELDS:
         raise WireError(f"a record is of kind {kind!r}; expected {', '.join(_FIELDS)}")
     what = f"a record of kind {kind}"
-    kinds: dict[str, Kind] = {"kind": str, "time": float, **_FIELDS[kind]}
+    optional = {name: each for name, each in _OPTIONAL.get(kind, {}).items() if name in record}
+    kinds: dict[str, Kind] = {"kind": str, "time": float, **_FIELDS[kind], **optional}
     if kind == "event":
         name = checked(record, what, event=str)["event"]
         if name not in _EVENTS:

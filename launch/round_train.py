@@ -22,7 +22,6 @@ from jobs.pool_engine import PoolEngine
 from jobs.registry import KINDS, TRAIN
 from jobs.rounds import Rounds
 from jobs.train import Trainer
-from jobs.unlearn.reference import read_before
 from launch.agent import RunFailed
 from launch.config import to_toml
 from launch.devices import Devices, find_devices
@@ -152,7 +151,8 @@ def _host(
             trainer = Trainer(
                 config, engine, jobs[TRAIN], KINDS[config.job].data(config), _HostReports(story, folder),
                 stop.is_set, view.first_step, evaluate_first=source is not None and not view.checkpoint,
-                before=partial(read_before, jobs=jobs, first_step=view.first_step),
+                before=partial(KINDS[config.job].before, jobs=jobs, first_step=view.first_step),
+                trains=KINDS[config.job].trains,
             )  # fmt: skip
             if view.checkpoint is not None:
                 load_checkpoint(optimizer, Path(view.checkpoint), view.generation)

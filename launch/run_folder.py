@@ -16,7 +16,8 @@ from launch.journal import Journal
 from pipeline.wire import Kind, WireError, checked, parse
 
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
-"""Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it."""
+"""Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it; and
+`means`, of the job's terms, where it has several."""
 LEDGER = ("step", "view", "first_sample", "samples", "version")
 """Which samples a committed step was made of: `samples` global ids from `first_sample` on. `version`, under roundpipe,
 is how many updates the weights had seen that every unit of the step has read."""
@@ -69,6 +70,7 @@ class RunFolder:
     def step(self, record: dict[str, Any]) -> None:
         """Keep the metrics of a committed step."""
         metrics = {name: record[name] for name in METRICS}
+        metrics |= {"means": record["means"]} if "means" in record else {}
         if any(m["step"] == metrics["step"] and m["view"] == metrics["view"] for m in self.metrics[-1:]):
             return  # told again, in case that it had not been
         metrics["again"] = self._taken[metrics["step"]]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from jobs.config import TrainConfig
 from jobs.plan import Plan
+from jobs.registry import KINDS
 from launch.generate import Continuation, continue_text
 from launch.pictures import Pictures
 from launch.progress import Display
@@ -153,6 +154,9 @@ class Story:
 
     def close(self, code: int, as_json: bool) -> None:
         """The end: pictures, the loss curve, a sample, and where everything is."""
+        if not KINDS[self._config.job].trains:
+            self._display.say("what comes before the first step is done" if code != STOPPED else "stopped before it")
+            return
         self._pictures.loss()
         path = self._config.out
         self._pictures.sizes(read_jsonl(path / "ledger.jsonl"), read_jsonl(path / "events.jsonl"))

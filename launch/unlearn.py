@@ -15,26 +15,30 @@ from typing import Any
 
 from jobs.config import ConfigError, require
 from jobs.resume import differences
+from jobs.row_data import RowDataset
 from jobs.unlearn.begin import Trained, begin
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report, take_back
 from jobs.unlearn.jobs import reference_job
-from jobs.unlearn.method import FORGET, RETAIN
+from jobs.unlearn.method import FORGET, RETAIN, TRACE
+from jobs.unlearn.methods.grpo import REWARD
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.probe import read_oracle
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request, folder_of, requests_of
+from jobs.unlearn.settings import method_of
 from jobs.unlearn.signature import SignatureError, read_key
+from jobs.unlearn.traces import TraceConfig, traces_of
 from launch.config import to_toml
-from launch.past import Past, read_ledger
+from launch.past import Past, read_ledger, read_metrics
 from launch.replay import ReplayConfig, replay
 from launch.resume import kept_values
 from launch.run_folder import write_whole
 from launch.run_lock import RunLock
 from launch.train import train
 from pipeline.settings import check_bounds
-from recovery.checkpoint import any_saved
+from recovery.checkpoint import CheckpointError, any_saved
 from recovery.disk import write_flushed
 from recovery.fencing import KEPT_ELSEWHERE, shred_folder
 
@@ -167,7 +171,7 @@ def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
         assert config.oracle is not None
         read_oracle(config.oracle, job)
     if request.method != Replay.name:
-        return _train(config, as_json)
+        return _write_traces(config, as_json) or _train(config, as_json)
     if not (config.out / "model").is_dir():
         out = config.out / REPLAY
         ids = "id:" + ",".join(row["id"] for row in request.rows)
@@ -175,6 +179,19 @@ def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
         shutil.copytree(out / "model", config.out / "model.tmp", dirs_exist_ok=True)
         os.replace(config.out / "model.tmp", config.out / "model")
     return 0
+
+
+def _write_traces(config: UnlearnConfig, as_json: bool) -> int:
+    """Have the model's own traces in the folder, where the method takes them. Returns the exit code. Raises
+    CheckpointError where they are gone and the model has changed."""
+    if config.trace is not None or TRACE not in method_of(config).kinds:
+        return 0
+    traces = traces_of(config, RowDataset.open(config.run / "data"))
+    if traces.complete:
+        return 0
+    if config.resume:
+        raise CheckpointError(f"{traces.folder} is gone, and with it what the model wrote before step 1")
+    return _train(TraceConfig.of(config), as_json)
 
 
 def _train(config: UnlearnConfig, as_json: bool) -> int:
@@ -191,6 +208,8 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
         "manifest": str(manifest), "signature": str(config.out / SIGNATURE) if config.key else None,
         "model": str(config.run / "model"), "put_away": said,
     }  # fmt: skip
+    if rewards := [line["means"][REWARD] for line in read_metrics(config.out) if REWARD in line.get("means", {})]:
+        values["rewards"] = rewards
     write_flushed(config.out / "result.json", json.dumps(values, indent=1).encode())
 
     def row(which: str) -> str:
@@ -202,6 +221,7 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
         f"{request.generation} of {str(config.run)!r}",
         "probability of an answer   to forget      to keep",
         *(" " * 15 + row(which) for which in ("before", "after", "oracle") if which in report),
+        *([f"mean reward of a step's answers: {rewards[0]:.3f} first, {rewards[-1]:.3f} last"] if rewards else []),
         *said,
         *([KEPT_ELSEWHERE] if config.old_checkpoints == "shred" and said else []),
         f"model     {values['model']}",

@@ -26,7 +26,6 @@ from jobs.pipeline_engine import PipelineEngine
 from jobs.pipelines import stage_at
 from jobs.registry import KINDS, TRAIN, make_jobs
 from jobs.train import Trainer
-from jobs.unlearn.reference import read_before
 from launch.config import config_from_dict
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Adapters
@@ -145,7 +144,8 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
             stop.is_set,
             view.first_step,
             evaluate_first=view.details["source"] is not None and view.checkpoint is None,
-            before=partial(read_before, jobs=jobs, first_step=view.first_step),
+            before=partial(KINDS[config.job].before, jobs=jobs, first_step=view.first_step),
+            trains=KINDS[config.job].trains,
         )
         if config.min_workers and config.migration_mib and not payload["nccl"]:
             own = partial(connect, payload["store"], 60.0)

@@ -57,16 +57,16 @@ class Dispatcher:
 
     def submit(
         self, row: Sequence[WorkUnit], boundaries: Sequence[int], *, step: int, job: str, source: str, version: int,
-        side: int = 0, weights: Mapping[str, float] | None = None,
+        side: int = 0, weights: Mapping[str, float] | None = None, told: Mapping[str, Any] | None = None,
     ) -> Iteration:  # fmt: skip
         """Begin with a row of units as soon as those before it are all given out; `weights` are those of the terms,
-        where they change from step to step.
+        where they change from step to step, and `told` what else workers must hear of the job (JSON).
 
         While another is under way, call `count` once the update of that one has been asked for: gradients of both
         must not meet.
         """
         run = Iteration(
-            self._next_run, step, job, row, boundaries, source, version, side, weights,
+            self._next_run, step, job, row, boundaries, source, version, side, weights, told,
             counted=not self.active,
         )  # fmt: skip
         self._next_run += 1
@@ -171,7 +171,7 @@ class Dispatcher:
         order = {
             "id": given.id, "run": run.number, "step": run.step, "job": run.job, "kinds": unit.kinds,
             "span": unit.span, "microbatches": mine, "source": run.source, "side": run.side, "block": given.block,
-            "skip": skip, "weights": run.weights,
+            "skip": skip, "weights": run.weights, "told": run.told,
         }  # fmt: skip
         self._tell(member, do=order, facts=[[run.number, *fact] for fact in needed if fact in run.facts])
         return True

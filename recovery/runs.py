@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.runtime.channel import Channel
 from pipeline.schedule.ops import Span
@@ -28,6 +29,8 @@ class Iteration:
     side: int = 0
     weights: Mapping[str, float] | None = None
     """Term -> its weight in what is minimised; None where it is always the same."""
+    told: Mapping[str, Any] | None = None
+    """What workers must hear of the job (JSON); None where they know all."""
     counted: bool = True
     """Whether its gradients are added as they come, or wait until the update before it has been asked for."""
     members: frozenset[int] = frozenset()

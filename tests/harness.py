@@ -29,12 +29,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.config import TrainConfig
+from jobs.pipeline_engine import PipelineEngine
 from jobs.pipelines import layer_costs, plan_layout
 from jobs.pool_engine import PoolEngine
 from jobs.registry import KINDS
 from jobs.rounds import Rounds, plan_rounds
 from jobs.text import TextJob
 from jobs.train import Trainer
+from jobs.unlearn.rollout import ROLLOUT, RolloutJob, roll_out
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
 from launch.pool_worker import pool_worker, run_jobs
@@ -108,6 +110,8 @@ def entry(payload: dict[str, Any]) -> int:
         from tests.unlearn_engines import pipeline_worker  # it needs this module
 
         return pipeline_worker(member, payload)
+    if "rollout" in payload:
+        return _roll_out(member, me, config, payload)
     job = make_job(config, int(worker.store.model.config.vocab_size))
     gradients: dict[str, Tensor] = {}
     votes = worker.commit.exchange
@@ -137,6 +141,24 @@ def _jobs_of(data: str) -> Callable[..., Any]:
     if data.startswith(unlearn_rows.DATA):
         return unlearn_rows.pool_jobs
     return pool_jobs if "random-tokens" in data else run_jobs
+
+
+def _roll_out(member: Member, me: int, config: TrainConfig, payload: dict[str, Any]) -> int:
+    """What the model answers at each of some temperatures."""
+    from tests import unlearn_rows
+
+    told: list[list[list[int]]] = []
+    for temperature in payload["rollout"]:
+        job = RolloutJob(
+            microbatches=member.excerpt(EVALUATE).num_microbatches, size=config.microbatch_size,
+            sequence_length=config.sequence_length, end_token=1, seed=5, temperature=temperature,
+            cut=True,
+        )  # fmt: skip
+        engine = PipelineEngine(member, {ROLLOUT: job}, 1)
+        told.append(roll_out(engine, job, 2, unlearn_rows.prompts(), 7))
+    (Path(payload["out"]) / f"rollout-{me}.json").write_text(json.dumps(told))
+    member.worker.transport.close()
+    return 0
 
 
 def _command(argv: list[str], log: Path) -> int:
@@ -230,7 +252,7 @@ def run_workers(
             assert not running, f"workers {sorted(running.values())} did not end"
         finally:
             stop(forkserver, running)
-    return Outcome([], [], {}, {}) if "unlearn" in more else _collect(out, view.workers)
+    return Outcome([], [], {}, {}) if {"unlearn", "rollout"} & set(more) else _collect(out, view.workers)
 
 
 def stop(forkserver: ForkServer, running: dict[int, int]) -> None:

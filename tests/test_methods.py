@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jobs.config import TrainConfig
-from jobs.unlearn.method import ANCHOR, FORGET, PAIR, POISON, RETAIN, TRACE, Method, Reads, State
+from jobs.unlearn.method import ANCHOR, FORGET, PAIR, POISON, RETAIN, ROLLOUT, TRACE, Method, Reads, State
 from jobs.unlearn.methods.dpo import DPO
+from jobs.unlearn.methods.grpo import REWARD, advantages
 from jobs.unlearn.methods.pdu import PDU
 from jobs.unlearn.methods.rmu import RMU, control_vector
 from jobs.unlearn.registry import METHODS, make_method, options_of
@@ -56,6 +57,8 @@ class Part:
         reads = method.reads(kind)
         drawn = None if reads is Reads.NOTHING else 2 * torch.randn(shape[reads], generator=made)
         self.before = drawn.abs() * 9 if drawn is not None and reads is Reads.SCORE else drawn
+        if kind == ROLLOUT:  # advantages and rewards
+            self.before = torch.randn(rows, 2, generator=made)
 
     def rows(self, chosen: list[int]) -> Part:
         """Some of its rows, or of its pairs."""
@@ -158,6 +161,12 @@ def idk(m: Any, step: Step) -> Tensor:
     return m.gamma * mean(flat(nlls(step[PAIR].output, step[PAIR].labels)[ROWS:])) + m.alpha * ce(step[RETAIN])
 
 
+def grpo(m: Any, step: Step) -> Tensor:
+    part = step[ROLLOUT]
+    each = [advantage * nll for (advantage, _), row in zip(was(part), nlls(part.output, part.labels)) for nll in row]
+    return m.gamma * mean(each) + m.alpha * ce(step[RETAIN])
+
+
 def spread(m: Any, part: Part, target: Tensor) -> Tensor:
     each = []
     for r in range(len(part.labels)):
@@ -232,7 +241,7 @@ FORMULAS: dict[str, Callable[[Any, Step], Tensor]] = {
         (w * kl(step[k], m.positions) for w, k in ((m.gamma, FORGET), (m.alpha, RETAIN))), torch.zeros(())
     ),
     "npo": npo, "simnpo": simnpo, "dpo": dpo, "idk": idk, "rmu": rmu, "r2mu": rmu, "undial": undial, "ceu": ceu,
-    "wga": wga, "satimp": satimp, "pdu": pdu, "roka": roka,
+    "wga": wga, "satimp": satimp, "pdu": pdu, "roka": roka, "grpo": grpo,
     "concept": lambda m, step: m.gamma * ce(step[POISON]) + m.alpha * ce(step[RETAIN]),
 }  # fmt: skip
 
@@ -253,6 +262,7 @@ OTHERS: dict[str, dict[str, object]] = {
     "pdu": {"gamma": 2.0, "alpha": 3.0},
     "roka": {"gamma": 2.0, "alpha": 3.0},
     "concept": {"gamma": 2.0, "alpha": 3.0},
+    "grpo": {"gamma": 2.0, "alpha": 3.0},
 }
 MADE = [
     *((name, make_method(name, {})) for name in NAMES),
@@ -281,7 +291,7 @@ def test_every_method_has_a_formula_and_says_what_it_is() -> None:
     assert METHODS["idk_dpo"] is DPO
     for name in NAMES:
         assert METHODS[name].name == name
-        assert set(METHODS[name].kinds) <= {FORGET, RETAIN, PAIR, TRACE, ANCHOR, POISON}
+        assert set(METHODS[name].kinds) <= {FORGET, RETAIN, PAIR, TRACE, ANCHOR, POISON, ROLLOUT}
         assert METHODS[name].goal in ("untraining", "concept removal", "suppression")
 
 
@@ -297,6 +307,9 @@ def test_a_step_may_be_dealt_to_microbatches_in_any_way(name: str, method: Metho
                 assert sum(each[0][term] for each in pieces) == counts[term]
                 together = torch.stack([each[1][term] for each in pieces]).sum()
                 torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-5)
+                if not whole.requires_grad:
+                    assert term == REWARD
+                    continue
                 want, have = (torch.autograd.grad(x, part.output, retain_graph=True)[0] for x in (whole, together))
                 torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
 
@@ -313,7 +326,10 @@ def test_a_row_without_labels_counts_for_nothing(name: str, method: Method, blan
         part = Part(method, kind, seed=3)
         rest = [i for i in range(ROWS) if i not in blank]
         gone = [*blank, *(ROWS + i for i in blank)] if kind == PAIR else blank
-        wanted = part.rows(rest).sums(method) if rest else ({kind: 0}, {kind: torch.zeros(())})
+        terms = part.sums(method)[0]
+        wanted = part.rows(rest).sums(method) if rest else (
+            dict.fromkeys(terms, 0), dict.fromkeys(terms, torch.zeros(()))
+        )  # fmt: skip
         part.labels[gone] = IGNORED
         if part.before is not None:
             part.before[gone] = float("nan")  # nobody has computed it
@@ -364,7 +380,7 @@ def test_losses_are_computed_in_float32(name: str, method: Method) -> None:
 @EACH
 def test_terms_and_counts_are_the_kinds(name: str, method: Method) -> None:
     terms = method.terms(method.start())
-    assert list(terms) == list(method.kinds)
+    assert list(terms) == [*method.kinds, *([REWARD] if ROLLOUT in method.kinds else [])]
     later = method.advance(method.start(), dict.fromkeys(terms, 1.5), 1000)
     assert list(method.terms(later)) == list(terms)
 
@@ -398,6 +414,13 @@ def test_pdu_pays_more_for_what_it_loses_and_less_once_it_is_within_its_goal() -
     for step, (loss, price) in enumerate([(9, 2.0), (9, 2.0), (3, 3.0), (0.5, 2.75), (-20, 0.0), (2, 0.5)]):
         state = method.advance(state, {FORGET: 7.0, RETAIN: loss}, step)
         assert method.terms(state) == {FORGET: 3.0, RETAIN: price}
+
+
+def test_an_advantage_is_within_the_answers_to_a_question() -> None:
+    found = advantages([1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0], 4)
+    third = 1 / 3**0.5
+    assert found == pytest.approx([3 * third, -third, -third, -third, *[0.0] * 8, 1, 1, -1, -1])
+    assert advantages([2.0, 2.0, 5.0, 1.0], 2) == [0, 0, 1, -1]
 
 
 def test_extreme_probabilities_do_no_harm() -> None:

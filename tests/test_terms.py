@@ -254,3 +254,15 @@ def test_a_span_is_given_what_it_computes_with_and_no_more() -> None:
     assert read == [], "a stage in the middle reads no data"
     assert set(job.batch(0, 1, Needs.INPUT).tensors) == {"input_ids"}
     assert set(job.batch(0, 1, Needs.LOSS).tensors) == {"labels"}
+
+
+def test_a_term_that_is_told_alone_weighs_nothing() -> None:
+    """Its share of a layer may be another one: it has no gradient."""
+    counts = ({"a": 2, "told": 1}, {"a": 3, "told": 1}, {"b": 1})
+    terms = StepTerms({"a": 1.0, "b": 2.0, "told": 0.0}, counts, {3: frozenset({0, 2}), 4: frozenset({0})})
+    assert terms.divisor([3]) is None
+    assert terms.factor(3, 0) == pytest.approx(5 / 2)
+    assert terms.factor(3, 2) == 1
+    assert terms.divisor([4]) == pytest.approx(2 / 5)
+    with pytest.raises(TermError, match="terms a, told of microbatch 0 have different shares on layer 3"):
+        StepTerms({"a": 1.0, "b": 2.0, "told": 1.0}, counts, {3: frozenset({0, 2})}).factor(3, 0)

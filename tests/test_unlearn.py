@@ -13,6 +13,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.authors import authors, write
 from jobs.row_data import RowDataset
@@ -32,6 +33,7 @@ from recovery.generation import read_generation
 from tests.harness import Command, run_command
 
 Unbroken = Callable[..., Command]
+ANSWERS = ("--rollouts", "4", "--answer-tokens", "16", "--cold-steps", "2", "--evaluate-samples", "4")
 SMALL = ("--steps", "6", "--lr", "3e-3", "--checkpoint-every", "2", "--evaluate-every", "0")
 
 
@@ -178,6 +180,7 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
             ("--neurons", "0.05", "--neighbours", "2", "--forgotten-below", "0.001"),
             ("kill:stage=0,step=2,at=optimizer", "kill:stage=1,step=3,at=commit"),
         ),
+        ("grpo", (*ANSWERS, "--scheduler", "roundpipe"), ("kill:worker=1,step=5,at=forward",)),
     ],
 )
 def test_a_request_that_loses_workers_ends_in_the_same_bits(
@@ -211,12 +214,57 @@ def test_poisoned_answers_are_gone_with_the_request(run: Path, trained: Path, un
     assert changed <= 3 * Request.read(folder).neurons == 3 * round(0.1 * 4 * 128)
 
 
-@pytest.mark.parametrize("method", ["pdu", "kl_min"])
+def test_answers_that_were_interrupted_or_resumed_are_the_same_again(
+    run: Path, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """Lost in the midst of the answers of two steps, and stopped in those of a third, after a checkpoint."""
+    shutil.copytree(run, tmp_path / "calm")
+    asked = ("--forget", "author=author-001", "--method", "grpo", *ANSWERS, *SMALL, "--json")
+    told = values(unbroken("unlearn", tmp_path / "calm", *asked))
+    assert len(told["rewards"]) == 6
+    assert told["rewards"][:2] == [1.0, 1.0], "cold"
+    assert len(set(told["rewards"][2:])) > 1, "else nothing is learned from the answers"
+    faults = "kill:stage=0,step=2,at=forward;kill:stage=1,step=3,at=commit;kill:stage=1,step=5,at=forward"
+    unbroken("unlearn", run, *asked, "--inject", faults, "--max-failures", "2", code=1)
+    again = values(unbroken("unlearn", run, "--resume", "--json"))
+    assert again["rewards"] == told["rewards"]
+    assert weights_hash(run / "model") == weights_hash(tmp_path / "calm" / "model")
+
+
+def test_the_model_writes_its_own_traces_once(run: Path, library: Path, unbroken: Unbroken, tmp_path: Path) -> None:
+    """With the whole model, of which the request computes two blocks; a worker is lost meanwhile."""
+    asked = ("--forget", "author=author-001", "--method", "r2mu", "--layer", "1", "--trace-tokens", "9", *SMALL)
+    faults = "kill:stage=1,step=0,at=forward;kill:worker=0,step=3"
+    more = ("--anchor", library / "withheld.jsonl", "--json", "--inject", faults, "--max-failures", "1")
+    unbroken("unlearn", run, *asked, *more, code=1)
+    folder = folder_of(run, 1)
+    rows, tokenizer = RowDataset.open(run / "data"), AutoTokenizer.from_pretrained(run / "tokenizer")
+    plain = AutoModelForCausalLM.from_pretrained(folder / "start").eval()
+    traces = json.loads((folder / "trace" / "traces.json").read_text())["traces"]
+    for index, (start, tokens) in zip(Request.read(folder).forget, traces, strict=True):
+        asked_with = tokenizer.decode(tokens[:start])
+        row = rows.rows[index]
+        question = tokenizer.decode(rows.tokens[row.start : row.answer].tolist())
+        assert asked_with == f"{question} Let's reason this step by step.\n<think>"
+        wrote = plain.generate(torch.tensor([tokens[:start]]), max_new_tokens=9, do_sample=False, pad_token_id=0)
+        assert tokens == wrote[0].tolist()
+    assert all(start < len(tokens) <= start + 9 for start, tokens in traces)
+    (folder / "trace").rename(tmp_path / "gone")
+    refused = unbroken("unlearn", run, "--resume", code=1)
+    assert "is gone, and with it what the model wrote before step 1" in refused.output
+    (tmp_path / "gone").rename(folder / "trace")
+    unbroken("unlearn", run, "--resume", "--json")
+    assert not (folder / "trace").exists()
+    assert "nothing that was forgotten is left" in unbroken("audit", run).output
+
+
+@pytest.mark.parametrize("method", ["pdu", "kl_min", "grpo"])
 def test_the_pool_minimises_the_same(run: Path, unbroken: Unbroken, tmp_path: Path, method: str) -> None:
-    """With the dual variable and the distributions of the model before, which its workers cannot know by themselves."""
+    """With the dual variable, the distributions of the model before, and answers, which its workers cannot know by
+    themselves."""
     shutil.copytree(run, tmp_path / "pool")
     asked = ("--forget", "author=author-001", "--method", method, *SMALL, "--json")
-    asked += ("--dual-warmup", "0") if method == "pdu" else ()
+    asked += {"pdu": ("--dual-warmup", "0"), "grpo": ANSWERS}.get(method, ())
     told: list[list[float]] = []
     for folder, more in ((run, ()), (tmp_path / "pool", ("--scheduler", "roundpipe", "--workers", "3"))):
         unbroken("unlearn", folder, *asked, *more)
@@ -393,7 +441,29 @@ def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path:
             "layer is 3; allowed: nothing for",
         ),
         (("--forget", "author-001/02", "--method", "rmu", "--layer", "44"), "layer is 44; allowed: 0 to"),
-        (("--forget", "author-001/02", "--method", "r2mu", "--layer", "1"), "trace is None; allowed: a file of rows"),
+        (("--forget", "author-001/02", "--method", "r2mu", "--layer", "1"), "anchor is None; allowed: a file of rows"),
+        (
+            ("--forget", "author-001/02", "--method", "grpo", "--rollouts", "3"),
+            "rollouts is 3; allowed: a divisor of 4",
+        ),
+        (
+            ("--forget", "author-001/02", "--method", "r2mu", "--layer", "1", "--sequence-length", "40"),
+            "for a row to forget and the words that ask for a trace; or --trace FILE",
+        ),
+        (
+            (
+                "--forget",
+                "author-001/02",
+                "--method",
+                "grpo",
+                "--rollouts",
+                "4",
+                "--scheduler",
+                "roundpipe",
+                "--optimizer-async",
+            ),
+            "optimizer_async is True; allowed: off for method grpo",
+        ),
         (("--forget", "author-001/02", "--microbatches", "3"), "microbatches is 3; allowed: a multiple of 2"),
         (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
         (("--forget", "author-001/02", "--method", "oracle_matching"), "oracle is None; allowed: a model directory"),

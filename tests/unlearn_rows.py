@@ -64,8 +64,8 @@ MORE = {
     "roka, top 8": Case("roka", top=8),
     "rmu, all positions, top 8": Case("rmu", {"layer": LAYER, "positions": "all"}, top=8),
 }
-APART = ("replay", "s3t")
-"""They take no steps of their own: test_replay.py, test_s3t.py."""
+APART = ("replay", "s3t", "grpo")
+"""They take no steps of their own (test_replay.py, test_s3t.py), or make their rows as they go (test_rollout.py)."""
 
 CASES: Mapping[str, Case] = {
     name: Case(name, OPTIONS.get(name, {}))
@@ -175,3 +175,14 @@ def pool_jobs(config: TrainConfig, *_: Any, make: Callable[[str, Path], UnlearnJ
     for name in names:
         found |= {f"{kind} {name}": each for kind, each in reading(name, folder, config.microbatches).items()}
     return found
+
+
+# ---- answers of the model ----
+
+
+def prompts() -> list[list[int]]:
+    """Of several lengths, two of which leave no room for an answer."""
+    chance = np.random.default_rng(11)
+    return [
+        chance.integers(2, VOCABULARY, size).tolist() for size in (3, 9, 5, 12, 1, 2, LENGTH + 1, 4, 7, LENGTH + 2, 6)
+    ]

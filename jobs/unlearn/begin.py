@@ -21,7 +21,7 @@ from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.guard import check_guard
 from jobs.unlearn.guarding import keep_guard
 from jobs.unlearn.material import Material
-from jobs.unlearn.method import ANCHOR, PAIR, POISON, TRACE
+from jobs.unlearn.method import ANCHOR, PAIR, POISON, ROLLOUT, TRACE
 from jobs.unlearn.methods.concept import Concept
 from jobs.unlearn.neighbours import neighbours_of
 from jobs.unlearn.neurons import NEURONS, choose_neurons
@@ -29,6 +29,7 @@ from jobs.unlearn.poison import Groups, groups_of, write_poison
 from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
 from jobs.unlearn.settings import method_of
+from jobs.unlearn.traces import asked_to_reason
 from jobs.unlearn.weights import begin_with
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
@@ -80,15 +81,24 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     LayeredModel(read_config(run / "model-config"), lora=config.lora(), depth=config.depth, trained=config.patterns())
     forget, retain = choose(config, trained)
     groups_to_poison(config, trained.dataset, forget)
+    if TRACE in kinds and config.trace is None:
+        asked = asked_to_reason(trained.dataset, forget, AutoTokenizer.from_pretrained(run / "tokenizer"))
+        most = max(map(len, asked))
+        require(
+            most <= config.sequence_length, "sequence_length", config.sequence_length,
+            f"{most} or more, for a row to forget and the words that ask for a trace; or --trace FILE",
+        )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     keep_guard(run, folder)
     for name in ("tokenizer", "model-config"):
         shutil.copytree(run / name, folder / name)
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    idk = _answers(config.idk, tokenizer) if PAIR in kinds else ()
+    idk = _answers(config.idk, tokenizer) if {PAIR, ROLLOUT} & set(kinds) else ()
     others = {kind: getattr(config, kind) for kind in (TRACE, ANCHOR) if kind in kinds}
     for kind, path in others.items():
+        if kind == TRACE and path is None:
+            continue  # the model writes them
         require(path is not None, kind, path, f"a file of rows, which method {config.method} needs")
         rows = read_rows(str(path))
         if rows is None:

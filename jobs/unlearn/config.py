@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from jobs.config import TrainConfig, require
 from jobs.unlearn.guard import GUARD, GUARDS, adapters_of
 from jobs.unlearn.method import FORGET, PAIR, RETAIN
+from jobs.unlearn.methods.grpo import GRPO
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.o3 import O3
 from jobs.unlearn.neurons import NEURONS
@@ -30,9 +31,11 @@ class RequestSettings:
     retain: str = "auto"
     """Rows to keep, by which the model is held together: in the same ways, or auto for all others that it has seen."""
     idk: Path | None = None
-    """Answers that say nothing, one on each line, for dpo and idk; unset takes ours."""
+    """Answers that say nothing, one on each line, for dpo, idk and the cold steps of grpo; unset takes ours."""
     trace: Path | None = None
-    """Rows with a model's reasoning about what is to be forgotten, for r2mu."""
+    """Rows with a model's reasoning about what is to be forgotten, for r2mu; unset has the model itself write it."""
+    trace_tokens: Annotated[int, Within(1, 2**20)] = 100
+    """Tokens of the reasoning about each row that the model writes itself, for r2mu."""
     anchor: Path | None = None
     """Rows with reasoning about other things, for r2mu."""
     oracle: Path | None = None
@@ -115,6 +118,16 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
             PAIR not in kinds or self.microbatch_size % 2 == 0, "microbatch_size", self.microbatch_size,
             f"an even number for method {self.method}, which takes pairs of answers",
         )  # fmt: skip
+        if isinstance(method := method_of(self), GRPO):
+            answers = self.microbatches // len(kinds) * self.microbatch_size
+            require(
+                answers % method.rollouts == 0, "rollouts", method.rollouts,
+                f"a divisor of {answers}, the answers of a step: microbatches / 2 x microbatch_size",
+            )  # fmt: skip
+            require(
+                not self.optimizer_async, "optimizer_async", self.optimizer_async,
+                f"off for method {self.method}: the weights that answer are those that are trained",
+            )  # fmt: skip
 
         self._check_rows(kinds)
         self._check_neurons(kinds)
@@ -144,9 +157,10 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
     @property
     def rows_per_step(self) -> int:
         """Rows to forget that a step takes."""
-        kinds = method_of(self).kinds
-        size = self.microbatch_size // 2 if PAIR in kinds else self.microbatch_size
-        return size * (self.microbatches // len(kinds))
+        method = method_of(self)
+        size = self.microbatch_size // 2 if PAIR in method.kinds else self.microbatch_size
+        rows = size * (self.microbatches // len(method.kinds))
+        return rows // method.rollouts if isinstance(method, GRPO) else rows
 
     def with_steps(self, rows: int) -> UnlearnConfig:
         """The same with the steps that the epochs take over so many rows."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.engine import Engine
 from jobs.job import SampledJob
 from jobs.unlearn.material import Item, Material, stacked
 from jobs.unlearn.method import FORGET, PAIR, Method, Reads, row_nll
@@ -41,10 +42,14 @@ class UnlearnJob:
         """See RunJob."""
         return self.ids.next_sample(step)
 
+    def kind_of(self, step: int, microbatch: int) -> tuple[str, int]:
+        """Of which kind a microbatch is, and how many of that kind there were before it."""
+        before, place = divmod(step * self.microbatches + microbatch, len(self.method.kinds))
+        return self.method.kinds[place], before
+
     def rows(self, step: int, microbatch: int) -> tuple[str, list[Item]]:
         """Of which kind a microbatch is, and its rows."""
-        before, place = divmod(step * self.microbatches + microbatch, len(self.method.kinds))
-        kind = self.method.kinds[place]
+        kind, before = self.kind_of(step, microbatch)
         size = self.size // 2 if kind == PAIR else self.size
         return kind, self.material.items(kind, before * size, self.size)
 
@@ -66,6 +71,9 @@ class UnlearnJob:
         """See pipeline.runtime.batch.Job."""
         labels = still_known(batch.kind, logits, batch["labels"], self.forgotten_below)
         return self.method.loss(batch.kind, logits, labels, batch.get("before"))
+
+    def prepare(self, engine: Engine, step: int) -> None:
+        """See RunJob: all that a step takes is there."""
 
     # ---- what is carried ----
 

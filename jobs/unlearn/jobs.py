@@ -8,22 +8,35 @@ from jobs.job import RunJob, Start
 from jobs.row_data import RowDataset
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.job import UnlearnJob
-from jobs.unlearn.material import IDK, Item, Material
-from jobs.unlearn.method import FORGET, PAIR, RETAIN, Method, Reads
+from jobs.unlearn.material import IDK, Item, Material, Rows
+from jobs.unlearn.method import FORGET, PAIR, RETAIN, ROLLOUT, TRACE, Method, Reads
+from jobs.unlearn.methods.grpo import GRPO
+from jobs.unlearn.on_policy import OnPolicyJob
 from jobs.unlearn.probe_job import ProbeJob
 from jobs.unlearn.reference import REFERENCE, Reference, ReferenceJob
 from jobs.unlearn.request import Request
+from jobs.unlearn.rollout import RolloutJob
 from jobs.unlearn.settings import method_of
+from jobs.unlearn.traces import traces_of
 from pipeline.schedule.layout import EVALUATE, TRAIN
 
 
 def material_of(config: UnlearnConfig, request: Request) -> Material:
     """The rows of a request. Raises CorpusError."""
-    opened = {kind: RowDataset.open(config.out / kind) for kind in request.others}
-    return Material(
-        RowDataset.open(config.run / "data"), request.forget, request.near or request.retain, config.seed, request.idk,
-        {kind: (rows, len(rows.rows)) for kind, rows in opened.items()},
-    )  # fmt: skip
+    data, others = RowDataset.open(config.run / "data"), dict[str, tuple[Rows, int]]()
+    for kind in request.others:
+        if kind == TRACE and config.trace is None:
+            others[kind] = traces_of(config, data), len(request.forget)
+        else:
+            opened = RowDataset.open(config.out / kind)
+            others[kind] = opened, len(opened.rows)
+    return Material(data, request.forget, request.near or request.retain, config.seed, request.idk, others)
+
+
+def end_token(material: Material) -> int:
+    """What an answer ends with."""
+    assert isinstance(material.data, RowDataset)
+    return material.data.end_token
 
 
 def reference_of(config: UnlearnConfig, method: Method) -> Reference:
@@ -53,18 +66,29 @@ def probed(request: Request, most: int) -> list[Item]:
 
 
 def unlearn_jobs(config: UnlearnConfig, start: Start) -> dict[str, RunJob]:
-    """TRAIN, EVALUATE and, where the method reads anything, REFERENCE."""
+    """TRAIN, EVALUATE and, where the method reads anything, REFERENCE, or where the model answers, ROLLOUT."""
     request, method = Request.read(config.out), method_of(config)
     material, reference = material_of(config, request), reference_of(config, method)
     items, size = probed(request, config.evaluate_samples), config.microbatch_size
     at_once = start.at_once or -(-len(items) // size)
-    train = UnlearnJob(
-        method, material, reference, config.microbatches, size, start.step, start.sample,
-        forgotten_below=config.forgotten_below,
-    )  # fmt: skip
+    found: dict[str, RunJob] = {}
+    if isinstance(method, GRPO):
+        found[ROLLOUT] = asks = RolloutJob(
+            microbatches=at_once, size=size, sequence_length=config.sequence_length, end_token=end_token(material),
+            seed=config.seed, temperature=method.temperature, cut=start.at_once is None,
+        )  # fmt: skip
+        train = OnPolicyJob(
+            method, material, reference, config.microbatches, size, start.step, start.sample, asks,
+            config.out / "tokenizer",
+        )  # fmt: skip
+    else:
+        train = UnlearnJob(
+            method, material, reference, config.microbatches, size, start.step, start.sample,
+            forgotten_below=config.forgotten_below,
+        )  # fmt: skip
     if start.carried is not None:
         train.restore(start.carried)
-    found: dict[str, RunJob] = {TRAIN: train}
+    found[TRAIN] = train
     if method.depth is None:
         found[EVALUATE] = ProbeJob(microbatches=at_once, size=size, limit=len(items), material=material, items=items)
     else:  # what comes out are hidden states

@@ -111,7 +111,12 @@ def answered(asked: Sample, answer: Sequence[int]) -> Sample:
 
 def stacked(material: Material, items: list[Item], needs: Needs) -> dict[str, Tensor]:
     """The tensors of some rows that are needed: `input_ids` and `labels` [rows, sequence]."""
-    samples, found = [material.sample(item) for item in items], dict[str, Tensor]()
+    return tensors_of([material.sample(item) for item in items], needs)
+
+
+def tensors_of(samples: Sequence[Sample], needs: Needs) -> dict[str, Tensor]:
+    """The same of rows that are read."""
+    found: dict[str, Tensor] = {}
     if Needs.INPUT in needs:
         found["input_ids"] = torch.from_numpy(np.stack([sample.input_ids for sample in samples]))
     if Needs.LOSS in needs:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from pipeline.runtime.batch import IGNORED
 
-FORGET, RETAIN, PAIR, TRACE, ANCHOR, POISON = "forget", "retain", "pair", "trace", "anchor", "poison"
+FORGET, RETAIN, PAIR, TRACE, ANCHOR = "forget", "retain", "pair", "trace", "anchor"
+POISON, ROLLOUT = "poison", "rollout"
 """Kinds of microbatches. A PAIR has rows to forget in its first half and, in the same order, the same questions with
-answers that say nothing in its second; a POISON has rows to forget with answers that leave out what they are about."""
+answers that say nothing in its second; a POISON has rows to forget with answers that leave out what they are about; a
+ROLLOUT has the questions of rows to forget, with the model's own answers."""
 
 Goal = Literal["untraining", "concept removal", "suppression"]
 State = Mapping[str, float]

@@ -14,6 +14,7 @@ from jobs.unlearn.jobs import probed, reference_job
 from jobs.unlearn.reference import needed_bytes
 from jobs.unlearn.request import Request
 from jobs.unlearn.settings import method_of
+from jobs.unlearn.traces import TraceConfig
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 
@@ -47,7 +48,9 @@ def make_unlearn_plan(
     if request.neurons:
         said.append(f"{request.neurons:,} neurons of the blocks' MLPs are updated, and no other weight")
     job = reference_job(config, request)
-    if job.wanted:
+    if isinstance(config, TraceConfig):
+        said = [f"the model writes its traces: of {len(request.forget):,} rows, {config.trace_tokens:,} tokens each"]
+    elif job.wanted:
         size = needed_bytes(job, int(shape.vocab_size), model.hidden_size)
         kept = f"{in_words(size)} on the disk" if size else "one number each"
         said.append(f"read of the model before: {len(job.wanted):,} rows, {kept}; no second model is held")

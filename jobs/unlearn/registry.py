@@ -12,6 +12,7 @@ from jobs.unlearn.methods.concept import Concept
 from jobs.unlearn.methods.dpo import DPO
 from jobs.unlearn.methods.grad_ascent import GradAscent
 from jobs.unlearn.methods.grad_diff import GradDiff
+from jobs.unlearn.methods.grpo import GRPO
 from jobs.unlearn.methods.idk import IDK
 from jobs.unlearn.methods.kl_min import KLMin
 from jobs.unlearn.methods.matching import OracleMatching
@@ -33,7 +34,7 @@ from pipeline.settings import check_bounds, require, require_known
 
 _ALL: tuple[type[Method], ...] = (
     GradAscent, GradDiff, KLMin, NPO, SimNPO, DPO, IDK, RMU, R2MU, Undial, CEU, WGA, SatImp, PDU, ROKA, OracleMatching,
-    Concept, MRP, O3, Replay, S3T,
+    Concept, GRPO, MRP, O3, Replay, S3T,
 )  # fmt: skip
 
 METHODS: Mapping[str, type[Method]] = {**{each.name: each for each in _ALL}, "idk_dpo": DPO}

@@ -17,8 +17,8 @@ class MethodSettings:
 
     method: str = "npo"
     """grad_ascent, grad_diff, kl_min, npo, simnpo, dpo (or idk_dpo), idk, rmu, r2mu, undial, ceu, wga, satimp, pdu,
-    roka, oracle_matching, concept, mrp, o3, replay, which runs the run again without the rows, or s3t, for a run of
-    `unbroken slices`. An option that is unset takes the method's own default."""
+    roka, oracle_matching, concept, grpo, mrp, o3, replay, which runs the run again without the rows, or s3t, for a run
+    of `unbroken slices`. An option that is unset takes the method's own default."""
     gamma: Annotated[float | None, WEIGHT] = None
     """Weight of the term that forgets (all but grad_ascent, rmu, r2mu and ceu)."""
     alpha: Annotated[float | None, WEIGHT] = None
@@ -69,6 +69,14 @@ class MethodSettings:
     """o3: weight of the term that keeps the adapter apart from earlier ones."""
     strength: Annotated[float | None, WEIGHT] = None
     """o3: how much of the adapter a question gets that is about what is to be forgotten."""
+    rollouts: Annotated[int | None, Within(2, 4096)] = None
+    """grpo: answers of the model to each question of a step."""
+    temperature: Annotated[float | None, Within(0.01, 100)] = None
+    """grpo: of the softmax that answers are drawn from."""
+    answer_tokens: Annotated[int | None, Within(1, 2**20)] = None
+    """grpo: the most tokens of an answer."""
+    cold_steps: Annotated[int | None, Within(0, MOST_STEPS)] = None
+    """grpo: steps at the beginning that learn answers which say nothing."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for a method that is none, and for an option that it does not have."""

@@ -56,6 +56,11 @@ def random_words(seeds: Tensor, num_words: int) -> Tensor:
     return words
 
 
+def uniforms(seeds: Tensor, num: int) -> Tensor:
+    """[batch, num] float64 between 0 and 1, neither of which occurs: row i is drawn from seeds[i] (int64)."""
+    return (_shift_right(random_words(seeds, num), 11).double() + 0.5) * 2.0**-53
+
+
 def _shift_right(words: Tensor, bits: int) -> Tensor:
     return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)  # int64 shifts copy the sign; the reference has none
 

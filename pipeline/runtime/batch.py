@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Flag, auto
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,4 +81,18 @@ class Job(Protocol):
     def loss(self, logits: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """Term -> its sum (not mean) over what counts, a scalar; logits [batch, sequence, vocabulary]. The keys are
         those of `counts`."""
+        ...
+
+
+@runtime_checkable
+class ToldJob(Job, Protocol):
+    """A job whose microbatches follow from what was computed before. Who trains knows that; workers that hold nothing
+    are told it with each of their orders."""
+
+    def tell(self, step: int, /) -> dict[str, Any]:
+        """What the microbatches of a step follow from (JSON)."""
+        ...
+
+    def hear(self, step: int, told: Mapping[str, Any], /) -> None:
+        """What another's `tell` has returned: the next microbatches are those of this step."""
         ...

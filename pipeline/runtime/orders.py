@@ -31,6 +31,8 @@ class Order:
     skip: frozenset[int]
     weights: Mapping[str, float] | None
     """Term -> its weight in this step, if that follows from the steps before, which the host alone knows."""
+    told: Mapping[str, Any] | None = None
+    """What a ToldJob is to hear first."""
     loaded: Loaded | None = None
     events: list[tuple[str, float, float]] = field(default_factory=list)
 
@@ -39,7 +41,7 @@ class Order:
         return cls(
             values["id"], values["run"], values["step"], values["job"], tuple(values["kinds"]), tuple(values["span"]),
             tuple(values["microbatches"]), values["source"], values["side"], values["block"], frozenset(values["skip"]),
-            values.get("weights"),
+            values.get("weights"), values.get("told"),
         )  # fmt: skip
 
 

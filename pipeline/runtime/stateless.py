@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.layered import SpanModule
-from pipeline.runtime.batch import Batch, Job
+from pipeline.runtime.batch import Batch, Job, ToldJob
 from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine
@@ -63,7 +63,7 @@ class StatelessWorker:
         self.shells: dict[tuple[int, int], SpanModule] = {}
         self.orders: deque[Order] = deque()
         self.facts: set[tuple[int, str, int, int]] = set()  # run, x or dx, microbatch, layer
-        self.terms: dict[tuple[str, int], StepTerms] = {}  # of the jobs and steps at hand
+        self.terms: dict[int, StepTerms] = {}  # by run
         self.running: Order | None = None
         self.most_held = 0
 
@@ -204,6 +204,8 @@ class StatelessWorker:
     def run(self, order: Order) -> None:
         """All microbatches of a unit, and its commit."""
         assert order.loaded is not None
+        if order.told is not None and isinstance(job := self.jobs[order.job], ToldJob):
+            job.hear(order.step, order.told)
         began = time.monotonic()
         order.loaded.ticket.wait(self.settings.deadline_s)
         if time.monotonic() - began > 1e-4:
@@ -290,11 +292,11 @@ class StatelessWorker:
 
     def output(self, order: Order, batch: Batch, x: Tensor, taps: dict[int, Tensor] | None = None) -> Output:
         assert order.loaded is not None
-        job, key = self.jobs[order.job], (order.job, order.step)
-        if key not in self.terms:
-            self.terms = {known: terms for known, terms in self.terms.items() if known[1] >= order.step - 1}
-            self.terms[key] = StepTerms.of(job, order.step, self.layout.microbatches, weights=order.weights)
-        return compute(order.loaded.module, x, job, batch, order.step, self.terms[key], self.settings, taps=taps)
+        job = self.jobs[order.job]
+        if order.run not in self.terms:
+            self.terms = {run: terms for run, terms in self.terms.items() if run >= order.run - 1}
+            self.terms[order.run] = StepTerms.of(job, order.step, self.layout.microbatches, weights=order.weights)
+        return compute(order.loaded.module, x, job, batch, order.step, self.terms[order.run], self.settings, taps=taps)
 
     def forward(self, order: Order, m: int) -> tuple[float, Output]:
         """A forward; returns the seconds that it took without waiting, and what came out."""

@@ -70,7 +70,8 @@ class StepTerms:
             came: dict[str, int] = {}
             for m in self.visits.get(layer, ()):
                 for term, count in self.counts[m].items():
-                    came[term] = came.get(term, 0) + count
+                    if self.weights[term]:  # else it is told, and has no gradient
+                        came[term] = came.get(term, 0) + count
             self._shares[layer] = {t: Fraction(n, self.totals[t]) for t, n in came.items() if n}
         return self._shares[layer]
 
@@ -86,7 +87,7 @@ class StepTerms:
         Raises TermError where those of the microbatch itself differ: one backward cannot serve both.
         """
         found = self._shares_of(layer)
-        shares = {found[term] for term, count in self.counts[microbatch].items() if count and found}
+        shares = {found[term] for term, count in self.counts[microbatch].items() if count and term in found}
         if len(shares) > 1:
             names = ", ".join(self.counts[microbatch])
             raise TermError(

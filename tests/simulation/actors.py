@@ -61,6 +61,9 @@ class SimJob:
     def next_sample(self, step: int) -> int:
         return step * 8
 
+    def prepare(self, engine: Any, step: int) -> None:
+        assert self.carried["steps"] == step, f"step {step} is prepared by a job that carries {self.carried}"
+
     def committed(self, step: int, means: Mapping[str, float]) -> None:
         assert self.carried["steps"] == step, f"the job carries {self.carried} into step {step}"
         self.carried = {"steps": step + 1}
