@@ -291,7 +291,6 @@ def run_pool(
 ) -> Outcome:
     """Train `model_config` for config.steps with a pool of stateless workers, hosted by this process."""
     config = replace(config, scheduler="roundpipe", out=out, data=config.data or "random-tokens")
-    jobs = pool_jobs(config, 0, 0)
     outcome = Outcome([], [], {}, {})
     events: list[dict[str, Any]] = []
 
@@ -305,6 +304,7 @@ def run_pool(
         events.append({"event": record["kind"], **record})
 
     with hosted_pool(forkserver, config, model_config, event) as (optimizer, pool, rounds):
+        jobs = pool_jobs(config, 0, 0)
         optimizer.initialise(config.seed, None)
         update = optimizer.update
 
