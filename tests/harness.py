@@ -47,12 +47,13 @@ from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import Needs
 from pipeline.runtime.probe import Pulse
-from pipeline.schedule.layout import TRAIN
+from pipeline.schedule.layout import EVALUATE, TRAIN
 from pipeline.schedule.ops import Route
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, store_path
 from pipeline.state.optimizer import decay_groups, learning_rate
 from recovery.commit import READY
+from recovery.member import Member
 from recovery.membership import View, await_view, publish, within
 from recovery.pool import Pool
 from tests import unlearn_rows
