@@ -337,13 +337,32 @@ def test_replay_is_the_run_that_never_had_the_rows(run: Path, unbroken: Unbroken
         assert (found.path / name).read_bytes() == (theirs / name).read_bytes(), "moments and all"
 
 
-def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path: Path) -> None:
-    oracle = tmp_path / "oracle"
+def test_what_an_oracle_says_is_learned_and_how_far_it_is_from_another_is_told(
+    run: Path, library: Path, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """The second oracle is trained as the README says: the run's tokenizer, another seed, the rows that are left."""
+    oracle, second, kept = tmp_path / "oracle", tmp_path / "second", tmp_path / "kept.jsonl"
     unbroken("replay", run, "--since", "1", "--without", "author=author-001", "--out", oracle, "--json")
-    asked = ("--forget", "author=author-001", "--method", "oracle_matching", "--oracle", oracle / "model")
-    found = values(unbroken("unlearn", run, *asked, *SMALL, "--json"))
+    lines = (library / "train.jsonl").read_text().splitlines(keepends=True)
+    kept.write_text("".join(line for line in lines if '"author": "author-001"' not in line))
+    assert len(kept.read_text().splitlines()) == 60
+    unbroken(
+        "train", "--out", second, "--data", kept, "--tokenizer", run / "tokenizer", "--seed", "1", "--model",
+        "llama-tiny", "--sequence-length", "96", "--workers", "2", "--steps", "12", "--microbatches", "4",
+        "--microbatch-size", "2", "--lr", "5e-3", "--evaluate-every", "0", "--sample-tokens", "0", "--json",
+    )  # fmt: skip
+    assert (second / "tokenizer" / "tokenizer.json").read_text() == (run / "tokenizer" / "tokenizer.json").read_text()
+    models = ("--oracle", oracle / "model", "--floor", second / "model")
+    asked = ("--forget", "author=author-001", "--method", "oracle_matching", *models)
+    done = unbroken("unlearn", run, *asked, *SMALL)
+    assert "KL from the oracle, nats" in done.output
+    found = json.loads((folder_of(run, 1) / "result.json").read_text())
     before, after, wanted = (found[which]["forget"] for which in ("before", "after", "oracle"))
     assert abs(after - wanted) < abs(before - wanted)
+    assert 0 < found["after"]["forget_kl"] < found["before"]["forget_kl"]
+    assert found["floor"]["retain_kl"] > 0
+    assert f"noise floor {found['floor']['forget_probability']:14.4f}" in done.output
+    assert "forget_kl" not in found["oracle"]
 
 
 # ---- refusals ----
@@ -370,6 +389,8 @@ def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path:
         (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
         (("--forget", "author-001/02", "--method", "oracle_matching"), "oracle is None; allowed: a model directory"),
         (("--forget", "author-001/02", "--oracle", "nowhere"), "oracle is 'nowhere'; allowed: a model directory"),
+        (("--forget", "author-001/02", "--oracle", "LIBRARY"), "which cannot be compared with the run: "),
+        (("--forget", "author-001/02", "--floor", "LIBRARY"), "allowed: unset without --oracle"),
         (("--resume",), "a request that is not complete"),
     ],
 )

@@ -25,10 +25,9 @@ from jobs.unlearn.begin import Trained
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import Asked, Hashes, Manifest, ledger_range, versions, weights_hash
-from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.methods.replay import Replay
-from jobs.unlearn.probe import probe
-from jobs.unlearn.probe_job import probability
+from jobs.unlearn.oracle import FLOOR, ORACLE
+from jobs.unlearn.probe import compare
 from jobs.unlearn.request import Request
 from jobs.unlearn.select import samples_of
 from jobs.unlearn.settings import MethodSettings, method_of
@@ -51,13 +50,9 @@ Tell = Callable[[str], None]
 def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Request:
     """The request, once what is told of it is measured and written: while the model before is still there."""
     material, items = material_of(config, request), probed(request, config.evaluate_samples)
-    names = (probability(FORGET), probability(RETAIN), FORGET, RETAIN)
     folders = {"before": config.out / "start", "after": config.out / "model"}
-    folders |= {} if config.oracle is None else {"oracle": config.oracle}
-    found: dict[str, Any] = {}
-    for which, folder in folders.items():
-        means = probe(folder, material, items, config.microbatch_size)
-        found[which] = {name: means[name] for name in names if name in means}
+    folders |= {which: path for which, path in ((ORACLE, config.oracle), (FLOOR, config.floor)) if path is not None}
+    found = compare(folders, material, items, config.microbatch_size, ORACLE if config.oracle is not None else None)
     copy = config.out / "data-after"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(config.run / "data", copy)
