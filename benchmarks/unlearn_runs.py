@@ -14,20 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jobs.row_data import RowDataset
-from jobs.unlearn.material import Item, Material, stacked
+from jobs.unlearn.material import Item, Material
 from jobs.unlearn.method import FORGET, RETAIN
-from jobs.unlearn.probe import logits_of, parts_of, probe
-from pipeline.runtime.batch import IGNORED, Needs
+from jobs.unlearn.probe import probe
 
 FORGOTTEN = "author=author-003"
 TRAIN = (
-    "--model", "llama-2m", "--vocabulary", "512", "--sequence-length", "96", "--workers", "2", "--microbatches", "4",
+    "--model", "llama-2m", "--sequence-length", "96", "--workers", "2", "--microbatches", "4",
     "--microbatch-size", "10", "--lr", "3e-3", "--evaluate-every", "0", "--checkpoint-every", "50", "--sample-tokens",
     "0", "--threads", "1", "--json",
 )  # fmt: skip
+SIZES = ("--vocabulary", "512")
 
 
 def unbroken(*words: object) -> dict[str, Any]:
@@ -41,12 +39,40 @@ def unbroken(*words: object) -> dict[str, Any]:
     return json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
 
 
-def trained(folder: Path, steps: int) -> Path:
-    """A run on 10 authors of 20 questions each."""
-    unbroken("authors", "--out", folder / "authors", "--count", 10, "--withheld", 2)
-    data, out = folder / "authors" / "train.jsonl", folder / "run"
-    unbroken("train", "--out", out, "--data", data, "--steps", steps, *TRAIN)
+def trained(folder: Path, steps: int, seed: int = 0) -> Path:
+    """A run on 10 authors of 20 questions each. The authors are the same whatever the seed."""
+    out, data = folder / "run", folder / "authors" / "train.jsonl"
+    if not (out / "model").is_dir():
+        shutil.rmtree(out, ignore_errors=True)
+        unbroken("authors", "--out", folder / "authors", "--count", 10, "--withheld", 2)
+        unbroken("train", "--out", out, "--data", data, "--steps", steps, "--seed", seed, *TRAIN, *SIZES)
     return out
+
+
+def oracles(run: Path, steps: int, seed: int) -> tuple[Path, Path]:
+    """Two models that never saw the rows: the run without them, and one of another seed on the rows that are left."""
+    folder, kept = run.parent, run.parent / "kept.jsonl"
+    if not (folder / "oracle" / "model").is_dir():
+        unbroken("replay", run, "--since", 1, "--without", FORGOTTEN, "--out", folder / "oracle", "--json")
+    if not (folder / "floor" / "model").is_dir():
+        shutil.rmtree(folder / "floor", ignore_errors=True)
+        field, _, value = FORGOTTEN.partition("=")
+        lines = (folder / "authors" / "train.jsonl").read_text().splitlines(keepends=True)
+        kept.write_text("".join(line for line in lines if json.loads(line)[field] != value))
+        more = ("--tokenizer", run / "tokenizer", "--steps", steps, "--seed", 1000 + seed)
+        unbroken("train", "--out", folder / "floor", "--data", kept, *more, *TRAIN)
+    return folder / "oracle" / "model", folder / "floor" / "model"
+
+
+def forgotten(run: Path, name: str, *asked: object) -> dict[str, Any]:
+    """What a request on a copy of a run tells; the copy is gone after it."""
+    copy = copied(run, f"by-{name}")
+    told = unbroken(
+        "unlearn", copy, "--forget", FORGOTTEN, *asked, "--evaluate-every", 0, "--checkpoint-every", 0,
+        "--evaluate-samples", 1000, "--json",
+    )  # fmt: skip
+    shutil.rmtree(copy)
+    return told
 
 
 def copied(run: Path, name: str) -> Path:
@@ -68,15 +94,3 @@ def probabilities(model: Path, rows: Material, items: Sequence[Item]) -> tuple[f
     """Of the answers to forget, and of those to keep."""
     found = probe(model, rows, items, 20)
     return found["forget_probability"], found["retain_probability"]
-
-
-def divergence(model: Path, oracle: Path, rows: Material, items: Sequence[Item], kind: str) -> float:
-    """KL(oracle || model), the mean over the tokens of the answers of a kind, nats."""
-    parts = parts_of([item for item in items if item.source == kind], 20)
-    inputs = [stacked(rows, part, Needs.INPUT)["input_ids"] for part in parts]
-    total, count = 0.0, 0
-    for part, ours, theirs in zip(parts, logits_of(model, inputs), logits_of(oracle, inputs), strict=True):
-        counted = stacked(rows, part, Needs.LOSS)["labels"] != IGNORED
-        p, q = torch.log_softmax(theirs[counted], -1), torch.log_softmax(ours[counted], -1)
-        total, count = total + float((p.exp() * (p - q)).sum()), count + int(counted.sum())
-    return total / count

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from jobs.config import TrainConfig, require
-from jobs.unlearn.method import PAIR
+from jobs.unlearn.method import PAIR, Reads
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.settings import MethodSettings, method_of
 from pipeline.settings import Within
@@ -57,6 +57,13 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
     def depth(self) -> int | None:
         """See TrainConfig."""
         return method_of(self).depth
+
+    @property
+    def reads_before(self) -> bool:
+        """See TrainConfig; what an oracle says is read in the process that begins the request."""
+        method = method_of(self)
+        own = method.name != OracleMatching.name
+        return own and any(method.reads(kind) is not Reads.NOTHING for kind in method.kinds)
 
     def resolved(self) -> UnlearnConfig:
         """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost
