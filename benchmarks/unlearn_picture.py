@@ -17,7 +17,7 @@ def picture(
     """`best` are the methods that meet the goal; `forget`, `retain` and `kl` are where its lines lie."""
     panels = [
         ("forget_probability", "forgotten answers: probability", 0.0, 1.0, forget, "at most"),
-        ("retain_probability", "kept answers: probability", 0.5, 1.0, retain, "at least"),
+        ("retain_probability", "kept answers: probability, from 0.5", 0.5, 1.0, retain, "at least"),
         ("retain_kl", "kept answers: KL to the oracle, nats", 0.0, 4 * kl, kl, "at most"),
     ]
     names = [name for name in rows if name in _NOT_METHODS]
@@ -36,14 +36,20 @@ def picture(
             body.append(
                 tag("rect", x=coord(left), y=coord(y), width=coord(max(1.0, _WIDTH * share)), height=20, fill=fill)
             )
-            body.append(text(left + _WIDTH * share + 5, y + 15, f"{value:.3f}"))
+            end = left + _WIDTH * share
+            at = x + 6 if end - 2 < x < end + 42 else end + 5  # not across the line
+            body.append(text(at, y + 15, f"{value:.3f}"))
             if place == 0:
                 body.append(text(left - 10, y + 15, "noise floor" if name == "floor" else name, text_anchor="end"))
         body.append(
             tag("line", x1=coord(x), x2=coord(x), y1=coord(_TOP - 6), y2=coord(bottom), stroke=_LINE, stroke_width=1.5)
         )
     body.append(
-        text(16, bottom + 22, "green: meets all three; grey: does not; blue: no method. Bars that are too long end")
+        text(
+            16,
+            bottom + 22,
+            "Green: meets all three. Grey: does not. Blue: no method. What is beyond a panel ends at its edge.",
+        )
     )
     title = "Forgetting 20 of 200 questions, by method"
     width = _LEFT + 3 * (_WIDTH + _GAP)

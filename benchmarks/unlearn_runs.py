@@ -6,10 +6,11 @@ Everything is real: `unbroken` commands in processes of their own, two workers e
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jobs.row_data import RowDataset
 from jobs.unlearn.material import Item, Material
 from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.probe import probe
+from launch.cli import main
 
 FORGOTTEN = "author=author-003"
 TRAIN = (
@@ -28,28 +30,43 @@ TRAIN = (
 SIZES = ("--vocabulary", "512")
 
 
+_FORKING = multiprocessing.get_context("forkserver")
+_FORKING.set_forkserver_preload(["launch.train", "launch.unlearn", "launch.replay"])  # a command imports nothing then
+
+
 def unbroken(*words: object) -> dict[str, Any]:
-    """Run a command to its end; what it prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *map(str, words)], capture_output=True, text=True, check=False, timeout=1200,
-        cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"unbroken {' '.join(map(str, words))} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
+    """Run a command to its end, in a process of its own; what it prints as JSON."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        out, errors = Path(name) / "out", Path(name) / "errors"
+        process = _FORKING.Process(target=_command, args=(tuple(map(str, words)), out, errors))
+        process.start()
+        process.join(3600)
+        if process.exitcode != 0:
+            process.kill()
+            told = errors.read_text()[-2000:]
+            raise SystemExit(f"unbroken {' '.join(map(str, words))} ended with {process.exitcode}: {told}")
+        said = out.read_text()
+    return json.loads(said[said.index("{") :]) if "{" in said else {}
 
 
-def trained(folder: Path, steps: int, seed: int = 0) -> Path:
-    """A run on 10 authors of 20 questions each. The authors are the same whatever the seed."""
+def _command(words: Sequence[str], out: Path, errors: Path) -> None:
+    for number, path in ((1, out), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.exit(main(words))
+
+
+def trained(folder: Path, steps: int) -> Path:
+    """A run on 10 authors of 20 questions each."""
     out, data = folder / "run", folder / "authors" / "train.jsonl"
     if not (out / "model").is_dir():
         shutil.rmtree(out, ignore_errors=True)
         unbroken("authors", "--out", folder / "authors", "--count", 10, "--withheld", 2)
-        unbroken("train", "--out", out, "--data", data, "--steps", steps, "--seed", seed, *TRAIN, *SIZES)
+        unbroken("train", "--out", out, "--data", data, "--steps", steps, *TRAIN, *SIZES)
     return out
 
 
-def oracles(run: Path, steps: int, seed: int) -> tuple[Path, Path]:
+def oracles(run: Path, steps: int) -> tuple[Path, Path]:
     """Two models that never saw the rows: the run without them, and one of another seed on the rows that are left."""
     folder, kept = run.parent, run.parent / "kept.jsonl"
     if not (folder / "oracle" / "model").is_dir():
@@ -59,7 +76,7 @@ def oracles(run: Path, steps: int, seed: int) -> tuple[Path, Path]:
         field, _, value = FORGOTTEN.partition("=")
         lines = (folder / "authors" / "train.jsonl").read_text().splitlines(keepends=True)
         kept.write_text("".join(line for line in lines if json.loads(line)[field] != value))
-        more = ("--tokenizer", run / "tokenizer", "--steps", steps, "--seed", 1000 + seed)
+        more = ("--tokenizer", run / "tokenizer", "--steps", steps, "--seed", 1)
         unbroken("train", "--out", folder / "floor", "--data", kept, *more, *TRAIN)
     return folder / "oracle" / "model", folder / "floor" / "model"
 
@@ -69,7 +86,7 @@ def forgotten(run: Path, name: str, *asked: object) -> dict[str, Any]:
     copy = copied(run, f"by-{name}")
     told = unbroken(
         "unlearn", copy, "--forget", FORGOTTEN, *asked, "--evaluate-every", 0, "--checkpoint-every", 0,
-        "--evaluate-samples", 1000, "--json",
+        "--evaluate-samples", 60, "--json",
     )  # fmt: skip
     shutil.rmtree(copy)
     return told
