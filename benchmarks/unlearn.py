@@ -22,12 +22,12 @@ from benchmarks.unlearn_picture import picture
 from benchmarks.unlearn_runs import forgotten, oracles, trained
 
 STEPS = 30
-ASKED = ("--steps", STEPS, "--lr", "8e-4", "--microbatches", 2)
+ASKED = ("--steps", STEPS, "--lr", "5e-4", "--microbatches", 2)
 """Of every request: 10 rows to forget and 10 to keep in a step, at a learning rate that all methods share."""
 WEIGHTS = {
-    "npo": ("--alpha", "1", "3"), "wga": ("--alpha", "1", "3"), "undial": ("--alpha", "1", "3"),
-    "satimp": ("--gamma", "1", "10"), "grad_diff": ("--alpha", "3", "10"), "simnpo": ("--gamma", "0.5", "2"),
-    "pdu": ("--gamma", "0.01", "0.1"), "kl_min": ("--alpha", "3", "10"), "dpo": ("--alpha", "1", "3"),
+    "npo": ("--alpha", "3", "10"), "wga": ("--alpha", "3", "10"), "undial": ("--alpha", "3", "10"),
+    "grad_diff": ("--alpha", "10", "30"), "simnpo": ("--gamma", "0.5", "2"), "satimp": ("--gamma", "1", "10"),
+    "kl_min": ("--alpha", "10", "30"), "pdu": ("--gamma", "0.01", "0.1"), "dpo": ("--alpha", "3", "10"),
 }  # fmt: skip
 """Method -> the weight that is tried, and its two values."""
 MORE = {"pdu": ("--dual-warmup", "0")}

@@ -35,7 +35,7 @@ from jobs.row_data import RowDataset
 from jobs.unlearn.method import row_nll
 
 MIB = 2**20
-ROWS, STEPS, LENGTH = 4, 3, 96
+ROWS, STEPS, LENGTH = 2, 2, 96
 """Rows to forget and rows to keep in a step; steps; tokens of a row."""
 ENGINES = {
     "pipeline of 2 workers": ("--workers", "2", "--recovery", "checkpoint"),
@@ -121,7 +121,7 @@ def begun(folder: Path, layers: int) -> Path:
     unbroken(
         "train", "--out", folder / "run", "--data", folder / "authors" / "train.jsonl", "--model",
         folder / "shape" / "config.json", "--vocabulary", 512, "--sequence-length", LENGTH, "--workers", 1, "--steps",
-        5, "--microbatches", 2, "--microbatch-size", ROWS, "--evaluate-every", 0, "--evaluate-samples", 4,
+        5, "--microbatches", 2, "--microbatch-size", 4, "--evaluate-every", 0, "--evaluate-samples", 4,
         "--checkpoint-every", 0, "--sample-tokens", 0, "--threads", 1, "--json",
     )  # fmt: skip
     return folder / "run"
@@ -130,7 +130,8 @@ def begun(folder: Path, layers: int) -> Path:
 def request(run: Path, method: str, engine: Sequence[str]) -> list[object]:
     return [
         "-m", "launch", "unlearn", run, "--forget", "author=author-001", "--method", method, "--steps", STEPS,
-        "--evaluate-every", 0, "--evaluate-samples", 4, "--checkpoint-every", 0, *engine, "--json",
+        "--microbatch-size", ROWS, "--evaluate-every", 0, "--evaluate-samples", 4, "--checkpoint-every", 0, *engine,
+        "--json",
     ]  # fmt: skip
 
 
