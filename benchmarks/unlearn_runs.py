@@ -6,47 +6,90 @@ Everything is real: `unbroken` commands in processes of their own, two workers e
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jobs.row_data import RowDataset
-from jobs.unlearn.material import Item, Material, stacked
+from jobs.unlearn.material import Item, Material
 from jobs.unlearn.method import FORGET, RETAIN
-from jobs.unlearn.probe import logits_of, parts_of, probe
-from pipeline.runtime.batch import IGNORED, Needs
+from jobs.unlearn.probe import probe
+from launch.cli import main
 
 FORGOTTEN = "author=author-003"
 TRAIN = (
-    "--model", "llama-2m", "--vocabulary", "512", "--sequence-length", "96", "--workers", "2", "--microbatches", "4",
+    "--model", "llama-2m", "--sequence-length", "96", "--workers", "2", "--microbatches", "4",
     "--microbatch-size", "10", "--lr", "3e-3", "--evaluate-every", "0", "--checkpoint-every", "50", "--sample-tokens",
     "0", "--threads", "1", "--json",
 )  # fmt: skip
+SIZES = ("--vocabulary", "512")
+
+
+_FORKING = multiprocessing.get_context("forkserver")
+_FORKING.set_forkserver_preload(["launch.train", "launch.unlearn", "launch.replay"])  # a command imports nothing then
 
 
 def unbroken(*words: object) -> dict[str, Any]:
-    """Run a command to its end; what it prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *map(str, words)], capture_output=True, text=True, check=False, timeout=1200,
-        cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"unbroken {' '.join(map(str, words))} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
+    """Run a command to its end, in a process of its own; what it prints as JSON."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        out, errors = Path(name) / "out", Path(name) / "errors"
+        process = _FORKING.Process(target=_command, args=(tuple(map(str, words)), out, errors))
+        process.start()
+        process.join(3600)
+        if process.exitcode != 0:
+            process.kill()
+            told = errors.read_text()[-2000:]
+            raise SystemExit(f"unbroken {' '.join(map(str, words))} ended with {process.exitcode}: {told}")
+        said = out.read_text()
+    return json.loads(said[said.index("{") :]) if "{" in said else {}
+
+
+def _command(words: Sequence[str], out: Path, errors: Path) -> None:
+    for number, path in ((1, out), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.exit(main(words))
 
 
 def trained(folder: Path, steps: int) -> Path:
     """A run on 10 authors of 20 questions each."""
-    unbroken("authors", "--out", folder / "authors", "--count", 10, "--withheld", 2)
-    data, out = folder / "authors" / "train.jsonl", folder / "run"
-    unbroken("train", "--out", out, "--data", data, "--steps", steps, *TRAIN)
+    out, data = folder / "run", folder / "authors" / "train.jsonl"
+    if not (out / "model").is_dir():
+        shutil.rmtree(out, ignore_errors=True)
+        unbroken("authors", "--out", folder / "authors", "--count", 10, "--withheld", 2)
+        unbroken("train", "--out", out, "--data", data, "--steps", steps, *TRAIN, *SIZES)
     return out
+
+
+def oracles(run: Path, steps: int) -> tuple[Path, Path]:
+    """Two models that never saw the rows: the run without them, and one of another seed on the rows that are left."""
+    folder, kept = run.parent, run.parent / "kept.jsonl"
+    if not (folder / "oracle" / "model").is_dir():
+        unbroken("replay", run, "--since", 1, "--without", FORGOTTEN, "--out", folder / "oracle", "--json")
+    if not (folder / "floor" / "model").is_dir():
+        shutil.rmtree(folder / "floor", ignore_errors=True)
+        field, _, value = FORGOTTEN.partition("=")
+        lines = (folder / "authors" / "train.jsonl").read_text().splitlines(keepends=True)
+        kept.write_text("".join(line for line in lines if json.loads(line)[field] != value))
+        more = ("--tokenizer", run / "tokenizer", "--steps", steps, "--seed", 1)
+        unbroken("train", "--out", folder / "floor", "--data", kept, *more, *TRAIN)
+    return folder / "oracle" / "model", folder / "floor" / "model"
+
+
+def forgotten(run: Path, name: str, *asked: object) -> dict[str, Any]:
+    """What a request on a copy of a run tells; the copy is gone after it."""
+    copy = copied(run, f"by-{name}")
+    told = unbroken(
+        "unlearn", copy, "--forget", FORGOTTEN, *asked, "--evaluate-every", 0, "--checkpoint-every", 0,
+        "--evaluate-samples", 60, "--json",
+    )  # fmt: skip
+    shutil.rmtree(copy)
+    return told
 
 
 def copied(run: Path, name: str) -> Path:
@@ -68,15 +111,3 @@ def probabilities(model: Path, rows: Material, items: Sequence[Item]) -> tuple[f
     """Of the answers to forget, and of those to keep."""
     found = probe(model, rows, items, 20)
     return found["forget_probability"], found["retain_probability"]
-
-
-def divergence(model: Path, oracle: Path, rows: Material, items: Sequence[Item], kind: str) -> float:
-    """KL(oracle || model), the mean over the tokens of the answers of a kind, nats."""
-    parts = parts_of([item for item in items if item.source == kind], 20)
-    inputs = [stacked(rows, part, Needs.INPUT)["input_ids"] for part in parts]
-    total, count = 0.0, 0
-    for part, ours, theirs in zip(parts, logits_of(model, inputs), logits_of(oracle, inputs), strict=True):
-        counted = stacked(rows, part, Needs.LOSS)["labels"] != IGNORED
-        p, q = torch.log_softmax(theirs[counted], -1), torch.log_softmax(ours[counted], -1)
-        total, count = total + float((p.exp() * (p - q)).sum()), count + int(counted.sum())
-    return total / count

@@ -51,6 +51,11 @@ class TrainConfig(
         return None
 
     @property
+    def reads_before(self) -> bool:
+        """Whether workers compute something of the model before the first step."""
+        return False
+
+    @property
     def stages(self) -> int:
         """Workers per replica."""
         return self.workers // self.replicas
@@ -98,7 +103,8 @@ class TrainConfig(
         InjectionError for one that could never happen."""
         pool = self.scheduler == "roundpipe"
         known = self.stages if stages is None and self.scheduler != "skippipe" else stages
-        return parse_faults(self.inject, Ground(self.workers + self.max_failures, known, pool, self.shard_optimizer))
+        ids = self.workers + self.max_failures
+        return parse_faults(self.inject, Ground(ids, known, pool, self.shard_optimizer, self.reads_before))
 
     def validate(self) -> None:
         """Raise ConfigError, or InjectionError, for the first setting that cannot work, whatever the model, the data

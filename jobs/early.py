@@ -18,7 +18,7 @@ BYTES = 258
 
 
 def tokenizer_kind(config: TrainConfig, source: Path | None) -> str:
-    """ "bytes", "bpe", or "model" for the one in `source`, or in the run folder of a run that is resumed."""
+    """ "bytes", "bpe", "model" for the one in `source` or in the folder of a run that is resumed, or a directory."""
     if config.resume and (config.out / "tokenizer").is_dir():
         return "model"
     if config.tokenizer != "auto":

@@ -53,8 +53,9 @@ class DataSettings:
     stdlib where weights begin at random; weights that were trained before need to be told."""
     text_field: str = "text"
     """The field of a JSON object or of a dataset's row that holds the text."""
-    tokenizer: Literal["auto", "bytes", "bpe", "model"] = "auto"
-    """bpe is trained on the corpus; auto takes the model's own where it has one, else bpe."""
+    tokenizer: str = "auto"
+    """bytes, bpe (trained on the corpus), model (the model's own), auto (that, where it has one, else bpe), or a
+    directory with a tokenizer, such as that of another run."""
     vocabulary: Annotated[int, Within(258, 2**20, note=" (a token per byte, and 2)")] = 2048
     """Vocabulary of a trained BPE."""
     held_out: Annotated[float | None, Within(0, 1, below=True)] = None

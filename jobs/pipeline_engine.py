@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jobs.engine import Position
 from pipeline.runtime.batch import Job
+from pipeline.runtime.probe import Reading
 from pipeline.runtime.shards import whole_moments
 from pipeline.runtime.worker import StepResult, Worker
 from pipeline.schedule.layout import EVALUATE, FULL, TRAIN
@@ -88,7 +89,12 @@ class PipelineEngine:
         return self.member.excerpt(EVALUATE).num_microbatches
 
     def measure(self, job: str, part: int) -> StepResult:
-        return self.worker.run(self.member.excerpt(EVALUATE), self.jobs[job], part)
+        worker, probe = self.worker, self.worker.probe
+        worker.probe = probe if job == EVALUATE else Reading(probe, probe.slowdown)
+        try:
+            return worker.run(self.member.excerpt(EVALUATE), self.jobs[job], part)
+        finally:
+            worker.probe = probe
 
     def evaluate(self) -> StepResult:
         return self.measure(EVALUATE, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from jobs.row_data import ROWS, RowDataset
 from jobs.row_prepare import prepare_rows
 from jobs.rows import RowTexts, read_rows
 from jobs.space import check_space, space_needed
-from jobs.tokenizer import build_tokenizer
+from jobs.tokenizer import TOKENIZERS, build_tokenizer
 from jobs.unlearn.guard import require_plain
 from jobs.unlearn.request import require_complete
 from pipeline.model.layered import LayeredModel
@@ -162,6 +162,8 @@ def _made(
     model_config, source = find_model(config)
     if config.dropout is not None:
         set_dropout(model_config, config)
+    if (kind := tokenizer_kind(config, source)) not in TOKENIZERS:  # a directory
+        config = replace(config, vocabulary=len(build_tokenizer(kind, 0, ())))
     largest = check_early(config, model_config, source)
     _tell_space(config, found, largest)  # before text is read, which may take long
     rows = read_rows(config.data or "")
@@ -274,7 +276,7 @@ def find_model(config: TrainConfig) -> tuple[PreTrainedConfig, Path | None]:
 def find_tokenizer(
     config: TrainConfig, source: Path | None, corpus: Corpus, cache: Cache, progress: Progress
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that the settings name: the model's own, bytes, or a BPE trained on the corpus."""
+    """The tokenizer that the settings name: the model's own, bytes, a BPE trained on the corpus, or a directory's."""
     kind, saved = tokenizer_kind(config, source), config.out / "tokenizer"
     if config.resume and saved.is_dir():
         return build_tokenizer(kind, 0, (), saved)

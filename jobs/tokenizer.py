@@ -1,4 +1,4 @@
-"""Bytes, a BPE trained on the corpus, or the model's own tokenizer: always one that transformers can save and load.
+"""Bytes, a BPE trained on the corpus, or one that is there: always a tokenizer that transformers can save and load.
 
 Both that are made here are byte level, as GPT-2's is: every text has tokens, and they decode to the same text. Their
 end of text and their padding are two tokens, since an embedding never learns the row of its padding. Words are cut by
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from jobs.cache import Cache
 from jobs.corpus import Texts, permutation
 from jobs.files import CorpusError
+from pipeline.names import did_you_mean
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 TOKENIZERS = ("bytes", "bpe", "model")
@@ -40,7 +41,8 @@ def build_tokenizer(
     kind: str, vocabulary: int, texts: Texts, model_dir: Path | None = None, progress: Progress | None = None,
     cache: Cache | None = None,
 ) -> PreTrainedTokenizerBase:  # fmt: skip
-    """`bytes` (one token per byte), `bpe` (at most `vocabulary` tokens, trained on `texts`), `model` (of `model_dir`).
+    """`bytes` (one token per byte), `bpe` (at most `vocabulary` tokens, trained on `texts`), `model` (of `model_dir`),
+    or the one in the directory that `kind` names, such as another run's.
 
     Training reads a fixed random sample of `texts` of at most 4 million characters, and gives the same tokenizer each
     time, so that `cache` may have it from another run; a small corpus may give fewer tokens than asked for. Raises
@@ -49,7 +51,10 @@ def build_tokenizer(
     if kind == "model":
         return _of_model(model_dir)
     if kind not in TOKENIZERS:
-        raise TokenizerError(f"tokenizer is {kind!r}; allowed: {', '.join(TOKENIZERS)}")
+        if not Path(kind).is_dir():
+            near = did_you_mean(kind, TOKENIZERS)
+            raise TokenizerError(f"tokenizer is {kind!r}; allowed: {', '.join(TOKENIZERS)}, or a directory{near}")
+        return _saved_in(Path(kind), f"tokenizer is {kind!r}, which")
     alphabet = {character: byte for byte, character in enumerate(_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -131,11 +136,15 @@ def _of_model(model_dir: Path | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory."""
     if model_dir is None:
         raise TokenizerError("tokenizer is 'model', but a built-in model has none; allowed: bytes, bpe")
-    where = f"tokenizer is 'model', but {str(model_dir)!r}"
-    if not any((model_dir / name).is_file() for name in _FILES):  # transformers would make an empty one up
+    return _saved_in(model_dir, f"tokenizer is 'model', but {str(model_dir)!r}")
+
+
+def _saved_in(folder: Path, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a folder; `where` is how messages begin."""
+    if not any((folder / name).is_file() for name in _FILES):  # transformers would make an empty one up
         raise TokenizerError(f"{where} holds none of {', '.join(_FILES)}; allowed: bytes, bpe")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers has many kinds of errors for files that it cannot read
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TokenizerError(f"{where} holds one that does not load: {told}; allowed: bytes, bpe") from error

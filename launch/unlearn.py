@@ -24,7 +24,8 @@ from jobs.unlearn.method import FORGET, RETAIN, TRACE
 from jobs.unlearn.methods.grpo import REWARD
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.replay import Replay
-from jobs.unlearn.probe import read_oracle
+from jobs.unlearn.oracle import FLOOR, ORACLE, check_oracles
+from jobs.unlearn.probe import divergence, read_oracle
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request, folder_of, requests_of
 from jobs.unlearn.settings import method_of
@@ -76,6 +77,8 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
             if abandon:
                 return abandon_request(config.run, request, folder)
             _require_kept(config, folder)
+            if request.status == "open":  # later ones have been measured
+                check_oracles(config)
         else:
             config, request = _begun(config, Trained.read(config.run, *trained_on))
             folder = config.out
@@ -122,6 +125,7 @@ def _begun(config: UnlearnConfig, trained: Trained) -> tuple[UnlearnConfig, Requ
     number = max((each.number for each in before), default=0) + 1
     config = replace(config, out=folder_of(config.run, number), model=str(folder_of(config.run, number) / "start"))
     config.resolved().validate()
+    check_oracles(config)
     request = begin(config, trained, number)
     config = config.with_steps(len(request.forget))
     write_whole(config.out / "config.toml", to_toml(config))
@@ -204,7 +208,7 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
     report, manifest = read_report(config.out), config.out / MANIFEST
     values = {
         "generation": request.generation, "method": request.method, "goal": report["goal"], "rows": len(request.rows),
-        **{name: report[name] for name in ("before", "after", "oracle") if name in report},
+        **{name: report[name] for name in ("before", "after", ORACLE, FLOOR) if name in report},
         "manifest": str(manifest), "signature": str(config.out / SIGNATURE) if config.key else None,
         "model": str(config.run / "model"), "put_away": said,
     }  # fmt: skip
@@ -212,15 +216,10 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
         values["rewards"] = rewards
     write_flushed(config.out / "result.json", json.dumps(values, indent=1).encode())
 
-    def row(which: str) -> str:
-        found = report[which]
-        return f"{which:<8} {found[probability(FORGET)]:>12.4f} {found[probability(RETAIN)]:>12.4f}"
-
     lines = [
         f"{len(request.rows):,} rows are forgotten by {request.method} ({report['goal']}): generation "
         f"{request.generation} of {str(config.run)!r}",
-        "probability of an answer   to forget      to keep",
-        *(" " * 15 + row(which) for which in ("before", "after", "oracle") if which in report),
+        *_table(report),
         *([f"mean reward of a step's answers: {rewards[0]:.3f} first, {rewards[-1]:.3f} last"] if rewards else []),
         *said,
         *([KEPT_ELSEWHERE] if config.old_checkpoints == "shred" and said else []),
@@ -228,3 +227,18 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
         f"manifest  {manifest}" + (f", signed: {values['signature']}" if config.key else ", not signed (--key)"),
     ]
     return values, "\n".join(lines)
+
+
+def _table(report: Mapping[str, Any]) -> list[str]:
+    """What was measured, a line for each model."""
+    measures = {"probability of an answer": probability}
+    if ORACLE in report:
+        measures["KL from the oracle, nats"] = divergence
+    models = {"before": "before", "after": "after", ORACLE: "oracle", FLOOR: "noise floor"}
+    lines = [" " * 12 + "".join(f"{title:^30}" for title in measures).rstrip()]
+    lines.append(" " * 12 + f"{'to forget':>14}{'to keep':>14}  " * len(measures))
+    for which, called in models.items():
+        if (found := report.get(which)) is not None:
+            numbers = [[found.get(measure(kind), 0.0) for kind in (FORGET, RETAIN)] for measure in measures.values()]
+            lines.append(f"{called:<12}" + "".join(f"{forget:14.4f}{retain:14.4f}  " for forget, retain in numbers))
+    return [line.rstrip() for line in lines]

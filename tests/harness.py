@@ -91,6 +91,10 @@ class Outcome:
 
 def entry(payload: dict[str, Any]) -> int:
     """What a process forked from the forkserver does: run the command line, or be a worker of `run_workers`."""
+    if "kills" in payload:
+        from tests.killed_commit import drive
+
+        return _saying(Path(payload["log"]), lambda: drive(payload))
     if "argv" in payload:
         return _command(payload["argv"], Path(payload["log"]))
     if "pool" in payload:
@@ -165,11 +169,16 @@ def _roll_out(member: Member, me: int, config: TrainConfig, payload: dict[str, A
 def _command(argv: list[str], log: Path) -> int:
     from launch.cli import main
 
+    return _saying(log, lambda: main(argv))
+
+
+def _saying(log: Path, work: Callable[[], int]) -> int:
+    """Do something; all that is said goes to a file."""
     said = log.open("w", buffering=1)  # open to the end of the process
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)
     sys.stdout = sys.stderr = said  # pytest has put its own objects in their places
-    return main(argv)
+    return work()
 
 
 @dataclass(frozen=True)
@@ -183,10 +192,10 @@ class Command:
 class Started:
     """`unbroken ...` in a process of its own, forked from the forkserver: no time is lost on imports."""
 
-    def __init__(self, forkserver: ForkServer, log: Path, *argv: str) -> None:
+    def __init__(self, forkserver: ForkServer, log: Path, *argv: str, **payload: Any) -> None:
         self._forkserver, self._log = forkserver, log
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.pid = forkserver.start({"argv": list(argv), "log": str(log)})
+        self.pid = forkserver.start({**(payload or {"argv": list(argv)}), "log": str(log)})
         self._code: int | None = None
 
     def __enter__(self) -> Started:

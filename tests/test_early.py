@@ -43,6 +43,8 @@ def network(folder: Path) -> Path:
             r"stage is 2; allowed: 0 to 1",
         ),
         ({"resume": True}, ConfigError, r"holds no valid checkpoint$"),
+        ({"tokenizer": "byte"}, ValueError, r"allowed: bytes, bpe, model, or a directory \(did you mean bytes\?\)"),
+        ({"tokenizer": "FOLDER"}, ValueError, r"tokenizer is '.*', which holds none of tokenizer.json"),
     ],
 )  # fmt: skip
 def test_it_is_refused_before_text_is_read_or_a_tokenizer_is_trained(
@@ -52,6 +54,7 @@ def test_it_is_refused_before_text_is_read_or_a_tokenizer_is_trained(
     for name, more in (("small", {"vocab_size": 300}), ("narrow", {"vocab_size": 200}),
                        ("wide", {"vocab_size": 300, "hidden_size": 1024, "intermediate_size": 32})):  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps({**PRESETS["llama-tiny"], **more}))
+    changes = {name: str(tmp_path) if value == "FOLDER" else value for name, value in changes.items()}
     for name in ("model", "network"):
         if str(changes.get(name)).endswith(".json"):
             changes = {**changes, name: tmp_path / changes[name]}

@@ -32,6 +32,9 @@ def test_texts_are_read_whole() -> None:
     assert slow == Fault("slow", 4, "forward", stage=1, factor=2.5, name="1")
     assert rate == Rate(0.5, (1, 2, 3), 9)
     assert parse_faults("") == ()
+    for pool in (False, True):
+        (reading,) = parse_faults("kill:worker=1,step=0,at=reference", Ground(4, 2, pool, reads=True))
+        assert reading == Fault("kill", 0, "reference", worker=1, factor=5.0, name="0")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,11 @@ def test_what_cannot_be_read_is_refused_by_name(text: str, said: str) -> None:
             r"at is 'join'; allowed with scheduler roundpipe: ord",
         ),
         ("kill:stage=104,step=1", Ground(104, None, True), r"stage is 104; allowed: 0 to 103"),
+        (
+            "kill:worker=1,step=0,at=reference",
+            Ground(104, 4),
+            r"at is 'reference'; allowed where nothing is read before the first step: forward, backward",
+        ),
         ("flip:worker=1,step=1,at=forward", Ground(104, None, True), r"'flip' is no fault; allowed: kill, term,"),
         ("rate:p=0.1,kind=flip", Ground(104, None, True), r"kind is 'flip'; allowed: kill, term,"),
     ],

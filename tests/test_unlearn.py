@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from launch.past import Past, read_ledger
 from pipeline.model.weights import Weights
 from recovery import checkpoint
 from recovery.generation import read_generation
-from tests.harness import Command, run_command
+from tests.harness import Command, Started, run_command
 
 Unbroken = Callable[..., Command]
 ANSWERS = ("--rollouts", "4", "--answer-tokens", "16", "--cold-steps", "2", "--evaluate-samples", "4")
@@ -162,17 +164,40 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
 
 # ---- failures ----
 
+READING = ("kill:stage=0,step=0,at=reference", "kill:stage=1,step=0,at=reference")
+"""Each stage in the middle of what is read of the model before, one after the other."""
+
+
+@pytest.fixture(scope="module")
+def calm(forkserver: ForkServer, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The hash of the weights that an undisturbed request leaves, computed once for each."""
+
+    @cache
+    def leaves(*asked: str) -> str:
+        folder = tmp_path_factory.mktemp("calm")
+        shutil.copytree(trained, folder / "run")
+        done = run_command(forkserver, folder / "log", "unlearn", str(folder / "run"), *asked)
+        assert done.code == 0, done.output
+        return weights_hash(folder / "run" / "model")
+
+    return leaves
+
 
 @pytest.mark.parametrize(
     ("method", "more", "faults"),
     [
-        ("npo", (), ("kill:stage=0,step=2,at=forward", "kill:stage=1,step=3,at=commit")),
-        ("npo", ("--scheduler", "roundpipe"), ("kill:worker=1,step=3,at=backward",)),
+        ("npo", (), (*READING, "kill:stage=0,step=2,at=forward", "kill:stage=1,step=3,at=commit")),
+        (
+            "npo",
+            ("--scheduler", "roundpipe"),
+            ("kill:worker=0,step=0,at=reference", "kill:worker=1,step=3,at=backward"),
+        ),
+        ("kl_min", (), READING),
         ("pdu", ("--dual-warmup", "0"), ("kill:stage=1,step=4,at=backward",)),
         (
             "rmu",
             ("--layer", "1", "--trained", "*.layers.[01].mlp.down_proj.weight"),
-            ("kill:stage=0,step=4,at=optimizer",),
+            (*READING, "kill:stage=0,step=4,at=optimizer"),
         ),
         ("npo", ("--workers", "2:3", "--exact-sums"), ("kill:worker=1,step=3,at=backward",)),
         (
@@ -184,16 +209,15 @@ def test_a_run_of_adapters_forgets_and_goes_on(library: Path, unbroken: Unbroken
     ],
 )
 def test_a_request_that_loses_workers_ends_in_the_same_bits(
-    run: Path, unbroken: Unbroken, tmp_path: Path, method: str, more: tuple[str, ...], faults: tuple[str, ...]
+    run: Path, unbroken: Unbroken, calm: Callable[..., str], method: str, more: tuple[str, ...], faults: tuple[str, ...]
 ) -> None:
-    shutil.copytree(run, tmp_path / "calm")
     asked = ("--forget", "author=author-001", "--method", method, *more, *SMALL, "--json")
-    calm = tuple(word for word in asked if word not in ("--workers", "2:3"))
-    unbroken("unlearn", tmp_path / "calm", *(calm if method == "npo" else asked))
     unbroken("unlearn", run, *asked, "--inject", ";".join(faults), "--max-failures", "9")
     events = [json.loads(line) for line in (folder_of(run, 1) / "events.jsonl").read_text().splitlines()]
-    assert [event for event in events if event["event"] == "fault"]
-    assert weights_hash(run / "model") == weights_hash(tmp_path / "calm" / "model")
+    told = [f"{event['at']} {event['step']}" for event in events if event["event"] == "fault"]
+    assert len(told) == len(faults), told
+    wanted = tuple(word for word in asked if word not in ("--workers", "2:3"))
+    assert weights_hash(run / "model") == calm(*(wanted if method == "npo" else asked))
 
 
 def test_poisoned_answers_are_gone_with_the_request(run: Path, trained: Path, unbroken: Unbroken) -> None:
@@ -349,6 +373,31 @@ def test_a_request_is_complete_or_not_wherever_it_is_stopped(
     assert "nothing that was forgotten is left" in unbroken("audit", run).output
 
 
+@pytest.mark.parametrize(
+    "kills", [8, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)], id="all")]
+)
+def test_sigkill_at_any_change_of_a_commit_leaves_the_run_as_it_was_or_the_request_to_complete(
+    run: Path, forkserver: ForkServer, tmp_path: Path, kills: int
+) -> None:
+    """The process that commits is killed right before a change that it makes on the disk, for changes from the first
+    measurement to the manifest: what is gone on with leaves, to the byte, what an undisturbed request leaves."""
+    out, log = tmp_path / "kills.json", tmp_path / "log"
+    payload = {"run": str(run), "scratch": str(tmp_path), "out": str(out), "kills": kills}
+    with Started(forkserver, log, **payload) as started:
+        done = started.wait(3600)
+    assert done.code == 0, done.output
+    calm, *killed = json.loads(out.read_text())
+    assert calm["generation"] == 1
+    assert calm["differs"]
+    for name in ("manifest.json", "generation.json", "step-00000012", "request.json", "README.txt", "tokens.bin"):
+        assert any(name in change for change in calm["changes"]), name
+    assert {kill["reached"] for kill in killed} == {False, True}
+    for kill in killed:
+        assert (kill["signal"], kill["again"], kill["status"]) == (signal.SIGKILL, 0, "complete"), kill
+        assert kill["reached"] or kill["as_it_was"], kill
+        assert kill["same"], kill
+
+
 def test_what_was_published_in_vain_is_taken_back(
     run: Path, unbroken: Unbroken, ready: UnlearnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,13 +462,32 @@ def test_replay_is_the_run_that_never_had_the_rows(run: Path, unbroken: Unbroken
         assert (found.path / name).read_bytes() == (theirs / name).read_bytes(), "moments and all"
 
 
-def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path: Path) -> None:
-    oracle = tmp_path / "oracle"
+def test_what_an_oracle_says_is_learned_and_how_far_it_is_from_another_is_told(
+    run: Path, library: Path, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    """The second oracle is trained as the README says: the run's tokenizer, another seed, the rows that are left."""
+    oracle, second, kept = tmp_path / "oracle", tmp_path / "second", tmp_path / "kept.jsonl"
     unbroken("replay", run, "--since", "1", "--without", "author=author-001", "--out", oracle, "--json")
-    asked = ("--forget", "author=author-001", "--method", "oracle_matching", "--oracle", oracle / "model")
-    found = values(unbroken("unlearn", run, *asked, *SMALL, "--json"))
+    lines = (library / "train.jsonl").read_text().splitlines(keepends=True)
+    kept.write_text("".join(line for line in lines if '"author": "author-001"' not in line))
+    assert len(kept.read_text().splitlines()) == 60
+    unbroken(
+        "train", "--out", second, "--data", kept, "--tokenizer", run / "tokenizer", "--seed", "1", "--model",
+        "llama-tiny", "--sequence-length", "96", "--workers", "2", "--steps", "12", "--microbatches", "4",
+        "--microbatch-size", "2", "--lr", "5e-3", "--evaluate-every", "0", "--sample-tokens", "0", "--json",
+    )  # fmt: skip
+    assert (second / "tokenizer" / "tokenizer.json").read_text() == (run / "tokenizer" / "tokenizer.json").read_text()
+    models = ("--oracle", oracle / "model", "--floor", second / "model")
+    asked = ("--forget", "author=author-001", "--method", "oracle_matching", *models)
+    done = unbroken("unlearn", run, *asked, *SMALL)
+    assert "KL from the oracle, nats" in done.output
+    found = json.loads((folder_of(run, 1) / "result.json").read_text())
     before, after, wanted = (found[which]["forget"] for which in ("before", "after", "oracle"))
     assert abs(after - wanted) < abs(before - wanted)
+    assert 0 < found["after"]["forget_kl"] < found["before"]["forget_kl"]
+    assert found["floor"]["retain_kl"] > 0
+    assert f"noise floor {found['floor']['forget_probability']:14.4f}" in done.output
+    assert "forget_kl" not in found["oracle"]
 
 
 # ---- refusals ----
@@ -468,6 +536,8 @@ def test_what_an_oracle_says_is_learned(run: Path, unbroken: Unbroken, tmp_path:
         (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
         (("--forget", "author-001/02", "--method", "oracle_matching"), "oracle is None; allowed: a model directory"),
         (("--forget", "author-001/02", "--oracle", "nowhere"), "oracle is 'nowhere'; allowed: a model directory"),
+        (("--forget", "author-001/02", "--oracle", "LIBRARY"), "which cannot be compared with the run: "),
+        (("--forget", "author-001/02", "--floor", "LIBRARY"), "allowed: unset without --oracle"),
         (("--resume",), "a request that is not complete"),
     ],
 )

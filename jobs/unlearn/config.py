@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from jobs.config import TrainConfig, require
 from jobs.unlearn.guard import GUARD, GUARDS, adapters_of
-from jobs.unlearn.method import FORGET, PAIR, RETAIN
+from jobs.unlearn.method import FORGET, PAIR, RETAIN, Reads
 from jobs.unlearn.methods.grpo import GRPO
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.o3 import O3
@@ -40,7 +40,10 @@ class RequestSettings:
     """Rows with reasoning about other things, for r2mu."""
     oracle: Path | None = None
     """A model directory that never saw what is to be forgotten, such as `unbroken replay --without` writes: the report
-    measures how far the result is from it."""
+    measures how far the result is from it (KL divergence)."""
+    floor: Path | None = None
+    """A second oracle, trained with another seed and the run's tokenizer: how far it is from --oracle is the noise
+    floor, which no method can be expected to come under."""
     epochs: Annotated[float | None, Within(0, 10_000, above=True)] = 5.0
     """How often every row to forget is taken; with --steps it is unset, and they say how long the request takes."""
     reference_top: Annotated[int, Within(0, 2**20)] = 0
@@ -82,6 +85,13 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         """See TrainConfig."""
         return self.out / NEURONS if self.neurons else None
 
+    @property
+    def reads_before(self) -> bool:
+        """See TrainConfig; what an oracle says is read in the process that begins the request."""
+        method = method_of(self)
+        own = method.name != OracleMatching.name
+        return own and any(method.reads(kind) is not Reads.NOTHING for kind in method.kinds)
+
     def resolved(self) -> UnlearnConfig:
         """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost
         comes back as it was: a request is held to its word."""
@@ -109,6 +119,10 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
             f"a model directory, which method {self.method} needs",
         )  # fmt: skip
         require(self.oracle is None or self.oracle.is_dir(), "oracle", str(self.oracle), "a model directory")
+        require(self.floor is None or self.floor.is_dir(), "floor", str(self.floor), "a model directory")
+        require(
+            self.floor is None or self.oracle is not None, "floor", str(self.floor), "unset without --oracle"
+        )  # fmt: skip
         require(bool(self.forget), "forget", self.forget, "rows of the run: an id, FIELD=VALUE, or a file")
         require(
             not kinds or self.microbatches % len(kinds) == 0, "microbatches", self.microbatches,

@@ -27,11 +27,10 @@ from jobs.unlearn.guard import GUARD, GUARDS, is_guarded, plain
 from jobs.unlearn.guarding import put_guard, told_of_guard
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import Asked, Hashes, Manifest, ledger_range, versions, weights_hash
-from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.neurons import NEURONS
-from jobs.unlearn.probe import probe
-from jobs.unlearn.probe_job import probability
+from jobs.unlearn.oracle import FLOOR, ORACLE
+from jobs.unlearn.probe import compare
 from jobs.unlearn.request import Request
 from jobs.unlearn.select import samples_of
 from jobs.unlearn.settings import MethodSettings, method_of
@@ -55,14 +54,10 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
     """The request, once what is told of it is measured and written: while the model before is still there."""
     put_guard(config, request)
     material, items = material_of(config, request), probed(request, config.evaluate_samples)
-    names = (probability(FORGET), probability(RETAIN), FORGET, RETAIN)
     start, model = config.out / "start", config.out / "model"
     folders = {"before": config.run / "model" if is_guarded(config.run / "model") else start, "after": model}
-    folders |= {} if config.oracle is None else {"oracle": config.oracle}
-    found: dict[str, Any] = {}
-    for which, folder in folders.items():
-        means = probe(folder, material, items, config.microbatch_size)
-        found[which] = {name: means[name] for name in names if name in means}
+    folders |= {which: path for which, path in ((ORACLE, config.oracle), (FLOOR, config.floor)) if path is not None}
+    found = compare(folders, material, items, config.microbatch_size, ORACLE if config.oracle is not None else None)
     copy = config.out / "data-after"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(config.run / "data", copy)

@@ -1,8 +1,11 @@
-"""How probable a model's answers are, measured layer by layer: no more of it than one layer is in memory at once."""
+"""What models say of rows, measured layer by layer: how probable the answers are, and how far two models are apart.
+
+No more of a model than one layer is in memory at once, and no more of what it says than some rows.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from jobs.unlearn.guard import Guard, plain
 from jobs.unlearn.material import Item, Material, stacked
+from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.probe_job import ProbeJob
 from jobs.unlearn.reference import ReferenceJob
 from jobs.unlearn.router import described
@@ -63,18 +67,52 @@ def question(labels: Tensor) -> Tensor:
     return counts.cumsum(dim=1) - counts.int() <= 0
 
 
+def divergence(kind: str) -> str:
+    """What the distance of a kind's rows from an oracle is called: KL(oracle || model) in nats, the mean over the
+    tokens of all answers."""
+    return f"{kind}_kl"
+
+
 def probe(folder: Path, material: Material, items: Sequence[Item], size: int) -> Mapping[str, float]:
     """The means of a ProbeJob's terms over `items`, `size` rows at a time, of the model in a directory. Raises
     ModelError."""
+    return compare({"": folder}, material, items, size)[""]
+
+
+@torch.no_grad()
+def compare(
+    folders: Mapping[str, Path], material: Material, items: Sequence[Item], size: int, oracle: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Name -> what `probe` tells, of models that take the same rows side by side; with the name of an `oracle` among
+    them, the distance of each other one from it, too. Raises ModelError."""
     job = ProbeJob(microbatches=-(-len(items) // size), size=size, limit=len(items), material=material, items=items)
-    sums, totals = Counter[str](), Counter[str]()
+    totals, sums = Counter[str](), {which: defaultdict[str, float](float) for which in folders}
     parts = [stacked(material, part, Needs.INPUT | Needs.LOSS) for part in parts_of(items, size)]
     inputs, asked = [part["input_ids"] for part in parts], [question(part["labels"]) for part in parts]
-    for m, logits in enumerate(logits_of(folder, inputs, asked)):
-        found = job.loss(logits, job.batch(0, m, Needs.LOSS))
-        sums.update({term: float(value) for term, value in found.items()})
-        totals.update(job.counts(0, m))
-    return {term: sums[term] / totals[term] for term in totals}
+    streams = {which: logits_of(folder, inputs, asked) for which, folder in folders.items()}
+    for m in range(len(inputs)):
+        batch, counts = job.batch(0, m, Needs.LOSS), job.counts(0, m)
+        totals.update(counts)
+        said = {which: next(stream) for which, stream in streams.items()}
+        for which, logits in said.items():
+            found = {term: float(value) for term, value in job.loss(logits, batch).items()}
+            if oracle is not None and which != oracle:
+                found |= _apart(said[oracle], logits, batch["labels"], batch["forget"])
+            for term, value in found.items():
+                sums[which][term] += value
+        if oracle is not None:
+            totals.update({divergence(kind): counts[kind] for kind in (FORGET, RETAIN) if kind in counts})
+    return {which: {term: found[term] / totals[term] for term in totals if term in found}
+            for which, found in sums.items()}  # fmt: skip
+
+
+def _apart(oracle: Tensor, model: Tensor, labels: Tensor, forget: Tensor) -> dict[str, float]:
+    """The sums of KL(oracle || model) over the tokens of the answers, a row at a time: a vocabulary may be large."""
+    found = dict.fromkeys((divergence(FORGET), divergence(RETAIN)), 0.0)
+    for row, mine in enumerate(labels != IGNORED):
+        p, q = (torch.log_softmax(logits[row][mine].double(), dim=-1) for logits in (oracle, model))
+        found[divergence(FORGET if forget[row] else RETAIN)] += float((p.exp() * (p - q)).sum())
+    return found
 
 
 def read_oracle(folder: Path, job: ReferenceJob) -> None:

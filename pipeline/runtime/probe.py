@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+READING = "reference"
+"""The point at which what an unlearning request reads of the model before is being computed."""
+
 
 class Probe(Protocol):
     """Called at named points of a step (forward, backward, reduce, commit, optimizer, ...): to inject faults."""
@@ -22,6 +25,18 @@ class Unprobed:
 
     def __call__(self, point: str, step: int, /) -> None:
         return None
+
+
+@dataclass
+class Reading:
+    """The probe of a step while something is read of a model, which is no step: one point, amid the forward work."""
+
+    probe: Probe
+    slowdown: float
+
+    def __call__(self, point: str, step: int, /) -> None:
+        if point == "forward":
+            self.probe(READING, step)
 
 
 @dataclass

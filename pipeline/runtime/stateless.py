@@ -23,9 +23,9 @@ from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine
 from pipeline.runtime.orders import Gradient, Loaded, Order
-from pipeline.runtime.probe import Probe, Unprobed
+from pipeline.runtime.probe import READING, Probe, Unprobed
 from pipeline.runtime.terms import StepTerms
-from pipeline.schedule.layout import TRAIN
+from pipeline.schedule.layout import EVALUATE, TRAIN
 from pipeline.schedule.ops import LOAD, B, F, Op, R
 from pipeline.schedule.work_units import BACKWARD, FORWARD
 from pipeline.state.host_store import HostStore
@@ -217,7 +217,8 @@ class StatelessWorker:
             for place, m in enumerate(order.microbatches):
                 self.catch_up()
                 if place == len(order.microbatches) // 2:
-                    self.probe("forward" if gradient is None else "backward", order.step)
+                    reading = order.job not in (TRAIN, EVALUATE)
+                    self.probe(READING if reading else "forward" if gradient is None else "backward", order.step)
                 took, out = self.forward(order, m) if gradient is None else self.backward(order, m, gradient)
                 if m not in order.skip:
                     sums = None if out.sums is None else {term: float(value) for term, value in out.sums.items()}
