@@ -145,7 +145,7 @@ def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
         return _train(config, as_json)
     if not (config.out / "model").is_dir():
         out = config.out / REPLAY
-        ids = "id:" + ",".join(row["id"] for row in request.rows)
+        ids = "digest:" + ",".join(row["digest"] for row in request.rows)
         replay(ReplayConfig(config.run, request.step, workers=config.workers, without=ids, out=out, json=as_json))
         shutil.copytree(out / "model", config.out / "model.tmp", dirs_exist_ok=True)
         os.replace(config.out / "model.tmp", config.out / "model")
@@ -162,6 +162,7 @@ def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dic
     report, manifest = read_report(config.out), config.out / MANIFEST
     values = {
         "generation": request.generation, "method": request.method, "goal": report["goal"], "rows": len(request.rows),
+        "never_trained_on": report["never_trained_on"],
         **{name: report[name] for name in ("before", "after", "oracle") if name in report},
         "manifest": str(manifest), "signature": str(config.out / SIGNATURE) if config.key else None,
         "model": str(config.run / "model"), "put_away": said,
@@ -172,10 +173,12 @@ def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dic
         found = report[which]
         return f"{which:<8} {found[probability(FORGET)]:>12.4f} {found[probability(RETAIN)]:>12.4f}"
 
+    noun, never = f"{report['noun']}s", report["never_trained_on"]
     lines = [
-        f"{len(request.rows):,} rows are forgotten by {request.method} ({report['goal']}): generation "
+        f"{len(request.rows):,} {noun} are forgotten by {request.method} ({report['goal']}): generation "
         f"{request.generation} of {str(config.run)!r}",
-        "probability of an answer   to forget      to keep",
+        *([f"{len(never):,} of them were in no step of the run, and have left its data alone"] if never else []),
+        f"{'probability of an answer' if noun == 'rows' else 'probability of a token':<27}to forget      to keep",
         *(" " * 15 + row(which) for which in ("before", "after", "oracle") if which in report),
         *said,
         *([KEPT_ELSEWHERE] if config.old_checkpoints == "shred" and said else []),

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 from jobs.author_questions import SAYS_NOTHING
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.files import CorpusError
-from jobs.row_data import ROWS, RowDataset
+from jobs.forgettable import Forgettable, open_forgettable
 from jobs.row_prepare import prepare_rows
 from jobs.rows import read_rows
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.method import ANCHOR, PAIR, TRACE
 from jobs.unlearn.request import Request, folder_of
-from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
+from jobs.unlearn.select import AUTO, described, parts_of, require_forgettable, rest_of, seen_parts, select
 from jobs.unlearn.settings import method_of
 from jobs.unlearn.weights import begin_with
 from pipeline.model.layered import LayeredModel
@@ -31,38 +31,40 @@ from recovery.generation import read_generation
 
 @dataclass(frozen=True)
 class Trained:
-    """The run that is to forget: its settings, its rows, the rows that its ledger has, and its newest checkpoint."""
+    """The run that is to forget: its settings, its rows, the parts of rows that its ledger has, and its newest
+    checkpoint."""
 
     config: TrainConfig
-    dataset: RowDataset
+    dataset: Forgettable
     seen: frozenset[int]
     saved: Path
     step: int
 
     @classmethod
     def read(cls, run: Path, config: TrainConfig, ledger: Iterable[Mapping[str, Any]]) -> Trained:
-        """Raises ConfigError for a run that has no rows or no checkpoint, CorpusError for damaged rows."""
-        require(
-            (run / "data" / ROWS).is_file(), "run", str(run),
-            "a run on rows of questions and answers: `unbroken train --data FILE.jsonl`",
-        )  # fmt: skip
-        dataset = RowDataset.open(run / "data")
+        """Raises ConfigError for a run that has no checkpoint, CorpusError for rows that are damaged or not known."""
+        dataset = open_forgettable(run / "data")
         found = checkpoint.find(run / "checkpoints", read_generation(run))
         if found.path is None or found.manifest is None:
             told = "".join(f"; {path.name} is skipped: {reason}" for path, reason in found.skipped)
             raise ConfigError(f"run is {str(run)!r}, which has no valid checkpoint to begin with{told}")
         step = int(found.manifest["extra"]["step"])
         lines = [line for line in ledger if line["step"] <= step]
-        return cls(config, dataset, seen_rows(dataset, lines), found.path, step)
+        return cls(config, dataset, seen_parts(dataset, lines), found.path, step)
 
 
 def choose(config: UnlearnConfig, trained: Trained) -> tuple[list[int], list[int]]:
     """The rows to forget and those to keep. Raises ConfigError, CorpusError."""
-    forget = select(trained.dataset, config.forget, "forget")
-    retain = rest_of(trained.dataset, forget, trained.seen)
+    dataset = trained.dataset
+    forget = select(dataset, config.forget, "forget")
+    retain = rest_of(dataset, forget, trained.seen)
     if config.retain != AUTO:
-        retain = select(trained.dataset, config.retain, "retain")
-    require_forgettable(trained.dataset, forget, retain, trained.seen, config.forget)
+        retain = select(dataset, config.retain, "retain")
+    require_forgettable(dataset, forget, retain, trained.seen, config.forget)
+    require(
+        dataset.questions or PAIR not in method_of(config).kinds, "method", config.method,
+        f"one without other answers: {dataset.noun}s have no questions",
+    )  # fmt: skip
     return forget, retain
 
 
@@ -70,6 +72,7 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     """Lay out the folder of a request, and keep the request there last of all. Raises ConfigError, CorpusError."""
     run, folder, kinds = config.run, folder_of(config.run, number), method_of(config).kinds
     forget, retain = choose(config, trained)
+    dataset, whole = trained.dataset, None if config.retain != AUTO else trained.seen
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("tokenizer", "model-config"):
@@ -86,8 +89,9 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
     begin_with(model, trained.saved, folder / "start", run / "tokenizer")
     return Request(
-        number, read_generation(run) + 1, trained.step, config.forget, config.method, tuple(forget), tuple(retain),
-        tuple(described(trained.dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
+        number, read_generation(run) + 1, trained.step, config.forget, config.method,
+        tuple(parts_of(dataset, forget, trained.seen)), tuple(parts_of(dataset, retain, whole)),
+        tuple(described(dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
     ).write(folder)  # fmt: skip
 
 

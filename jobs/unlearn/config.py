@@ -20,7 +20,9 @@ class RequestSettings:
     run: Path = Path("runs/default")
     """The run folder whose model is to forget."""
     forget: str = ""
-    """Rows to forget: an id, id:A,B, FIELD=VALUE (as author=NAME), a file of rows, or one with an id on each line."""
+    """Rows to forget: an id, id:A,B, FIELD=VALUE (as author=NAME), a file of rows, or one with an id on each line. Of a
+    run on text documents: a module or package of the standard library (asyncio, json.decoder), the path of a file, or a
+    file with such names or with the text itself."""
     retain: str = "auto"
     """Rows to keep, by which the model is held together: in the same ways, or auto for all others that it has seen."""
     idk: Path | None = None

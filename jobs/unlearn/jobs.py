@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from jobs.forgettable import open_forgettable
 from jobs.job import RunJob, Start
 from jobs.row_data import RowDataset
 from jobs.unlearn.config import UnlearnConfig
@@ -21,7 +22,7 @@ def material_of(config: UnlearnConfig, request: Request) -> Material:
     """The rows of a request. Raises CorpusError."""
     opened = {kind: RowDataset.open(config.out / kind) for kind in request.others}
     return Material(
-        RowDataset.open(config.run / "data"), request.forget, request.retain, config.seed, request.idk,
+        open_forgettable(config.run / "data"), request.forget, request.retain, config.seed, request.idk,
         {kind: (rows, len(rows.rows)) for kind, rows in opened.items()},
     )  # fmt: skip
 
@@ -85,5 +86,5 @@ def reference_job(config: UnlearnConfig, request: Request) -> ReferenceJob:
 def unlearn_fingerprint(config: UnlearnConfig) -> str:
     """A hash of what all rows of a request follow from."""
     request = Request.read(config.out)
-    known = (RowDataset.open(config.run / "data").fingerprint, request.forget, request.retain, request.idk)
+    known = (open_forgettable(config.run / "data").fingerprint, request.forget, request.retain, request.idk)
     return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()

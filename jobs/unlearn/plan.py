@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs.config import require
+from jobs.documents import DOCUMENTS
 from jobs.pipelines import require_layers
 from jobs.plan import Plan, Progress, find_start, planned
 from jobs.resume import check_resumed
@@ -35,9 +36,11 @@ def make_unlearn_plan(
     model = LayeredModel(shape, lora=config.lora(), depth=config.depth)
     if config.scheduler not in ("roundpipe", "skippipe"):
         require_layers(config, model.num_layers)
+    text = (config.run / "data" / DOCUMENTS).is_file()
+    told = f"parts of {len(request.rows):,} documents" if text else "rows"
     said.append(
-        f"{len(request.forget):,} rows to forget, {len(request.retain):,} to keep; {method.name}: {method.goal}, "
-        f"{config.steps:,} steps, {config.rows_per_step:,} rows to forget in each"
+        f"{len(request.forget):,} {told} to forget, {len(request.retain):,} to keep; {method.name}: {method.goal}, "
+        f"{config.steps:,} steps, {config.rows_per_step:,} {told} to forget in each"
     )
     job = reference_job(config, request)
     if job.wanted:
