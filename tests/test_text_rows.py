@@ -1,5 +1,5 @@
-"""Documents of packed text: where each lies, what is read of it, how it is named, and that nothing of it is left once it
-is erased. Compared with the texts themselves."""
+"""Documents of packed text: where each lies, what is read of it, how it is named, and that nothing is left of it once
+it is erased. Compared with the texts themselves."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ CASES = st.tuples(
 )  # fmt: skip
 
 
-def case(
-    folder: str | Path, drawn: tuple[list[str], int, float, int | None], name: str = "one", **more: Any
-) -> Dataset:
+def case(folder: str, drawn: tuple[list[str], int, float, int | None], name: str = "one", **more: Any) -> Dataset:
     texts, seed, held_out, most = drawn
     long = [*texts, "y" * 40, "z" * 30, "w" * 50]  # so that there is something to train on, and to hold out
     return make(Path(folder, name), long, seed=seed, held_out=held_out, max_tokens=most, **more)
@@ -210,9 +208,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> TextRows:
     (folder / "own.txt").write_text("What one's own text says. " * 9)
     (folder / "two.jsonl").write_text("".join(json.dumps({"text": f"line {i} " * 9}) + "\n" for i in range(2)))
     corpus = documents(f"stdlib,{folder}/own.txt,{folder}/two.jsonl")
-    order = [
-        i for i in range(len(corpus)) if corpus.about(i)[0].split(".")[0] in ("asyncio", "json", "bisect", "keyword")
-    ]
+    some = {"asyncio", "json", "bisect", "keyword"}
+    order = [i for i in range(len(corpus)) if corpus.about(i)[0].split(".")[0] in some]
     order += [*range(len(corpus) - 3, len(corpus))]
 
     class Some:
@@ -319,7 +316,7 @@ def test_text_that_was_prepared_without_an_index_is_told_how_to_get_one(tmp_path
     texts = [f"{i} " * 20 for i in range(9)]
     before = make(tmp_path, texts)
     (tmp_path / "data" / DOCUMENTS).unlink()
-    with pytest.raises(CorpusError, match="does not tell which documents .* `unbroken train --resume` on the run"):
+    with pytest.raises(CorpusError, match=r"does not tell which documents .* `unbroken train --resume` on the run"):
         TextRows.open(tmp_path / "data")
     assert make(tmp_path, texts).fingerprint == before.fingerprint
     assert len(open_documents(tmp_path / "data")) >= 9
