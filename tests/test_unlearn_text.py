@@ -132,8 +132,8 @@ def test_a_document_is_forgotten_with_all_that_follows(
     unbroken("train", "--out", run, "--resume", "--change", "--steps", "23", "--json")
     assert Dataset.open(run / "data").fingerprint == after.fingerprint
     assert "nothing that was forgotten is left" in unbroken("audit", run).output
-    equal = values(unbroken("replay", run, "--since", "18", "--workers", "1", "--json"))
-    assert (equal["equal"], equal["from"], equal["step"]) == (True, 16, 23), "an audit of the steps after it"
+    equal = values(unbroken("replay", run, "--workers", "1", "--json"))
+    assert (equal["equal"], equal["from"], equal["step"]) == (True, 22, 23), "an audit of a step after it"
     scored = values(unbroken("eval", "--model", run / "model", "--samples", "1000", "--json"))
     assert 0 < scored["tokens"] < scored["samples"] * LENGTH, "of what is held out, what is left"
 
