@@ -24,6 +24,7 @@ DOCUMENTS = "documents.jsonl"
 PLACES = np.dtype([("number", "<i8"), ("start", "<i8"), ("end", "<i8"), ("digest", "S16")])
 """Of a document: its number in the order of the seed, its tokens [start, end), and its digest. Without names it holds
 for everybody who has the same text."""
+_PIECE = 1 << 16
 
 
 def digest_of(text: str) -> str:
@@ -36,21 +37,26 @@ def places_of(
 ) -> np.ndarray:
     """The places [n] of documents whose tokens begin at `starts`, one after another, and were cut in two at
     `train_start`; of the first part those are left that `kept` has: number -> where it was moved to."""
-    ends, found = np.append(starts[1:], num_tokens), list[tuple[int, int, int, bytes]]()
-    for number, start in kept.items():
-        size = min(int(ends[number]), train_start) - int(starts[number])
-        found.append((number, start, start + size, digests[number]))
-    for number in range(int(np.searchsorted(ends, train_start, "right")), len(starts)):
-        found.append((number, max(int(starts[number]), train_start), int(ends[number]), digests[number]))
-    return np.array([place for place in found if place[1] < place[2]], PLACES)
+    ends, raw = np.append(starts[1:], num_tokens), np.array(digests, PLACES["digest"])
+    held = np.fromiter(kept, np.int64, len(kept))
+    trained = np.arange(int(np.searchsorted(ends, train_start, "right")), len(starts))
+    found = np.zeros(len(held) + len(trained), PLACES)
+    found["number"] = np.concatenate([held, trained])
+    moved = np.fromiter(kept.values(), np.int64, len(kept))
+    found["start"] = np.concatenate([moved, np.maximum(starts[trained], train_start)])
+    sizes = np.minimum(ends[held], train_start) - starts[held]
+    found["end"] = np.concatenate([moved + sizes, ends[trained]])
+    found["digest"] = raw[found["number"]]
+    return found[found["start"] < found["end"]]
 
 
 def infos_of(places: np.ndarray, corpus: Corpus, order: np.ndarray, forgotten: Set[str]) -> Iterator[RowInfo]:
     """What the lines say of documents of a corpus that was taken in this order."""
-    for index, (number, start, end, raw) in enumerate(places.tolist()):
-        name, fields = corpus.about(int(order[number]))
-        digest = _hex(raw)
-        yield RowInfo(index, name, digest, start, start, end, fields, blank=digest in forgotten)
+    for first in range(0, len(places), _PIECE):
+        for index, (number, start, end, raw) in enumerate(places[first : first + _PIECE].tolist(), first):
+            name, fields = corpus.about(int(order[number]))
+            digest = _hex(raw)
+            yield RowInfo(index, name, digest, start, start, end, fields, blank=digest in forgotten)
 
 
 def digests_of(places: np.ndarray) -> set[str]:
@@ -93,6 +99,8 @@ def has_forgotten(folder: Path, digests: Set[str]) -> bool:
     Raises CorpusError where what it tells cannot be read."""
     if not (folder / DOCUMENTS).is_file():
         return False
+    if not digests:
+        return not json.loads((folder / META).read_text(encoding="utf-8"))["blank"]
     documents = open_documents(folder)
     return {each.digest for each in documents if each.blank} == digests & {each.digest for each in documents}
 

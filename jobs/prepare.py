@@ -109,9 +109,9 @@ def prepare(
                 unfinished[TOKENS], corpus, order, tokenizer, settings, require_batch, report, forgotten
             )
             require_batch(meta["num_tokens"], meta["train_start"])
-            infos = list(infos_of(places, corpus, order, forgotten))
-            write_lines(unfinished[DOCUMENTS], (info.line() for info in infos))
-            meta = with_blank(meta, infos, unfinished[TOKENS])
+            infos, gone = infos_of(places, corpus, order, forgotten), list[RowInfo]()
+            write_lines(unfinished[DOCUMENTS], (_line(info, gone) for info in infos))
+            meta = with_blank(meta, gone, unfinished[TOKENS])
             if accept is not None:
                 accept(meta["fingerprint"])
             if cached is None:
@@ -165,6 +165,13 @@ def with_blank(meta: Mapping[str, Any], documents: Sequence[RowInfo], tokens: Pa
     blank(tokens, spans, meta)
     fingerprint = _fingerprint(tokens, (held, start, meta["sequence_length"], meta["seed"]), spans)
     return {**meta, "blank": spans, "fingerprint": fingerprint}
+
+
+def _line(info: RowInfo, gone: list[RowInfo]) -> str:
+    """What tells of a document; it is noted where it is blank."""
+    if info.blank:
+        gone.append(info)
+    return info.line()
 
 
 def _require_batch(spec: str, tokens: int, held: int, sequence_length: int, samples_per_step: int) -> None:

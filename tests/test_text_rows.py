@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,44 @@ def test_no_token_of_a_forgotten_document_is_left_anywhere_in_the_file(tmp_path:
         erase(twice.folder, {digest_of("Forget me please! " * 4)})
         assert raw not in (twice.folder / "tokens.bin").read_bytes()
         assert "Forget" not in (twice.folder / DOCUMENTS).read_text()
+
+
+class CrashError(Exception):
+    """Where a process dies."""
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_erasure_that_was_cut_off_is_ended_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    texts = [f"{i} " * 20 for i in range(9)]
+    first, second = {digest_of(texts[2]), digest_of(texts[5])}, {digest_of(texts[7])}
+    wanted = files(make(tmp_path / "w", texts, forgotten=first | second).folder)["tokens.bin"]
+    real, survived = getattr(os, call), 0
+    for number in range(20):
+        folder, calls = make(tmp_path / str(number), texts).folder, iter(range(100))
+
+        def dying(*args: Any, number: int = number, calls: Any = calls) -> Any:
+            if next(calls) == number:
+                raise CrashError
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, dying)
+            try:
+                erase(folder, first)
+                break
+            except CrashError:
+                survived += 1
+        if not (folder / "meta.json").exists():
+            with pytest.raises(CorpusError, match="if it was being erased from, erase again"):
+                TextRows.open(folder)
+        erase(folder, first)
+        erase(folder, second)
+        assert files(folder)["tokens.bin"] == wanted
+        assert len(Dataset.open(folder).blank) >= 2
+        assert text_fingerprint(Dataset.open(folder)) == Dataset.open(folder).fingerprint
+    assert survived >= (3 if call == "replace" else 5)
 
 
 def test_nobody_learns_what_stands_where_something_was(tmp_path: Path) -> None:
