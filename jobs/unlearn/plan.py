@@ -37,14 +37,14 @@ def make_unlearn_plan(
     if config.scheduler not in ("roundpipe", "skippipe"):
         require_layers(config, model.num_layers)
     text = (config.run / "data" / DOCUMENTS).is_file()
-    told = f"parts of {len(request.rows):,} documents" if text else "rows"
+    told, whose = ("parts", f" of {len(request.rows):,} documents") if text else ("rows", "")
     said.append(
-        f"{len(request.forget):,} {told} to forget, {len(request.retain):,} to keep; {method.name}: {method.goal}, "
-        f"{config.steps:,} steps, {config.rows_per_step:,} {told} to forget in each"
+        f"{len(request.forget):,} {told}{whose} to forget, {len(request.retain):,} to keep; {method.name}: "
+        f"{method.goal}, {config.steps:,} steps, {config.rows_per_step:,} {told} to forget in each"
     )
     job = reference_job(config, request)
     if job.wanted:
         size = needed_bytes(job, int(shape.vocab_size), model.hidden_size)
         kept = f"{in_words(size)} on the disk" if size else "one number each"
-        said.append(f"read of the model before: {len(job.wanted):,} rows, {kept}; no second model is held")
+        said.append(f"read of the model before: {len(job.wanted):,} {told}, {kept}; no second model is held")
     return planned(config, model, Path(config.model), found, len(probed(request, config.evaluate_samples)), said)
