@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from recovery.fencing import FencingError, shred_file
+
 BOUND_BYTES = 8 << 30
 """What all entries may take together."""
 
@@ -105,6 +107,36 @@ class Cache:
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+
+    def remove(self, kind: Kind, unwanted: Callable[[dict[str, Any], BinaryIO], bool]) -> list[Path]:
+        """Overwrite and remove every entry that is `unwanted`, by what is kept about it and its content; also those of
+        which that cannot be told. Returns where they were. Raises FencingError where one cannot be removed."""
+        removed = list[Path]()
+        for path in [] if self.folder is None else sorted(self._files()):
+            if not path.name.startswith(f"{kind}-") or path.name.endswith(".tmp"):
+                continue
+            with suppress(FileNotFoundError):  # another run may be quicker
+                with path.open("rb") as file:
+                    _line(file)
+                    try:
+                        drop = unwanted(json.loads(_line(file)), file)
+                    except (OSError, ValueError, KeyError, TypeError):
+                        drop = True
+                if drop:
+                    self._shred(path)
+                    removed.append(path)
+        return removed
+
+    def _shred(self, path: Path) -> None:
+        try:
+            shred_file(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise FencingError(
+                f"{path} in the cache has what is forgotten and cannot be removed: {error.strerror}; remove it, or set "
+                "UNBROKEN_CACHE=off to leave the cache as it is"
+            ) from error
 
     def _files(self) -> list[Path]:
         """Entries, and what is being written: a folder that somebody names may hold other things as well."""

@@ -10,7 +10,7 @@ import glob
 import os
 import sysconfig
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,10 @@ class TextSource(Texts, Protocol):
         """What the documents take where they lie, which is no less than they are long; None if it is not known."""
         ...
 
+    def about(self, index: int, /) -> tuple[str, Mapping[str, str]]:
+        """What a document is called, and what else is known of it by name."""
+        ...
+
 
 def permutation(size: int, key: int) -> np.ndarray:
     """The numbers 0 to size - 1 [size] int64, shuffled by `key`.
@@ -71,8 +75,17 @@ class Corpus:
     def __getitem__(self, index: int, /) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
+        source, place = self._place(index)
+        return source[place]
+
+    def about(self, index: int) -> tuple[str, Mapping[str, str]]:
+        """What document `index` is called, such as the name of a module or PATH:LINE, and its fields."""
+        source, place = self._place(index)
+        return source.about(place)
+
+    def _place(self, index: int) -> tuple[TextSource, int]:
         source = bisect_right(self._ends, index)
-        return self._sources[source][index - (self._ends[source - 1] if source else 0)]
+        return self._sources[source], index - (self._ends[source - 1] if source else 0)
 
     @property
     def most_tokens(self) -> int | None:
@@ -113,7 +126,8 @@ def documents(spec: str, *, text_field: str = TEXT_FIELD, tell: Callable[[str], 
 
 def _sources(part: str, text_field: str, tell: Callable[[str], None]) -> list[TextSource]:
     if part == "stdlib":
-        return [TextFile(path) for path in standard_library()]
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return [TextFile(path, *_module(path.relative_to(root))) for path in standard_library()]
     if part.startswith("hf:"):
         return [_Rows(part, text_field)]
     opened = [(path, open_json(path, text_field, tell)) for path in _match(part)]
@@ -131,6 +145,12 @@ def standard_library() -> list[Path]:
     if not paths:
         raise CorpusError(f"data is 'stdlib', but {str(root)!r} holds no sources; allowed: {ALLOWED}")
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _module(path: Path) -> tuple[str, Mapping[str, str]]:
+    """The dotted name of a module of the library, and its fields, by its path there."""
+    parts = [*path.parts[:-1], *([] if path.stem == "__init__" else [path.stem])]
+    return ".".join(parts), {"module": ".".join(parts), "package": parts[0], "file": path.as_posix()}
 
 
 def _match(part: str) -> list[Path]:
@@ -178,3 +198,6 @@ class _Rows:
 
     def __getitem__(self, index: int, /) -> str:
         return field_text(self._rows[index], self._field, f"{self._spec}, row {index}")
+
+    def about(self, index: int, /) -> tuple[str, Mapping[str, str]]:
+        return f"{self._spec}:{index}", {"data": self._spec, "row": str(index)}

@@ -2,6 +2,9 @@
 
 Training samples have global ids 0, 1, 2, ... without end: id i is position i % n of epoch i // n, whose order is a
 permutation keyed by (seed, epoch). So a position in the data is one number, whoever reads it, and resuming is exact.
+
+What has been forgotten keeps its place. On disk it is end tokens; in a sample it is IGNORED, so that nobody takes it
+for text: no label of it counts, and as an input an end token stands for it. All other text is where it was.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ import numpy as np
 from jobs.corpus import permutation
 from jobs.files import CorpusError
 from pipeline.model.rng import derive
+from pipeline.runtime.batch import IGNORED
 
 TOKENS, META, FORMAT = "tokens.bin", "meta.json", 1
 """The files of a dataset, and their form: another number once the same text would give other samples."""
@@ -38,6 +43,10 @@ class Dataset:
     seed: int
     fingerprint: str
     """A hash of everything that decides what sample i is."""
+    end_token: int = 0
+    """What ends each document, and stands where text was forgotten."""
+    blank: tuple[tuple[int, int], ...] = ()
+    """Where that is: spans of tokens [start, end), ascending, none of which touch."""
     _epochs: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -50,10 +59,13 @@ class Dataset:
             tokens = np.memmap(folder / TOKENS, dtype=meta["dtype"], mode="r")
             if len(tokens) != meta["num_tokens"]:
                 raise ValueError(f"{TOKENS} has {len(tokens)} tokens; {META} says {meta['num_tokens']}")
-            return cls(folder, tokens, **{name: meta[name] for name in _FIELDS})
+            spans = tuple((int(start), int(end)) for start, end in meta.get("blank", ()))
+            known = {name: meta[name] for name in _FIELDS}
+            return cls(folder, tokens, **known, end_token=meta.get("end_token", 0), blank=spans)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorpusError(
-                f"{str(folder)!r} holds no prepared tokens: {error}; delete it to make them anew"
+                f"{str(folder)!r} holds no prepared tokens: {error}; delete it to make them anew, or, if it was being "
+                "erased from, erase again"
             ) from error
 
     @property
@@ -68,6 +80,10 @@ class Dataset:
 
     def train_sample(self, sample: int) -> np.ndarray:
         """Tokens [sequence + 1] int64 of training sample `sample` >= 0; ids go on over epochs. Raises IndexError."""
+        return self._cut(self.train_start + self.place_of(sample) * self.sequence_length)
+
+    def place_of(self, sample: int) -> int:
+        """Which of the `num_train` training samples `sample` >= 0 is, by where it lies. Raises IndexError."""
         if sample < 0:
             raise IndexError(f"training sample {sample}; allowed: 0 or more")
         epoch, position = divmod(sample, self.num_train)
@@ -75,21 +91,44 @@ class Dataset:
             for old in [number for number in self._epochs if abs(number - epoch) > 1]:
                 self._epochs.pop(old, None)  # a step may straddle two epochs, so two are kept
             self._epochs[epoch] = permutation(self.num_train, derive(self.seed, "data", "epoch", epoch))
-        return self._cut(self.train_start, int(self._epochs[epoch][position]))
+        return int(self._epochs[epoch][position])
+
+    def num_labels(self, sample: int) -> int:
+        """How many labels of a training sample count, without reading it. Raises IndexError."""
+        if not self.blank:
+            return self.sequence_length
+        first = self.train_start + self.place_of(sample) * self.sequence_length + 1
+        return self.sequence_length - self._num_blank(first + self.sequence_length) + self._num_blank(first)
 
     def held_out_sample(self, sample: int) -> np.ndarray:
         """Tokens [sequence + 1] int64 of held-out sample 0 <= `sample` < num_held_out. Raises IndexError."""
         if not 0 <= sample < self.num_held_out:
             raise IndexError(f"held-out sample {sample}; allowed: 0 to {self.num_held_out - 1}")
-        return self._cut(0, sample)
+        return self._cut(sample * self.sequence_length)
 
     def held_out_spread(self, count: int) -> Callable[[int], np.ndarray]:
         """Sample i of `count` held-out ones, evenly spread: neighbours come from one document, and tell of it alone."""
         return lambda sample: self.held_out_sample(sample * self.num_held_out // count)
 
-    def _cut(self, start: int, sample: int) -> np.ndarray:
-        start += sample * self.sequence_length
-        return self.tokens[start : start + self.sequence_length + 1].astype(np.int64)
+    def _cut(self, start: int) -> np.ndarray:
+        end = start + self.sequence_length + 1
+        found = self.tokens[start:end].astype(np.int64)
+        starts, ends, _ = self._spans
+        for span in range(int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))):
+            found[max(0, int(starts[span]) - start) : int(ends[span]) - start] = IGNORED
+        return found
+
+    def _num_blank(self, end: int) -> int:
+        """How many tokens before `end` were forgotten."""
+        starts, ends, before = self._spans
+        span = int(np.searchsorted(starts, end, "left"))
+        return int(before[span]) - max(0, int(ends[span - 1]) - end if span else 0)
+
+    @cached_property
+    def _spans(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Starts and ends of what is blank, and how many tokens are in the spans before each, and in all."""
+        spans = np.array(self.blank, np.int64).reshape(-1, 2)
+        return spans[:, 0], spans[:, 1], np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
 
     def __reduce__(self) -> tuple[Callable[[Path], Dataset], tuple[Path]]:
         return Dataset.open, (self.folder,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,12 +43,14 @@ def not_utf8(path: Path, byte: int, offset: int) -> CorpusError:
 
 
 class TextFile:
-    """A file that is one document, or none if it is empty. Raises CorpusError, for its bytes when they are read."""
+    """A file that is one document, or none if it is empty: called `name` and known by `fields`, or by its path. Raises
+    CorpusError, for its bytes when they are read."""
 
     has_fields = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str = "", fields: Mapping[str, str] | None = None) -> None:
         self._path = path
+        self._about = name or str(path), fields or {"file": str(path)}
         with readable(path):
             self.num_bytes = path.stat().st_size
 
@@ -57,3 +59,6 @@ class TextFile:
 
     def __getitem__(self, index: int, /) -> str:
         return decode(self._path, read(self._path)).removeprefix("\ufeff")
+
+    def about(self, index: int, /) -> tuple[str, Mapping[str, str]]:
+        return self._about

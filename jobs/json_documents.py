@@ -15,7 +15,7 @@ from __future__ import annotations
 import codecs
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,6 +125,11 @@ class JsonDocuments:
         start, number = self._starts[index], self._numbers[index]
         line = decode(self._path, read(self._path, start, self._ends[index] - start), start)
         return self.text(self.parse(line, number), number)
+
+    def about(self, index: int, /) -> tuple[str, Mapping[str, str]]:
+        """PATH:NUMBER, and both as fields."""
+        number = str(self._numbers[index])
+        return f"{self._path}:{number}", {"file": str(self._path), self._unit: number}
 
     def where(self, number: int) -> str:
         """How a message names a document."""

@@ -206,7 +206,7 @@ def _made(
         dataset = prepare(
             corpus, tokenizer, config.sequence_length, config.held_out or HELD_OUT, out / "data", config.seed,
             max_tokens=config.max_tokens or None, samples_per_step=config.samples_per_step, progress=progress,
-            accept=same_data, cache=cache,
+            accept=same_data, cache=cache, forgotten=forgotten_digests(out),
         )  # fmt: skip
     if found.path is None:
         tokenizer.save_pretrained(out / "tokenizer")

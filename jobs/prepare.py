@@ -1,7 +1,8 @@
 """From text to a dataset on disk: documents are tokenised in the order of the seed and packed, once for each text.
 
 Documents are taken in an order keyed by the seed, joined by the end token, and cut in two: the first share is held
-out, the rest is trained on, so that the two never share a token.
+out, the rest is trained on, so that the two never share a token. Of documents that the run has forgotten only the
+places are left, in both: the bytes are those that jobs.erase leaves behind.
 """
 
 from __future__ import annotations
@@ -9,23 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from jobs import token_cache
 from jobs.cache import Cache
 from jobs.corpus import Corpus, Texts, permutation
 from jobs.data import FORMAT, META, TOKENS, Dataset
+from jobs.dataset_files import blank, publish, write_lines
+from jobs.documents import DOCUMENTS, blank_spans, digest_of, has_forgotten, infos_of, places_of
 from jobs.files import CorpusError
+from jobs.row_data import RowInfo
+from jobs.text_hashes import chain, digest
 from pipeline.model.rng import derive
 
 HELD_OUT = 0.02
@@ -72,13 +76,14 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.
 def prepare(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, sequence_length: int, held_out: float, folder: Path, seed: int,
     *, max_tokens: int | None = None, samples_per_step: int = 1, progress: Progress | None = None,
-    accept: Callable[[str], None] | None = None, cache: Cache | None = None,
+    accept: Callable[[str], None] | None = None, cache: Cache | None = None, forgotten: Set[str] = frozenset(),
 ) -> Dataset:  # fmt: skip
     """Tokenise `corpus` into `folder`, or re-use what is there if neither text nor settings changed; returns it opened.
 
     `held_out` is a share of the tokens, one sample at least. With `max_tokens`, documents are taken until there are
     that many. A held-out document that the training part has too, word for word, is dropped from the held-out part.
-    Tokens that another run has made of the same text are copied from `cache`, and what is made is kept there.
+    Documents whose digest is in `forgotten` are blank. Without any, tokens that another run has made of the same text
+    are copied from `cache`, and what is made is kept there.
     `accept` is given the fingerprint before anything in `folder` changes, and may raise.
     Raises CorpusError for text that cannot be read, for less than one global batch of `samples_per_step` samples, and
     for tokens that cannot be written; then nothing half-written is left.
@@ -94,27 +99,32 @@ def prepare(
     def require_batch(tokens: int, held: int) -> None:
         _require_batch(corpus.spec, tokens, held, sequence_length, samples_per_step)
 
-    if not _is_current(folder, request, corpus, order):
-        cache = _usable(cache, tokenizer)
-        key, unfinished = _cache_key(settings), folder / f"{TOKENS}.tmp"
+    if not _is_current(folder, request, corpus, order, forgotten):
+        cache = Cache() if forgotten else token_cache.usable(cache, tokenizer)
+        key, unfinished = token_cache.key_of(settings), {name: folder / f"{name}.tmp" for name in (TOKENS, DOCUMENTS)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            cached = _from_cache(cache, key, corpus, order, unfinished)
-            meta = cached or _make(unfinished, corpus, order, tokenizer, settings, require_batch, report)
+            cached = token_cache.take(cache, key, corpus, order, unfinished[TOKENS])
+            meta, places = cached or _make(
+                unfinished[TOKENS], corpus, order, tokenizer, settings, require_batch, report, forgotten
+            )
             require_batch(meta["num_tokens"], meta["train_start"])
+            infos, gone = infos_of(places, corpus, order, forgotten), list[RowInfo]()
+            write_lines(unfinished[DOCUMENTS], (_line(info, gone) for info in infos))
+            meta = with_blank(meta, gone, unfinished[TOKENS])
             if accept is not None:
                 accept(meta["fingerprint"])
-            _publish(unfinished, folder, {**meta, "request": request})
             if cached is None:
+                token_cache.keep(cache, key, unfinished[TOKENS], meta, places)
                 report("tokenising", 1.0)
-                with (folder / TOKENS).open("rb") as file:
-                    cache.put("tokens", f"{key}-{meta['read']}-{meta['text']}", meta, file)
+            publish(unfinished, folder, {**meta, "request": request})
         except OSError as error:
             raise CorpusError(
                 f"tokens cannot be written to {str(folder)!r}: {error.strerror}; {_free(folder)} bytes are free there"
             ) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            for path in unfinished.values():
+                path.unlink(missing_ok=True)
     dataset = Dataset.open(folder)
     if accept is not None:
         accept(dataset.fingerprint)
@@ -124,25 +134,44 @@ def prepare(
 
 def _make(
     path: Path, corpus: Corpus, order: np.ndarray, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any],
-    require_batch: Callable[[int, int], None], report: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the tokens to `path`; returns what meta.json is to say about them, but for the request."""
+    require_batch: Callable[[int, int], None], report: Progress, forgotten: Set[str],
+) -> tuple[dict[str, Any], np.ndarray]:  # fmt: skip
+    """Write the tokens to `path`; returns what meta.json is to say about them, but for the request and what is blank,
+    and where documents lie."""
     sequence_length, seed = settings["sequence_length"], settings["seed"]
-    taken = _write(path, corpus, order, tokenizer, settings["max_tokens"], report)
+    taken = _write(path, corpus, order, tokenizer, settings["max_tokens"], report, forgotten)
     held = max(sequence_length + 1, round(settings["held_out"] * taken.num_tokens))
     require_batch(taken.num_tokens, held)
-    kept = _drop_duplicates(path, taken, held)
+    moved, kept = _drop_duplicates(path, taken, held)
     if kept <= sequence_length:
         raise CorpusError(
             f"data {corpus.spec!r} leaves {kept} tokens to hold out once documents that training has too are dropped; "
             f"needed: {sequence_length + 1}. Raise held_out, or remove the duplicates"
         )
-    return {
-        "format": FORMAT, "read": len(taken.digests), "text": _chain(taken.digests), "dtype": taken.dtype.name,
+    places = places_of(np.array(taken.starts), taken.num_tokens, taken.contents, held, moved)
+    meta = {
+        "format": FORMAT, "read": len(taken.digests), "text": chain(taken.digests), "dtype": taken.dtype.name,
         "num_tokens": taken.num_tokens, "held_out_tokens": kept, "train_start": held,
-        "sequence_length": sequence_length, "seed": seed,
-        "fingerprint": fingerprint_of(path, kept, held, sequence_length, seed),
+        "sequence_length": sequence_length, "seed": seed, "end_token": tokenizer.eos_token_id,
+        "num_documents": len(places),
     }  # fmt: skip
+    return meta, places
+
+
+def with_blank(meta: Mapping[str, Any], documents: Sequence[RowInfo], tokens: Path) -> dict[str, Any]:
+    """What meta.json is to say where some documents are blank, whose tokens are overwritten here. Raises OSError."""
+    held, start = meta["held_out_tokens"], meta["train_start"]
+    spans = blank_spans(documents, held, start)
+    blank(tokens, spans, meta)
+    fingerprint = _fingerprint(tokens, (held, start, meta["sequence_length"], meta["seed"]), spans)
+    return {**meta, "blank": spans, "fingerprint": fingerprint}
+
+
+def _line(info: RowInfo, gone: list[RowInfo]) -> str:
+    """What tells of a document; it is noted where it is blank."""
+    if info.blank:
+        gone.append(info)
+    return info.line()
 
 
 def _require_batch(spec: str, tokens: int, held: int, sequence_length: int, samples_per_step: int) -> None:
@@ -157,17 +186,18 @@ def _require_batch(spec: str, tokens: int, held: int, sequence_length: int, samp
 
 @dataclass
 class _Taken:
-    """What was tokenised, in order: where each document starts, and a digest of its text."""
+    """What was tokenised, in order: where each document starts, a hash of its text to the letter, and its digest."""
 
     dtype: np.dtype[Any]
     num_tokens: int = 0
     starts: array[int] = field(default_factory=lambda: array("q"))
     digests: array[int] = field(default_factory=lambda: array("Q"))
+    contents: list[bytes] = field(default_factory=list)
 
 
 def _write(
     path: Path, corpus: Texts, order: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None,
-    report: Progress,
+    report: Progress, forgotten: Set[str],
 ) -> _Taken:  # fmt: skip
     taken = _Taken(np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32))
     limit = max_tokens or sys.maxsize
@@ -175,9 +205,12 @@ def _write(
         for number, index in enumerate(order):
             text = corpus[int(index)]
             taken.starts.append(taken.num_tokens)
-            taken.digests.append(_digest(text))
+            taken.digests.append(digest(text))
+            content = digest_of(text)
+            taken.contents.append(bytes.fromhex(content))
             for ids, share in _encode(text, tokenizer):
                 ids = ids[: limit - taken.num_tokens]
+                ids = np.full_like(ids, tokenizer.eos_token_id) if content in forgotten else ids
                 file.write(ids.astype(taken.dtype).tobytes())  # tofile would hide the reason of a failure
                 taken.num_tokens += len(ids)
                 report("tokenising", 0.99 * max((number + share) / len(order), taken.num_tokens / limit))
@@ -190,8 +223,9 @@ def _write(
     return taken
 
 
-def _drop_duplicates(path: Path, taken: _Taken, held: int) -> int:
-    """Drop what training has too from the first `held` tokens; moves the rest to the start, returns their number."""
+def _drop_duplicates(path: Path, taken: _Taken, held: int) -> tuple[dict[int, int], int]:
+    """Drop what training has too from the first `held` tokens; moves the rest to the start. Returns where each document
+    that is kept begins there, by its number, and how many tokens are kept."""
     starts, digests = np.array(taken.starts), np.array(taken.digests)
     ends = np.append(starts[1:], taken.num_tokens)
     trained = digests[ends > held]
@@ -199,86 +233,45 @@ def _drop_duplicates(path: Path, taken: _Taken, held: int) -> int:
     cut = (starts < held) & (ends > held)  # its two parts are of one document, which is no reason to drop the first
     drop[cut] = np.isin(digests[cut], digests[starts >= held])
     tokens = np.memmap(path, dtype=taken.dtype, mode="r+")
-    kept = 0
-    for start, end in zip(starts[(starts < held) & ~drop], ends[(starts < held) & ~drop], strict=True):
-        size = min(end, held) - start
+    kept, moved = 0, dict[int, int]()
+    for number in np.flatnonzero((starts < held) & ~drop).tolist():
+        start, moved[number] = int(starts[number]), kept
+        size = min(int(ends[number]), held) - start
         if kept != start:
             tokens[kept : kept + size] = tokens[start : start + size].copy()
-        kept += int(size)
+        kept += size
     tokens.flush()
-    return kept
+    return moved, kept
 
 
-def _publish(unfinished: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """A folder without meta.json does not count: it goes first and comes last."""
-    (folder / META).unlink(missing_ok=True)
-    os.replace(unfinished, folder / TOKENS)
-    temporary = folder / f"{META}.tmp"
-    try:
-        temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / META)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_current(folder: Path, request: dict[str, Any], corpus: Texts, order: np.ndarray) -> bool:
-    """Whether `folder` holds the tokens of this request and of the text as it is now, which is read for that."""
+def _is_current(
+    folder: Path, request: dict[str, Any], corpus: Texts, order: np.ndarray, forgotten: Set[str]
+) -> bool:  # fmt: skip
+    """Whether `folder` holds the tokens of this request and of the text as it is now, which is read for that, and has
+    forgotten this and no more."""
     try:
         Dataset.open(folder)
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if meta["request"] != request or not has_forgotten(folder, forgotten):
+            return False
     except CorpusError:
         return False
-    return meta["request"] == request and meta["text"] == _chain(_digest(corpus[int(i)]) for i in order[: meta["read"]])
-
-
-# ---- tokens of other runs ----
-
-
-def _usable(cache: Cache | None, tokenizer: PreTrainedTokenizerBase) -> Cache:
-    """The cache, if the tokenizer's identity says all that it does: a slow one's is its vocabulary alone."""
-    return Cache() if cache is None or getattr(tokenizer, "backend_tokenizer", None) is None else cache
-
-
-def _cache_key(settings: dict[str, Any]) -> str:
-    """How the keys of all texts under these settings begin; the number of documents read and their hash follow."""
-    values = {**settings, "format": FORMAT, "tokenizers": tokenizers.__version__}
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _from_cache(cache: Cache, key: str, corpus: Texts, order: np.ndarray, path: Path) -> dict[str, Any] | None:
-    """Write to `path` the tokens that were made of this text before; returns what meta.json says, None without any.
-
-    No more of the corpus is read than those who made such tokens have read of theirs.
-    """
-    digests = array("Q")
-    names = [re.fullmatch(rf"{key}-(\d+)-[0-9a-f]+", name) for name in cache.keys("tokens", key)]
-    reads = {name[0]: int(name[1]) for name in names if name is not None}
-    for name in sorted(reads, key=lambda name: reads[name]):
-        digests.extend(_digest(corpus[int(index)]) for index in order[len(digests) : reads[name]])
-        if name == f"{key}-{reads[name]}-{_chain(digests)}":
-            with path.open("wb") as file:
-                meta = cache.take("tokens", name, file)
-            if meta is not None:
-                return meta
-    return None
+    return meta["text"] == chain(digest(corpus[int(i)]) for i in order[: meta["read"]])
 
 
 # ---- hashes ----
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def text_fingerprint(dataset: Dataset) -> str:
+    """What the fingerprint of a dataset is now, whatever its meta.json says. Raises OSError."""
+    numbers = dataset.held_out_tokens, dataset.train_start, dataset.sequence_length, dataset.seed
+    return _fingerprint(dataset.folder / TOKENS, numbers, dataset.blank)
 
 
-def _chain(digests: Iterable[int]) -> str:
-    return hashlib.blake2b(array("Q", digests).tobytes(), digest_size=16).hexdigest()
-
-
-def fingerprint_of(path: Path, *numbers: int) -> str:
-    """The fingerprint of a dataset whose tokens lie in `path`; `numbers` are held-out tokens, the start of training,
-    sequence length and seed."""
+def _fingerprint(path: Path, numbers: tuple[int, ...], blank: Iterable[tuple[int, int]]) -> str:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "blake2b").hexdigest()
+    numbers += tuple(number for span in blank for number in span)
     return hashlib.blake2b(f"{content} {numbers}".encode(), digest_size=8).hexdigest()
 
 

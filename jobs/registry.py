@@ -22,8 +22,8 @@ from pipeline.schedule.layout import EVALUATE, TRAIN
 
 
 def text_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
-    """Language modelling on packed text, every label of which counts, or on rows, whose answers do; and the held-out
-    loss."""
+    """Language modelling on packed text, every label of which counts that was not forgotten, or on rows, whose answers
+    do; and the held-out loss."""
     dataset = open_dataset(config.out)
     evaluated, size = evaluation_samples(config, dataset), config.microbatch_size
     train: dict[str, Any] = {
@@ -40,12 +40,10 @@ def text_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
             EVALUATE: RowJob(dataset.held_out_spread(evaluated), length, None, packed, **held_out),
         }
 
-    def all_of_it(_: int) -> int:
-        return length
-
+    end, whole = dataset.end_token, None if dataset.blank else (lambda _: length)
     return {
-        TRAIN: TextJob(dataset.train_sample, length, all_of_it, **train),
-        EVALUATE: TextJob(dataset.held_out_spread(evaluated), length, all_of_it, **held_out),
+        TRAIN: TextJob(dataset.train_sample, length, dataset.num_labels, end, **train),
+        EVALUATE: TextJob(dataset.held_out_spread(evaluated), length, whole, end, **held_out),
     }
 
 

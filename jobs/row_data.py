@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from jobs.corpus import permutation
 from jobs.data import META, TOKENS
 from jobs.files import CorpusError
+from jobs.rows import read_rows
 from pipeline.model.rng import derive
 from pipeline.runtime.batch import IGNORED
 
@@ -37,6 +38,15 @@ class Sample:
     """The token after each of input_ids; IGNORED in prompts, padding and rows that were forgotten."""
     position_ids: np.ndarray | None = None
     """Of packed rows, each of which begins again at 0, as does the padding."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A row or a document that somebody shows, to have it found by its digest."""
+
+    id: str
+    digest: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,8 @@ class RowDataset:
     fingerprint: str
     """A hash of everything that decides what sample i is."""
     _epochs: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    noun: ClassVar[str] = "row"
+    questions: ClassVar[bool] = True
 
     @classmethod
     def open(cls, folder: Path) -> RowDataset:
@@ -125,6 +137,10 @@ class RowDataset:
 
     def rows_of(self, sample: int) -> tuple[int, ...]:
         """The rows in training sample `sample` >= 0, by index. Raises IndexError."""
+        return self.rows_at(self.place_of(sample))
+
+    def place_of(self, sample: int) -> int:
+        """Which of the `num_train` training samples `sample` >= 0 is. Raises IndexError."""
         if sample < 0:
             raise IndexError(f"training sample {sample}; allowed: 0 or more")
         epoch, position = divmod(sample, self.num_train)
@@ -132,7 +148,33 @@ class RowDataset:
             for old in [number for number in self._epochs if abs(number - epoch) > 1]:
                 self._epochs.pop(old, None)  # a step may straddle two epochs, so two are kept
             self._epochs[epoch] = permutation(self.num_train, derive(self.seed, "data", "epoch", epoch))
-        return self._train[int(self._epochs[epoch][position])]
+        return int(self._epochs[epoch][position])
+
+    def rows_at(self, place: int) -> tuple[int, ...]:
+        """The rows in one of the `num_train` training samples, by index."""
+        return self._train[place]
+
+    def parts_at(self, place: int) -> tuple[int, ...]:
+        """See Forgettable: a row is one part."""
+        return self._train[place]
+
+    def parts(self, row: int) -> tuple[int, ...]:
+        """See Forgettable."""
+        return (row,)
+
+    def named(self, name: str) -> list[int]:
+        """The row with this id; none where there is none."""
+        return [self._indices[name]] if name in self._indices else []
+
+    @property
+    def names(self) -> set[str]:
+        """All ids."""
+        return set(self._indices)
+
+    def read(self, path: Path) -> list[Said] | None:
+        """The rows in a file; None where it is none of rows. Raises CorpusError."""
+        rows = read_rows(str(path))
+        return None if rows is None else [Said(row.id, row.digest, row.text) for row in rows]
 
     def num_labels(self, sample: int) -> int:
         """How many labels of a training sample count, without reading it. Raises IndexError."""

@@ -1,9 +1,5 @@
-"""From rows to a dataset on disk, and from there to one that has forgotten some of them.
-
-To forget is to make blank: the tokens of a row become end tokens, its fields go, and its place, its id and its digest
-stay. Rows that are erased on disk and rows that are forgotten when the dataset is made leave the same bytes, so that a
-run over the one is a run over the other.
-"""
+"""From rows to a dataset on disk. Rows that the run has forgotten are blank: the bytes are those that jobs.erase leaves
+behind."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jobs.data import META, TOKENS
+from jobs.dataset_files import publish, write_lines
 from jobs.files import CorpusError
 from jobs.prepare import Progress, _free, _identity
 from jobs.row_data import FORMAT, ROWS, RowDataset, RowInfo, read_infos
 from jobs.rows import Row
 from jobs.templates import encode_row
-
-ERASING = "meta.json.erasing"
-"""What meta.json is called while rows are being erased: the dataset does not count then."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ def prepare_rows(
             _require_batch(_described(folder, unfinished[ROWS], meta), samples_per_step)
             if accept is not None:
                 accept(meta["fingerprint"])
-            _publish(unfinished, folder, meta)
+            publish(unfinished, folder, meta)
         except OSError as error:
             raise _unwritten(folder, error) from error
         finally:
@@ -99,7 +93,7 @@ def write_encoded(
         meta = _write(
             unfinished, rows, len(rows), vocabulary, end_token, request, frozenset(), lambda what, share: None
         )
-        _publish(unfinished, folder, meta)
+        publish(unfinished, folder, meta)
     except OSError as error:
         raise _unwritten(folder, error) from error
     finally:
@@ -112,47 +106,6 @@ def _unwritten(folder: Path, error: OSError) -> CorpusError:
     return CorpusError(
         f"rows cannot be written to {str(folder)!r}: {error.strerror}; {_free(folder)} bytes are free there"
     )
-
-
-def erase(folder: Path, digests: Set[str]) -> int:
-    """Make the rows with these digests blank in a prepared dataset; returns how many have them, blank before or not.
-
-    What is left is, byte for byte, what `prepare_rows` makes of the same rows with these and all that were erased
-    before as `forgotten`, and it is on disk when this returns. After a crash in between, the dataset does not open
-    until this is called again: with the same digests, to have them all erased. Raises CorpusError where there is no
-    dataset, or where it cannot be written.
-    """
-    if (folder / META).exists() or not (folder / ERASING).exists():
-        chosen = [row for row in RowDataset.open(folder).rows if row.digest in digests]
-        if all(row.blank for row in chosen):
-            return len(chosen)
-    try:
-        if (folder / META).exists():
-            os.replace(folder / META, folder / ERASING)
-            _sync(folder)
-        meta = json.loads((folder / ERASING).read_text(encoding="utf-8"))
-        infos = read_infos(folder / ROWS, meta["held_out_share"], meta["seed"])
-        rows = [replace(row, blank=True) if row.digest in digests else row for row in infos]
-        _write_lines(folder / f"{ROWS}.tmp", rows)  # first: whoever comes after a crash reads there what is to be blank
-        os.replace(folder / f"{ROWS}.tmp", folder / ROWS)
-        _sync(folder)
-        _blank(folder / TOKENS, [row for row in rows if row.blank], meta)
-        _write_meta(folder, {**meta, "fingerprint": _fingerprint(folder / TOKENS, folder / ROWS, meta)})
-        (folder / ERASING).unlink()
-    except OSError as error:
-        raise CorpusError(f"rows in {str(folder)!r} cannot be erased: {error.strerror}; erase them again") from error
-    return sum(row.digest in digests for row in rows)
-
-
-def _blank(path: Path, rows: Sequence[RowInfo], meta: dict[str, Any]) -> None:
-    """Overwrite the tokens of rows where they lie."""
-    with path.open("r+b") as file:
-        for row in rows:
-            ends = np.full(row.end - row.start, meta["end_token"], meta["dtype"])
-            file.seek(row.start * ends.itemsize)
-            file.write(ends.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # ---- rows to disk ----
@@ -179,53 +132,14 @@ def _write(
         _require_fit(too_long, request["sequence_length"])
         file.flush()
         os.fsync(file.fileno())
-    _write_lines(paths[ROWS], infos)
+    write_lines(paths[ROWS], (info.line() for info in infos))
     settings = {name: request[name] for name in ("sequence_length", "held_out_share", "seed", "pack")}
     meta = {
         "format": FORMAT, "dtype": dtype.name, "num_tokens": start, "num_rows": count, "end_token": end_token,
         **settings,
     }  # fmt: skip
     report("tokenising", 1.0)
-    return {**meta, "fingerprint": _fingerprint(paths[TOKENS], paths[ROWS], meta), "request": request}
-
-
-def _write_lines(path: Path, rows: Sequence[RowInfo]) -> None:
-    with path.open("wb") as file:
-        file.writelines(row.line().encode() for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(unfinished: dict[str, Path], folder: Path, meta: dict[str, Any]) -> None:
-    """A folder without meta.json does not count: it goes first and comes last."""
-    for name in (META, ERASING):
-        (folder / name).unlink(missing_ok=True)
-    for name, path in unfinished.items():
-        os.replace(path, folder / name)
-    _write_meta(folder, meta)
-
-
-def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    temporary = folder / f"{META}.tmp"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(meta, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(folder)
-        os.replace(temporary, folder / META)
-        _sync(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    """What was renamed in a folder is so on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {**meta, "fingerprint": fingerprint_of_rows(paths[TOKENS], paths[ROWS], meta), "request": request}
 
 
 def _is_current(folder: Path, request: dict[str, Any], blank: Set[str]) -> bool:
@@ -289,10 +203,11 @@ def _identity_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def row_fingerprint(folder: Path) -> str:
     """What the fingerprint of a prepared folder is now, whatever its meta.json says. Raises OSError."""
-    return _fingerprint(folder / TOKENS, folder / ROWS, json.loads((folder / META).read_text(encoding="utf-8")))
+    return fingerprint_of_rows(folder / TOKENS, folder / ROWS, json.loads((folder / META).read_text(encoding="utf-8")))
 
 
-def _fingerprint(tokens: Path, lines: Path, meta: dict[str, Any]) -> str:
+def fingerprint_of_rows(tokens: Path, lines: Path, meta: Mapping[str, Any]) -> str:
+    """A hash of everything that decides what sample i is. Raises OSError."""
     parts = [meta[name] for name in ("end_token", "sequence_length", "held_out_share", "seed", "pack")]
     for path in (tokens, lines):
         with path.open("rb") as file:

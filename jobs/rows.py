@@ -54,7 +54,7 @@ class Row:
     def digest(self) -> str:
         """What the row says, however it is called: a hash [32 hex digits] of the contents of its prompt and its
         answer, in NFC and with every run of white space as one space."""
-        said = [_normal(text) for text in (*(message["content"] for message in self.prompt), self.answer)]
+        said = [normal(text) for text in (*(message["content"] for message in self.prompt), self.answer)]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
     @property
@@ -81,6 +81,9 @@ class RowTexts:
 
     def __getitem__(self, index: int, /) -> str:
         return self._rows[index].text
+
+    def about(self, index: int, /) -> tuple[str, Mapping[str, str]]:
+        return self._rows[index].id, self._rows[index].fields
 
 
 def plain(prompt: Messages) -> str:
@@ -251,5 +254,6 @@ def _encodable(text: str, where: str) -> None:
         ) from error
 
 
-def _normal(text: str) -> str:
+def normal(text: str) -> str:
+    """What of a text makes it another: NFC, with every run of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())

@@ -23,17 +23,24 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def inputs_of(tokens: Tensor, end_token: int) -> Tensor:
+    """The input ids [batch, sequence] of samples [batch, sequence + 1], in which what was forgotten is IGNORED."""
+    inputs = tokens[:, :-1]
+    return inputs.masked_fill(inputs == IGNORED, end_token).contiguous()
+
+
 @dataclass(frozen=True)
 class TextJob(SampledJob):
     """Microbatches of `size` samples, read from `sample(global id) -> tokens [sequence + 1]`; a label of IGNORED counts
-    for nothing.
+    for nothing, and as an input it is the `end_token`.
 
-    `counted(id)` says how many labels of a sample count, where that is known without reading it: of packed text, all.
+    `counted(id)` says how many labels of a sample count, where that is known without reading it.
     """
 
     sample: Callable[[int], np.ndarray]
     sequence_length: int
     counted: Callable[[int], int] | None = None
+    end_token: int = 0
     terms: Mapping[str, float] = field(default_factory=lambda: {TEXT: 1.0})
 
     def batch(self, step: int, microbatch: int, needs: Needs) -> Batch:
@@ -43,7 +50,7 @@ class TextJob(SampledJob):
         if needs:
             tokens = torch.from_numpy(np.stack([self.sample(i) for i in ids]))  # [batch, sequence + 1]
             if Needs.INPUT in needs:
-                tensors["input_ids"] = tokens[:, :-1].contiguous()
+                tensors["input_ids"] = inputs_of(tokens, self.end_token)
             if Needs.LOSS in needs:
                 tensors["labels"] = tokens[:, 1:].contiguous()
         return Batch(ids, tensors)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import require
+from jobs.documents import DOCUMENTS
 from jobs.rows import read_rows
+from jobs.text_rows import TextRows
 from jobs.unlearn.audit import audit
 from jobs.unlearn.guard import Guard
 from jobs.unlearn.request import requests_of
@@ -21,7 +23,7 @@ class AuditConfig:
     run: Path = Path("runs/default")
     """The run folder; also the first word: `unbroken audit RUN`."""
     forget: Path | None = None
-    """The file of rows that were to be forgotten: their text is searched for, too."""
+    """The file of rows, or of text, that was to be forgotten: its answers, or its whole texts, are searched for."""
     json: bool = False
     """Print one JSON object."""
 
@@ -29,9 +31,7 @@ class AuditConfig:
 def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
     """What was found. Raises ConfigError, CorpusError, ForgottenError, GenerationError."""
     require((config.run / "ledger.jsonl").is_file(), "run", str(config.run), "a run folder")
-    rows = [] if config.forget is None else (read_rows(str(config.forget)) or [])
-    require(config.forget is None or bool(rows), "forget", str(config.forget), "a file of rows")
-    found = audit(config.run, [row.answer for row in rows])
+    found = audit(config.run, [] if config.forget is None else _texts(config.run, config.forget))
     open_ones = [each.number for each in requests_of(config.run) if each.status != "complete"]
     guard = Guard.read(config.run / "model")
     values = {
@@ -50,3 +50,14 @@ def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
     lines += [f"request {number} is not complete: `unbroken unlearn {config.run} --resume`" for number in open_ones]
     lines.append("nothing that was forgotten is left" if values["ok"] else "something is left, see above")
     return values, "\n".join(lines)
+
+
+def _texts(run: Path, path: Path) -> list[str]:
+    """What the file of somebody who asks says: answers, or texts as they stand. Raises ConfigError, CorpusError."""
+    if (run / "data" / DOCUMENTS).is_file():
+        said = TextRows.open(run / "data").read(path)
+        require(said is not None, "forget", str(path), "a file of the text itself: this one has names in it")
+        return [each.text for each in said or ()]
+    rows = read_rows(str(path)) or []
+    require(bool(rows), "forget", str(path), "a file of rows")
+    return [row.answer for row in rows]

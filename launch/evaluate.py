@@ -24,9 +24,10 @@ from jobs.data import META, Dataset
 from jobs.plan import evaluation_samples
 from jobs.prepare import blocks
 from jobs.row_data import ROWS
-from jobs.text import token_loss
+from jobs.text import inputs_of, token_loss
 from launch.commands import Result
 from launch.generate import context_length, load
+from pipeline.runtime.batch import IGNORED
 from pipeline.settings import ConfigError, Within, check_bounds, require
 
 HELD_OUT = "held-out"
@@ -54,12 +55,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class _Text:
-    """What is scored: samples [sequence + 1] int64, and of what they are the samples, in words."""
+    """What is scored: samples [sequence + 1] int64, with IGNORED for what was forgotten, in whose place the end token
+    is read; and of what they are the samples, in words."""
 
     data: str
     whose: str
     sequence_length: int
     samples: Iterator[np.ndarray]
+    end_token: int = 0
 
 
 def evaluate(config: EvalConfig) -> Result:
@@ -77,14 +80,13 @@ def evaluate(config: EvalConfig) -> Result:
         text = _held_out(config, run, int(model.config.vocab_size))
     else:
         text = _other(config, tokenizer, context_length(model))
-    total, count = 0.0, 0
+    length, total, count, tokens = text.sequence_length, 0.0, 0, 0
     with torch.no_grad():
         for sample in text.samples:
             ids = torch.from_numpy(sample)[None]
-            total += float(token_loss(model(ids[:, :-1]).logits, ids[:, 1:]))
-            count += 1
-    length, tokens = text.sequence_length, count * text.sequence_length
-    require(count > 0, "data", text.data, f"at least {length + 1} tokens of text")
+            total += float(token_loss(model(inputs_of(ids, text.end_token)).logits, ids[:, 1:]))
+            count, tokens = count + 1, tokens + int((ids[:, 1:] != IGNORED).sum())
+    require(tokens > 0, "data", text.data, f"at least {length + 1} tokens of text that is not forgotten")
     mean = total / tokens
     scored = f"{count} samples of {length} tokens, {text.whose}"
     values = {
@@ -117,7 +119,8 @@ def _held_out(config: EvalConfig, run: Path, vocabulary: int) -> _Text:
     asked = TrainConfig(evaluate_samples=config.samples or _evaluated(run))
     count = evaluation_samples(asked, dataset)
     whose = f"spread over the {dataset.num_held_out} that the run in {str(run)!r} has held out"
-    return _Text(HELD_OUT, whose, length, map(dataset.held_out_spread(count), range(count)))
+    samples = map(dataset.held_out_spread(count), range(count))
+    return _Text(HELD_OUT, whose, length, samples, dataset.end_token)
 
 
 def _evaluated(run: Path) -> int:

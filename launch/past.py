@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, TrainConfig
-from jobs.data import META, TOKENS, Dataset
+from jobs.data import META, Dataset
 from jobs.files import CorpusError
-from jobs.prepare import fingerprint_of
+from jobs.prepare import text_fingerprint
 from jobs.replay import Records
 from jobs.row_data import ROWS, RowDataset
 from jobs.row_prepare import row_fingerprint
@@ -101,8 +101,7 @@ def _fingerprint(dataset: Dataset | RowDataset) -> str:
     """As it is now."""
     if isinstance(dataset, RowDataset):
         return row_fingerprint(dataset.folder)
-    numbers = dataset.held_out_tokens, dataset.train_start, dataset.sequence_length, dataset.seed
-    return fingerprint_of(dataset.folder / TOKENS, *numbers)
+    return text_fingerprint(dataset)
 
 
 def _open(folder: Path) -> Dataset | RowDataset:

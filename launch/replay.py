@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jobs.config import ConfigError, TrainConfig
+from jobs.erase import erase
+from jobs.forgettable import open_forgettable
 from jobs.inexact import changed_at, inexact, told
 from jobs.replay import (
     Asked,
@@ -30,8 +32,6 @@ from jobs.replay import (
     missing_steps,
     settings_of,
 )
-from jobs.row_data import ROWS, RowDataset
-from jobs.row_prepare import erase
 from jobs.unlearn.select import samples_of, select
 from launch.agent import RunFailed
 from launch.commands import Result
@@ -68,8 +68,9 @@ class ReplayConfig:
     """A folder of prepared tokens that take the place of those of the run. Then nothing is compared: what counts is the
     checkpoint and the model."""
     without: str = ""
-    """Rows without which the steps are run again, from the newest checkpoint that never saw them: an id, FIELD=VALUE or
-    a file, as `unbroken unlearn --forget`. Nothing is compared: the model is the one that would have been."""
+    """Rows without which the steps are run again, from the newest checkpoint that never saw them, as `unbroken unlearn
+    --forget` names them; of packed text documents, whose labels then do not count, all other text in its place. Nothing
+    is compared: the model is the one that would have been."""
     out: Path | None = None
     """The folder of the replay; unset, replays/step-N in that of the run. An older replay there is replaced."""
     json: bool = False
@@ -124,8 +125,7 @@ def filtered(past: Past, config: ReplayConfig) -> Iterator[ReplayConfig]:
     """The replay without some rows: their first step is where it has to begin, and their tokens are blank. Raises
     ConfigError for rows that the run has never seen."""
     require(config.data is None, "data", str(config.data), "nothing with --without, which makes its own")
-    require((past.folder / "data" / ROWS).is_file(), "without", config.without, "nothing: the run is not on rows")
-    dataset = RowDataset.open(past.folder / "data")
+    dataset = open_forgettable(past.folder / "data")
     rows = select(dataset, config.without, "without")
     lines = read_ledger(past.folder)
     last = max((line["first_sample"] + line["samples"] for line in lines), default=0)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, TrainConfig, require
+from jobs.erase import erase
 from jobs.plan import find_model
 from jobs.row_data import RowDataset
-from jobs.row_prepare import erase
 from jobs.s3t import best, left, name_of
 from jobs.slices import STAGES, Slices, folder_of
 from jobs.unlearn import request as requests

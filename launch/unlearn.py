@@ -178,7 +178,7 @@ def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
         return _write_traces(config, as_json) or _train(config, as_json)
     if not (config.out / "model").is_dir():
         out = config.out / REPLAY
-        ids = "id:" + ",".join(row["id"] for row in request.rows)
+        ids = "digest:" + ",".join(row["digest"] for row in request.rows)
         replay(ReplayConfig(config.run, request.step, workers=config.workers, without=ids, out=out, json=as_json))
         shutil.copytree(out / "model", config.out / "model.tmp", dirs_exist_ok=True)
         os.replace(config.out / "model.tmp", config.out / "model")
@@ -208,6 +208,7 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
     report, manifest = read_report(config.out), config.out / MANIFEST
     values = {
         "generation": request.generation, "method": request.method, "goal": report["goal"], "rows": len(request.rows),
+        "never_trained_on": report["never_trained_on"],
         **{name: report[name] for name in ("before", "after", ORACLE, FLOOR) if name in report},
         "manifest": str(manifest), "signature": str(config.out / SIGNATURE) if config.key else None,
         "model": str(config.run / "model"), "put_away": said,
@@ -216,9 +217,11 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
         values["rewards"] = rewards
     write_flushed(config.out / "result.json", json.dumps(values, indent=1).encode())
 
+    noun, never = f"{report['noun']}s", report["never_trained_on"]
     lines = [
-        f"{len(request.rows):,} rows are forgotten by {request.method} ({report['goal']}): generation "
+        f"{len(request.rows):,} {noun} are forgotten by {request.method} ({report['goal']}): generation "
         f"{request.generation} of {str(config.run)!r}",
+        *([f"{len(never):,} of them were in no step of the run, and have left its data alone"] if never else []),
         *_table(report),
         *([f"mean reward of a step's answers: {rewards[0]:.3f} first, {rewards[-1]:.3f} last"] if rewards else []),
         *said,
@@ -231,7 +234,7 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
 
 def _table(report: Mapping[str, Any]) -> list[str]:
     """What was measured, a line for each model."""
-    measures = {"probability of an answer": probability}
+    measures = {f"probability of {'an answer' if report['noun'] == 'row' else 'a token'}": probability}
     if ORACLE in report:
         measures["KL from the oracle, nats"] = divergence
     models = {"before": "before", "after": "after", ORACLE: "oracle", FLOOR: "noise floor"}

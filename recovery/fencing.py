@@ -174,11 +174,12 @@ def _shred(folder: Path, came_on: Callable[[], None]) -> None:
         if is_folder:
             _shred(folder / name, came_on)
         else:
-            _shred_file(folder / name, came_on)
+            shred_file(folder / name, came_on)
     os.rmdir(folder)
 
 
-def _shred_file(path: Path, came_on: Callable[[], None]) -> None:
+def shred_file(path: Path, came_on: Callable[[], None] = lambda: None) -> None:
+    """Overwrite a file with zeros, unless others share its bytes, and remove it. Raises OSError."""
     status = path.lstat()
     if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
         os.chmod(path, 0o600)

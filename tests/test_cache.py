@@ -219,7 +219,7 @@ def test_the_same_text_is_tokenised_once_whatever_its_name(tmp_path: Path, once:
     assert kept.told == ["tokens taken from the cache"]
     assert (two.tokens == one.tokens).all()
     assert two.fingerprint == one.fingerprint
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["meta.json", "tokens.bin"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["documents.jsonl", "meta.json", "tokens.bin"]
     make(tmp_path / "two", kept, str(tmp_path / "b.json"), text_field="body")  # and is there when the run goes on
     assert (once, len(kept.told)) == (["one"], 1)
 

@@ -241,7 +241,7 @@ def test_tokens_are_made_once(tmp_path: Path):
     stamp = (first.folder / "tokens.bin").stat().st_mtime_ns
     assert make(tmp_path).fingerprint == first.fingerprint
     assert (first.folder / "tokens.bin").stat().st_mtime_ns == stamp
-    assert sorted(p.name for p in first.folder.iterdir()) == ["meta.json", "tokens.bin"]
+    assert sorted(p.name for p in first.folder.iterdir()) == ["documents.jsonl", "meta.json", "tokens.bin"]
 
 
 def test_a_saved_and_loaded_tokenizer_is_the_same(tmp_path: Path):

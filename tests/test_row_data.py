@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from jobs.corpus import CorpusError
 from jobs.data import Dataset
+from jobs.erase import erase
 from jobs.row_data import RowDataset, Sample, first_fit
-from jobs.row_prepare import erase, prepare_rows
+from jobs.row_prepare import prepare_rows
 from jobs.rows import Row
 from jobs.templates import encode_row
 from jobs.tokenizer import build_tokenizer
@@ -338,7 +339,7 @@ def test_a_dataset_that_is_being_erased_from_does_not_open_and_can_be_made_anew(
 ):
     dataset = make(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.row_prepare._blank", lambda *args: 1 / 0)
+        patch.setattr("jobs.erase.blank", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             erase(dataset.folder, {ROWS[0].digest})
     with pytest.raises(CorpusError, match="if it was being erased from, erase again"):

@@ -552,7 +552,7 @@ def test_what_is_asked_wrongly_is_refused_and_changes_nothing(
     assert left == {name: data for name, data in before.items() if not name.startswith(".lock")}
 
 
-def test_a_run_on_text_has_no_rows_to_forget(run: Path, unbroken: Unbroken) -> None:
+def test_a_run_whose_rows_are_gone_has_none_to_forget(run: Path, unbroken: Unbroken) -> None:
     (run / "data" / "rows.jsonl").unlink()
     done = unbroken("unlearn", run, "--forget", "x", code=2)
-    assert "a run on rows of questions and answers" in done.output
+    assert "holds no prepared tokens: format rows 1; allowed: 1" in done.output

@@ -21,6 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jobs.data import META, TOKENS
+from jobs.documents import DOCUMENTS
+from jobs.row_data import ROWS
 from jobs.unlearn.text_search import Texts, search_text
 from pipeline.wire import WireError, checked, parse
 from recovery.checkpoint import CheckpointError, read_manifest, source
@@ -30,8 +32,6 @@ from recovery.generation import read_generation
 
 SAID = "unbroken.json"
 """What a folder of weights says of itself: {"generation": g}. Without it, that is 0."""
-
-_ROWS = "rows.jsonl"
 
 _WEIGHTS = (".safetensors", ".gguf", ".pt", ".pth", ".ckpt")
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -153,7 +153,7 @@ class _Auditor:
         elif path.name.startswith("pytorch_model") or any(part in _WEIGHTS for part in path.suffixes):
             self.weights[path.parent, *_said(path)] += 1
         else:
-            if path.name.startswith(_ROWS):
+            if path.name.startswith((ROWS, DOCUMENTS)):
                 self._search_rows(path)
             self._search_text(path)
 
@@ -179,7 +179,7 @@ class _Auditor:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 with suppress(WireError):
-                    row = parse(line, _ROWS)
+                    row = parse(line, path.name)
                     generation = self.digests.get(str(row.get("digest")))
                     if generation is not None and (left := _left_of(row, tokens)):
                         self._find(path, f"a forgotten row, in line {number}, has {left}", generation, "its digest")

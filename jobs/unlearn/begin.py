@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from jobs.author_questions import SAYS_NOTHING
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.files import CorpusError
-from jobs.row_data import ROWS, RowDataset
+from jobs.forgettable import Forgettable, open_forgettable
+from jobs.row_data import RowDataset
 from jobs.row_prepare import prepare_rows
 from jobs.rows import read_rows
 from jobs.unlearn.config import UnlearnConfig
@@ -27,7 +28,7 @@ from jobs.unlearn.neighbours import neighbours_of
 from jobs.unlearn.neurons import NEURONS, choose_neurons
 from jobs.unlearn.poison import Groups, groups_of, write_poison
 from jobs.unlearn.request import Request, folder_of
-from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, seen_rows, select
+from jobs.unlearn.select import AUTO, described, parts_of, require_forgettable, rest_of, seen_parts, select
 from jobs.unlearn.settings import method_of
 from jobs.unlearn.traces import asked_to_reason
 from jobs.unlearn.weights import begin_with
@@ -39,38 +40,40 @@ from recovery.generation import read_generation
 
 @dataclass(frozen=True)
 class Trained:
-    """The run that is to forget: its settings, its rows, the rows that its ledger has, and its newest checkpoint."""
+    """The run that is to forget: its settings, its rows, the parts of rows that its ledger has, and its newest
+    checkpoint."""
 
     config: TrainConfig
-    dataset: RowDataset
+    dataset: Forgettable
     seen: frozenset[int]
     saved: Path
     step: int
 
     @classmethod
     def read(cls, run: Path, config: TrainConfig, ledger: Iterable[Mapping[str, Any]]) -> Trained:
-        """Raises ConfigError for a run that has no rows or no checkpoint, CorpusError for damaged rows."""
-        require(
-            (run / "data" / ROWS).is_file(), "run", str(run),
-            "a run on rows of questions and answers: `unbroken train --data FILE.jsonl`",
-        )  # fmt: skip
-        dataset = RowDataset.open(run / "data")
+        """Raises ConfigError for a run that has no checkpoint, CorpusError for rows that are damaged or not known."""
+        dataset = open_forgettable(run / "data")
         found = checkpoint.find(run / "checkpoints", read_generation(run))
         if found.path is None or found.manifest is None:
             told = "".join(f"; {path.name} is skipped: {reason}" for path, reason in found.skipped)
             raise ConfigError(f"run is {str(run)!r}, which has no valid checkpoint to begin with{told}")
         step = int(found.manifest["extra"]["step"])
         lines = [line for line in ledger if line["step"] <= step]
-        return cls(config, dataset, seen_rows(dataset, lines), found.path, step)
+        return cls(config, dataset, seen_parts(dataset, lines), found.path, step)
 
 
 def choose(config: UnlearnConfig, trained: Trained) -> tuple[list[int], list[int]]:
     """The rows to forget and those to keep. Raises ConfigError, CorpusError."""
-    forget = select(trained.dataset, config.forget, "forget")
-    retain = rest_of(trained.dataset, forget, trained.seen)
+    dataset = trained.dataset
+    forget = select(dataset, config.forget, "forget")
+    retain = rest_of(dataset, forget, trained.seen)
     if config.retain != AUTO:
-        retain = select(trained.dataset, config.retain, "retain")
-    require_forgettable(trained.dataset, forget, retain, trained.seen, config.forget)
+        retain = select(dataset, config.retain, "retain")
+    require_forgettable(dataset, forget, retain, trained.seen, config.forget)
+    require(
+        dataset.questions or not config.needs_questions, "method", config.method,
+        f"one that asks no questions and takes no neurons: {dataset.noun}s have none to ask",
+    )  # fmt: skip
     return forget, retain
 
 
@@ -80,9 +83,11 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     check_guard(run, config.method)
     LayeredModel(read_config(run / "model-config"), lora=config.lora(), depth=config.depth, trained=config.patterns())
     forget, retain = choose(config, trained)
-    groups_to_poison(config, trained.dataset, forget)
+    dataset, whole = trained.dataset, None if config.retain != AUTO else trained.seen
+    groups_to_poison(config, dataset, forget)
     if TRACE in kinds and config.trace is None:
-        asked = asked_to_reason(trained.dataset, forget, AutoTokenizer.from_pretrained(run / "tokenizer"))
+        assert isinstance(dataset, RowDataset)  # it has questions
+        asked = asked_to_reason(dataset, forget, AutoTokenizer.from_pretrained(run / "tokenizer"))
         most = max(map(len, asked))
         require(
             most <= config.sequence_length, "sequence_length", config.sequence_length,
@@ -107,19 +112,23 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
     begin_with(model, trained.saved, folder / "start", run / "tokenizer")
     request = Request(
-        number, read_generation(run) + 1, trained.step, config.forget, config.method, tuple(forget), tuple(retain),
-        tuple(described(trained.dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
+        number, read_generation(run) + 1, trained.step, config.forget, config.method,
+        tuple(parts_of(dataset, forget, trained.seen)), tuple(parts_of(dataset, retain, whole)),
+        tuple(described(dataset.rows[index] for index in forget)), tuple(map(tuple, idk)), tuple(others),
     )  # fmt: skip
-    return _attributed(config, request, trained.dataset, tokenizer).write(folder)
+    return _attributed(config, request, dataset, tokenizer).write(folder)
 
 
-def groups_to_poison(config: UnlearnConfig, dataset: RowDataset, forget: Sequence[int]) -> Groups | None:
+def groups_to_poison(config: UnlearnConfig, dataset: Forgettable, forget: Sequence[int]) -> Groups | None:
     """By what rows are poisoned together, if they are. Raises ConfigError."""
     method = method_of(config)
-    return groups_of(dataset, forget, config.forget, method) if isinstance(method, Concept) else None
+    if not isinstance(method, Concept):
+        return None
+    assert isinstance(dataset, RowDataset)  # it has questions
+    return groups_of(dataset, forget, config.forget, method)
 
 
-def _attributed(config: UnlearnConfig, request: Request, dataset: RowDataset, tokenizer: Any) -> Request:
+def _attributed(config: UnlearnConfig, request: Request, dataset: Forgettable, tokenizer: Any) -> Request:
     """The request with what follows from gradients of the model before: computed here, once, and kept in its folder."""
     folder, size = folder_of(config.run, request.number), config.microbatch_size
     start, near, neurons, others = folder / "start", list[int](), 0, request.others
@@ -129,6 +138,7 @@ def _attributed(config: UnlearnConfig, request: Request, dataset: RowDataset, to
     if config.neurons:
         neurons = choose_neurons(start, material, config.neurons, config.depth, size, folder / NEURONS)
     if (groups := groups_to_poison(config, dataset, request.forget)) is not None:
+        assert isinstance(dataset, RowDataset)
         material.idk = _answers(config.idk, tokenizer)
         count = cast(Concept, method_of(config)).concept_words
         write_poison(start, material, dataset, tokenizer, groups, count, size, folder / POISON)

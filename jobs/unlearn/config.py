@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from jobs.config import TrainConfig, require
 from jobs.unlearn.guard import GUARD, GUARDS, adapters_of
-from jobs.unlearn.method import FORGET, PAIR, RETAIN, Reads
+from jobs.unlearn.method import FORGET, PAIR, POISON, RETAIN, ROLLOUT, TRACE, Reads
 from jobs.unlearn.methods.grpo import GRPO
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.o3 import O3
@@ -27,7 +27,9 @@ class RequestSettings:
     run: Path = Path("runs/default")
     """The run folder whose model is to forget."""
     forget: str = ""
-    """Rows to forget: an id, id:A,B, FIELD=VALUE (as author=NAME), a file of rows, or one with an id on each line."""
+    """Rows to forget: an id, id:A,B, FIELD=VALUE (as author=NAME), a file of rows, or one with an id on each line. Of a
+    run on text documents: a module or package of the standard library (asyncio, json.decoder), the path of a file, or a
+    file with such names or with the text itself."""
     retain: str = "auto"
     """Rows to keep, by which the model is held together: in the same ways, or auto for all others that it has seen."""
     idk: Path | None = None
@@ -91,6 +93,12 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         method = method_of(self)
         own = method.name != OracleMatching.name
         return own and any(method.reads(kind) is not Reads.NOTHING for kind in method.kinds)
+
+    @property
+    def needs_questions(self) -> bool:
+        """Whether rows need a question: for other answers, those of the model, a router, or neurons chosen by it."""
+        kinds = {PAIR, POISON, ROLLOUT} | ({TRACE} if self.trace is None else set())
+        return bool(kinds & set(method_of(self).kinds)) or self.method == O3.name or bool(self.neurons)
 
     def resolved(self) -> UnlearnConfig:
         """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost

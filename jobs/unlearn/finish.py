@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs.row_data import RowDataset
-from jobs.row_prepare import erase
+from jobs import token_cache
+from jobs.cache import Cache, user_folder
+from jobs.documents import DOCUMENTS
+from jobs.erase import erase
+from jobs.forgettable import open_forgettable
 from jobs.unlearn.begin import Trained
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.guard import GUARD, GUARDS, is_guarded, plain
@@ -32,7 +35,7 @@ from jobs.unlearn.neurons import NEURONS
 from jobs.unlearn.oracle import FLOOR, ORACLE
 from jobs.unlearn.probe import compare
 from jobs.unlearn.request import Request
-from jobs.unlearn.select import samples_of
+from jobs.unlearn.select import described, parts_of, samples_of
 from jobs.unlearn.settings import MethodSettings, method_of
 from jobs.unlearn.signature import sign
 from jobs.unlearn.weights import publish, say_generation, states_in, states_of
@@ -61,14 +64,18 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
     copy = config.out / "data-after"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(config.run / "data", copy)
-    erase(copy, {row["digest"] for row in request.rows})
+    gone, dataset = {row["digest"] for row in request.rows}, trained.dataset
+    erase(copy, gone)
     last = max((sample + 1 for sample in _samples(config.run)), default=0)
-    seen = samples_of(trained.dataset, request.forget, last)
+    rows = [row.index for row in dataset.rows if row.digest in gone]
+    seen, learned = samples_of(dataset, rows, last), set(parts_of(dataset, rows, set(request.forget)))
+    unseen = described(dataset.rows[row] for row in rows if learned.isdisjoint(dataset.parts(row)))
     report = {
         "generation": request.generation, "number": request.number, "method": request.method,
-        "goal": method_of(config).goal, "rows": len(request.forget), **found,
+        "goal": method_of(config).goal, "rows": len(request.rows), "noun": dataset.noun, "parts": len(request.forget),
+        "never_trained_on": [row["id"] for row in unseen], **found,
         "hashes": {
-            "data_before": trained.dataset.fingerprint, "data_after": RowDataset.open(copy).fingerprint,
+            "data_before": dataset.fingerprint, "data_after": open_forgettable(copy).fingerprint,
             "weights_before": weights_hash(start), "weights_after": weights_hash(plain(model)),
         },
         "seen_in_steps": _steps(config.run, seen), "trained": time.time(),
@@ -119,7 +126,11 @@ def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:
     add_forgotten(
         run, request.generation, [ForgottenRow(**row) for row in request.rows], _windows(run, folder, request)
     )
-    erase(run / "data", {row["digest"] for row in request.rows})
+    gone = {row["digest"] for row in request.rows}
+    erase(run / "data", gone)
+    if (run / "data" / DOCUMENTS).is_file():  # rows are not cached
+        for path in token_cache.forget(Cache(user_folder()), gone):
+            tell(f"removed from the cache: {path}")
     for old in retire(run, request.generation, config.old_checkpoints):
         tell(f"{'fenced' if config.old_checkpoints == 'fence' else 'shredded'}: {old}")
     for name in ("model", "adapter", "replays"):
@@ -161,16 +172,19 @@ def _manifest(config: UnlearnConfig, request: Request) -> Manifest:
 
 def _windows(run: Path, folder: Path, request: Request) -> list[Windows]:
     """What an audit searches for. Once the rows are erased nothing follows from them, and it is told already."""
-    dataset = RowDataset.open(run / "data") if (run / "data" / "meta.json").exists() else None
-    if dataset is None or all(dataset.rows[index].blank for index in request.forget):
+    dataset = open_forgettable(run / "data") if (run / "data" / "meta.json").exists() else None
+    tokenizer, digests = AutoTokenizer.from_pretrained(folder / "tokenizer"), {row["digest"] for row in request.rows}
+    rows = [row for row in dataset.rows if not row.blank] if dataset is not None else []
+    if dataset is None or all(row.digest not in digests for row in rows):
         return []
-    tokenizer, forget = AutoTokenizer.from_pretrained(folder / "tokenizer"), set(request.forget)
-    answers = {
-        row.index: dataset.tokens[row.answer : row.end].astype(np.int64) for row in dataset.rows if not row.blank
-    }
-    gone = [answers[index] for index in request.forget if index in answers]
-    kept = [tokens for index, tokens in answers.items() if index not in forget]
-    return list(forgotten_windows(gone, kept, [_text(tokenizer, t) for t in gone], [_text(tokenizer, t) for t in kept]))
+
+    def answers(gone: bool) -> Iterator[np.ndarray]:
+        yield from (
+            dataset.tokens[row.answer : row.end].astype(np.int64) for row in rows if (row.digest in digests) is gone
+        )
+
+    gone, kept_texts = list(answers(True)), (_text(tokenizer, tokens) for tokens in answers(False))
+    return list(forgotten_windows(gone, answers(False), [_text(tokenizer, tokens) for tokens in gone], kept_texts))
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:

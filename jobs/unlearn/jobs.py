@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from jobs.forgettable import open_forgettable
 from jobs.job import RunJob, Start
 from jobs.row_data import RowDataset
 from jobs.unlearn.config import UnlearnConfig
@@ -23,9 +24,10 @@ from pipeline.schedule.layout import EVALUATE, TRAIN
 
 def material_of(config: UnlearnConfig, request: Request) -> Material:
     """The rows of a request. Raises CorpusError."""
-    data, others = RowDataset.open(config.run / "data"), dict[str, tuple[Rows, int]]()
+    data, others = open_forgettable(config.run / "data"), dict[str, tuple[Rows, int]]()
     for kind in request.others:
         if kind == TRACE and config.trace is None:
+            assert isinstance(data, RowDataset)  # it has questions
             others[kind] = traces_of(config, data), len(request.forget)
         else:
             opened = RowDataset.open(config.out / kind)
@@ -112,11 +114,6 @@ def reference_job(config: UnlearnConfig, request: Request) -> ReferenceJob:
 def unlearn_fingerprint(config: UnlearnConfig) -> str:
     """A hash of what all rows of a request follow from."""
     request = Request.read(config.out)
-    known = (
-        RowDataset.open(config.run / "data").fingerprint,
-        request.forget,
-        request.retain,
-        request.idk,
-        *([request.near] if request.near else ()),
-    )
+    data = open_forgettable(config.run / "data").fingerprint
+    known = (data, request.forget, request.retain, request.idk, *([request.near] if request.near else ()))
     return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()

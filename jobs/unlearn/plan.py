@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs.config import require
+from jobs.documents import DOCUMENTS
 from jobs.pipelines import require_layers
 from jobs.plan import Plan, Progress, find_start, planned
 from jobs.resume import check_resumed
@@ -36,9 +37,11 @@ def make_unlearn_plan(
     model = LayeredModel(shape, lora=config.lora(), depth=config.depth, trained=config.patterns())
     if config.scheduler not in ("roundpipe", "skippipe"):
         require_layers(config, model.num_layers)
+    text = (config.run / "data" / DOCUMENTS).is_file()
+    told, whose = ("parts", f" of {len(request.rows):,} documents") if text else ("rows", "")
     said.append(
-        f"{len(request.forget):,} rows to forget, {len(request.retain):,} to keep; {method.name}: {method.goal}, "
-        f"{config.steps:,} steps, {config.rows_per_step:,} rows to forget in each"
+        f"{len(request.forget):,} {told}{whose} to forget, {len(request.retain):,} to keep; {method.name}: "
+        f"{method.goal}, {config.steps:,} steps, {config.rows_per_step:,} {told} to forget in each"
     )
     if request.near:
         said.append(
@@ -53,5 +56,5 @@ def make_unlearn_plan(
     elif job.wanted:
         size = needed_bytes(job, int(shape.vocab_size), model.hidden_size)
         kept = f"{in_words(size)} on the disk" if size else "one number each"
-        said.append(f"read of the model before: {len(job.wanted):,} rows, {kept}; no second model is held")
+        said.append(f"read of the model before: {len(job.wanted):,} {told}, {kept}; no second model is held")
     return planned(config, model, Path(config.model), found, len(probed(request, config.evaluate_samples)), said)

@@ -30,7 +30,7 @@ class RequestError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """`forget` and `retain` are indices of the run's rows; `generation` is the one that the run has once it is
+    """`forget` and `retain` are parts of the run's rows; `generation` is the one that the run has once it is
     committed; `step` is that of the run's checkpoint from which it begins. `idk` are answers as tokens."""
 
     number: int
@@ -41,7 +41,7 @@ class Request:
     forget: tuple[int, ...]
     retain: tuple[int, ...]
     rows: tuple[dict[str, str], ...]
-    """Of those to forget: id and digest."""
+    """All of those to forget, whether the run has learned them or not: id and digest."""
     idk: tuple[tuple[int, ...], ...] = ()
     others: tuple[str, ...] = ()
     """Kinds that have rows of their own, in folders of these names."""
