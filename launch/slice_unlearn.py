@@ -134,7 +134,7 @@ def _measured(config: UnlearnConfig, request: Request, known: Slices, trained: T
     lines = read_jsonl(run / "ledger.jsonl", step=int, rows=list)
     report = {
         "generation": request.generation, "number": request.number, "method": request.method, "goal": S3T.goal,
-        "rows": len(request.forget), **found,
+        "rows": len(request.forget), "noun": RowDataset.noun, "never_trained_on": [], **found,
         "hashes": {
             "data_before": RowDataset.open(run / "data").fingerprint, "data_after": RowDataset.open(copy).fingerprint,
             "weights_before": weights_hash(run / "model"), "weights_after": weights_hash(folder / "model"),
