@@ -151,7 +151,7 @@ def test_the_papers_formula_and_setting() -> None:
 # ---- runs ----
 
 SIZES = (
-    "--sequence-length", "48", "--workers", "2", "--microbatches", "2", "--microbatch-size", "2", "--lora-rank", "2",
+    "--sequence-length", "64", "--workers", "2", "--microbatches", "2", "--microbatch-size", "2", "--lora-rank", "2",
     "--lr", "1e-2", "--threads", "1", "--evaluate-every", "0", "--sample-tokens", "0",
 )  # fmt: skip
 
@@ -339,7 +339,7 @@ def test_what_cannot_work_is_refused_before_anything_is_there(
     from launch.slices import slices
 
     values = {"slices": 2, "data": str(rows), "model": str(base), "out": tmp_path / "run", "lora_rank": 2,
-              "microbatches": 2, "microbatch_size": 2, "sequence_length": 48}  # fmt: skip
+              "microbatches": 2, "microbatch_size": 2, "sequence_length": 64}  # fmt: skip
     with pytest.raises(ConfigError, match=said):
         slices(SlicesConfig(**{**values, **changes}))
     assert not (tmp_path / "run").exists()
