@@ -27,7 +27,7 @@ class RequestSettings:
     retain: str = "auto"
     """Rows to keep, by which the model is held together: in the same ways, or auto for all others that it has seen."""
     idk: Path | None = None
-    """Answers that say nothing, one on each line, for dpo and idk; unset takes ours."""
+    """Answers that say nothing, one on each line, for dpo, idk and concept; unset takes ours."""
     trace: Path | None = None
     """Rows with a model's reasoning about what is to be forgotten, for r2mu."""
     anchor: Path | None = None
