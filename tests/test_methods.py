@@ -449,6 +449,7 @@ def test_defaults_are_the_published_ones() -> None:
         "ceu": {"skip_tokens": 1},
         "wga": {"weight_power": 1.0, "alpha": 1.0, "gamma": 1.0},
         "satimp": {"saturation_power": 5.0, "importance_power": 1.0, "alpha": 1.0, "gamma": 0.1},
+        "concept": {"concept_words": 5, "alpha": 1.0, "gamma": 1.0},
     }
     for name, options in published.items():
         method = make_method(name, {})

@@ -37,8 +37,9 @@ def integrated_gradients(
     folder: Path, material: Material, items: Sequence[Item], pad: int, size: int, steps: int = STEPS
 ) -> Tensor:
     """Of each row, what each of its input tokens adds to the log-likelihood of its answer against tokens `pad` alone:
-    [rows, sequence]. Their sum is the difference of the two log-likelihoods, but for what `steps` steps leave. `size`
-    points of the way are computed at a time. Raises ModelError."""
+    [rows, sequence]. Their sum is the difference of the two log-likelihoods, but for what `steps` steps leave: little,
+    unless the embedding of `pad` is zero, where an RMS norm is steep. `size` points of the way are computed at a time.
+    Raises ModelError."""
     ids = [stacked(material, part, Needs.INPUT)["input_ids"] for part in parts_of(items, size)]
     ends, begins = torch.cat(embedded(folder, ids)), torch.cat(embedded(folder, [torch.full_like(x, pad) for x in ids]))
     pieces = ((torch.arange(steps) + 0.5) / steps).split(size)

@@ -12,6 +12,7 @@ from jobs.resume import check_resumed
 from jobs.space import in_words
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.jobs import probed, reference_job
+from jobs.unlearn.method import POISON
 from jobs.unlearn.reference import needed_bytes
 from jobs.unlearn.request import Request
 from jobs.unlearn.settings import method_of
@@ -48,6 +49,8 @@ def make_unlearn_plan(
             f"{len(request.near):,} of the {len(request.retain):,} rows to keep are taken: the {config.neighbours:,} "
             "nearest ones of each row to forget"
         )
+    if POISON in request.others:
+        said.append(f"{len(request.forget):,} answers are poisoned: the words in which the concept lies are struck out")
     if request.neurons:
         said.append(f"{request.neurons:,} neurons of the blocks' MLPs are updated, and no other weight")
     job = reference_job(config, request)
