@@ -1,8 +1,8 @@
 """20 questions about one author are forgotten on-policy, 180 about others are kept: before, after the cold start alone,
-and after as many steps more with the model's own answers.
+and after a cold start and steps with the model's own answers.
 
-The cold start alone is method idk with the same number of steps, and grpo that goes on for as long as both together.
-What is known is measured twice: how probable the answers are, and how many of the model's own answers a judge rewards.
+What is known is measured twice: how probable the true answers are, and how many of the model's own answers a judge
+rewards in each step (1 in cold steps, whose answers say nothing).
 """
 
 from __future__ import annotations
