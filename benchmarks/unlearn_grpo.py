@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.unlearn_runs import FORGOTTEN, copied, material, probabilities, trained, unbroken
 
-SIZES = ("--microbatches", "8", "--microbatch-size", "8", "--evaluate-every", "0", "--checkpoint-every", "0", "--json")
-ANSWERS = ("--rollouts", "8", "--answer-tokens", "48")
+SIZES = ("--microbatches", "4", "--microbatch-size", "8", "--evaluate-every", "0", "--checkpoint-every", "0", "--json")
+ANSWERS = ("--rollouts", "8", "--answer-tokens", "32")
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--run", type=Path, help="a run that was trained before; else it is trained")
     parser.add_argument("--steps", type=int, default=150, help="of training")
-    parser.add_argument("--cold", type=int, default=6)
-    parser.add_argument("--on-policy", type=int, default=24)
+    parser.add_argument("--cold", type=int, default=5)
+    parser.add_argument("--on-policy", type=int, default=12)
     parser.add_argument("--lr", default="3e-4")
     parser.add_argument("--alpha", default="3")
     options = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
         tell("before", run / "model", [])
         common = ("--forget", FORGOTTEN, "--method", "grpo", *SIZES, *ANSWERS)
         common += ("--lr", options.lr, "--alpha", options.alpha, "--cold-steps", options.cold)
-        for which, steps in (("cold", options.cold), ("on-policy", options.cold + options.on_policy)):
+        for which, steps in (("on-policy", options.cold + options.on_policy), ("cold", options.cold)):
             copy = copied(run, f"{run.name}-{which}")
             told = unbroken("unlearn", copy, *common, "--steps", steps)
             tell(which, copy / "model", told["rewards"])
