@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.unlearn_runs import FORGOTTEN, copied, material, probabilities, trained, unbroken
 
-SIZES = ("--microbatches", "4", "--microbatch-size", "8", "--evaluate-every", "0", "--checkpoint-every", "0", "--json")
-ANSWERS = ("--rollouts", "8", "--answer-tokens", "32")
+SIZES = ("--microbatches", "8", "--microbatch-size", "8", "--evaluate-every", "0", "--checkpoint-every", "0", "--json")
+ANSWERS = ("--rollouts", "8", "--answer-tokens", "48")
 
 
 def main() -> None:
