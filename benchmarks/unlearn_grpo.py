@@ -1,8 +1,8 @@
 """20 questions about one author are forgotten on-policy, 180 about others are kept: before, after the cold start alone,
-and after as many steps more with the model's own answers.
+and after a cold start and steps with the model's own answers.
 
-The cold start alone is method idk with the same number of steps, and grpo that goes on for as long as both together.
-What is known is measured twice: how probable the answers are, and how many of the model's own answers a judge rewards.
+What is known is measured twice: how probable the true answers are, and how many of the model's own answers a judge
+rewards in each step (1 in cold steps, whose answers say nothing).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--run", type=Path, help="a run that was trained before; else it is trained")
     parser.add_argument("--steps", type=int, default=150, help="of training")
-    parser.add_argument("--cold", type=int, default=6)
-    parser.add_argument("--on-policy", type=int, default=24)
+    parser.add_argument("--cold", type=int, default=5)
+    parser.add_argument("--on-policy", type=int, default=12)
     parser.add_argument("--lr", default="3e-4")
     parser.add_argument("--alpha", default="3")
     options = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
         tell("before", run / "model", [])
         common = ("--forget", FORGOTTEN, "--method", "grpo", *SIZES, *ANSWERS)
         common += ("--lr", options.lr, "--alpha", options.alpha, "--cold-steps", options.cold)
-        for which, steps in (("cold", options.cold), ("on-policy", options.cold + options.on_policy)):
+        for which, steps in (("on-policy", options.cold + options.on_policy), ("cold", options.cold)):
             copy = copied(run, f"{run.name}-{which}")
             told = unbroken("unlearn", copy, *common, "--steps", steps)
             tell(which, copy / "model", told["rewards"])
