@@ -313,6 +313,13 @@ def test_what_names_nothing_is_refused(library: TextRows, tmp_path: Path, asked:
         select(library, asked.replace("OTHER", str(tmp_path / "other.txt")), "forget")
 
 
+def test_documents_that_say_the_same_are_forgotten_together(tmp_path: Path) -> None:
+    make(tmp_path, ["the same " * 9, *(f"{i} " * 20 for i in range(9)), "the  same\n" * 9])
+    view = TextRows.open(tmp_path / "data")
+    path = tmp_path / "texts.jsonl"
+    assert named(view, f"{path}:1") == named(view, f"{path}:11") == {f"{path}:1", f"{path}:11"}
+
+
 def test_what_was_forgotten_is_not_named_again(tmp_path: Path) -> None:
     make(tmp_path, [f"{i} " * 20 for i in range(9)])
     view = TextRows.open(tmp_path / "data")
