@@ -1,7 +1,7 @@
 """20 questions about one author are forgotten, 180 about others are kept, by each of some methods.
 
-Each method has the same budget: two weights of its terms are tried, and the one is taken that comes nearer to the goal
-by the probabilities of answers alone. That setting is shown, beside the exact replay, which is the oracle, and the
+Each method has the same budget: three settings are tried, and the one is taken that comes nearest to the goal by the
+probabilities of answers alone. That setting is shown, beside the exact replay, which is the oracle, and the
 noise floor, the distance of two models that never saw the rows. The methods that meet all of the goal then forget twice
 more, under two other seeds, which decide the order of rows.
 """
@@ -24,13 +24,18 @@ from benchmarks.unlearn_runs import forgotten, oracles, trained
 STEPS = 30
 ASKED = ("--steps", STEPS, "--lr", "5e-4", "--microbatches", 2)
 """Of every request: 10 rows to forget and 10 to keep in a step, at a learning rate that all methods share."""
-WEIGHTS = {
-    "npo": ("--alpha", "3", "10"), "wga": ("--alpha", "3", "10"), "undial": ("--alpha", "3", "10"),
-    "grad_diff": ("--alpha", "10", "30"), "simnpo": ("--gamma", "0.5", "2"), "satimp": ("--gamma", "1", "10"),
-    "kl_min": ("--alpha", "10", "30"), "pdu": ("--gamma", "0.01", "0.1"), "dpo": ("--alpha", "3", "10"),
-}  # fmt: skip
-"""Method -> the weight that is tried, and its two values."""
-MORE = {"pdu": ("--dual-warmup", "0")}
+TRIES = {
+    "npo": ("--alpha 3", "--alpha 5", "--alpha 10"),
+    "wga": ("--alpha 3", "--alpha 5", "--alpha 10"),
+    "undial": ("--alpha 3", "--alpha 10", "--alpha 3 --demotion 30"),
+    "grad_diff": ("--alpha 10", "--alpha 17", "--alpha 30"),
+    "simnpo": ("--gamma 0.5", "--gamma 2", "--gamma 8"),
+    "satimp": ("--gamma 1", "--gamma 10", "--gamma 40"),
+    "kl_min": ("--alpha 10", "--alpha 17", "--alpha 30"),
+    "pdu": ("--dual-warmup 0 --gamma 0.01", "--dual-warmup 0 --gamma 0.03", "--dual-warmup 0 --gamma 0.1"),
+    "dpo": ("--alpha 1", "--alpha 3", "--alpha 10"),
+}
+"""Method -> what is tried."""
 FORGET, RETAIN, FACTOR = 0.10, 0.90, 2.0
 """The goal: the probability of forgotten answers, that of kept ones, and KL on those in noise floors."""
 FIELDS = ("forget_probability", "retain_probability", "forget_kl", "retain_kl")
@@ -48,23 +53,16 @@ def meets(row: Row, floor: Row) -> bool:
 
 
 def measured(run: Path, method: str, settings: str, models: tuple[Path, Path], seed: int = 0) -> dict[str, Row]:
-    """Of each model that a request's report has, all that is told of it."""
-    asked = ("--method", method, *ASKED, *settings.split(), "--oracle", models[0], "--floor", models[1])
-    report = forgotten(run, method, *asked, "--seed", seed)
+    """Of each model that a request's report has, all that is told of it; kept beside the run."""
+    kept = run.parent / f"{method} {settings} {seed}.json"
+    if not kept.exists():
+        asked = ("--method", method, *ASKED, *settings.split(), "--oracle", models[0], "--floor", models[1])
+        kept.write_text(json.dumps(forgotten(run, method, *asked, "--seed", seed)))
+    report = json.loads(kept.read_text())
     found = {which: {field: report[which][field] for field in FIELDS if field in report[which]}
              for which in ("before", "after", "oracle", "floor")}  # fmt: skip
-    said(f"  {method} {settings} seed {seed}", found["after"])
+    said(f"  {method} {settings}, seed {seed}", found["after"])
     return found
-
-
-def tried(run: Path, method: str, models: tuple[Path, Path], kept: Path) -> list[dict[str, Any]]:
-    """Both settings of a method, and what each gives."""
-    if not kept.exists():
-        name, *values = WEIGHTS[method]
-        settings = [" ".join((name, value, *MORE.get(method, ()))) for value in values]
-        found = [{"settings": each, **measured(run, method, each, models)} for each in settings]
-        kept.write_text(json.dumps(found))
-    return json.loads(kept.read_text())
 
 
 def said(which: str, row: Row) -> None:
@@ -77,7 +75,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where runs are kept, and used again")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default=",".join(WEIGHTS))
+    parser.add_argument("--methods", default=",".join(TRIES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = options.folder or Path(name)
@@ -85,7 +83,7 @@ def main() -> None:
         models = oracles(run, options.steps)
         grid, rows, settings = dict[str, list[Row]](), dict[str, Row](), dict[str, str]()
         for method in options.methods.split(","):
-            grid[method] = tried(run, method, models, folder / f"grid-{method}.json")
+            grid[method] = [{"settings": each, **measured(run, method, each, models)} for each in TRIES[method]]
             taken = min(grid[method], key=lambda each: shortfall(each["after"]))
             settings[method] = taken["settings"]
             rows |= {which: taken[which] for which in ("before", "oracle", "floor")} | {method: taken["after"]}
