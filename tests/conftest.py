@@ -1,4 +1,7 @@
-"""One forkserver for the whole session, forked before any test has started a thread, and a check for leftovers."""
+"""One forkserver for the whole session, forked before any test has started a thread, and a check for leftovers.
+
+The process that hands out the tests to others (`-n 2`) runs none: it imports nothing, since they wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,31 +23,41 @@ os.environ["UNBROKEN_CACHE"] = tempfile.mkdtemp(prefix="unbroken-cache-")  # of 
 
 import psutil
 import pytest
-import torch
-from hypothesis import settings
 
-from jobs.config import TrainConfig
-from launch.forkserver import ForkServer
-from launch.warm import warm_up
-from tests.harness import entry
+if TYPE_CHECKING:
+    from launch.forkserver import ForkServer
 
-torch.set_num_threads(1)
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("tests")
+_FORKSERVER = pytest.StashKey["ForkServer"]()
 
-for _model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
-    warm_up(TrainConfig(model=_model))
-_FORKSERVER = ForkServer(entry)
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
+
+    from jobs.config import TrainConfig
+    from launch.forkserver import ForkServer
+    from launch.warm import warm_up
+    from tests.harness import entry
+
+    torch.set_num_threads(1)
+    settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+    settings.load_profile("tests")
+    for model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
+        warm_up(TrainConfig(model=model))
+    config.stash[_FORKSERVER] = ForkServer(entry)
 
 
 @pytest.fixture(scope="session")
-def forkserver() -> ForkServer:
+def forkserver(request: pytest.FixtureRequest) -> ForkServer:
     """Forks workers that run a function of tests.harness."""
-    return _FORKSERVER
+    return request.config.stash[_FORKSERVER]
 
 
-def pytest_unconfigure() -> None:
-    _FORKSERVER.close()
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _FORKSERVER in config.stash:
+        config.stash[_FORKSERVER].close()
     shutil.rmtree(os.environ["UNBROKEN_CACHE"], ignore_errors=True)
 
 
