@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
     from hypothesis import settings
 
+    import launch.unlearn  # noqa: F401  (what every command imports)
     from jobs.config import TrainConfig
     from launch.forkserver import ForkServer
     from launch.warm import warm_up

@@ -6,6 +6,7 @@ torch in one process; of the engine it uses the initial weights and the mask fun
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -85,6 +86,9 @@ class Outcome:
 
 def entry(payload: dict[str, Any]) -> int:
     """What a process forked from the forkserver does: run the command line, or be a worker of `run_workers`."""
+    if "call" in payload:  # a function of a test's own
+        module, _, name = payload["call"].partition(":")
+        return getattr(importlib.import_module(module), name)(payload)
     if "argv" in payload:
         return _command(payload["argv"], Path(payload["log"]))
     if "pool" in payload:

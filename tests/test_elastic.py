@@ -117,12 +117,13 @@ def test_a_machine_that_goes_and_comes_back(forkserver: ForkServer, tmp_path: Pa
         before = metrics(out)[-1]["step"]
         until(lambda: metrics(out)[-1]["step"] >= before + 5)
 
-    with _nodes(tmp_path, settings(out, *flags)) as nodes:
+    codes: dict[int, int] = {}
+    with _nodes(forkserver, tmp_path, settings(out, *flags), codes=codes) as nodes:
         _await_steps(out, 25)
         _end_family(nodes[1])
         until(lambda: of_size(2))
         goes_on()
-        with _nodes(tmp_path / "again", settings(out, *flags), ranks=(1,)) as (back,):
+        with _nodes(forkserver, tmp_path / "again", settings(out, *flags), ranks=(1,), codes=codes) as (back,):
             until(lambda: of_size(4))
             goes_on()
             before = len(events(out, "rolled_back")), len(events(out, "shrunk"))

@@ -15,7 +15,16 @@ import pytest
 @pytest.mark.timeout(150)
 def test_nothing_is_missing_and_nothing_is_left_after_random_kills() -> None:
     root = Path(__file__).parent.parent
-    command = [sys.executable, str(root / "benchmarks" / "soak.py"), "--minutes", "0.25", "--every", "0.5", "--seed", "5"]
+    command = [
+        sys.executable,
+        str(root / "benchmarks" / "soak.py"),
+        "--minutes",
+        "0.25",
+        "--every",
+        "0.5",
+        "--seed",
+        "5",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
