@@ -50,6 +50,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FORKSERVER] = ForkServer(entry)
 
 
+LONGEST = (
+    "test_recovery", "test_elastic", "test_train", "test_unlearn", "test_shard_runs", "test_soak", "test_pool",
+    "test_reroute", "test_parity", "test_unlearn_parity", "test_skip_engine", "test_footprint", "test_lora",
+)  # fmt: skip
+"""They begin first, so that no worker has one of them left when all others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # a stable sort
+
+
 @pytest.fixture(scope="session")
 def forkserver(request: pytest.FixtureRequest) -> ForkServer:
     """Forks workers that run a function of tests.harness."""

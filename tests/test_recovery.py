@@ -297,16 +297,15 @@ def test_every_kind_of_stage_is_lost_under_checkfree_plus(
 
 
 def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(
-    forkserver: ForkServer, tmp_path: Path
+    calm: dict[str, Path], tmp_path: Path
 ) -> None:
     """Each slot is an agent with one worker: torchrun starts nobody again; the weights are those of the calm run."""
     flags = ["--workers", "2", "--recovery", "checkpoint"]
-    train(forkserver, calm := tmp_path / "calm", *flags)
     out = tmp_path / "run"
     _under_torchrun(2, settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit"))
     assert [event["worker"] for event in events(out, "remedy")] == [1, 0]
     whole_ledger(out)
-    assert same_weights(out, calm)
+    assert same_weights(out, calm["line"])
 
 
 def _under_torchrun(workers: int, arguments: list[str]) -> None:

@@ -32,7 +32,9 @@ from recovery.generation import read_generation
 from tests.harness import Command, run_command
 
 Unbroken = Callable[..., Command]
-SMALL = ("--steps", "6", "--lr", "3e-3", "--checkpoint-every", "2", "--evaluate-every", "0")
+SMALL = (
+    "--steps", "6", "--lr", "3e-3", "--checkpoint-every", "2", "--evaluate-every", "0", "--evaluate-samples", "8",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
