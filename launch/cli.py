@@ -61,7 +61,7 @@ def _evaluate() -> tuple[type, Callable[[Any], Any]]:
 
 
 def _generate() -> tuple[type, Callable[[Any], Any]]:
-    from launch.commands import GenerateConfig, generate
+    from launch.generate import GenerateConfig, generate
 
     return GenerateConfig, generate
 
@@ -265,7 +265,6 @@ def configured(
     Raises ConfigError for what is no setting or does not fit, SystemExit after the help.
     """
     from launch.config import config_from_dict, toml_values
-    from launch.resume import kept_values
     from launch.words import given
 
     words, file = _take_config(list(arguments))
@@ -286,6 +285,8 @@ def configured(
     if base is not None:
         kept = base()(asked)
     elif asked.get("resume"):
+        from launch.resume import kept_values
+
         kept = kept_values(Path(asked.get("out", settings().out)))
     return config_from_dict(settings, {**kept, **asked})
 

@@ -1,4 +1,4 @@
-"""`unbroken generate | simulate | draw`: one dataclass of settings and one function each."""
+"""`unbroken simulate | draw`: one dataclass of settings and one function each. Without torch: it takes seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from launch.generate import continue_text
 from launch.run_folder import write_whole
 from pipeline import reading
 from pipeline.drawing.draw import svg
@@ -28,31 +27,6 @@ from schedulers import ENGINES, PLANNERS, num_spans, plan
 _MOST_WORKERS = 2**14
 Result = tuple[dict[str, Any], str]
 """What --json prints, and what a person reads."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Sample a continuation from an exported model."""
-
-    model: Path = Path("runs/default/model")
-    """A directory that a run exported, or any transformers model directory."""
-    prompt: str = "def "
-    """The text to go on from."""
-    tokens: Annotated[int, Within(1, 65536)] = 100
-    """Tokens to sample."""
-    temperature: Annotated[float, Within(0, 100)] = 0.8
-    """0 takes the likeliest token each time."""
-    seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
-    """The same seed samples the same text."""
-    json: bool = False
-    """Print one JSON object."""
-
-
-def generate(config: GenerateConfig) -> Result:
-    """A sampled text. Raises ConfigError."""
-    check_bounds(config)
-    result = continue_text(config.model, config.prompt, config.tokens, config.seed, config.temperature)
-    return {"prompt": result.prompt, "text": result.text}, result.text
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""A sampled continuation from an exported model, in this process, through plain transformers."""
+"""`unbroken generate`: a sampled continuation from an exported model, in this process, through plain transformers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import transformers
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from jobs.config import ConfigError
 from jobs.unlearn.guard import Guard, plain
+from launch.commands import Result
 from launch.guarded import put_on
+from pipeline.settings import Within, check_bounds
 
 DEFAULT_PROMPT = "def "
 
@@ -64,3 +67,28 @@ def continue_text(path: Path, prompt: str | None, tokens: int, seed: int, temper
             do_sample=temperature > 0, **({"temperature": temperature, "top_k": 40} if temperature > 0 else {}),
         )  # fmt: skip
     return Continuation(prompt, tokenizer.decode(out[0], skip_special_tokens=True))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sample a continuation from an exported model."""
+
+    model: Path = Path("runs/default/model")
+    """A directory that a run exported, or any transformers model directory."""
+    prompt: str = "def "
+    """The text to go on from."""
+    tokens: Annotated[int, Within(1, 65536)] = 100
+    """Tokens to sample."""
+    temperature: Annotated[float, Within(0, 100)] = 0.8
+    """0 takes the likeliest token each time."""
+    seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
+    """The same seed samples the same text."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def generate(config: GenerateConfig) -> Result:
+    """A sampled text. Raises ConfigError."""
+    check_bounds(config)
+    result = continue_text(config.model, config.prompt, config.tokens, config.seed, config.temperature)
+    return {"prompt": result.prompt, "text": result.text}, result.text

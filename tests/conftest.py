@@ -1,4 +1,7 @@
-"""One forkserver for the whole session, forked before any test has started a thread, and a check for leftovers."""
+"""One forkserver for the whole session, forked before any test has started a thread, and a check for leftovers.
+
+The process that hands out the tests to others (`-n 2`) runs none: it imports nothing, since they wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,31 +23,54 @@ os.environ["UNBROKEN_CACHE"] = tempfile.mkdtemp(prefix="unbroken-cache-")  # of 
 
 import psutil
 import pytest
-import torch
-from hypothesis import settings
 
-from jobs.config import TrainConfig
-from launch.forkserver import ForkServer
-from launch.warm import warm_up
-from tests.harness import entry
+if TYPE_CHECKING:
+    from launch.forkserver import ForkServer
 
-torch.set_num_threads(1)
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("tests")
+_FORKSERVER = pytest.StashKey["ForkServer"]()
 
-for _model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
-    warm_up(TrainConfig(model=_model, lora_rank=int(_model == "llama-tiny")))  # so that peft is there as well
-_FORKSERVER = ForkServer(entry)
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
+
+    import launch.unlearn  # noqa: F401  (what every command imports)
+    from jobs.config import TrainConfig
+    from launch.forkserver import ForkServer
+    from launch.warm import warm_up
+    from tests.harness import entry
+
+    torch.set_num_threads(1)
+    settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+    settings.load_profile("tests")
+    for model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
+        warm_up(TrainConfig(model=model, lora_rank=int(model == "llama-tiny")))  # so that peft is there as well
+    config.stash[_FORKSERVER] = ForkServer(entry)
+
+
+LONGEST = (
+    "test_recovery", "test_elastic", "test_train", "test_unlearn", "test_shard_runs", "test_soak", "test_pool",
+    "test_reroute", "test_parity", "test_unlearn_parity", "test_skip_engine", "test_footprint", "test_lora",
+)  # fmt: skip
+"""They begin first, so that no worker has one of them left when all others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))  # a stable sort
 
 
 @pytest.fixture(scope="session")
-def forkserver() -> ForkServer:
+def forkserver(request: pytest.FixtureRequest) -> ForkServer:
     """Forks workers that run a function of tests.harness."""
-    return _FORKSERVER
+    return request.config.stash[_FORKSERVER]
 
 
-def pytest_unconfigure() -> None:
-    _FORKSERVER.close()
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _FORKSERVER in config.stash:
+        config.stash[_FORKSERVER].close()
     shutil.rmtree(os.environ["UNBROKEN_CACHE"], ignore_errors=True)
 
 

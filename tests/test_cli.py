@@ -135,6 +135,12 @@ def launched(arguments: list[str], stdout: IO[str], **environment: str) -> subpr
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("arguments", [["simulate"], ["draw", "--help"], ["simulate", "--stages", "0"]])
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
+    program = f"import sys; from launch.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, check=False).returncode == 0
+
+
 # ---- mistakes in the line itself ----
 
 

@@ -27,15 +27,17 @@ from tests.test_recovery import (
 )
 
 STEPS = 160  # a worker that is started is there after some twenty
-SMALL = ["--steps", str(STEPS), "--checkpoint-every", "50", "--replicas", "2", "--exact-sums", "--workers"]
+SHORT = 80  # where nobody is awaited
+SMALL = ["--checkpoint-every", "50", "--replicas", "2", "--exact-sums", "--workers"]
 
 
 @pytest.fixture(scope="module")
-def calm(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of another size that nothing has happened to."""
-    out = tmp_path_factory.mktemp("calm") / "run"
-    train(forkserver, out, *SMALL, "2", "--replicas", "1")
-    return out
+def calm(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The runs of another size that nothing has happened to, by their steps."""
+    root = tmp_path_factory.mktemp("calm")
+    for steps in (STEPS, SHORT):
+        train(forkserver, root / str(steps), *SMALL, "2", "--replicas", "1", "--steps", str(steps))
+    return {steps: root / str(steps) for steps in (STEPS, SHORT)}
 
 
 def sizes(out: Path) -> list[int]:
@@ -43,10 +45,22 @@ def sizes(out: Path) -> list[int]:
 
 
 def test_a_run_that_shrinks_at_every_point_of_a_step_and_grows_is_bitwise_the_calm_run(
-    forkserver: ForkServer, calm: Path, tmp_path: Path
+    forkserver: ForkServer, calm: dict[int, Path], tmp_path: Path
 ) -> None:
     kills = ";".join(f"kill:worker={worker},step={8 + 30 * worker},at={at}" for worker, at in enumerate(POINTS))
-    flags = [*SMALL, "1:4", "--cooldown", "0", "--no-shift", "--migration-mib", "0", "--recovery", "replica"]
+    flags = [
+        *SMALL,
+        "1:4",
+        "--steps",
+        str(STEPS),
+        "--cooldown",
+        "0",
+        "--no-shift",
+        "--migration-mib",
+        "0",
+        "--recovery",
+        "replica",
+    ]
     done = train(forkserver, out := tmp_path / "run", *flags, "--inject", kills)
     assert done.output.count("was killed by SIGKILL") == len(POINTS)
     assert sizes(out).count(4) >= 3, "it has grown again"
@@ -54,46 +68,47 @@ def test_a_run_that_shrinks_at_every_point_of_a_step_and_grows_is_bitwise_the_ca
     assert not events(out, "rolled_back")
     assert len(metrics(out)) == STEPS, "a step was told twice or not at all"
     whole_ledger(out, STEPS)
-    assert same_weights(out, calm)
+    assert same_weights(out, calm[STEPS])
 
 
 def test_with_nobody_let_in_it_goes_on_smaller_and_with_nothing_lost(
-    forkserver: ForkServer, calm: Path, tmp_path: Path
+    forkserver: ForkServer, calm: dict[int, Path], tmp_path: Path
 ) -> None:
     kills = "kill:worker=3,step=30,at=commit;kill:worker=0,step=60,at=forward"
     out = tmp_path / "run"
-    train(forkserver, out, *SMALL, "2:4", "--cooldown", "3600", "--recovery", "checkpoint", "--inject", kills)
+    flags = [*SMALL, "2:4", "--steps", str(SHORT), "--cooldown", "3600", "--recovery", "checkpoint"]
+    train(forkserver, out, *flags, "--inject", kills)
     assert sizes(out) == [3, 2]
-    whole_ledger(out, STEPS)
-    assert same_weights(out, calm)
+    whole_ledger(out, SHORT)
+    assert same_weights(out, calm[SHORT])
 
 
 def test_layers_leave_a_worker_that_is_slow_and_the_run_is_bitwise_the_calm_run(
-    forkserver: ForkServer, calm: Path, tmp_path: Path
+    forkserver: ForkServer, calm: dict[int, Path], tmp_path: Path
 ) -> None:
-    flags = [*SMALL, "3:3", "--replicas", "1", "--cooldown", "0", "--inject", "slow:worker=1,step=20,factor=6"]
-    train(forkserver, out := tmp_path / "run", *flags)
+    flags = [*SMALL, "3:3", "--replicas", "1", "--steps", str(SHORT), "--cooldown", "0"]
+    train(forkserver, out := tmp_path / "run", *flags, "--inject", "slow:worker=1,step=20,factor=6")
     shifted = events(out, "shifted")
     assert "1" in shifted[0]["speeds"], shifted
     held = {place: len(spans) and sum(int(s.split(":")[1]) - int(s.split(":")[0]) for s in spans)
             for place, spans in shifted[0]["layers"].items()}  # fmt: skip
     assert held.get("1", 0) < max(held.values()), held
-    whole_ledger(out, STEPS)
-    assert same_weights(out, calm)
+    whole_ledger(out, SHORT)
+    assert same_weights(out, calm[SHORT])
 
 
 def test_too_few_workers_save_themselves_and_the_run_is_resumed(
-    forkserver: ForkServer, calm: Path, tmp_path: Path
+    forkserver: ForkServer, calm: dict[int, Path], tmp_path: Path
 ) -> None:
     kills = "kill:worker=3,step=20,at=backward;kill:worker=0,step=30,at=forward"
     out = tmp_path / "run"
-    flags = [*SMALL, "3:4", "--cooldown", "3600"]
+    flags = [*SMALL, "3:4", "--steps", str(SHORT), "--cooldown", "3600"]
     done = run_command(forkserver, out.with_suffix(".log"), *settings(out, *flags, "--inject", kills))
     assert done.code == 75, done.output
     assert "2 worker(s) are left, and 3 are the fewest: the run saves itself and stops" in done.output
     train(forkserver, out, *flags, "--resume")
-    whole_ledger(out, STEPS)
-    assert same_weights(out, calm)
+    whole_ledger(out, SHORT)
+    assert same_weights(out, calm[SHORT])
 
 
 @pytest.mark.timeout(150)
@@ -117,12 +132,13 @@ def test_a_machine_that_goes_and_comes_back(forkserver: ForkServer, tmp_path: Pa
         before = metrics(out)[-1]["step"]
         until(lambda: metrics(out)[-1]["step"] >= before + 5)
 
-    with _nodes(tmp_path, settings(out, *flags)) as nodes:
+    codes: dict[int, int] = {}
+    with _nodes(forkserver, tmp_path, settings(out, *flags), codes=codes) as nodes:
         _await_steps(out, 25)
         _end_family(nodes[1])
         until(lambda: of_size(2))
         goes_on()
-        with _nodes(tmp_path / "again", settings(out, *flags), ranks=(1,)) as (back,):
+        with _nodes(forkserver, tmp_path / "again", settings(out, *flags), ranks=(1,), codes=codes) as (back,):
             until(lambda: of_size(4))
             goes_on()
             before = len(events(out, "rolled_back")), len(events(out, "shrunk"))

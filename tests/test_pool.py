@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from launch.forkserver import ForkServer
 from recovery.pool import NoWorkerLeft
 from tests.harness import Outcome, Started, plain_training, run_command, run_pool
 from tests.test_parity import MODELS, check, settings
+from tests.test_recovery import TEXTS
 
 STEPS = 8
 
@@ -170,9 +172,9 @@ def test_bfloat16_and_many_small_spans(forkserver: ForkServer, tmp_path: Path) -
 def arguments(out: Path, *more: str) -> list[str]:
     return [
         "train", "--scheduler", "roundpipe", "--workers", "2", "--steps", "12", "--microbatches", "4",
-        "--microbatch-size", "2", "--sequence-length", "32", "--max-tokens", "40000", "--vocabulary", "300",
-        "--evaluate-samples", "10", "--evaluate-every", "6", "--checkpoint-every", "4", "--sample-tokens", "0",
-        "--device", "cpu", "--out", str(out), *more,
+        "--microbatch-size", "2", "--sequence-length", "32", "--data", TEXTS, "--max-tokens", "40000",
+        "--vocabulary", "300", "--evaluate-samples", "10", "--evaluate-every", "6",
+        "--checkpoint-every", "4", "--sample-tokens", "0", "--device", "cpu", "--out", str(out), *more,
     ]  # fmt: skip
 
 
@@ -184,11 +186,26 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture(scope="module")
+def whole(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of the run without failures, made once for the same flags."""
+    root = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def made(*flags: str) -> Path:
+        out = root / "-".join(["run", *flags])
+        done = run_command(forkserver, root / "log", *arguments(out, *flags))
+        assert done.code == 0, done.output
+        return out
+
+    return made
+
+
 @pytest.mark.parametrize("behind", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(forkserver: ForkServer, tmp_path: Path, behind: bool) -> None:
+def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(
+    forkserver: ForkServer, whole: Callable[..., Path], tmp_path: Path, behind: bool
+) -> None:
     flags = ["--optimizer-async"] if behind else []
-    whole = run_command(forkserver, tmp_path / "log", *arguments(tmp_path / "whole", *flags))
-    assert whole.code == 0, whole.output
     kills = ";".join(f"kill:worker={w},step=6,at=order" for w in range(2))
     lost = arguments(tmp_path / "lost", *flags, "--rule", "round_robin", "--max-failures", "0")
     ended = run_command(forkserver, tmp_path / "log", *lost, "--inject", kills)
@@ -196,7 +213,7 @@ def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(forkserver: ForkServer,
     assert "no worker is left" in ended.output
     again = run_command(forkserver, tmp_path / "log", *lost, "--resume")
     assert again.code == 0, again.output
-    assert equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "lost"))
+    assert equal(weights_of(whole(*flags)), weights_of(tmp_path / "lost"))
     metrics = [json.loads(line) for line in (tmp_path / "lost" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == list(range(1, 13))
     ledger = [json.loads(line) for line in (tmp_path / "lost" / "ledger.jsonl").read_text().splitlines()]
@@ -205,15 +222,15 @@ def test_a_run_is_lost_resumed_and_ends_in_the_same_bits(forkserver: ForkServer,
     assert (tmp_path / "lost" / "timeline.svg").is_file()
 
 
-def test_checkpoints_are_those_of_every_scheduler(forkserver: ForkServer, tmp_path: Path) -> None:
+def test_checkpoints_are_those_of_every_scheduler(
+    forkserver: ForkServer, whole: Callable[..., Path], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     for number, scheduler in enumerate(("roundpipe", "one_f_one_b", "roundpipe")):
         flags = arguments(out, "--scheduler", scheduler, "--steps", str(4 * (number + 1)))
         done = run_command(forkserver, tmp_path / "log", *flags, *(["--resume"] if number else []))
         assert done.code == 0, done.output
-    whole = run_command(forkserver, tmp_path / "log", *arguments(tmp_path / "whole", "--lr", "0.002"))
-    assert whole.code == 0, whole.output
-    ours, theirs = weights_of(out), weights_of(tmp_path / "whole")
+    ours, theirs = weights_of(out), weights_of(whole())
     # the rate's schedule depends on the steps that were asked for, so the weights are near and not the same
     assert all((ours[name] - theirs[name]).abs().max() < 0.05 for name in ours)
 

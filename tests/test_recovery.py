@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import signal
@@ -31,13 +32,15 @@ from tests.harness import Command, Started, run_command
 
 STEPS = 14
 POINTS = ("forward", "backward", "reduce", "commit", "optimizer")
+TEXTS = str(Path(email.__file__).with_name("*.py"))
+"""A few files of the library: to list all of it is a third of what it takes to start a run."""
 
 
 def settings(out: Path, *more: str) -> list[str]:
     return [
-        "train", "--model", "llama-tiny", "--tokenizer", "bytes", "--max-tokens", "60000", "--sequence-length", "32",
-        "--microbatch-size", "2", "--microbatches", "4", "--steps", str(STEPS), "--warmup", "4",
-        "--evaluate-every", "0", "--sample-tokens", "0", "--checkpoint-every", "5", "--deadline", "30",
+        "train", "--model", "llama-tiny", "--data", TEXTS, "--tokenizer", "bytes", "--max-tokens", "60000",
+        "--sequence-length", "32", "--microbatch-size", "2", "--microbatches", "4", "--steps", str(STEPS),
+        "--warmup", "4", "--evaluate-every", "0", "--sample-tokens", "0", "--checkpoint-every", "5", "--deadline", "30",
         "--threads", "1", "--out", str(out), *more,
     ]  # fmt: skip
 
@@ -294,16 +297,15 @@ def test_every_kind_of_stage_is_lost_under_checkfree_plus(
 
 
 def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(
-    forkserver: ForkServer, tmp_path: Path
+    calm: dict[str, Path], tmp_path: Path
 ) -> None:
     """Each slot is an agent with one worker: torchrun starts nobody again; the weights are those of the calm run."""
     flags = ["--workers", "2", "--recovery", "checkpoint"]
-    train(forkserver, calm := tmp_path / "calm", *flags)
     out = tmp_path / "run"
     _under_torchrun(2, settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit"))
     assert [event["worker"] for event in events(out, "remedy")] == [1, 0]
     whole_ledger(out)
-    assert same_weights(out, calm)
+    assert same_weights(out, calm["line"])
 
 
 def _under_torchrun(workers: int, arguments: list[str]) -> None:
@@ -336,7 +338,7 @@ def test_a_lost_machine_is_replaced_by_the_others(forkserver: ForkServer, tmp_pa
     out = tmp_path / "run"
     flags += ["--nodes", "2", "--store", f"127.0.0.1:{free_port()}", "--heartbeat", "2"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"] if torchrun else []
-    with _nodes(tmp_path, settings(out, *flags), launcher) as nodes:
+    with _nodes(forkserver, tmp_path, settings(out, *flags), launcher) as nodes:
         _await_steps(out, 8)
         _end_family(nodes[1])  # in no order and without a word, as when the power goes
         code = nodes[0].wait(60)
@@ -348,11 +350,11 @@ def test_a_lost_machine_is_replaced_by_the_others(forkserver: ForkServer, tmp_pa
     assert same_weights(out, calm)
 
 
-def test_the_loss_of_the_store_ends_every_machine_by_name(tmp_path: Path) -> None:
+def test_the_loss_of_the_store_ends_every_machine_by_name(forkserver: ForkServer, tmp_path: Path) -> None:
     """Node 0 hosts it. What is left is whole: a checkpoint that a run on any number of machines goes on from."""
     out = tmp_path / "run"
     flags = ["--workers", "2", "--steps", "100000", "--nodes", "2", "--store", f"127.0.0.1:{free_port()}"]
-    with _nodes(tmp_path, settings(out, *flags)) as nodes:
+    with _nodes(forkserver, tmp_path, settings(out, *flags)) as nodes:
         _await_steps(out, 8)
         family = psutil.Process(nodes[1].pid).children(recursive=True)
         _end_family(nodes[0])
@@ -364,34 +366,58 @@ def test_the_loss_of_the_store_ends_every_machine_by_name(tmp_path: Path) -> Non
     assert checkpoint.find(out / "checkpoints").path is not None
 
 
+class Node:
+    """One of the commands that `_nodes` has forked; `codes` keeps what the forkserver has told of any of them."""
+
+    def __init__(self, forkserver: ForkServer, codes: dict[int, int], argv: Sequence[str], log: Path) -> None:
+        self._forkserver, self._codes = forkserver, codes
+        self.pid = forkserver.start({"argv": list(argv), "log": str(log)})
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while self.pid not in self._codes:
+            assert time.monotonic() < deadline, f"not over after {timeout:g} s"
+            self._codes.update((ended.pid, ended.code) for ended in self._forkserver.poll(0.05))
+        return self._codes[self.pid]
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
 @contextmanager
 def _nodes(
-    folder: Path, arguments: list[str], launcher: Sequence[str] = (), ranks: Sequence[int] = (0, 1)
-) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The same command on two nodes, or one of them, each with a torchrun of its own if `launcher` is one."""
+    forkserver: ForkServer, folder: Path, arguments: list[str], launcher: Sequence[str] = (),
+    ranks: Sequence[int] = (0, 1), codes: dict[int, int] | None = None,
+) -> Iterator[list[Node | subprocess.Popen[bytes]]]:  # fmt: skip
+    """The same command on two nodes, or one of them, each with a torchrun of its own if `launcher` is one. Whoever
+    starts nodes while others run gives them the same `codes`."""
     folder.mkdir(exist_ok=True)
+    codes = {} if codes is None else codes
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
-        nodes: list[subprocess.Popen[bytes]] = []
+        nodes: list[Node | subprocess.Popen[bytes]] = []
         for rank in ranks:
-            log = stack.enter_context((folder / f"node{rank}.log").open("wb"))
-            more = ["--master-port", str(free_port())] if launcher else []
-            command = [sys.executable, *launcher, *more, "-m", "launch", *arguments, "--node-rank", str(rank)]
-            nodes.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=Path(__file__).parent.parent,
-                    start_new_session=True,
+            path, argv = folder / f"node{rank}.log", [*arguments, "--node-rank", str(rank)]
+            if launcher:
+                log = stack.enter_context(path.open("wb"))
+                command = [sys.executable, *launcher, "--master-port", str(free_port()), "-m", "launch", *argv]
+                nodes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        cwd=Path(__file__).parent.parent,
+                        start_new_session=True,
+                    )
                 )
-            )
+            else:
+                nodes.append(Node(forkserver, codes, argv, path))
             stack.callback(_end_family, nodes[-1])
         yield nodes
 
 
-def _end_family(process: subprocess.Popen[bytes]) -> None:
+def _end_family(process: Node | subprocess.Popen[bytes]) -> None:
     with suppress(psutil.NoSuchProcess):
         for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):

@@ -31,6 +31,7 @@ from pipeline.state.optimizer import learning_rate
 from recovery import checkpoint
 from tests.harness import Command, run_command
 from tests.test_checkpoint import flip, save
+from tests.test_recovery import TEXTS
 
 STEPS = 8
 
@@ -233,10 +234,10 @@ def test_tensors_are_compared_by_their_bytes() -> None:
 
 def train(forkserver: ForkServer, out: Path, *more: str) -> Path:
     done = run_command(
-        forkserver, out.with_suffix(".log"), "train", "--model", "llama-tiny", "--tokenizer", "bytes", "--max-tokens",
-        "60000", "--sequence-length", "32", "--microbatch-size", "2", "--microbatches", "4", "--steps", str(STEPS),
-        "--warmup", "2", "--evaluate-every", "0", "--sample-tokens", "0", "--checkpoint-every", "3", "--deadline", "30",
-        "--threads", "1", "--out", str(out), *more,
+        forkserver, out.with_suffix(".log"), "train", "--model", "llama-tiny", "--data", TEXTS, "--tokenizer", "bytes",
+        "--max-tokens", "60000", "--sequence-length", "32", "--microbatch-size", "2", "--microbatches", "4",
+        "--steps", str(STEPS), "--warmup", "2", "--evaluate-every", "0", "--sample-tokens", "0",
+        "--checkpoint-every", "3", "--deadline", "30", "--threads", "1", "--out", str(out), *more,
     )  # fmt: skip
     assert done.code == 0, done.output
     return out

@@ -15,7 +15,16 @@ import pytest
 @pytest.mark.timeout(150)
 def test_nothing_is_missing_and_nothing_is_left_after_random_kills() -> None:
     root = Path(__file__).parent.parent
-    command = [sys.executable, str(root / "benchmarks" / "soak.py"), "--minutes", "0.75", "--every", "3", "--seed", "5"]
+    command = [
+        sys.executable,
+        str(root / "benchmarks" / "soak.py"),
+        "--minutes",
+        "0.25",
+        "--every",
+        "0.5",
+        "--seed",
+        "5",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -30,5 +39,5 @@ def test_nothing_is_missing_and_nothing_is_left_after_random_kills() -> None:
     assert process.returncode == 0, out + err
     found = json.loads(out)
     assert found["problems"] == []
-    assert found["lost"] >= 5, "hardly anything happened"
-    assert found["steps"] > 60
+    assert found["lost"] >= 10, "fewer would hide a descriptor that each leaves open"
+    assert found["steps"] > 30

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import resource
-import selectors
 import shutil
 import signal
 import socket
@@ -19,13 +18,14 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -43,7 +43,6 @@ from launch.cli import main
 from launch.config import config_from_toml
 from launch.forkserver import ForkServer
 from launch.run_folder import METRICS, standing
-from launch.warm import warm_up
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import preset, read_config
 from pipeline.schedule.simulate import Costs, Network, simulate
@@ -61,9 +60,10 @@ ENDLESS: dict[str, Any] = {"steps": 100_000, "checkpoint_every": 0, "evaluate_ev
 # ---- starting runs ----
 
 
-def _launch(payload: dict[str, Any]) -> int:
+def launch(payload: dict[str, Any]) -> int:
     """What a forked process does: become a session of its own, write to files, and be the command."""
     os.setsid()
+    os.environ.update(payload["environment"])
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(payload["log"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), fd)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -78,55 +78,20 @@ def _launch(payload: dict[str, Any]) -> int:
         return ended.code if isinstance(ended.code, int) else 1
 
 
-def serve(exits: str) -> None:
-    """Fork a run for every line on stdin and answer with its pid; a file in `exits` tells how it ended."""
-    import launch.train  # noqa: F401  (what every run imports)
+class Parent:
+    """Forks runs from the forkserver of the session, and keeps how they ended: several may run at once."""
 
-    for model in ("llama-tiny", "gpt2-tiny"):
-        warm_up(TrainConfig(model=model))
-    forkserver = ForkServer(_launch)
-    print("ready", flush=True)  # noqa: T201
-    with selectors.DefaultSelector() as selector:
-        selector.register(0, selectors.EVENT_READ)
-        selector.register(forkserver, selectors.EVENT_READ)
-        while True:
-            for key, _ in selector.select():
-                if key.fd != 0:
-                    for ended in forkserver.poll(0.0):
-                        Path(exits, f"{ended.pid}.tmp").write_text(str(ended.code))
-                        os.replace(Path(exits, f"{ended.pid}.tmp"), Path(exits, str(ended.pid)))
-                elif line := os.read(0, 1 << 16):
-                    print(forkserver.start(json.loads(line)), flush=True)  # noqa: T201
-                else:
-                    return forkserver.close()
-
-
-class ParentProcess:
-    """A process that has imported everything and forks runs. It is started afresh, since this one may hold threads."""
-
-    def __init__(self, exits: Path) -> None:
-        self._exits = exits
-        program = f"from tests.test_train import serve; serve({str(exits)!r})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n"
+    def __init__(self, forkserver: ForkServer) -> None:
+        self._forkserver = forkserver
+        self._codes: dict[int, int] = {}
 
     def start(self, payload: dict[str, Any]) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(payload).encode() + b"\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        return self._forkserver.start({"call": "tests.test_train:launch", **payload})
 
     def code(self, pid: int) -> int | None:
         """How the run ended, if it has."""
-        path = self._exits / str(pid)
-        return int(path.read_text()) if path.exists() else None
-
-    def close(self) -> None:
-        self._process.communicate()
+        self._codes.update((ended.pid, ended.code) for ended in self._forkserver.poll(0.0))
+        return self._codes.get(pid)
 
 
 _STARTED: list[Running] = []
@@ -196,14 +161,14 @@ class Running:
     """A run that has been started, forked from the forkserver or as a command of its own."""
 
     def __init__(
-        self, out: Path, arguments: Sequence[str], parent: ParentProcess, *, command: Sequence[str] = (),
-        largest_file: int = 0,
+        self, out: Path, arguments: Sequence[str], parent: Parent, *, command: Sequence[str] = (),
+        largest_file: int = 0, environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self._parent = parent
         self.out, self._began, self._code = out, time.monotonic(), None
         self._earlier = self._starts()
         _STARTED.append(self)
-        self._log = out.with_name(out.name + ".log")
+        self._log = out.with_name(f"{out.name}.log{environment.get('RANK', '')}")
         self._log.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
         if command:
@@ -215,6 +180,7 @@ class Running:
             self.pid = self._process.pid
         else:
             payload = {"log": str(self._log), "arguments": list(arguments), "largest_file": largest_file}
+            payload["environment"] = dict(environment)
             self.pid = parent.start(payload)
 
     def ended(self) -> bool:
@@ -307,7 +273,7 @@ class Launcher:
 
     folder: Path
     corpus: Path
-    parent: ParentProcess
+    parent: Parent
     number: int = 0
 
     def settings(self, **changes: Any) -> dict[str, Any]:
@@ -323,10 +289,14 @@ class Launcher:
         self.number += 1
         return self.folder / f"run{self.number}"
 
-    def start(self, *, command: Sequence[str] = (), largest_file: int = 0, **changes: Any) -> Running:
+    def start(
+        self, *, command: Sequence[str] = (), largest_file: int = 0,
+        environment: Mapping[str, str] = MappingProxyType({}), **changes: Any,
+    ) -> Running:  # fmt: skip
         values = self.settings(**changes)
         return Running(
-            Path(values["out"]), ["train", *flags(**values)], self.parent, command=command, largest_file=largest_file
+            Path(values["out"]), ["train", *flags(**values)], self.parent, command=command, largest_file=largest_file,
+            environment=environment,
         )  # fmt: skip
 
     def run(self, **changes: Any) -> Run:
@@ -342,11 +312,8 @@ class Launcher:
 
 
 @pytest.fixture(scope="module")
-def launcher(folder: Path, corpus: Path) -> Iterator[Launcher]:
-    (folder / "exits").mkdir()
-    parent = ParentProcess(folder / "exits")
-    yield Launcher(folder, corpus, parent)
-    parent.close()
+def launcher(folder: Path, corpus: Path, forkserver: ForkServer) -> Launcher:
+    return Launcher(folder, corpus, Parent(forkserver))
 
 
 @pytest.fixture(scope="module")
@@ -685,15 +652,14 @@ def _terminate_one(running: Running) -> None:
 def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later(
     launcher: Launcher, ask: Callable[[Running], None]
 ) -> None:
-    as_typed = ask is _terminate
-    running = launcher.start(command=("-m", "launch") if as_typed else (), **ENDLESS)
+    running = launcher.start(**ENDLESS)
     running.until_step(2)
     stopped, event = _asked_to_stop(running, ask)
     assert event["step"] == stopped.metrics[-1]["step"] == len(stopped.metrics)
     assert f"saved at step {event['step']}; --resume goes on from there" in stopped.said
     assert [p.name for p in (stopped.out / "checkpoints").iterdir()] == [f"step-{event['step']:08d}"]
     assert not (stopped.out / "model").exists()
-    if not as_typed:  # one of them is enough to see that it goes on
+    if ask is not _terminate:  # one of them is enough to see that it goes on
         return
     last = event["step"] + 2
     resumed = launcher.run(**{**ENDLESS, "out": stopped.out, "resume": True, "steps": last}).ok()
@@ -1051,6 +1017,29 @@ def test_torchrun_trains_the_same_model_to_the_bit(launcher: Launcher, reference
     assert run.stdout.count("held-out perplexity") == 1, "one slot speaks for all"
 
 
+def test_a_death_in_a_slot_is_named_and_ends_every_slot(launcher: Launcher) -> None:
+    """What torchrun tells them, and not torchrun, which would end them all: each ends by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    out = launcher.new()
+    slots = [launcher.start(environment={**told, "RANK": r, "LOCAL_RANK": r}, **ENDLESS, out=out) for r in "01"]
+    slots[0].until_step(2)
+    processes = [process for slot in slots for process in slot.processes()]
+    assert [len(slot.workers()) for slot in slots] == [1, 1]
+    slots[0].workers()[0].kill()
+    ended = [slot.finish(PROMPT_S) for slot in slots]
+    assert [run.code for run in ended] == [1, 1]
+    assert psutil.wait_procs(processes, timeout=3)[1] == []
+    said = "".join(run.stderr for run in ended)
+    with pytest.raises(RuntimeError, match=r"unbroken train: worker 0 was killed by SIGKILL"):
+        raise RuntimeError(said)
+    assert said.count("unbroken train: ") == 1, "one slot says it for all"
+    (failed,) = ended[0].named("failed")
+    assert "was killed by SIGKILL" in failed["error"]
+
+
+@pytest.mark.long
 def test_a_death_under_torchrun_is_named_and_ends_every_slot(launcher: Launcher) -> None:
     running = launcher.start(command=torchrun("--standalone"), **ENDLESS)
     running.until_step(2)

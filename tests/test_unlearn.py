@@ -35,8 +35,10 @@ from recovery.generation import read_generation
 from tests.harness import Command, Started, run_command
 
 Unbroken = Callable[..., Command]
-ANSWERS = ("--rollouts", "4", "--answer-tokens", "16", "--cold-steps", "2", "--evaluate-samples", "4")
-SMALL = ("--steps", "6", "--lr", "3e-3", "--checkpoint-every", "2", "--evaluate-every", "0")
+ANSWERS = ("--rollouts", "4", "--answer-tokens", "16", "--cold-steps", "2")
+SMALL = (
+    "--steps", "6", "--lr", "3e-3", "--checkpoint-every", "2", "--evaluate-every", "0", "--evaluate-samples", "8",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
