@@ -230,6 +230,8 @@ def make_injector(
                      "fault": fault.kind, "at": fault.at})  # fmt: skip
 
     def cut() -> None:
+        for link in list(member.worker.transport.links.values()):
+            link.cut()
         for connection in psutil.Process().net_connections("tcp"):
             if connection.status == psutil.CONN_ESTABLISHED and connection.raddr.port != store_port:
                 with socket.socket(fileno=os.dup(connection.fd)) as end:
