@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,34 @@ def test_what_is_kept_is_not_overwritten() -> None:
             a.send(0, 0, Op("F", (0, 1), number), torch.full((100,), float(number)))
             got(box, 3, number)
         assert b.slots == most
+
+
+def test_what_is_free_goes_back_to_the_system() -> None:
+    """All but two slots of a link; and what is written then is right."""
+
+    def shared() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssShmem"))) / 1024
+
+    ends, box, size = sockets(), Mailbox(), 4 << 20
+    a, b = (SharedLink(peer, end, box, max_bytes=size) for peer, end in zip((5, 3), ends, strict=True))
+    before = shared()
+    kept = []
+    for number in range(10):
+        a.send(0, 0, Op("F", (0, 1), number), torch.full((size // 4,), float(number)))
+        kept.append(got(box, 3, number))
+    assert shared() - before >= 40
+    kept.clear()
+    deadline = time.monotonic() + 10
+    while shared() - before > 20 and time.monotonic() < deadline:  # each is mapped twice here
+        time.sleep(0.01)
+    assert shared() - before <= 20
+    for number in range(10):
+        a.send(0, 1, Op("F", (0, 1), number), torch.full((size // 4,), float(number)))
+        kept.append(got(box, 3, number, step=1))
+    assert [float(each.sum()) for each in kept] == [size // 4 * float(number) for number in range(10)]
+    a.abandon()
+    b.abandon()
 
 
 def test_a_payload_is_kept_for_a_backward_pass() -> None:

@@ -3,7 +3,8 @@
 The receiver owns slots. The sender copies a payload into a free one, and says so; the receiver files it in the mailbox
 where it lies, and says that the slot is free when the last who used the payload has let go. So a payload is copied
 once, by the sender. Where no slot is free the sender keeps a copy, asks for one more, and goes on; how many there come
-to be follows from the schedule, which bounds how many messages are under way or in use. Nothing waits inside a kernel
+to be follows from the schedule, which bounds how many messages are under way or in use, and of those that are free two
+keep their pages: what a link holds beyond what is used is the same as if it were posted. Nothing waits inside a kernel
 call but the link's own thread, in poll; the end of the peer, however it comes, is the end of its socket.
 """
 
@@ -27,9 +28,10 @@ from pipeline.runtime.message import HEADER_BYTES, Header, Shape, Timing
 from pipeline.runtime.slots import Bell, OwnSlot, map_slot
 from pipeline.schedule.ops import Op
 
-_WORDS = struct.Struct("<qqq")  # what, then by that: FULL and a header, FREE: a slot; WANT: two counts
+_WORDS = struct.Struct("<qqq")  # what, then by that: FULL, FREE: a slot, and whether it has pages; WANT: two counts
 _SLOT, _FREE, _WANT, _FULL, _BYE = range(5)
-_AT_FIRST = 2
+_KEPT = 2
+"""Slots that there are from the start, and of the free ones those that keep their pages."""
 _JOIN_S = 1.0
 
 
@@ -52,12 +54,14 @@ class SharedLink:
         self._unsent: deque[tuple[int, bytes, OwnSlot | None]] = deque()
         self._failed: str | None = None
         self._mine: list[OwnSlot] = []
+        self._ready: set[int] = set()
+        """Own slots that are free and have pages."""
         self._given = self._got = 0
         """Slots that the peer was told of by this end, and this end by the peer, again and again."""
         self._abandoned = self._closing = False
         end.setblocking(False)
         with self._lock:
-            for _ in range(_AT_FIRST):
+            for _ in range(_KEPT):
                 self._grant()
         self._thread = threading.Thread(target=self._run, name=f"link-{peer}", daemon=True)
         self._thread.start()
@@ -231,10 +235,10 @@ class SharedLink:
             slot = map_slot(descriptors[0], self._size)
             with self._lock:
                 self._theirs.append(slot)
-                self._now_free(len(self._theirs) - 1)
+                self._now_free(len(self._theirs) - 1, True)
         elif what == _FREE and 0 <= number < len(self._theirs):
             with self._lock:
-                self._now_free(number)
+                self._now_free(number, bool(count))
         elif what == _WANT:
             with self._lock:
                 self._give_back()
@@ -244,11 +248,11 @@ class SharedLink:
             raise LinkError(f"a message is none: it says {what} of slot {number}")
         return what == _BYE
 
-    def _now_free(self, number: int) -> None:
+    def _now_free(self, number: int, ready: bool) -> None:
         """Use a slot for what waits longest, or keep it. The lock is held."""
         self._got += 1
         if not self._waiting:
-            self._free.append(number)
+            (self._free.appendleft if ready else self._free.append)(number)
             return
         header, payload = self._waiting.popleft()
         self._fill(number, payload)
@@ -264,11 +268,17 @@ class SharedLink:
     def _give_back(self) -> None:
         """Tell the peer of the slots that are free again. The lock is held."""
         while self._bell.returned:
+            number = self._bell.returned.popleft()
+            if ready := len(self._ready) < _KEPT:
+                self._ready.add(number)
+            else:
+                self._mine[number].empty()
             self._given += 1
-            self._post(_FREE, self._bell.returned.popleft())
+            self._post(_FREE, number, int(ready))
 
     def _deliver(self, number: int, header: Header) -> None:
         """File what lies in a slot."""
+        self._ready.discard(number)
         if header.num_bytes:
             let_go = partial(self._bell.give_back, number)
             payload = self._mine[number].payload(header.num_bytes, let_go).view(header.dtype).view(header.shape)

@@ -65,6 +65,10 @@ class OwnSlot:
         """The peer has its own by now; the memory stays."""
         os.close(self.descriptor)
 
+    def empty(self) -> None:
+        """Give its pages back to the system; they are taken anew when they are written."""
+        self._memory.madvise(mmap.MADV_REMOVE)
+
     def payload(self, size: int, let_go: Callable[[], None]) -> Tensor:
         """The first `size` bytes (at least one) as a tensor of bytes, without a copy; `let_go` is called, on whatever
         thread, when nobody has it any more."""
