@@ -7,12 +7,13 @@ What a worker takes above its rest between two steps is held against two marks. 
 leave for their backwards, which is all that was proved before. *Proved*: with messages in the mailbox, sent copies,
 buffers of links and what an op takes meanwhile (schedule/holdings.py, runtime/footprint.py of pipeline/); it must
 never be exceeded by more than ROUNDING and COUNTING. At rest a worker takes its state, and REST beside: interpreter,
-threads, gloo and MKL. Measured is private memory: RssAnon at rest, and at the fullest VmHWM (reset through
-/proc/self/clear_refs) less RssFile and RssShmem; both less RssAnon before anything was built. Each case runs under
-two settings of glibc's malloc. *straight*: blocks from 64 KiB on come from the system and go back to it at once
-(mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what is measured is what
-is held; the verdict is on these. *usual*: glibc's own settings, under which blocks that were freed are kept, more or
-less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and go, and held
+threads, gloo and MKL. Links are sockets, where all that a worker holds is its own memory; in shared memory a message
+lies in its receiver's slot, and its sender has no copy. Measured is private memory: RssAnon at rest, and at the
+fullest VmHWM (reset through /proc/self/clear_refs) less RssFile and RssShmem; both less RssAnon before anything was
+built. Each case runs under two settings of glibc's malloc. *straight*: blocks from 64 KiB on come from the system and
+go back to it at once (mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what
+is measured is what is held; the verdict is on these. *usual*: glibc's own settings, under which blocks that were freed
+are kept, more or less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and go, and held
 against their bounds. Writes memory.json.
 """
 
@@ -153,7 +154,7 @@ def run(
         llama(work).save_pretrained(folder / "model-config")
         steps = options.warmup + options.steps
         config = make_config(scheduler, work, workers, steps, folder, options.deadline)
-        view, layout = make_view(replace(config, recompute=recompute))
+        view, layout = make_view(replace(config, recompute=recompute, links="sockets"))
         figures = {
             malloc: trained(folder, work, view, layout, malloc, options, forkserver) for malloc in options.malloc
         }

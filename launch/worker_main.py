@@ -206,7 +206,9 @@ def build_member(
     address = address_towards(payload["store"]["host"], payload["store"]["port"])
     builder = GroupBuilder(store, worker_id, address, device, 2 * config.deadline, transport.mailbox.woken)
     largest = span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32)
-    communicator = Communicator(transport, reducer, builder, largest, nccl=payload["nccl"])
+    communicator = Communicator(
+        transport, reducer, builder, largest, nccl=payload["nccl"], shared=config.links == "auto"
+    )
     network = link_shapes(config.network, config.workers)
 
     def shapes(now: View) -> dict[tuple[int, int], Shape] | None:
@@ -235,6 +237,8 @@ def make_injector(
                      "fault": fault.kind, "at": fault.at})  # fmt: skip
 
     def cut() -> None:
+        for link in list(member.worker.transport.links.values()):
+            link.cut()
         for connection in psutil.Process().net_connections("tcp"):
             if connection.status == psutil.CONN_ESTABLISHED and connection.raddr.port != store_port:
                 with socket.socket(fileno=os.dup(connection.fd)) as end:

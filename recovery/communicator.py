@@ -36,6 +36,8 @@ class Communicator:
     builder: GroupBuilder
     max_bytes: int
     nccl: bool = False
+    shared: bool = True
+    """Whether workers of one machine share memory."""
     carrying: dict[str, tuple[tuple[int, ...], Group]] = field(default_factory=dict)
     """The groups over which state is being restored, by name: they are ended like the others."""
     _unconfirmed: set[int] = field(default_factory=set)
@@ -87,7 +89,9 @@ class Communicator:
         for peer in before - wanted:
             transport.drop(peer)
         try:
-            transport.connect(self.builder, pairs, max_bytes=self.max_bytes, nccl=self.nccl, shapes=shapes)
+            transport.connect(
+                self.builder, pairs, max_bytes=self.max_bytes, nccl=self.nccl, shared=self.shared, shapes=shapes
+            )  # fmt: skip
             self.reducer.edit(view, parts, self.builder)
         except RuntimeError as error:
             raise LinkError(f"the links of view {view} could not be built: {error}") from error

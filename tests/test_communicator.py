@@ -27,7 +27,7 @@ PAIRS = {(0, 1), (1, 2), (2, 3)}
 class Member:
     """Links, sums over one gradient, and who edits them."""
 
-    def __init__(self, worker: int, address: dict[str, Any]) -> None:
+    def __init__(self, worker: int, address: dict[str, Any], shared: bool = True) -> None:
         self.id = worker
         self.transport = Transport(worker)
         self.gradient = torch.ones(64)
@@ -35,7 +35,7 @@ class Member:
         builder = GroupBuilder(
             connect(address, 20.0), worker, "127.0.0.1", torch.device("cpu"), 20.0, self.transport.mailbox.woken
         )
-        self.communicator = Communicator(self.transport, self.reducer, builder, max_bytes=4096)
+        self.communicator = Communicator(self.transport, self.reducer, builder, max_bytes=4096, shared=shared)
 
 
 def together(members: list[Member], act: Callable[[Member], Any]) -> dict[int, Any]:
@@ -70,14 +70,15 @@ def enter(view: int, pairs: set[tuple[int, int]], parts: dict[str, tuple[int, ..
     return act
 
 
-def test_only_what_touches_a_changed_worker_is_rebuilt() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_what_touches_a_changed_worker_is_rebuilt(shared: bool) -> None:
     with hosted_store() as (_, address):
-        members = [Member(w, address) for w in range(4)]
+        members = [Member(w, address, shared) for w in range(4)]
         clients = sockets()
         assert set(together(members, enter(1, PAIRS, PARTS)).values()) == {None}
         a, b, c, d = members
         first = sockets() - clients
-        assert len(first) == 2 * (len(PAIRS) + len(PARTS)), "a socket per pair, seen from both ends"
+        assert len(first) == 2 * (len(PARTS) + (0 if shared else len(PAIRS))), "a socket per pair, seen from both ends"
         links = {m.id: dict(m.transport.links) for m in members}
         kept = {m.id: m.reducer.group("0:1") for m in (a, c)}
         d.transport.close()
@@ -89,14 +90,14 @@ def test_only_what_touches_a_changed_worker_is_rebuilt() -> None:
         alive = {0, 1, 2, 4}
         survivors = [a, b, c]
         together(survivors, lambda m: m.communicator.quiesce(alive, time.monotonic() + 10))
-        new = Member(4, address)
+        new = Member(4, address, shared)
         told = all_kept({m.id: m.communicator.kept() for m in [*survivors, new]})
         assert set(together(survivors, lambda m: m.communicator.agree(told, time.monotonic() + 10)).values()) == {None}
         more = sockets()
         parts = {"0:1": (0, 2), "1:2": (1, 4)}
         assert set(together([*survivors, new], enter(2, {(0, 1), (1, 2), (2, 4)}, parts)).values()) == {None}
         assert first & sockets() == first & more, "an unaffected socket was closed by the edit"
-        assert len(first & sockets()) == 2 * 3, "links 0-1 and 1-2, and the group of 0 and 2"
+        assert len(first & sockets()) == 2 * (1 if shared else 3), "links 0-1 and 1-2, and the group of 0 and 2"
         for member in survivors:
             for peer in set(member.transport.links) & {0, 1, 2}:
                 assert member.transport.links[peer] is links[member.id][peer]

@@ -23,8 +23,8 @@ FREE = {
     "workers", "replicas", "scheduler", "search_moves", "at_once", "rule", "cpu_adam", "span_mib", "chunks", "steps",
     "device", "threads", "recompute", "ends", "model", "checkpoint_every", "keep", "evaluate_every",
     "evaluate_samples", "tensorboard", "sample_tokens", "recovery", "checkfree_weights", "heartbeat", "spares",
-    "max_failures", "network", "deadline", "min_workers", "cooldown", "wait", "preempt_signal", "grace", "snapshot",
-    "shift", "migration_mib", "max_preemptions", "shard_optimizer",
+    "max_failures", "network", "links", "deadline", "min_workers", "cooldown", "wait", "preempt_signal", "grace",
+    "snapshot", "shift", "migration_mib", "max_preemptions", "shard_optimizer",
 }  # fmt: skip
 
 

@@ -13,6 +13,8 @@ import torch
 
 from launch.worker_main import connect
 from pipeline.runtime.groups import GroupBuilder
+from pipeline.runtime.message import Header
+from pipeline.runtime.shared_link import SharedLink
 from pipeline.runtime.transport import HEADER_BYTES, Link, LinkError, Mailbox, Shape, Transport, pack, unpack
 from pipeline.schedule.ops import Op
 from tests.harness import hosted_store
@@ -24,10 +26,10 @@ X = Op("F", (0, 2), 3)
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (1, 2, 3, 4), (0, 3)])
 def test_message_round_trips(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     payload = torch.arange(max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].view(shape).to(dtype)
-    key, deliver_at, found = unpack(pack(4, 7, X, payload, 1.5))
-    assert key == (4, 7, X)
-    assert deliver_at == 1.5
-    assert found.dtype == dtype
+    header, found = unpack(pack(4, 7, X, payload, 1.5))
+    assert (header.view, header.step, header.op, header.deliver_at) == (4, 7, X, 1.5)
+    assert (header.dtype, header.shape, header.num_bytes) == (dtype, shape, payload.nbytes)
+    assert Header.unpack(header.pack(), payload.nbytes) == header
     assert torch.equal(found, payload)
 
 
@@ -74,24 +76,31 @@ def test_a_message_that_came_before_the_loss_is_still_used() -> None:
     assert torch.equal(box.get(0, 0, X, 7, time.monotonic() + 1), torch.ones(1))
 
 
-def _pair(shapes: dict[tuple[int, int], Shape] | None = None, max_bytes: int = 4096) -> list[Transport]:
-    """Workers 3 and 5, connected by gloo."""
+def _pair(
+    shapes: dict[tuple[int, int], Shape] | None = None, max_bytes: int = 4096, shared: bool = False
+) -> list[Transport]:
+    """Workers 3 and 5, connected by gloo, or as workers of one machine."""
     with hosted_store() as (_, address):
         ends = [Transport(3, 1), Transport(5, 1)]
         threads: list[threading.Thread] = []
         for end in ends:  # each with a client of its own: one that waits keeps others from using it
             builder = GroupBuilder(connect(address, 10.0), end.worker, "127.0.0.1", torch.device("cpu"), 10.0)
-            more = {"max_bytes": max_bytes, "shapes": shapes}
+            more = {"max_bytes": max_bytes, "shapes": shapes, "shared": shared}
             threads.append(threading.Thread(target=end.connect, args=(builder, {(3, 5)}), kwargs=more))
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(10)
+    assert all(isinstance(link, SharedLink) == shared for end in ends for link in end.links.values())
     return ends
 
 
-def test_links_carry_messages_both_ways_in_any_order() -> None:
-    a, b = _pair()
+either = pytest.mark.parametrize("shared", [False, True], ids=["gloo", "shared"])
+
+
+@either
+def test_links_carry_messages_both_ways_in_any_order(shared: bool) -> None:
+    a, b = _pair(shared=shared)
     sent = {m: torch.randn(3, 5) for m in range(20)}
     for m, tensor in sent.items():
         a.send(0, Op("F", (0, 1), m), 5, tensor)
@@ -108,16 +117,18 @@ def test_links_carry_messages_both_ways_in_any_order() -> None:
     b.close()
 
 
-def test_too_large_a_payload_is_refused() -> None:
-    a, b = _pair(max_bytes=16)
+@either
+def test_too_large_a_payload_is_refused(shared: bool) -> None:
+    a, b = _pair(max_bytes=16, shared=shared)
     with pytest.raises(LinkError, match=r"F\[0:2\]#3 has 400 bytes for worker 5"):
         a.send(0, X, 5, torch.zeros(100))
     a.close()
     b.close()
 
 
-def test_a_shaped_link_takes_latency_and_bandwidth() -> None:
-    a, b = _pair({(3, 5): Shape(latency_s=0.1, bandwidth=4000.0)})
+@either
+def test_a_shaped_link_takes_latency_and_bandwidth(shared: bool) -> None:
+    a, b = _pair({(3, 5): Shape(latency_s=0.1, bandwidth=4000.0)}, shared=shared)
     began = time.monotonic()
     for m in range(2):
         a.send(0, Op("F", (0, 1), m), 5, torch.zeros(100))  # 400 bytes: 0.1 s on the link each, one after the other

@@ -1,19 +1,18 @@
 """Links between workers: every message goes into a mailbox, and a worker waits on the mailbox, never inside gloo.
 
-A link owns one thread that always receives the next message, header and payload in one buffer, and files it by
-(view, step, op), and one that waits for what was sent, so that its buffer goes as soon as it has left. So receives are
-posted before anyone asks, sends overlap compute, arrival order does not matter, a message of an older view or step is
-dropped and never used, and a waiting worker can be woken at any time. Whatever ends the receiving thread, a message
-that is none or a buffer for which there is no memory, is told as the loss of the link. A *shaped* link stamps each
-message with the moment at which a slow network would have delivered it; the mailbox shows it then.
+Workers of one machine share memory (`shared_link.py`). A link across machines owns one thread that always receives the
+next message, header and payload in one buffer, and files it by (view, step, op), and one that waits for what was sent,
+so that its buffer goes as soon as it has left. So receives are posted before anyone asks, sends overlap compute, the
+order of arrival does not matter, a message of an older view or step is dropped and never used, and a waiting worker can
+be woken at any time. Whatever ends the receiving thread, a message that is none or a buffer for which there is no
+memory, is told as the loss of the link. A *shaped* link stamps each message with the moment at which a slow network
+would have delivered it; the mailbox shows it then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
-import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -25,61 +24,29 @@ from torch import Tensor
 
 from pipeline.runtime.groups import Group, GroupBuilder, Work
 from pipeline.runtime.mailbox import LinkError, Mailbox
-from pipeline.schedule.ops import COMPUTE, Op, Span
+from pipeline.runtime.message import HEADER_BYTES, Header, Shape, Timing
+from pipeline.runtime.shared_link import SharedLink
+from pipeline.schedule.ops import Op, Span
 
-HEADER_BYTES = 128
-_HEADER = struct.Struct("<8qd4q")  # view, step, kind, lo, hi, microbatch, dtype, ndim, deliver_at, shape
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 _BYE = -2
 _FOREVER = timedelta(days=10)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a slow link adds, per direction: seconds before the first byte arrives, and bytes per second.
-
-    A message holds an `exclusive` link until it has arrived, any other while its bytes go in.
-    """
-
-    latency_s: float = 0.0
-    bandwidth: float = float("inf")
-    exclusive: bool = False
-
-
 def pack(view: int, step: int, op: Op, payload: Tensor, deliver_at: float = 0.0, pinned: bool = False) -> Tensor:
-    """Header and payload (at most 4 dimensions) as one host buffer of bytes. Raises LinkError for what has no form."""
-    if payload.dim() > 4 or payload.dtype not in _DTYPES:
-        raise LinkError(f"{op} has a payload of {payload.dim()} dimensions of {payload.dtype}; links carry up to 4")
-    size = payload.numel() * payload.element_size()
-    buffer = torch.empty(HEADER_BYTES + size, dtype=torch.uint8, pin_memory=pinned)
-    shape = (*payload.shape, 0, 0, 0, 0)[:4]
-    dtype = _DTYPES.index(payload.dtype)
-    header = _HEADER.pack(
-        view, step, COMPUTE.index(op.kind), *op.span, op.microbatch, dtype, payload.dim(), deliver_at, *shape
-    )
-    buffer[: _HEADER.size] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    """Header and payload as one host buffer of bytes. Raises LinkError for what has no form."""
+    header = Header.of(view, step, op, payload, deliver_at)
+    buffer = torch.empty(HEADER_BYTES + header.num_bytes, dtype=torch.uint8, pin_memory=pinned)
+    buffer[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
     buffer[HEADER_BYTES:].view(payload.dtype).view(payload.shape).copy_(payload)
     return buffer
 
 
-def unpack(buffer: Tensor) -> tuple[tuple[int, int, Op], float, Tensor]:
-    """((view, step, op), deliver_at, payload) of a buffer made by `pack`; the payload shares its memory.
-
-    Raises LinkError for a buffer that is none.
-    """
-    fields = _HEADER.unpack(buffer[: _HEADER.size].numpy().tobytes())
-    view, step, kind, lo, hi, microbatch, dtype, ndim, deliver_at = fields[:9]
-    known = 0 <= kind < len(COMPUTE) and 0 <= dtype < len(_DTYPES) and 0 <= ndim <= 4
-    if not known or min(fields[9:]) < 0 or not math.isfinite(deliver_at):
-        raise LinkError(f"a message is none: its header says {fields}")
-    shape, torch_dtype = fields[9 : 9 + ndim], _DTYPES[dtype]
-    size = torch_dtype.itemsize * math.prod(shape)
-    if HEADER_BYTES + size > buffer.numel():
-        raise LinkError(
-            f"a message is none: {size} bytes of payload; there is room for {buffer.numel() - HEADER_BYTES}"
-        )
-    payload = buffer[HEADER_BYTES : HEADER_BYTES + size].view(torch_dtype).view(shape)
-    return (view, step, Op(COMPUTE[kind], (lo, hi), microbatch)), deliver_at, payload
+def unpack(buffer: Tensor) -> tuple[Header, Tensor]:
+    """Header and payload of a buffer made by `pack`; the payload shares its memory. Raises LinkError for a buffer that
+    is none."""
+    header = Header.unpack(buffer[:HEADER_BYTES].numpy().tobytes(), buffer.numel() - HEADER_BYTES)
+    payload = buffer[HEADER_BYTES : HEADER_BYTES + header.num_bytes].view(header.dtype).view(header.shape)
+    return header, payload
 
 
 class Link:
@@ -93,8 +60,7 @@ class Link:
         self._out, self._in, (self._rank, self._peer_rank) = outgoing, incoming, ranks
         self._mailbox, self._max_bytes, self._device = mailbox, HEADER_BYTES + max_bytes, device
         self._fixed = fixed_size
-        self._shape = shape
-        self._free_at = 0.0
+        self._timing = Timing(shape)
         self._sent: queue.SimpleQueue[tuple[Work, Tensor] | None] = queue.SimpleQueue()
         self._left = threading.Condition()
         self.in_flight = 0
@@ -108,14 +74,10 @@ class Link:
 
     def send(self, view: int, step: int, op: Op, payload: Tensor) -> None:
         """Start sending `payload`, the output of `op`. Returns at once. Raises LinkError for a payload too large."""
-        deliver_at, size = 0.0, payload.numel() * payload.element_size()
+        size = payload.numel() * payload.element_size()
         if size + HEADER_BYTES > self._max_bytes:
             raise LinkError(f"{op} has {size} bytes for worker {self.peer}; links carry {self._max_bytes} at most")
-        if self._shape is not None:
-            self._free_at = max(self._free_at, time.monotonic()) + size / self._shape.bandwidth
-            deliver_at = self._free_at + self._shape.latency_s
-            if self._shape.exclusive:
-                self._free_at = deliver_at
+        deliver_at = self._timing.deliver_at(size)
         self._post(pack(view, step, op, payload, deliver_at, pinned=self._device.type == "cuda"))
 
     def flush(self, deadline: float) -> None:
@@ -146,6 +108,9 @@ class Link:
         self._sent.put(None)
         self._thread.join(1.0)
         self._reaper.join(1.0)
+
+    def cut(self) -> None:
+        """What ends a connection from outside is for others to do: the sockets are gloo's."""
 
     def join(self, timeout_s: float) -> None:
         """Wait for the receiving thread, which ends at the peer's goodbye or loss."""
@@ -194,10 +159,10 @@ class Link:
         place = self._device if self._fixed else torch.device("cpu")
         buffer = torch.empty(self._max_bytes, dtype=torch.uint8, device=place, pin_memory=pinned)
         self._in.recv([buffer], self._peer_rank, 0).wait(_FOREVER)
-        (view, step, op), deliver_at, payload = unpack(buffer.cpu() if self._fixed else buffer)
-        if view == _BYE:
+        header, payload = unpack(buffer.cpu() if self._fixed else buffer)
+        if header.view == _BYE:
             return False
-        self._mailbox.put(view, step, op, self.peer, deliver_at, payload)
+        self._mailbox.put(header.view, header.step, header.op, self.peer, header.deliver_at, payload)
         return True
 
 
@@ -208,16 +173,17 @@ class Transport:
     worker: int
     view: int = 0
     mailbox: Mailbox = field(default_factory=Mailbox)
-    links: dict[int, Link] = field(default_factory=dict)
+    links: dict[int, Link | SharedLink] = field(default_factory=dict)
 
     def connect(
         self, builder: GroupBuilder, pairs: set[tuple[int, int]], *, max_bytes: int, nccl: bool = False,
-        shapes: Mapping[tuple[int, int], Shape] | None = None,
+        shared: bool = True, shapes: Mapping[tuple[int, int], Shape] | None = None,
     ) -> None:  # fmt: skip
         """Build the missing links among pairs (a, b), a < b, that hold this worker. All must pass the same pairs.
 
         Pairs are joined in ascending order, which no cycle of waiting can arise from. `shapes[(source, target)]`
-        slows that direction down. NCCL gets a group per direction, since its transfers in one group run in turn.
+        slows that direction down. With `shared`, workers of one machine share memory. NCCL gets a group per direction,
+        since its transfers in one group run in turn.
         """
         for low, high in sorted(pairs):
             if self.worker not in (low, high):
@@ -227,7 +193,11 @@ class Transport:
                 continue
             self.mailbox.forget(peer)
             rank = 0 if self.worker == low else 1
-            name = f"view{self.view}/link{low}-{high}"
+            name, shape = f"view{self.view}/link{low}-{high}", (shapes or {}).get((self.worker, peer))
+            end = builder.local_socket(name, (low, high)) if shared and builder.device.type == "cpu" else None
+            if end is not None:
+                self.links[peer] = SharedLink(peer, end, self.mailbox, max_bytes=max_bytes, shape=shape)
+                continue
             if nccl:
                 up = builder.build(f"{name}/up", (low, high), "nccl")
                 down = builder.build(f"{name}/down", (low, high), "nccl")
@@ -236,7 +206,7 @@ class Transport:
                 outgoing = incoming = builder.build(name, (low, high), "gloo")
             self.links[peer] = Link(
                 peer, outgoing, incoming, (rank, 1 - rank), self.mailbox, max_bytes=max_bytes,
-                device=builder.device, fixed_size=nccl, shape=(shapes or {}).get((self.worker, peer)),
+                device=builder.device, fixed_size=nccl, shape=shape,
             )  # fmt: skip
 
     def send(self, step: int, op: Op, peer: int, payload: Tensor) -> None:
