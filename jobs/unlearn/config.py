@@ -33,7 +33,8 @@ class RequestSettings:
     retain: str = "auto"
     """Rows to keep, by which the model is held together: in the same ways, or auto for all others that it has seen."""
     idk: Path | None = None
-    """Answers that say nothing, one on each line, for dpo, idk, concept and the cold steps of grpo; unset takes ours."""
+    """Answers that say nothing, one on each line, for dpo, idk, concept and the first steps of grpo; unset takes
+    ours."""
     trace: Path | None = None
     """Rows with a model's reasoning about what is to be forgotten, for r2mu; unset has the model itself write it."""
     trace_tokens: Annotated[int, Within(1, 2**20)] = 100
