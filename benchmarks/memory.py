@@ -13,8 +13,8 @@ fullest VmHWM (reset through /proc/self/clear_refs) less RssFile and RssShmem; b
 built. Each case runs under two settings of glibc's malloc. *straight*: blocks from 64 KiB on come from the system and
 go back to it at once (mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what
 is measured is what is held; the verdict is on these. *usual*: glibc's own settings, under which blocks that were freed
-are kept, more or less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and go, and held
-against their bounds. Writes memory.json.
+are kept, more or less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and
+go, and held against their bounds. Writes memory.json.
 """
 
 from __future__ import annotations
