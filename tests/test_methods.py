@@ -233,6 +233,18 @@ def roka(m: Any, step: Step) -> Tensor:
     return -m.gamma * ce(step[FORGET]) + m.alpha * mean(own)
 
 
+def o3(m: Any, step: Step) -> Tensor:
+    """Of labels that are drawn in plain whole numbers."""
+    part, mask, own = step[FORGET], (1 << 31) - 1, []
+    for r, t in at(part, "answer"):
+        drawn = (int(part.labels[r, t]) * 0x9E3779B1 + t * 0x85EBCA77 + m.control_seed % mask * 0xC2B2AE3D) & mask
+        for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+            drawn = ((drawn ^ (drawn >> shift)) * factor) & mask
+        z = part.output[r, t].double()
+        own.append(z.logsumexp(0) - z[(drawn ^ (drawn >> 15)) % VOCABULARY])
+    return mean(own)
+
+
 FORMULAS: dict[str, Callable[[Any, Step], Tensor]] = {
     "grad_ascent": lambda m, step: -ce(step[FORGET]),
     "grad_diff": lambda m, step: -m.gamma * ce(step[FORGET]) + m.alpha * ce(step[RETAIN]),
@@ -243,6 +255,7 @@ FORMULAS: dict[str, Callable[[Any, Step], Tensor]] = {
     "npo": npo, "simnpo": simnpo, "dpo": dpo, "idk": idk, "rmu": rmu, "r2mu": rmu, "undial": undial, "ceu": ceu,
     "wga": wga, "satimp": satimp, "pdu": pdu, "roka": roka, "grpo": grpo,
     "concept": lambda m, step: m.gamma * ce(step[POISON]) + m.alpha * ce(step[RETAIN]),
+    "mrp": lambda m, step: -m.gamma * ce(step[FORGET]) + m.alpha * ce(step[RETAIN]), "o3": o3,
 }  # fmt: skip
 
 OTHERS: dict[str, dict[str, object]] = {
@@ -263,6 +276,8 @@ OTHERS: dict[str, dict[str, object]] = {
     "roka": {"gamma": 2.0, "alpha": 3.0},
     "concept": {"gamma": 2.0, "alpha": 3.0},
     "grpo": {"gamma": 2.0, "alpha": 3.0},
+    "mrp": {"gamma": 0.5, "alpha": 3.0},
+    "o3": {"control_seed": 5},
 }
 MADE = [
     *((name, make_method(name, {})) for name in NAMES),
