@@ -7,12 +7,13 @@ weights go once nobody needs them any more.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -192,10 +193,10 @@ def _tell(pid: int, signum: int) -> None:
 def _stage(payload: dict[str, Any]) -> int:
     """What a process does that is forked for a stage: an ordinary run."""
     os.setpgrp()  # what a terminal sends comes by who started it
-    if payload["quiet"]:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    config, quiet = config_from_dict(TrainConfig, payload["config"]), bool(payload["quiet"])
     try:
-        return train(config_from_dict(TrainConfig, payload["config"]), payload["quiet"], prepared=True)
+        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+            return train(config, quiet, prepared=True)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"unbroken slices: {error}", file=sys.stderr)  # noqa: T201
         return exit_code(error)
