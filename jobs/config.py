@@ -72,16 +72,20 @@ class TrainConfig(
             lr=lr if self.lr is None else self.lr,
             warmup=min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup,
             data="stdlib" if self.data is None and not trained else self.data,
+            optimizer=self.optimizer or "adamw",
+            clip=1.0 if self.clip is None else self.clip,
         )
 
-    def optimizer(self) -> OptimizerConfig:
+    def optimizer_config(self) -> OptimizerConfig:
         """The part that the optimizer reads."""
         known = self.resolved()
         assert known.lr is not None
         assert known.warmup is not None
+        assert known.clip is not None
+        assert known.optimizer is not None
         return OptimizerConfig(
             known.lr, self.steps, known.warmup, self.min_lr_ratio, (self.beta1, self.beta2), self.eps,
-            self.weight_decay, self.clip, self.cpu_adam,
+            self.weight_decay, known.clip, self.cpu_adam, known.optimizer,
         )  # fmt: skip
 
     def faults(self, stages: int | None = None) -> tuple[Fault | Rate, ...]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.runtime.batch import Job
+from pipeline.runtime.curvature import FitJob
+from pipeline.runtime.procedure import Procedure
 
 
 class RunJob(Job, Protocol):
@@ -27,6 +29,15 @@ class RunJob(Job, Protocol):
     def carried(self) -> dict[str, Any]:
         """What the next step depends on beside weights and data (JSON): equal on all workers, saved and moved with the
         run."""
+        ...
+
+    @property
+    def procedure(self) -> Procedure | None:
+        """What makes its steps, where they are more than a gradient of its terms; it then is a ProcedureJob."""
+        ...
+
+    def fitting(self, kind: str, step: int, /) -> FitJob:
+        """See ProcedureJob."""
         ...
 
     def committed(self, step: int, means: Mapping[str, float], /) -> None:
@@ -75,6 +86,15 @@ class SampledJob:
     def carried(self) -> dict[str, Any]:
         """See RunJob."""
         return {}
+
+    @property
+    def procedure(self) -> Procedure | None:
+        """See RunJob."""
+        return None
+
+    def fitting(self, kind: str, step: int) -> FitJob:
+        """See RunJob."""
+        raise NotImplementedError
 
     def committed(self, step: int, means: Mapping[str, float]) -> None:
         """See RunJob."""

@@ -100,7 +100,7 @@ def hosting(
         if pool is not None:
             pool.told(what, about)
 
-    optimizer = HostOptimizer(store, config.optimizer(), told)
+    optimizer = HostOptimizer(store, config.optimizer_config(), told)
     address = f"\0unbroken-{os.getpid()}-{store.path.name}"
 
     def start(worker: int) -> int:

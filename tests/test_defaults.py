@@ -26,7 +26,7 @@ def test_from_scratch_the_defaults_are_what_they_were() -> None:
     """240 steps at 2e-3 with 20 of warm-up, on the standard library."""
     known = TrainConfig().resolved()
     assert (known.lr, known.warmup, known.data) == (2e-3, 20, "stdlib")
-    assert TrainConfig().optimizer() == OptimizerConfig(2e-3, 240, 20, 0.1, (0.9, 0.95), 1e-8, 0.1, 1.0, "torch")
+    assert TrainConfig().optimizer_config() == OptimizerConfig(2e-3, 240, 20, 0.1, (0.9, 0.95), 1e-8, 0.1, 1.0, "torch")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_trained_weights_are_not_ruined_by_the_rate_of_random_ones(
     trained: str, changes: dict[str, Any], lr: float
 ) -> None:
     config = TrainConfig(model=trained, data="some.txt", **changes)
-    assert config.resolved().lr == config.optimizer().lr == lr
+    assert config.resolved().lr == config.optimizer_config().lr == lr
     assert config.resolved().resolved() == config.resolved()
 
 
