@@ -35,7 +35,7 @@ def test_from_scratch_the_defaults_are_what_they_were() -> None:
 def test_warm_up_is_a_tenth_of_a_short_run(steps: int, warmup: int) -> None:
     assert TrainConfig(steps=steps).resolved().warmup == warmup
     assert TrainConfig(steps=steps, warmup=7).resolved().warmup == 7
-    assert TrainConfig(steps=steps, warmup=0).optimizer().warmup_steps == 0
+    assert TrainConfig(steps=steps, warmup=0).optimizer_config().warmup_steps == 0
 
 
 @pytest.mark.parametrize(
@@ -109,5 +109,5 @@ def test_what_is_hardly_meant_is_said(changes: dict[str, Any], first_step: int, 
 
 
 def test_what_the_remark_says_of_the_rate_is_so() -> None:
-    config = TrainConfig(steps=6, warmup=20).optimizer()
+    config = TrainConfig(steps=6, warmup=20).optimizer_config()
     assert learning_rate(config, 5) == pytest.approx(0.0006)

@@ -124,7 +124,7 @@ def test_a_run_is_resumed_with_nothing_but_its_folder(
     before, now = config_from_toml(first / "config.toml", TrainConfig), settings(tmp_path)
     assert (now.lr, now.warmup, now.scheduler, now.workers, now.max_tokens) == (0.001, 3, "gpipe", 2, 6000)
     assert now == replace(before, steps=6, resume=True, out=tmp_path / "run", inject="")
-    assert [m["lr"] for m in metrics(tmp_path)[4:]] == [learning_rate(now.optimizer(), step) for step in (4, 5)]
+    assert [m["lr"] for m in metrics(tmp_path)[4:]] == [learning_rate(now.optimizer_config(), step) for step in (4, 5)]
     again = resume()
     assert again.code == 0, again.output
     assert "changed" not in again.output
@@ -169,7 +169,7 @@ def test_a_start_may_end_before_the_run_which_then_goes_on(resume: Callable[...,
     again = resume()
     assert again.code == 0, again.output
     assert "changed" not in again.output, "it is of the one start"
-    rates = [learning_rate(settings(tmp_path).optimizer(), step) for step in (4, 5, 6)]
+    rates = [learning_rate(settings(tmp_path).optimizer_config(), step) for step in (4, 5, 6)]
     assert [m["lr"] for m in metrics(tmp_path)[4:]] == rates, "of the whole run"
 
 
@@ -201,7 +201,7 @@ def test_a_change_that_is_meant_is_made_and_said(resume: Callable[..., Command],
     )
     now = settings(tmp_path)
     assert (now.lr, now.max_tokens, now.seed, now.warmup) == (0.5, 4000, 9, 3)
-    assert metrics(tmp_path)[4]["lr"] == learning_rate(now.optimizer(), 4)
+    assert metrics(tmp_path)[4]["lr"] == learning_rate(now.optimizer_config(), 4)
 
 
 def test_a_file_goes_before_what_was_kept_and_flags_before_the_file(

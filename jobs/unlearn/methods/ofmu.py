@@ -58,7 +58,7 @@ class OFMU(Method):
     """rho at the first step."""
     penalty_growth: Annotated[float, Within(1, 1000)] = 1.1
     """What rho grows by from step to step."""
-    reach: Annotated[float, Within(1e-6, 1)] = 1e-3
+    reach: Annotated[float, Within(1e-6, 1)] = 1e-4
     """How far a difference of gradients reaches, relative to the norm of the weights."""
 
     def terms(self, state: State) -> Mapping[str, float]:
