@@ -44,6 +44,11 @@ class TrainConfig(
         return None
 
     @property
+    def is_procedure(self) -> bool:
+        """Whether a step is more than one gradient."""
+        return False
+
+    @property
     def stages(self) -> int:
         """Workers per replica."""
         return self.workers // self.replicas
@@ -93,7 +98,9 @@ class TrainConfig(
         InjectionError for one that could never happen."""
         pool = self.scheduler == "roundpipe"
         known = self.stages if stages is None and self.scheduler != "skippipe" else stages
-        return parse_faults(self.inject, Ground(self.workers + self.max_failures, known, pool, self.shard_optimizer))
+        return parse_faults(
+            self.inject, Ground(self.workers + self.max_failures, known, pool, self.shard_optimizer, self.is_procedure)
+        )
 
     def validate(self) -> None:
         """Raise ConfigError, or InjectionError, for the first setting that cannot work, whatever the model, the data

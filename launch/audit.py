@@ -10,6 +10,7 @@ from jobs.config import require
 from jobs.rows import read_rows
 from jobs.unlearn.audit import audit
 from jobs.unlearn.request import requests_of
+from jobs.unlearn.update import TURNS_BACK
 from recovery.generation import read_generation
 
 
@@ -35,12 +36,15 @@ def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
     values = {
         "generation": read_generation(config.run), "files": found.files, "fenced": found.fenced,
         "findings": [asdict(each) for each in found.findings], "unread": [list(each) for each in found.unread],
+        "kept": found.kept,
         "not_complete": open_ones, "ok": found.clean and not open_ones,
     }  # fmt: skip
     lines = [f"generation {values['generation']}, {found.files:,} files looked into"]
     lines += [f"fenced    {path}" for path in found.fenced]
     lines += [f"FOUND     {each.path}: {each.what} ({each.how})" for each in found.findings]
+    lines += [f"KEPT      {path}: {TURNS_BACK}" for path in found.kept]
     lines += [f"UNREAD    {path}: {why}" for path, why in found.unread]
     lines += [f"request {number} is not complete: `unbroken unlearn {config.run} --resume`" for number in open_ones]
-    lines.append("nothing that was forgotten is left" if values["ok"] else "something is left, see above")
+    nothing = "nothing that was forgotten is left" + (", but for what was kept to be applied again" * bool(found.kept))
+    lines.append(nothing if values["ok"] else "something is left, see above")
     return values, "\n".join(lines)

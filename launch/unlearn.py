@@ -25,6 +25,7 @@ from jobs.unlearn.probe import read_oracle
 from jobs.unlearn.probe_job import probability
 from jobs.unlearn.request import Request, folder_of, requests_of
 from jobs.unlearn.signature import SignatureError, read_key
+from jobs.unlearn.update import TURNS_BACK, UPDATE, apply_again, begin_again
 from launch.config import to_toml
 from launch.past import Past, read_ledger
 from launch.replay import ReplayConfig, replay
@@ -114,8 +115,12 @@ def _begun(config: UnlearnConfig, trained: Trained) -> tuple[UnlearnConfig, Requ
     number = max((each.number for each in before), default=0) + 1
     config = replace(config, out=folder_of(config.run, number), model=str(folder_of(config.run, number) / "start"))
     config.resolved().validate()
-    request = begin(config, trained, number)
-    config = config.with_steps(len(request.forget))
+    if config.reapply:
+        request = begin_again(config, trained, number, before)
+        config = replace(config, method=request.method)  # of which it is the update
+    else:
+        request = begin(config, trained, number)
+        config = config.with_steps(len(request.forget))
     write_whole(config.out / "config.toml", to_toml(config))
     return config, request
 
@@ -138,9 +143,16 @@ def _abandon(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any],
 
 def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
     """Have the model of the request in its folder. Returns the exit code."""
-    if request.method == OracleMatching.name and not (job := reference_job(config, request)).reference.complete:
+    if (
+        request.method == OracleMatching.name
+        and not request.reapplies
+        and not (job := reference_job(config, request)).reference.complete
+    ):
         assert config.oracle is not None
         read_oracle(config.oracle, job)
+    if request.reapplies:
+        apply_again(config, request)
+        return 0
     if request.method != Replay.name:
         return _train(config, as_json)
     if not (config.out / "model").is_dir():
@@ -169,8 +181,8 @@ def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dic
     write_flushed(config.out / "result.json", json.dumps(values, indent=1).encode())
 
     def row(which: str) -> str:
-        found = report[which]
-        return f"{which:<8} {found[probability(FORGET)]:>12.4f} {found[probability(RETAIN)]:>12.4f}"
+        told = [report[which].get(probability(kind)) for kind in (FORGET, RETAIN)]  # of an update no rows are left
+        return " ".join([f"{which:<8}", *(f"{'-':>12}" if each is None else f"{each:>12.4f}" for each in told)])
 
     lines = [
         f"{len(request.rows):,} rows are forgotten by {request.method} ({report['goal']}): generation "
@@ -178,6 +190,7 @@ def _told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dic
         "probability of an answer   to forget      to keep",
         *(" " * 15 + row(which) for which in ("before", "after", "oracle") if which in report),
         *said,
+        *([f"kept      {config.out / UPDATE}: {TURNS_BACK}"] if config.keep_update else []),
         *([KEPT_ELSEWHERE] if config.old_checkpoints == "shred" and said else []),
         f"model     {values['model']}",
         f"manifest  {manifest}" + (f", signed: {values['signature']}" if config.key else ", not signed (--key)"),

@@ -84,9 +84,10 @@ class Alone:
 
     def fit(self, kind: str) -> Factors:
         """Weight -> (A, G), a position at a time."""
+        ends = ("0", str(self.model.num_layers - 1))
         linears = {
             name: module for name, module in self.module.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and name.split(".")[1] not in ("0", str(self.model.num_layers - 1))
+            if isinstance(module, nn.Linear | Conv1D) and name.split(".")[1] not in ends
         }  # fmt: skip
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         hooks = [

@@ -233,6 +233,8 @@ FORMULAS: dict[str, Callable[[Any, Step], Tensor]] = {
     ),
     "npo": npo, "simnpo": simnpo, "dpo": dpo, "idk": idk, "rmu": rmu, "r2mu": rmu, "undial": undial, "ceu": ceu,
     "wga": wga, "satimp": satimp, "pdu": pdu, "roka": roka,
+    "ofmu": lambda m, step: ce(step[RETAIN]) - ce(step[FORGET]),  # what it tells of; for its steps see test_procedure
+    "kfade": lambda m, step: -ce(step[FORGET]),
 }  # fmt: skip
 
 OTHERS: dict[str, dict[str, object]] = {

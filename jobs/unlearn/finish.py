@@ -29,10 +29,11 @@ from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.probe import probe
 from jobs.unlearn.probe_job import probability
-from jobs.unlearn.request import Request
+from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import samples_of
 from jobs.unlearn.settings import MethodSettings, method_of
 from jobs.unlearn.signature import sign
+from jobs.unlearn.update import TURNS_BACK, UPDATE, keep_update
 from jobs.unlearn.weights import publish, say_generation, states_in, states_of
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
@@ -58,6 +59,8 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
     for which, folder in folders.items():
         means = probe(folder, material, items, config.microbatch_size)
         found[which] = {name: means[name] for name in names if name in means}
+    if config.keep_update:
+        keep_update(config, request)
     copy = config.out / "data-after"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(config.run / "data", copy)
@@ -66,7 +69,7 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
     seen = samples_of(trained.dataset, request.forget, last)
     report = {
         "generation": request.generation, "number": request.number, "method": request.method,
-        "goal": method_of(config).goal, "rows": len(request.forget), **found,
+        "goal": method_of(config).goal, "rows": len(request.rows), **found,
         "hashes": {
             "data_before": trained.dataset.fingerprint, "data_after": RowDataset.open(copy).fingerprint,
             "weights_before": weights_hash(config.out / "start"), "weights_after": weights_hash(config.out / "model"),
@@ -140,6 +143,12 @@ def read_report(folder: Path) -> dict[str, Any]:
 def _manifest(config: UnlearnConfig, request: Request) -> Manifest:
     report, settings = read_report(config.out), json.loads(json.dumps(asdict(config), default=str))
     of_the_method = {name: settings[name] for name in names_of(MethodSettings) if settings[name] is not None}
+    if config.keep_update:
+        kept = f"{(config.out / UPDATE).relative_to(config.run)}: {TURNS_BACK}"
+        of_the_method["kept"] = {"update": kept, "sha256": weights_hash(config.out / UPDATE)}
+    if request.reapplies:
+        update = folder_of(config.run, request.reapplies) / UPDATE
+        of_the_method["reapplied"] = {"request": request.reapplies, "sha256": weights_hash(update)}
     carried = {name: value for name, value in settings.items() if name not in names_of(MethodSettings)}
     times = {"trained": float(report["trained"]), "done": time.time()}
     return Manifest(

@@ -54,6 +54,8 @@ class Method:
     """What it is run with unless the user says otherwise."""
     rate: ClassVar[float | None] = None
     """Its learning rate unless the user says otherwise; None for that of most."""
+    by_differences: ClassVar[bool] = False
+    """Whether it takes differences of gradients that lie close to each other."""
     few_steps: ClassVar[int | None] = None
     """How many steps it takes unless the user says otherwise; None for as many as the epochs take."""
 

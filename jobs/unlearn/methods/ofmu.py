@@ -46,6 +46,7 @@ class OFMU(Method):
     kinds = (FORGET, RETAIN)
     is_procedure = True
     optimizer = "sgd"
+    by_differences = True
     rate = 0.02
 
     similarity: Annotated[float, WEIGHT] = 0.1
