@@ -143,16 +143,12 @@ def _abandon(run: Path, request: Request, folder: Path) -> tuple[dict[str, Any],
 
 def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
     """Have the model of the request in its folder. Returns the exit code."""
-    if (
-        request.method == OracleMatching.name
-        and not request.reapplies
-        and not (job := reference_job(config, request)).reference.complete
-    ):
-        assert config.oracle is not None
-        read_oracle(config.oracle, job)
     if request.reapplies:
         apply_again(config, request)
         return 0
+    if request.method == OracleMatching.name and not (job := reference_job(config, request)).reference.complete:
+        assert config.oracle is not None
+        read_oracle(config.oracle, job)
     if request.method != Replay.name:
         return _train(config, as_json)
     if not (config.out / "model").is_dir():

@@ -308,6 +308,15 @@ def test_exact_sums_make_a_procedure_the_same_on_any_number_of_workers(tmp_path:
     assert equal(found[2], found[0])
 
 
+def test_copies_for_others_are_what_they_were(tmp_path: Path) -> None:
+    """Who keeps a copy of the next stage keeps it through steps that move weights: nothing else comes out."""
+    found = [
+        Crew(replace(CONFIG, workers=2, **how), LLAMA, tmp_path / str(at), lambda: job("ofmu"), 2).run().weights
+        for at, how in enumerate(({}, {"snapshot": "neighbour", "recovery": "exact"}))
+    ]
+    assert equal(found[1], found[0])
+
+
 # ---- who is lost ----
 
 PLACES = {

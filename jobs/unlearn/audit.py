@@ -116,7 +116,6 @@ class _Auditor:
         """Every file to look into. Of what is fenced, leads elsewhere or cannot be listed it tells."""
         if len(parts) == 3 and parts[0] == "requests" and parts[2] == UPDATE:
             self.found.kept.append(self._name(folder))
-            return
         if parts == (FENCED,) or (len(parts) == 3 and parts[0] == "requests" and parts[2] == FENCED):
             yield from self._fenced(folder, 0)
             return
@@ -157,7 +156,8 @@ class _Auditor:
         if path.name.startswith(TOKENS):
             self._search_tokens(path)
         elif path.name.startswith("pytorch_model") or any(part in _WEIGHTS for part in path.suffixes):
-            self.weights[path.parent, *_said(path)] += 1
+            if self._name(path.parent) not in self.found.kept:
+                self.weights[path.parent, *_said(path)] += 1
         else:
             if path.name.startswith(_ROWS):
                 self._search_rows(path)
