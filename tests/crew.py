@@ -50,13 +50,14 @@ class Probe:
 
 class Crew:
     """A run of some steps of a job. `lost` is (worker, step, point, how often it was met there): that worker is lost
-    there. `weights` are what comes out, `results` what all say of each step."""
+    there. `watch` is told of every point that a member meets. `weights` are what comes out, `results` what all say of each step."""
 
     def __init__(
         self, config: TrainConfig, shape: PreTrainedConfig, out: Path, job: Callable[[], UnlearnJob], steps: int,
-        lost: tuple[int, int, str, int] | None = None,
+        lost: tuple[int, int, str, int] | None = None, watch: Callable[[Member, str], None] = lambda *_: None,
     ) -> None:  # fmt: skip
         self.config, self.out, self.job, self.steps, self.lost = replace(config, out=out), out, job, steps, lost
+        self.watch = watch
         out.mkdir(parents=True, exist_ok=True)
         shape.save_pretrained(out / "model-config")
         self.model = LayeredModel(shape)
@@ -119,6 +120,7 @@ class Crew:
 
         def met(point: str, times: int, step: int) -> None:
             self.points[worker].append(point)
+            self.watch(member, point)
             if (worker, step, point, times) == self.lost and not self.gone.is_set():
                 raise Lost
 

@@ -30,7 +30,7 @@ from pipeline.runtime.transport import Transport
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.layout import Excerpt
 from pipeline.schedule.lower import lower
-from pipeline.schedule.ops import B, F, I, Op, Route, Schedule, W
+from pipeline.schedule.ops import B, F, I, Op, R, Route, Schedule, W
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 from tests import unlearn_rows as rows
@@ -315,6 +315,18 @@ def test_copies_for_others_are_what_they_were(tmp_path: Path) -> None:
         for at, how in enumerate(({}, {"snapshot": "neighbour", "recovery": "exact"}))
     ]
     assert equal(found[1], found[0])
+
+
+def test_no_forward_is_kept_for_who_takes_over(tmp_path: Path) -> None:
+    """It may be one of other weights, and the step that is done again begins with the first question."""
+    kept: list[int] = []
+    config = replace(CONFIG, workers=2, recovery="redundant")
+    crew = Crew(
+        config, LLAMA, tmp_path / "out", lambda: job("ofmu"), 1, watch=lambda m, _: kept.append(len(m.worker.spare))
+    ).run()
+    assert any(op.kind == R for lane in crew.layout.train.lanes.values() for op in lane), "it is computed"
+    assert kept
+    assert not any(kept)
 
 
 # ---- who is lost ----
