@@ -56,6 +56,11 @@ class TrainConfig(
         return False
 
     @property
+    def is_procedure(self) -> bool:
+        """Whether a step is more than one gradient."""
+        return False
+
+    @property
     def stages(self) -> int:
         """Workers per replica."""
         return self.workers // self.replicas
@@ -86,16 +91,20 @@ class TrainConfig(
             lr=lr if self.lr is None else self.lr,
             warmup=min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup,
             data="stdlib" if self.data is None and not trained else self.data,
+            optimizer=self.optimizer or "adamw",
+            clip=1.0 if self.clip is None else self.clip,
         )
 
-    def optimizer(self) -> OptimizerConfig:
+    def optimizer_config(self) -> OptimizerConfig:
         """The part that the optimizer reads."""
         known = self.resolved()
         assert known.lr is not None
         assert known.warmup is not None
+        assert known.clip is not None
+        assert known.optimizer is not None
         return OptimizerConfig(
             known.lr, self.steps, known.warmup, self.min_lr_ratio, (self.beta1, self.beta2), self.eps,
-            self.weight_decay, self.clip, self.cpu_adam,
+            self.weight_decay, known.clip, self.cpu_adam, known.optimizer,
         )  # fmt: skip
 
     def faults(self, stages: int | None = None) -> tuple[Fault | Rate, ...]:
@@ -104,7 +113,9 @@ class TrainConfig(
         pool = self.scheduler == "roundpipe"
         known = self.stages if stages is None and self.scheduler != "skippipe" else stages
         ids = self.workers + self.max_failures
-        return parse_faults(self.inject, Ground(ids, known, pool, self.shard_optimizer, self.reads_before))
+        return parse_faults(
+            self.inject, Ground(ids, known, pool, self.shard_optimizer, self.reads_before, self.is_procedure)
+        )
 
     def validate(self) -> None:
         """Raise ConfigError, or InjectionError, for the first setting that cannot work, whatever the model, the data

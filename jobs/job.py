@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.runtime.batch import Job
+from pipeline.runtime.curvature import FitJob
+from pipeline.runtime.procedure import Procedure
 
 if TYPE_CHECKING:
     from jobs.engine import Engine
@@ -35,6 +37,15 @@ class RunJob(Job, Protocol):
     def prepare(self, engine: Engine, step: int, /) -> None:
         """What the microbatches of a step follow from beside data is computed, together, with the weights as they are
         before it. Interrupted anywhere, or with the step after it, it is done again. Raises NonFiniteLoss."""
+        ...
+
+    @property
+    def procedure(self) -> Procedure | None:
+        """What makes its steps, where they are more than a gradient of its terms; it then is a ProcedureJob."""
+        ...
+
+    def fitting(self, kind: str, step: int, /) -> FitJob:
+        """See ProcedureJob."""
         ...
 
     def committed(self, step: int, means: Mapping[str, float], /) -> None:
@@ -86,6 +97,15 @@ class SampledJob:
 
     def prepare(self, engine: Engine, step: int) -> None:
         """See RunJob."""
+
+    @property
+    def procedure(self) -> Procedure | None:
+        """See RunJob."""
+        return None
+
+    def fitting(self, kind: str, step: int) -> FitJob:
+        """See RunJob."""
+        raise NotImplementedError
 
     def committed(self, step: int, means: Mapping[str, float]) -> None:
         """See RunJob."""

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from jobs.engine import Position
-from pipeline.runtime.batch import Job
+from jobs.job import RunJob
 from pipeline.runtime.probe import Reading
+from pipeline.runtime.procedure import run_procedure
 from pipeline.runtime.shards import whole_moments
 from pipeline.runtime.worker import StepResult, Worker
 from pipeline.schedule.layout import EVALUATE, FULL, TRAIN
@@ -26,7 +27,7 @@ class PipelineEngine:
     skipped."""
 
     member: Member
-    jobs: Mapping[str, Job]
+    jobs: Mapping[str, RunJob]
     number: int
     joins: bool = False
     full_every: int = 0
@@ -78,7 +79,11 @@ class PipelineEngine:
         """See Engine."""
         full = self.full_every and (step + 1) % self.full_every == 0  # every so often no span is skipped
         excerpt = self.member.excerpt(FULL if full else TRAIN)
-        result = self.worker.run(excerpt, self.jobs[TRAIN], step, wish=wish, record=record)
+        job = self.jobs[TRAIN]
+        if (procedure := job.procedure) is None:
+            result = self.worker.run(excerpt, job, step, wish=wish, record=record)
+        else:
+            result = run_procedure(self.worker, excerpt, job, procedure, step, wish=wish, record=record)
         self.worker.store.let_go()  # the view is settled: it will not be asked for what it gave away
         if self.member.migration is not None:
             self.member.migration.stepped()

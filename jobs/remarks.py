@@ -10,7 +10,7 @@ from recovery.inject import Fault
 def remarks(config: TrainConfig, first_step: int = 0) -> list[str]:
     """Lines about settings that are allowed and hardly wanted, of a run that goes on from `first_step`."""
     found: list[str] = []
-    known = config.optimizer()
+    known = config.optimizer_config()
     if known.warmup_steps >= config.steps > 1:
         found.append(
             f"warmup is {known.warmup_steps} and the run has {config.steps} steps: the learning rate only rises, to "

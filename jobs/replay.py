@@ -137,7 +137,7 @@ def check_rates(run: TrainConfig, records: Records, steps: Iterable[int]) -> Non
     with other settings keeps only these."""
     for step in steps:
         line = records.metrics.get(step)
-        if line is not None and (lr := learning_rate(run.optimizer(), step - 1)) != line["lr"]:
+        if line is not None and (lr := learning_rate(run.optimizer_config(), step - 1)) != line["lr"]:
             raise ConfigError(
                 f"step {step} had the learning rate {line['lr']!r} by metrics.jsonl, and has {lr!r} by config.toml: "
                 "the run was resumed with other settings since; allowed: a step after that"

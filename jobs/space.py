@@ -58,7 +58,8 @@ def space_needed(
     layers = range(model.num_layers)
     numbers = sum(map(model.parameter_count, layers))
     trained = sum(map(model.trained_count, layers))
-    copies = 3 if config.optimizer_async else 2  # both moments, and the weights that are one step behind
+    copies = 2 if config.optimizer_config().moments else 0  # both moments
+    copies += config.optimizer_async  # and the weights that are one step behind
     every, left = config.checkpoint_every, config.last_step - first_step
     last = config.last_step - 1
     coming = int(left > 0) + (last // every - first_step // every if every and left > 0 else 0)

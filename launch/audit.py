@@ -13,6 +13,7 @@ from jobs.text_rows import TextRows
 from jobs.unlearn.audit import audit
 from jobs.unlearn.guard import Guard
 from jobs.unlearn.request import requests_of
+from jobs.unlearn.update import TURNS_BACK
 from recovery.generation import read_generation
 
 
@@ -37,7 +38,7 @@ def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
     values = {
         "generation": read_generation(config.run), "files": found.files, "fenced": found.fenced,
         "findings": [asdict(each) for each in found.findings], "unread": [list(each) for each in found.unread],
-        "not_complete": open_ones, "guarded": None if guard is None else guard.method,
+        "not_complete": open_ones, "guarded": None if guard is None else guard.method, "kept": found.kept,
         "ok": found.clean and not open_ones,
     }  # fmt: skip
     lines = [f"generation {values['generation']}, {found.files:,} files looked into"]
@@ -46,9 +47,11 @@ def audit_command(config: AuditConfig) -> tuple[dict[str, Any], str]:
         told = f"its weights still know what {guard.method} suppresses, and say it without the guard"
         lines.append(f"guarded   model: {told}")
     lines += [f"FOUND     {each.path}: {each.what} ({each.how})" for each in found.findings]
+    lines += [f"KEPT      {path}: {TURNS_BACK}" for path in found.kept]
     lines += [f"UNREAD    {path}: {why}" for path, why in found.unread]
     lines += [f"request {number} is not complete: `unbroken unlearn {config.run} --resume`" for number in open_ones]
-    lines.append("nothing that was forgotten is left" if values["ok"] else "something is left, see above")
+    nothing = "nothing that was forgotten is left" + (", but for what was kept to be applied again" * bool(found.kept))
+    lines.append(nothing if values["ok"] else "something is left, see above")
     return values, "\n".join(lines)
 
 

@@ -99,7 +99,7 @@ def hosting(
         if pool is not None:
             pool.told(what, about)
 
-    optimizer = HostOptimizer(store, config.optimizer(), told, config.masks)
+    optimizer = HostOptimizer(store, config.optimizer_config(), told, config.masks)
     address = f"\0unbroken-{os.getpid()}-{store.path.name}"
 
     def start(worker: int) -> int:

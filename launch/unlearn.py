@@ -31,6 +31,7 @@ from jobs.unlearn.request import Request, folder_of, requests_of
 from jobs.unlearn.settings import method_of
 from jobs.unlearn.signature import SignatureError, read_key
 from jobs.unlearn.traces import TraceConfig, traces_of
+from jobs.unlearn.update import TURNS_BACK, UPDATE, apply_again, begin_again
 from launch.config import to_toml
 from launch.past import Past, read_ledger, read_metrics
 from launch.replay import ReplayConfig, replay
@@ -126,8 +127,12 @@ def _begun(config: UnlearnConfig, trained: Trained) -> tuple[UnlearnConfig, Requ
     config = replace(config, out=folder_of(config.run, number), model=str(folder_of(config.run, number) / "start"))
     config.resolved().validate()
     check_oracles(config)
-    request = begin(config, trained, number)
-    config = config.with_steps(len(request.forget))
+    if config.reapply:
+        request = begin_again(config, trained, number, before)
+        config = replace(config, method=request.method)  # of which it is the update
+    else:
+        request = begin(config, trained, number)
+        config = config.with_steps(len(request.forget))
     write_whole(config.out / "config.toml", to_toml(config))
     return config, request
 
@@ -171,6 +176,9 @@ def abandon_request(run: Path, request: Request, folder: Path) -> tuple[dict[str
 
 def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
     """Have the model of the request in its folder. Returns the exit code."""
+    if request.reapplies:
+        apply_again(config, request)
+        return 0
     if request.method == OracleMatching.name and not (job := reference_job(config, request)).reference.complete:
         assert config.oracle is not None
         read_oracle(config.oracle, job)
@@ -225,6 +233,7 @@ def told(config: UnlearnConfig, request: Request, said: list[str]) -> tuple[dict
         *_table(report),
         *([f"mean reward of a step's answers: {rewards[0]:.3f} first, {rewards[-1]:.3f} last"] if rewards else []),
         *said,
+        *([f"kept      {config.out / UPDATE}: {TURNS_BACK}"] if config.keep_update else []),
         *([KEPT_ELSEWHERE] if config.old_checkpoints == "shred" and said else []),
         f"model     {values['model']}",
         f"manifest  {manifest}" + (f", signed: {values['signature']}" if config.key else ", not signed (--key)"),

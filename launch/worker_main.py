@@ -191,7 +191,7 @@ def build_member(
     layout = read_layout(store, view, place)
     parts = part_holders(layout.holders, model.num_layers, model.tied) if config.shard_optimizer else {}
     held = ResidentStore(
-        model, layout.spans, config.optimizer(), seed=config.seed, device=device,
+        model, layout.spans, config.optimizer_config(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source), came_on=pulse, exact=config.exact_sums,
         shares=shares_of(parts, place, config.snapshot == "neighbour"), masks=config.masks,
     )  # fmt: skip

@@ -37,10 +37,13 @@ something is read before the first step there is `reference`, amid the part of i
 POOL_POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")
 """What workers that hold nothing meet: a unit is there, its weights are being loaded, they are loaded, it is computed
 forward or back, its gradient is told, it counts."""
+PROCEDURE_POINTS = ("gradient", "moved", "dot", "fit", "solve")
+"""What is met besides in a step that is a procedure: a gradient is asked for, weights are moved for it, products are
+asked for, curvature is fitted, an equation is solved with it."""
 FAULTS = ("kill", "term", "stop", "segfault", "exception", "gil", "slow", "nan", "flip", "cut")
 _DRAWN = {False: POINTS[:5], True: ("order", "forward", "backward", "commit", "committed")}
 """Whether it is a pool -> the points that every worker meets in every step, from which a rate draws."""
-_ANY = (*POINTS, *(point for point in POOL_POINTS if point not in POINTS), READING)
+_ANY = (*POINTS, *(point for point in POOL_POINTS if point not in POINTS), READING, *PROCEDURE_POINTS)
 _MOST = {"worker": 2 * 10**9, "stage": 1023, "step": 99_999_999, "seed": 2**63 - 1, "p": 1, "factor": 10_000}
 _LEAST = {"factor": 1}
 _FOLLOWING = ("recovery", "copy")
@@ -103,13 +106,14 @@ class Rate:
 class Ground:
     """Where faults are to happen: workers have ids below `ids`; `stages` is None where that is not known yet. `pool`:
     workers hold nothing; `shares`: they share the optimizer's state; `reads`: something is read before the first
-    step."""
+    step; `procedure`: a step is more than one gradient."""
 
     ids: int
     stages: int | None
     pool: bool = False
     shares: bool = False
     reads: bool = False
+    procedure: bool = False
 
 
 def parse_faults(text: str, ground: Ground | None = None) -> tuple[Fault | Rate, ...]:
@@ -145,10 +149,12 @@ def _parse(text: str, name: str, ground: Ground | None) -> Fault | Rate:
     shares = ground is None or ground.shares
     points = _ANY if ground is None else POOL_POINTS if pool else POINTS if shares else POINTS[:-1]
     points += (READING,) if ground is not None and ground.reads else ()
+    points = (*points, *PROCEDURE_POINTS) if ground is not None and ground.procedure else points
     if at not in points:
         where = "" if at not in _ANY else f" {'with' if pool else 'without'} scheduler roundpipe"
         where = " without shard_optimizer" if at == "exchange" and not pool else where
         where = " where nothing is read before the first step" if at == READING else where
+        where = " for a method whose step is one gradient" if at in PROCEDURE_POINTS else where
         raise _refusal(text, f"at is {at!r}; allowed{where}: {', '.join(points)}")
     who = {key: _number(text, values, key, int) for key in ("worker", "stage") if key in values}
     if ground is not None and "worker" in who and who["worker"] >= ground.ids:

@@ -400,7 +400,7 @@ def plain_training(
     assert not missing.unexpected_keys
     assert set(missing.missing_keys) <= {"lm_head.weight"}
     model.to(device).train()
-    job, settings = make_job(config, model_config.vocab_size), config.optimizer()
+    job, settings = make_job(config, model_config.vocab_size), config.optimizer_config()
     named = {standard[n]: p for n, p in model.named_parameters() if p.requires_grad}
     adamw = torch.optim.AdamW(decay_groups(named, settings.weight_decay), betas=settings.betas, eps=settings.eps)  # type: ignore[arg-type]
     tokens = config.samples_per_step * config.sequence_length

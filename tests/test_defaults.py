@@ -26,7 +26,7 @@ def test_from_scratch_the_defaults_are_what_they_were() -> None:
     """240 steps at 2e-3 with 20 of warm-up, on the standard library."""
     known = TrainConfig().resolved()
     assert (known.lr, known.warmup, known.data) == (2e-3, 20, "stdlib")
-    assert TrainConfig().optimizer() == OptimizerConfig(2e-3, 240, 20, 0.1, (0.9, 0.95), 1e-8, 0.1, 1.0, "torch")
+    assert TrainConfig().optimizer_config() == OptimizerConfig(2e-3, 240, 20, 0.1, (0.9, 0.95), 1e-8, 0.1, 1.0, "torch")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_from_scratch_the_defaults_are_what_they_were() -> None:
 def test_warm_up_is_a_tenth_of_a_short_run(steps: int, warmup: int) -> None:
     assert TrainConfig(steps=steps).resolved().warmup == warmup
     assert TrainConfig(steps=steps, warmup=7).resolved().warmup == 7
-    assert TrainConfig(steps=steps, warmup=0).optimizer().warmup_steps == 0
+    assert TrainConfig(steps=steps, warmup=0).optimizer_config().warmup_steps == 0
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_trained_weights_are_not_ruined_by_the_rate_of_random_ones(
     trained: str, changes: dict[str, Any], lr: float
 ) -> None:
     config = TrainConfig(model=trained, data="some.txt", **changes)
-    assert config.resolved().lr == config.optimizer().lr == lr
+    assert config.resolved().lr == config.optimizer_config().lr == lr
     assert config.resolved().resolved() == config.resolved()
 
 
@@ -109,5 +109,5 @@ def test_what_is_hardly_meant_is_said(changes: dict[str, Any], first_step: int, 
 
 
 def test_what_the_remark_says_of_the_rate_is_so() -> None:
-    config = TrainConfig(steps=6, warmup=20).optimizer()
+    config = TrainConfig(steps=6, warmup=20).optimizer_config()
     assert learning_rate(config, 5) == pytest.approx(0.0006)

@@ -256,6 +256,8 @@ FORMULAS: dict[str, Callable[[Any, Step], Tensor]] = {
     "wga": wga, "satimp": satimp, "pdu": pdu, "roka": roka, "grpo": grpo,
     "concept": lambda m, step: m.gamma * ce(step[POISON]) + m.alpha * ce(step[RETAIN]),
     "mrp": lambda m, step: -m.gamma * ce(step[FORGET]) + m.alpha * ce(step[RETAIN]), "o3": o3,
+    "ofmu": lambda m, step: ce(step[RETAIN]) - ce(step[FORGET]),  # what it tells of; for its steps see test_procedure
+    "kfade": lambda m, step: -ce(step[FORGET]),
 }  # fmt: skip
 
 OTHERS: dict[str, dict[str, object]] = {

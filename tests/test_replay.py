@@ -79,7 +79,7 @@ def test_a_replay_has_the_numbers_of_the_run_and_not_its_faults() -> None:
         resume=True, out=Path("elsewhere"),
     )  # fmt: skip
     assert (now.steps, now.last_step) == (20, 9)
-    assert now.optimizer() == RUN.optimizer()
+    assert now.optimizer_config() == RUN.optimizer_config()
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_sums_in_another_order_is_refused(changes: dict[str, Any], asked: d
 
 
 def test_settings_that_the_run_had_not_at_that_step_are_told() -> None:
-    lines = [{"step": step, "lr": learning_rate(RUN.optimizer(), step - 1)} for step in (1, 2, 3, 4)]
+    lines = [{"step": step, "lr": learning_rate(RUN.optimizer_config(), step - 1)} for step in (1, 2, 3, 4)]
     check_rates(RUN, Records.of(lines, ()), range(1, 6))
     with pytest.raises(
         ConfigError, match=r"^step 4 had the learning rate .* the run was resumed with other settings s"

@@ -191,3 +191,41 @@ def test_a_bit_that_changes_in_a_sealed_state_is_found_before_it_counts(kind: st
     stamp([state], 0, 0)
     state.apply(1.0, 0.1)
     assert state.version == 1
+
+
+# ---- plain gradient steps ----
+
+
+def test_sgd_takes_the_gradient_times_the_rate_and_keeps_nothing_else() -> None:
+    drawn = torch.Generator().manual_seed(1)
+    made = {name: torch.randn(5, 3, generator=drawn) for name in ("a", "b")}
+
+    def state(optimizer: str) -> LayerState:
+        parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in made.items()}
+        return LayerState("1", parameters, OptimizerConfig(optimizer=optimizer, weight_decay=0.5))
+
+    plain, adamw = state("sgd"), state("adamw")
+    plain.lr_scale.fill_(2.0)
+    gradient = torch.randn(plain.size, generator=drawn)
+    for each in (plain, adamw):
+        each.gradient.copy_(gradient)
+        each.apply(0.5, 0.1)
+    wanted = {name: tensor - 0.1 * gradient.split(15)[at].view(5, 3) for at, (name, tensor) in enumerate(made.items())}
+    for name, tensor in plain.weights().items():
+        torch.testing.assert_close(tensor, wanted[name])
+    assert list(plain.tensors()) == ["param/a", "param/b", "lr_scale/a"] == sorted(plain.keys(), key=plain.keys().index)
+    assert plain.version == 1
+    assert not plain.gradient.any()
+    assert plain.moments("a") == {}
+
+    # a checkpoint of one is read by the other: moments are left out, or begin anew
+    other = state("sgd")
+    other.load(adamw.tensors())
+    assert torch.equal(other.weights()["b"], adamw.weights()["b"])
+    adamw.load(plain.tensors())
+    assert torch.equal(adamw.weights()["b"], plain.weights()["b"])
+    assert not any(tensor.any() for tensor in adamw.moments("a").values())
+    with pytest.raises(KeyError):
+        adamw.load({key: tensor for key, tensor in state("adamw").tensors().items() if key != "exp_avg/b"})
+    plain.begin_anew()
+    assert float(plain.lr_scale) == 1.0

@@ -38,9 +38,10 @@ def test_every_setting_is_of_one_kind() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NUMBERS if name != "samples_per_step"])
 def test_a_number_of_the_run_is_changed_only_by_who_says_so(name: str) -> None:
-    before = TrainConfig(lr=0.002, warmup=20)
+    before = TrainConfig(lr=0.002, warmup=20, optimizer="adamw", clip=1.0)
     value = getattr(before, name)
-    other = "bfloat16" if name == "dtype" else not value if isinstance(value, bool) else value + 1
+    words = {"dtype": "bfloat16", "optimizer": "sgd"}
+    other = words[name] if name in words else not value if isinstance(value, bool) else value + 1
     now = replace(before, resume=True, **{name: other})
     with pytest.raises(
         ConfigError, match=rf"^cannot resume: {name} was {value} and is {other}, which would make it ano"
@@ -126,7 +127,7 @@ def test_a_run_is_resumed_with_nothing_but_its_folder(
     before, now = config_from_toml(first / "config.toml", TrainConfig), settings(tmp_path)
     assert (now.lr, now.warmup, now.scheduler, now.workers, now.max_tokens) == (0.001, 3, "gpipe", 2, 6000)
     assert now == replace(before, steps=6, resume=True, out=tmp_path / "run", inject="")
-    assert [m["lr"] for m in metrics(tmp_path)[4:]] == [learning_rate(now.optimizer(), step) for step in (4, 5)]
+    assert [m["lr"] for m in metrics(tmp_path)[4:]] == [learning_rate(now.optimizer_config(), step) for step in (4, 5)]
     again = resume()
     assert again.code == 0, again.output
     assert "changed" not in again.output
@@ -171,7 +172,7 @@ def test_a_start_may_end_before_the_run_which_then_goes_on(resume: Callable[...,
     again = resume()
     assert again.code == 0, again.output
     assert "changed" not in again.output, "it is of the one start"
-    rates = [learning_rate(settings(tmp_path).optimizer(), step) for step in (4, 5, 6)]
+    rates = [learning_rate(settings(tmp_path).optimizer_config(), step) for step in (4, 5, 6)]
     assert [m["lr"] for m in metrics(tmp_path)[4:]] == rates, "of the whole run"
 
 
@@ -203,7 +204,7 @@ def test_a_change_that_is_meant_is_made_and_said(resume: Callable[..., Command],
     )
     now = settings(tmp_path)
     assert (now.lr, now.max_tokens, now.seed, now.warmup) == (0.5, 4000, 9, 3)
-    assert metrics(tmp_path)[4]["lr"] == learning_rate(now.optimizer(), 4)
+    assert metrics(tmp_path)[4]["lr"] == learning_rate(now.optimizer_config(), 4)
 
 
 def test_a_file_goes_before_what_was_kept_and_flags_before_the_file(

@@ -54,6 +54,8 @@ def test_a_checkpoint_is_weights_and_two_moments() -> None:
     behind = space_needed(TrainConfig(scheduler="roundpipe", optimizer_async=True), TINY)
     assert behind.checkpoint - space.checkpoint == 4 * NUMBERS
     assert space_needed(TrainConfig(max_tokens=0), TINY).tokens is None
+    plain = space_needed(TrainConfig(optimizer="sgd"), TINY)
+    assert 4 * NUMBERS <= plain.checkpoint <= 4 * NUMBERS + 8192 * 6, "weights alone"
 
 
 def test_tokens_count_no_further_than_the_text_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

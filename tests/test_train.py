@@ -342,7 +342,7 @@ def test_metrics_tell_of_every_step(reference: Run) -> None:
     assert [m["step"] for m in reference.metrics] == list(range(1, STEPS + 1))
     assert {m["tokens"] for m in reference.metrics} == {4 * 2 * 32}
     assert {m["view"] for m in reference.metrics} == {1}
-    assert [m["lr"] for m in reference.metrics] == [learning_rate(config.optimizer(), n) for n in range(STEPS)]
+    assert [m["lr"] for m in reference.metrics] == [learning_rate(config.optimizer_config(), n) for n in range(STEPS)]
     assert all(m["tokens_per_s"] > 0 and m["grad_norm"] > 0 for m in reference.metrics)
     assert reference.losses == sorted(reference.losses, reverse=True), "the loss falls"
     assert reference.losses[0] == pytest.approx(math.log(258), abs=0.2)

@@ -208,18 +208,33 @@ def calm(forkserver: ForkServer, trained: Path, tmp_path_factory: pytest.TempPat
             ("kill:stage=0,step=2,at=optimizer", "kill:stage=1,step=3,at=commit"),
         ),
         ("grpo", (*ANSWERS, "--scheduler", "roundpipe"), ("kill:worker=1,step=5,at=forward",)),
+        (
+            "kfade",
+            ("--lr", "0.02", "--steps", "4"),
+            (
+                "kill:stage=0,step=1,at=gradient",
+                "kill:stage=1,step=2,at=fit",
+                "kill:stage=0,step=2,at=solve",
+                "kill:stage=1,step=3,at=commit",
+            ),
+        ),
+        (
+            "ofmu",
+            ("--steps", "4", "--ascents", "1", "--workers", "2:3", "--exact-sums", "--lr", "0.02"),
+            ("kill:worker=1,step=2,at=moved",),
+        ),
     ],
 )
 def test_a_request_that_loses_workers_ends_in_the_same_bits(
     run: Path, unbroken: Unbroken, calm: Callable[..., str], method: str, more: tuple[str, ...], faults: tuple[str, ...]
 ) -> None:
-    asked = ("--forget", "author=author-001", "--method", method, *more, *SMALL, "--json")
+    asked = ("--forget", "author=author-001", "--method", method, *SMALL, *more, "--json")
     unbroken("unlearn", run, *asked, "--inject", ";".join(faults), "--max-failures", "9")
     events = [json.loads(line) for line in (folder_of(run, 1) / "events.jsonl").read_text().splitlines()]
     told = [f"{event['at']} {event['step']}" for event in events if event["event"] == "fault"]
     assert len(told) == len(faults), told
     wanted = tuple(word for word in asked if word not in ("--workers", "2:3"))
-    assert weights_hash(run / "model") == calm(*(wanted if method == "npo" else asked))
+    assert weights_hash(run / "model") == calm(*(wanted if method in ("npo", "ofmu") else asked))
 
 
 def test_poisoned_answers_are_gone_with_the_request(run: Path, trained: Path, unbroken: Unbroken) -> None:
@@ -536,6 +551,26 @@ def test_what_an_oracle_says_is_learned_and_how_far_it_is_from_another_is_told(
         ),
         (("--forget", "author-001/02", "--microbatches", "3"), "microbatches is 3; allowed: a multiple of 2"),
         (("--forget", "author-001/02", "--key", "nowhere.pem"), "nowhere.pem"),
+        (
+            ("--forget", "author-001/02", "--method", "kfade", "--scheduler", "roundpipe"),
+            "scheduler is 'roundpipe'; allowed: one whose workers keep their layers and whose microbatches visit all",
+        ),
+        (("--forget", "author-001/02", "--method", "ofmu", "--scheduler", "skippipe"), "scheduler is 'skippipe'"),
+        (
+            ("--forget", "author-001/02", "--method", "ofmu", "--optimizer", "adamw"),
+            "optimizer is 'adamw'; allowed: sgd",
+        ),
+        (
+            ("--forget", "author-001/02", "--method", "ofmu", "--dtype", "bfloat16"),
+            "dtype is 'bfloat16'; allowed: float",
+        ),
+        (("--forget", "author-001/02", "--optimizer", "adam"), "optimizer is 'adam'; allowed: one of adamw, sgd"),
+        (
+            ("--forget", "author-001/02", "--inject", "kill:worker=0,step=1,at=fit"),
+            "for a method whose step is one grad",
+        ),
+        (("--reapply", "1"), "reapply is 1; allowed: a request that has kept its update: none of this run"),
+        (("--reapply", "1", "--forget", "x"), "reapply is 1; allowed: 0 with forget"),
         (("--forget", "author-001/02", "--method", "oracle_matching"), "oracle is None; allowed: a model directory"),
         (("--forget", "author-001/02", "--oracle", "nowhere"), "oracle is 'nowhere'; allowed: a model directory"),
         (("--forget", "author-001/02", "--oracle", "LIBRARY"), "which cannot be compared with the run: "),
@@ -558,3 +593,55 @@ def test_a_run_whose_rows_are_gone_has_none_to_forget(run: Path, unbroken: Unbro
     (run / "data" / "rows.jsonl").unlink()
     done = unbroken("unlearn", run, "--forget", "x", code=2)
     assert "holds no prepared tokens: format rows 1; allowed: 1" in done.output
+
+
+# ---- an update that is kept ----
+
+
+def test_a_kept_update_is_applied_again_after_more_training(run: Path, unbroken: Unbroken) -> None:
+    """As a request of its own; with the weights after it, it gives back those before: this is said everywhere."""
+    before = weights_of(run / "model")
+    asked = ("--forget", "author=author-001", "--method", "kfade", "--lr", "0.02", "--microbatches", "8")
+    told = values(unbroken("unlearn", run, *asked, "--keep-update", "--sample-tokens", "0", "--json"))
+    assert told["method"] == "kfade"
+    assert [each["step"] for each in lines(folder_of(run, 1) / "metrics.jsonl")] == [1], (
+        "one step unless more are asked"
+    )
+    after, update = weights_of(run / "model"), folder_of(run, 1) / "update"
+    kept = weights_of(update)
+    assert all(torch.equal(kept[name], after[name] - before[name]) for name in before)
+    assert any(kept[name].any() for name in kept)
+    manifest = Manifest.read(Path(told["manifest"]))
+    assert "gives back the weights before it" in manifest.settings["method"]["kept"]["update"]
+    assert manifest.settings["method"]["kept"]["sha256"] == weights_hash(update)
+    audited = values(unbroken("audit", run, "--json"))
+    assert (audited["ok"], audited["kept"]) == (True, ["requests/0001/update"])
+    assert "KEPT      requests/0001/update: with the weights" in unbroken("audit", run).output
+
+    unbroken("train", "--out", run, "--resume", "--change", "--steps", "14", "--json")
+    trained = weights_of(run / "model")
+    again = unbroken("unlearn", run, "--reapply", "1", "--json")
+    told = values(again)
+    assert (told["generation"], told["method"], told["rows"]) == (2, "kfade", 20)
+    now = weights_of(run / "model")
+    assert all(torch.equal(now[name], trained[name] + kept[name]) for name in now)
+    request = requests_of(run)[1]
+    assert (request.status, request.reapplies, request.rows) == ("complete", 1, requests_of(run)[0].rows)
+    manifest = Manifest.read(Path(told["manifest"]))
+    assert manifest.settings["method"]["reapplied"] == {"request": 1, "sha256": weights_hash(update)}
+    assert checkpoint.find(run / "checkpoints", 2).path is not None
+    assert checkpoint.find(run / "checkpoints", 1).path is None
+    assert "but for what was kept to be applied again" in unbroken("audit", run).output
+    refused = unbroken("unlearn", run, "--reapply", "2", code=2)
+    assert "reapply is 2; allowed: a request that has kept its update: 1" in refused.output
+    unbroken("train", "--out", run, "--resume", "--change", "--steps", "15", "--json")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    weights = Weights(folder)
+    read = weights.read({name: (name,) for name in weights.files})
+    return {name: tensor.clone() for name, tensor in read.items()}  # the file may be shredded below it
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

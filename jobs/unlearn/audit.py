@@ -24,6 +24,7 @@ from jobs.data import META, TOKENS
 from jobs.documents import DOCUMENTS
 from jobs.row_data import ROWS
 from jobs.unlearn.text_search import Texts, search_text
+from jobs.unlearn.update import UPDATE
 from pipeline.wire import WireError, checked, parse
 from recovery.checkpoint import CheckpointError, read_manifest, source
 from recovery.fencing import FENCED
@@ -57,6 +58,8 @@ class Audit:
     findings: list[Finding] = field(default_factory=list)
     fenced: list[str] = field(default_factory=list)
     """Checkpoints that are closed, which is as it should be."""
+    kept: list[str] = field(default_factory=list)
+    """Updates that were kept on purpose: with the weights after them they give back the weights before."""
     unread: list[tuple[str, str]] = field(default_factory=list)
     """(path, why) of what was not looked into."""
     files: int = 0
@@ -111,6 +114,8 @@ class _Auditor:
 
     def _walk(self, folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         """Every file to look into. Of what is fenced, leads elsewhere or cannot be listed it tells."""
+        if len(parts) == 3 and parts[0] == "requests" and parts[2] == UPDATE:
+            self.found.kept.append(self._name(folder))
         if parts == (FENCED,) or (len(parts) == 3 and parts[0] == "requests" and parts[2] == FENCED):
             yield from self._fenced(folder, 0)
             return
@@ -151,7 +156,8 @@ class _Auditor:
         if path.name.startswith(TOKENS):
             self._search_tokens(path)
         elif path.name.startswith("pytorch_model") or any(part in _WEIGHTS for part in path.suffixes):
-            self.weights[path.parent, *_said(path)] += 1
+            if self._name(path.parent) not in self.found.kept:
+                self.weights[path.parent, *_said(path)] += 1
         else:
             if path.name.startswith((ROWS, DOCUMENTS)):
                 self._search_rows(path)

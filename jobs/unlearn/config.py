@@ -48,7 +48,8 @@ class RequestSettings:
     """A second oracle, trained with another seed and the run's tokenizer: how far it is from --oracle is the noise
     floor, which no method can be expected to come under."""
     epochs: Annotated[float | None, Within(0, 10_000, above=True)] = 5.0
-    """How often every row to forget is taken; with --steps it is unset, and they say how long the request takes."""
+    """How often every row to forget is taken; with --steps it is unset, and they say how long the request takes. kfade
+    takes one step unless --steps says otherwise, over the rows of its --microbatches."""
     reference_top: Annotated[int, Within(0, 2**20)] = 0
     """Of the distribution over tokens that kl_min, undial and roka compare with, keep so many tokens of each position;
     0 keeps all."""
@@ -64,6 +65,13 @@ class RequestSettings:
     old_checkpoints: Literal["fence", "shred"] = "fence"
     """What becomes of checkpoints that still know: fence moves them where no run reads, shred overwrites and removes
     them."""
+    keep_update: bool = False
+    """Keep what the request changes about the weights in its folder, so that --reapply can apply it again after more
+    training. With the weights after the request it gives back the weights before it: whoever has both has all that was
+    forgotten. The manifest says so, and unbroken audit lists it."""
+    reapply: Annotated[int, Within(0, 9999)] = 0
+    """Apply the kept update of the request of this number again, to the run's weights as they are now, as a request of
+    its own without rows or steps; 0 for none."""
     key: Path | None = None
     """A private key (Ed25519, PEM or OpenSSH) that signs the manifest."""
 
@@ -73,6 +81,11 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
     """Make a trained model forget rows of its data."""
 
     job: ClassVar[str] = "unlearn"
+
+    @property
+    def is_procedure(self) -> bool:
+        """See TrainConfig."""
+        return method_of(self).is_procedure
 
     @property
     def depth(self) -> int | None:
@@ -102,23 +115,37 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         return bool(kinds & set(method_of(self).kinds)) or self.method == O3.name or bool(self.neurons)
 
     def resolved(self) -> UnlearnConfig:
-        """See TrainConfig; adapters and whole models begin with the learning rates that suit them, and what is lost
-        comes back as it was: a request is held to its word."""
-        lr = (1e-3 if self._adapts else 1e-4) if self.lr is None else self.lr
+        """See TrainConfig; methods, adapters and whole models begin with the learning rates and optimizers that suit
+        them, and what is lost comes back as it was: a request is held to its word."""
+        method = method_of(self)
+        lr = self.lr if self.lr is not None else method.rate or (1e-3 if self._adapts else 1e-4)
+        clip = self.clip if self.clip is not None else 0.0 if method.is_procedure else 1.0
         warmup = min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup
         schedulers = ("roundpipe",) if self._adapts or self.patterns() else ("roundpipe", "skippipe")
         exact = self.recovery == "auto" and self.scheduler not in schedulers
         recovery = "exact" if exact else self.recovery
-        return replace(self, lr=lr, warmup=warmup, data=self.data or "rows of the run", recovery=recovery)
+        return replace(
+            self, lr=lr, warmup=warmup, data=self.data or "rows of the run", recovery=recovery, clip=clip,
+            optimizer=self.optimizer or method.optimizer,
+        )  # fmt: skip
 
     @property
     def _adapts(self) -> bool:
         return self.lora_rank > 0 or self.method in GUARDS
 
     def validate(self) -> None:
-        """Raise ConfigError where the microbatches of a step do not go with the method, too."""
+        """Raise ConfigError where microbatches, scheduler, optimizer or numbers do not go with the method, too."""
+        if (method := method_of(self)).is_procedure:
+            told = f"for method {self.method}, whose step is more than one gradient"
+            require(self.scheduler not in ("roundpipe", "skippipe"), "scheduler", self.scheduler,
+                    f"one whose workers keep their layers and whose microbatches visit all, {told}")  # fmt: skip
+            require(self.optimizer in (None, "sgd"), "optimizer", self.optimizer, f"sgd {told}")
+        require(
+            self.dtype == "float32" or not method.by_differences, "dtype", self.dtype,
+            f"float32 for method {self.method}, which takes differences of gradients",
+        )  # fmt: skip
         super().validate()
-        kinds = method_of(self).kinds
+        kinds = method.kinds
         require(
             not (self.shard_optimizer and self.method == O3.name), "shard_optimizer", self.shard_optimizer,
             f"False for method {O3.name}, which adds to gradients where they are applied",
@@ -132,7 +159,14 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         require(
             self.floor is None or self.oracle is not None, "floor", str(self.floor), "unset without --oracle"
         )  # fmt: skip
-        require(bool(self.forget), "forget", self.forget, "rows of the run: an id, FIELD=VALUE, or a file")
+        require(
+            not (self.reapply and (self.forget or self.keep_update)), "reapply", self.reapply,
+            "0 with forget or keep_update: what is applied again has its rows, and is kept already",
+        )  # fmt: skip
+        require(
+            bool(self.forget or self.reapply), "forget", self.forget,
+            "rows of the run: an id, FIELD=VALUE, or a file",
+        )  # fmt: skip
         require(
             not kinds or self.microbatches % len(kinds) == 0, "microbatches", self.microbatches,
             f"a multiple of {len(kinds)} for method {self.method}, which takes {', '.join(kinds)} in turn",
@@ -186,7 +220,9 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         return rows // method.rollouts if isinstance(method, GRPO) else rows
 
     def with_steps(self, rows: int) -> UnlearnConfig:
-        """The same with the steps that the epochs take over so many rows."""
-        if self.epochs is None or not method_of(self).kinds:
+        """The same with the steps that the method asks for, or the epochs take over so many rows."""
+        if self.epochs is None or not (method := method_of(self)).kinds:
             return self
+        if method.few_steps is not None:
+            return replace(self, steps=method.few_steps)
         return replace(self, steps=max(1, round(self.epochs * rows / self.rows_per_step)))

@@ -34,10 +34,11 @@ from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.neurons import NEURONS
 from jobs.unlearn.oracle import FLOOR, ORACLE
 from jobs.unlearn.probe import compare
-from jobs.unlearn.request import Request
+from jobs.unlearn.request import Request, folder_of
 from jobs.unlearn.select import described, parts_of, samples_of
 from jobs.unlearn.settings import MethodSettings, method_of
 from jobs.unlearn.signature import sign
+from jobs.unlearn.update import TURNS_BACK, UPDATE, keep_update
 from jobs.unlearn.weights import publish, say_generation, states_in, states_of
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
@@ -61,6 +62,8 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
     folders = {"before": config.run / "model" if is_guarded(config.run / "model") else start, "after": model}
     folders |= {which: path for which, path in ((ORACLE, config.oracle), (FLOOR, config.floor)) if path is not None}
     found = compare(folders, material, items, config.microbatch_size, ORACLE if config.oracle is not None else None)
+    if config.keep_update:
+        keep_update(config, request)
     copy = config.out / "data-after"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(config.run / "data", copy)
@@ -158,6 +161,12 @@ def read_report(folder: Path) -> dict[str, Any]:
 def _manifest(config: UnlearnConfig, request: Request) -> Manifest:
     report, settings = read_report(config.out), json.loads(json.dumps(asdict(config), default=str))
     of_the_method = {name: settings[name] for name in names_of(MethodSettings) if settings[name] is not None}
+    if config.keep_update:
+        kept = f"{(config.out / UPDATE).relative_to(config.run)}: {TURNS_BACK}"
+        of_the_method["kept"] = {"update": kept, "sha256": weights_hash(config.out / UPDATE)}
+    if request.reapplies:
+        update = folder_of(config.run, request.reapplies) / UPDATE
+        of_the_method["reapplied"] = {"request": request.reapplies, "sha256": weights_hash(update)}
     carried = {name: value for name, value in settings.items() if name not in names_of(MethodSettings)}
     guard = told_of_guard(config.run / "model")
     times = {"trained": float(report["trained"]), "done": time.time()}

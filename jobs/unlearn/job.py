@@ -13,7 +13,9 @@ from jobs.job import SampledJob
 from jobs.unlearn.material import Item, Material, stacked
 from jobs.unlearn.method import FORGET, PAIR, Method, Reads, row_nll
 from jobs.unlearn.reference import Reference
+from jobs.unlearn.sampled import SampledLabels
 from pipeline.runtime.batch import IGNORED, Batch, Needs
+from pipeline.runtime.procedure import Procedure
 from pipeline.wire import WireError, checked
 
 
@@ -62,10 +64,13 @@ class UnlearnJob:
         ids = self.ids.next_sample(step) + microbatch * self.size
         return Batch(tuple(range(ids, ids + self.size)), tensors, kind)
 
+    def labels(self, step: int, microbatch: int) -> Tensor:
+        """Those of a microbatch [batch, sequence]."""
+        return stacked(self.material, self.rows(step, microbatch)[1], Needs.LOSS)["labels"]
+
     def counts(self, step: int, microbatch: int) -> Mapping[str, int]:
         """See pipeline.runtime.batch.Job."""
-        kind, items = self.rows(step, microbatch)
-        return self.method.counts(kind, stacked(self.material, items, Needs.LOSS)["labels"])
+        return self.method.counts(self.rows(step, microbatch)[0], self.labels(step, microbatch))
 
     def loss(self, logits: Tensor, batch: Batch) -> Mapping[str, Tensor]:
         """See pipeline.runtime.batch.Job."""
@@ -74,6 +79,17 @@ class UnlearnJob:
 
     def prepare(self, engine: Engine, step: int) -> None:
         """See RunJob: all that a step takes is there."""
+
+    # ---- a step that is a procedure ----
+
+    @property
+    def procedure(self) -> Procedure | None:
+        """See RunJob."""
+        return self.method.direction if self.method.is_procedure else None
+
+    def fitting(self, kind: str, step: int) -> SampledLabels:
+        """See pipeline.runtime.procedure.ProcedureJob."""
+        return SampledLabels(self, kind, step, self.material.seed)
 
     # ---- what is carried ----
 

@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from pipeline.runtime.batch import IGNORED
+from pipeline.runtime.procedure import Oracle, Vector
 
 FORGET, RETAIN, PAIR, TRACE, ANCHOR = "forget", "retain", "pair", "trace", "anchor"
 POISON, ROLLOUT = "poison", "rollout"
@@ -49,6 +50,16 @@ class Method:
     goal: ClassVar[Goal]
     kinds: ClassVar[tuple[str, ...]]
     """The kinds of microbatches that a step has, as many of each."""
+    is_procedure: ClassVar[bool] = False
+    """Whether a step is what `direction` says, and not the gradient of the terms."""
+    optimizer: ClassVar[str] = "adamw"
+    """What it is run with unless the user says otherwise."""
+    rate: ClassVar[float | None] = None
+    """Its learning rate unless the user says otherwise; None for that of most."""
+    by_differences: ClassVar[bool] = False
+    """Whether it takes differences of gradients that lie close to each other."""
+    few_steps: ClassVar[int | None] = None
+    """How many steps it takes unless the user says otherwise; None for as many as the epochs take."""
 
     def reads(self, kind: str) -> Reads:
         """What of the model before it wants for the rows of a kind."""
@@ -69,6 +80,10 @@ class Method:
 
     def terms(self, state: State) -> Mapping[str, float]:
         """Term -> its signed weight in what is minimised. The names are always the same."""
+        raise NotImplementedError
+
+    def direction(self, oracle: Oracle) -> Vector:
+        """Of a procedure: what, times the learning rate, a step takes from the weights."""
         raise NotImplementedError
 
     def counts(self, kind: str, labels: Tensor) -> Mapping[str, int]:

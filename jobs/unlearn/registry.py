@@ -14,11 +14,13 @@ from jobs.unlearn.methods.grad_ascent import GradAscent
 from jobs.unlearn.methods.grad_diff import GradDiff
 from jobs.unlearn.methods.grpo import GRPO
 from jobs.unlearn.methods.idk import IDK
+from jobs.unlearn.methods.kfade import KFADE
 from jobs.unlearn.methods.kl_min import KLMin
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.mrp import MRP
 from jobs.unlearn.methods.npo import NPO
 from jobs.unlearn.methods.o3 import O3
+from jobs.unlearn.methods.ofmu import OFMU
 from jobs.unlearn.methods.pdu import PDU
 from jobs.unlearn.methods.r2mu import R2MU
 from jobs.unlearn.methods.replay import Replay
@@ -34,7 +36,7 @@ from pipeline.settings import check_bounds, require, require_known
 
 _ALL: tuple[type[Method], ...] = (
     GradAscent, GradDiff, KLMin, NPO, SimNPO, DPO, IDK, RMU, R2MU, Undial, CEU, WGA, SatImp, PDU, ROKA, OracleMatching,
-    Concept, GRPO, MRP, O3, Replay, S3T,
+    OFMU, KFADE, Concept, GRPO, MRP, O3, Replay, S3T,
 )  # fmt: skip
 
 METHODS: Mapping[str, type[Method]] = {**{each.name: each for each in _ALL}, "idk_dpo": DPO}

@@ -50,6 +50,8 @@ class Request:
     neurons: int = 0
     """How many neurons are updated, and nothing else; 0 for all weights."""
     status: Status = "open"
+    reapplies: int = 0
+    """The request whose update it applies again, if it does: then it has no rows of its own to forget."""
 
     def at(self, status: Status) -> Request:
         """The same, further on."""
@@ -69,8 +71,9 @@ class Request:
             kinds: dict[str, Any] = {
                 "number": int, "generation": int, "step": int, "asked": str, "method": str, "forget": list,
                 "retain": list, "rows": list, "idk": list, "others": list, "near": list, "neurons": int, "status": str,
+                "reapplies": int,
             }  # fmt: skip
-            found = checked(parse(path.read_bytes(), FILE), FILE, **kinds)
+            found = checked({"reapplies": 0, **parse(path.read_bytes(), FILE)}, FILE, **kinds)
         except (OSError, WireError) as error:
             raise RequestError(f"{path} cannot be read as a request: {error}") from error
         if found["status"] not in STATUSES:

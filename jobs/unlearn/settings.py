@@ -17,12 +17,13 @@ class MethodSettings:
 
     method: str = "npo"
     """grad_ascent, grad_diff, kl_min, npo, simnpo, dpo (or idk_dpo), idk, rmu, r2mu, undial, ceu, wga, satimp, pdu,
-    roka, oracle_matching, concept, grpo, mrp, o3, replay, which runs the run again without the rows, or s3t, for a run
-    of `unbroken slices`. An option that is unset takes the method's own default."""
+    roka, oracle_matching, ofmu, kfade, concept, grpo, mrp, o3, replay, which runs the run again without the rows, or
+    s3t, for a run of `unbroken slices`. An option that is unset takes the method's own default."""
     gamma: Annotated[float | None, WEIGHT] = None
-    """Weight of the term that forgets (all but grad_ascent, rmu, r2mu and ceu)."""
+    """Weight of the term that forgets (all but grad_ascent, rmu, r2mu, ceu, ofmu and kfade)."""
     alpha: Annotated[float | None, WEIGHT] = None
-    """Weight of the term that keeps the rest (all but grad_ascent and ceu); pdu begins with it, and changes it."""
+    """Weight of the term that keeps the rest (all but grad_ascent, ceu, ofmu and kfade); pdu begins with it, and
+    changes it."""
     beta: Annotated[float | None, BETA] = None
     """npo, simnpo, dpo: the larger, the earlier a row counts as forgotten."""
     delta: Annotated[float | None, Within(-1000, 1000)] = None
@@ -77,6 +78,20 @@ class MethodSettings:
     """grpo: the most tokens of an answer."""
     cold_steps: Annotated[int | None, Within(0, MOST_STEPS)] = None
     """grpo: steps at the beginning that learn answers which say nothing."""
+    similarity: Annotated[float | None, WEIGHT] = None
+    """ofmu: the price of a forget gradient that points as that of the rest does (beta)."""
+    ascents: Annotated[int | None, Within(1, 1000)] = None
+    """ofmu: steps uphill before the outer one."""
+    ascent: Annotated[float | None, WEIGHT] = None
+    """ofmu: how long one of them is, times the learning rate."""
+    penalty: Annotated[float | None, WEIGHT] = None
+    """ofmu: how strongly the outer step holds what they have reached (rho at the first step)."""
+    penalty_growth: Annotated[float | None, Within(1, 1000)] = None
+    """ofmu: what that grows by from step to step."""
+    reach: Annotated[float | None, Within(1e-6, 1)] = None
+    """ofmu: how far a difference of gradients reaches, relative to the norm of the weights."""
+    damping: Annotated[float | None, Within(0, 1000, above=True)] = None
+    """kfade: what is added to the curvature of the rest in every direction."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for a method that is none, and for an option that it does not have."""

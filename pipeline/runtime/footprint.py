@@ -29,7 +29,7 @@ from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import Held, Sizes, bounds
 from pipeline.schedule.layout import Excerpt
 from pipeline.schedule.ops import COMPUTE, B, F, I, Op, R, Schedule, Span, W
-from pipeline.state.optimizer import OptimizerConfig
+from pipeline.state.optimizer import MOMENTS, OptimizerConfig
 from pipeline.state.resident import ResidentStore
 
 _BUFFERS = 2
@@ -41,7 +41,7 @@ class Footprint:
     """Bytes of one worker in one iteration of a schedule, at most."""
 
     state: int
-    """Weights, gradients and two moments."""
+    """Weights, gradients and AdamW's two moments."""
     tokens: int
     """The microbatches themselves, kept to the end of the step."""
     held: Held
@@ -69,10 +69,13 @@ class SpanBytes:
     working: Mapping[str, int]
 
 
-def footprints(model: LayeredModel, schedule: Schedule, job: Job, settings: Settings) -> dict[int, Footprint]:
+def footprints(
+    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, optimizer: str = "adamw"
+) -> dict[int, Footprint]:
     """Worker -> its bytes at most, whatever the times and the network, under a lowered schedule of resident workers.
 
-    All microbatches are taken to be of the size of the first one of step 0.
+    All microbatches are taken to be of the size of the first one of step 0. The vectors of a step that is a procedure
+    are not in it.
     Raises ValueError where outputs cross workers and no SEND says when.
     """
     samples, sequence = job.batch(0, 0, Needs.INPUT)["input_ids"].shape
@@ -89,15 +92,16 @@ def footprints(model: LayeredModel, schedule: Schedule, job: Job, settings: Sett
         lane = schedule.lanes[worker]
         held = {op.span for op in lane if op.kind in COMPUTE}
         kept = sum(batches[needs] for needs in lane_needs(model, lane).values())
-        found[worker] = Footprint(state_bytes(model, held), kept, bound.fullest, bound.most)
+        found[worker] = Footprint(state_bytes(model, held, optimizer), kept, bound.fullest, bound.most)
     return found
 
 
-def state_bytes(model: LayeredModel, spans: Iterable[Span]) -> int:
-    """What a worker keeps for `spans` from step to step, in fp32: weights, and of what is trained gradients and two
-    moments. A weight that both ends of the model share counts once."""
+def state_bytes(model: LayeredModel, spans: Iterable[Span], optimizer: str = "adamw") -> int:
+    """What a worker keeps for `spans` from step to step, in fp32: weights, and of what is trained gradients and AdamW's
+    two moments. A weight that both ends of the model share counts once."""
+    kept = 2 + sum(kind != "step" for kind in MOMENTS[optimizer])
     sizes = {
-        (None if name in model.tied_keys else span, name): (4 if name in model.differentiated(layer) else 1)
+        (None if name in model.tied_keys else span, name): (kept if name in model.differentiated(layer) else 1)
         * math.prod(shape)
         for span in spans
         for layer in range(*span)

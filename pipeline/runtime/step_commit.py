@@ -106,6 +106,10 @@ class StepCommit:
         """As `gather`, but what everyone's payload comes to."""
         return self.exchange(self.begin(), payload, math.inf, combine)
 
+    def share(self, payload: dict[str, Any], deadline: float, combine: Combine) -> dict[str, Any]:
+        """What everyone's payload comes to in the iteration that has begun, and ends here without a step. Together."""
+        return self.exchange(self.iteration, payload, deadline, combine)
+
     def norm(self, states: Sequence[str], squares: Mapping[str, float], deadline: float) -> float | None:
         """The norm that the iteration which has begun will have, if it is settled; None where it is not finite. It is
         for who needs it before the vote, which takes the next number. Together."""
@@ -139,14 +143,7 @@ class StepCommit:
 
 def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapping[int, Mapping[str, Any]]) -> Settled:
     """What a step is, from everyone's vote. Raises NonFiniteLoss."""
-    totals: dict[str, float] = {}
-    for m, sums in sorted((int(m), sums) for vote in votes.values() for m, sums in vote["sums"].items()):
-        for term, value in sums.items():
-            if not math.isfinite(value):
-                if step is None:
-                    raise NonFiniteLoss(f"the held-out loss is {value} at microbatch {m}")
-                raise NonFiniteLoss(f"the loss is {value} at step {step + 1}, microbatch {m}; the step was not taken")
-            totals[term] = totals.get(term, 0.0) + value
+    totals = total_sums(step, votes)
     squares = _squares(states, votes)
     for state, value in squares.items():
         if not math.isfinite(value):
@@ -159,6 +156,19 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
         {str(worker): vote["wish"] for worker, vote in sorted(votes.items()) if any(vote["wish"].values())},
         {str(worker): float(vote.get("busy_s", 0.0)) for worker, vote in sorted(votes.items())},
     )  # fmt: skip
+
+
+def total_sums(step: int | None, votes: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    """Term -> its sum, from everyone's "sums". Raises NonFiniteLoss."""
+    totals: dict[str, float] = {}
+    for m, sums in sorted((int(m), sums) for vote in votes.values() for m, sums in vote["sums"].items()):
+        for term, value in sums.items():
+            if not math.isfinite(value):
+                if step is None:
+                    raise NonFiniteLoss(f"the held-out loss is {value} at microbatch {m}")
+                raise NonFiniteLoss(f"the loss is {value} at step {step + 1}, microbatch {m}; the step was not taken")
+            totals[term] = totals.get(term, 0.0) + value
+    return totals
 
 
 def _squares(states: Sequence[str], votes: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """One worker: its layers, its links, its sums, its vote, and the order of these in a step.
 
 The worker knows no scheduler and no remedy. A step is its lane (`lane_executor.py`), the end of the sums over replicas
-(`reducer.py`), one vote (`step_commit.py`), and the optimizer.
+(`reducer.py`), one vote (`step_commit.py`), and the optimizer. A step that is a procedure (`procedure.py`) runs several
+lanes before that vote.
 """
 
 from __future__ import annotations
@@ -80,25 +81,30 @@ class Worker:
         `wish()`, asked late, travels with the vote to every worker (`StepResult.wishes`). Raises LinkError when a peer
         is lost or the step deadline passes, NonFiniteLoss on every worker alike, and whatever the model raises.
         """
-        deadline = time.monotonic() + self.settings.deadline_s
-        lane = self._lane(excerpt, job, step, deadline)
+        lane = self.lane(excerpt, job, step)
         self.store.train(lane.excerpt.trains)
         for old in [key for key in self.spare if key[0] != step]:
             del self.spare[old]
         with torch.set_grad_enabled(lane.excerpt.trains):
             found = LaneExecutor(lane).execute(record)
+        return self.conclude(lane, found, self.finish_sums(lane, found), wish, record)
+
+    def conclude(
+        self, lane: Lane, found: LaneResult, divisors: Mapping[str, float], wish: Wish, record: bool = False
+    ) -> StepResult:
+        """Vote on what stands in the gradients, and apply it, divided by what `divisors` has for each part."""
         try:
-            settled, divisors = self._settle(lane, found, wish, deadline)
+            settled = self._settle(lane, found, divisors, wish)
         except NonFiniteLoss:  # every sum of it has ended
             self.reducer.clear()
             self.store.drop()
             raise
-        lr = learning_rate(self.store.config, step) if lane.excerpt.trains else 0.0
+        lr = learning_rate(self.store.config, lane.step) if lane.excerpt.trains else 0.0
         events = [*found.events, *self._apply(lane, found, settled, divisors, lr)]
         self.reducer.clear()
         self.spare.clear()
         with suppress(LinkError):  # all that was sent has been used, or the step would not be settled
-            self.transport.flush(deadline)
+            self.transport.flush(lane.deadline)
         if lane.excerpt.trains:
             self.norms = settled.norms
         return StepResult(
@@ -106,61 +112,67 @@ class Worker:
             tuple(events) if record else (),
         )  # fmt: skip
 
-    def _lane(self, excerpt: Excerpt, job: Job, step: int, deadline: float) -> Lane:
-        iteration = self.commit.begin()
+    def lane(self, excerpt: Excerpt, job: Job, step: int, terms: StepTerms | None = None) -> Lane:
+        """A run of a lane in the iteration that begins here, which has until the deadline of a step; with the job's own
+        terms, unless others are given."""
+        iteration, deadline = self.commit.begin(), time.monotonic() + self.settings.deadline_s
         self.transport.mailbox.advance(self.transport.view, iteration)
         model, modules = self.store.model, self.store.modules
         flat = self.store.gradients
         gradients = {span: flat[text] for span in modules if (text := span_text(span)) in flat}
         return Lane(
-            excerpt, job, step, StepTerms.of(job, step, excerpt.num_microbatches, excerpt.visits), model, modules,
-            gradients, _Links(self.transport, iteration, self.workers),
+            excerpt, job, step, terms or StepTerms.of(job, step, excerpt.num_microbatches, excerpt.visits), model,
+            modules, gradients, _Links(self.transport, iteration, self.workers),
             lambda span: self.reducer.start(span_text(span)), deadline, self.settings, self.probe, self.spare,
             lambda span: self.store.count(span, excerpt.num_microbatches),
         )  # fmt: skip
 
-    def _settle(
-        self, lane: Lane, found: LaneResult, wish: Wish, deadline: float
-    ) -> tuple[Settled, Mapping[str, float]]:
-        """The step as all workers agree on it; and what the gradient of each part held is divided by."""
-        model, parts = self.store.model, self.store.gradients
+    def finish_sums(self, lane: Lane, found: LaneResult) -> dict[str, float]:
+        """Have the gradient of each part that is held summed over its holders; returns what it is divided by."""
+        parts = self.store.gradients
         steps = {span_text(op.span) for op in found.steps}
         for part in parts:
             if steps and part not in steps:  # held, but not computed in this lane: a shared weight, a copy for others
                 self.reducer.start(part)
-        self.reducer.finish(deadline)
+        self.reducer.finish(lane.deadline)
         if steps:
             self.store.finish_sums()
-        divisors = {part: lane.terms.divisor(_layers(part, model.num_layers)) or 1.0 for part in parts}
-        holders = part_holders(lane.excerpt.holders, model.num_layers, model.tied)
+        num_layers = self.store.model.num_layers
+        return {part: lane.terms.divisor(_layers(part, num_layers)) or 1.0 for part in parts}
+
+    def answered(self, excerpt: Excerpt) -> dict[str, list[LayerState]]:
+        """Part -> its states, of the parts that this worker alone answers for."""
+        model, place = self.store.model, excerpt.place
+        holders = part_holders(excerpt.holders, model.num_layers, model.tied)
+        mine = [part for part in self.store.gradients if holders.get(part, (place,))[0] == place]
+        return {part: self.store.states_of(part) for part in mine}
+
+    def _settle(self, lane: Lane, found: LaneResult, divisors: Mapping[str, float], wish: Wish) -> Settled:
+        """The step as all workers agree on it."""
         squares = {
             state.name: state.squared_norm() / divisors[part] ** 2
-            for part in (parts if steps else ())
-            if holders.get(part, (lane.place,))[0] == lane.place
-            for state in self.store.states_of(part)
+            for part, states in (self.answered(lane.excerpt) if found.steps else {}).items()
+            for state in states
         }
-        squares |= dict.fromkeys(self.store.beyond() if steps else (), math.nan)
-        if steps and self.store.shares:
-            self._exchange(lane, squares, divisors, deadline)
-        settled = self.commit.settle(
-            lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in model.states],
-            Vote(found.sums, squares, wish(), found.busy_s), deadline, lambda: self.probe("commit", lane.step),
+        squares |= dict.fromkeys(self.store.beyond() if found.steps else (), math.nan)
+        if found.steps and self.store.shares:
+            self._exchange(lane, squares, divisors)
+        return self.commit.settle(
+            lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in self.store.model.states],
+            Vote(found.sums, squares, wish(), found.busy_s), lane.deadline, lambda: self.probe("commit", lane.step),
         )  # fmt: skip
-        return settled, divisors
 
-    def _exchange(
-        self, lane: Lane, squares: Mapping[str, float], divisors: Mapping[str, float], deadline: float
-    ) -> None:
+    def _exchange(self, lane: Lane, squares: Mapping[str, float], divisors: Mapping[str, float]) -> None:
         """All new weights are everywhere before the vote, so that whoever is lost after it takes none along."""
         config, norm = self.store.config, 0.0
         if config.clip > 0:
-            found = self.commit.norm([state.name for state in self.store.model.states], squares, deadline)
+            found = self.commit.norm([state.name for state in self.store.model.states], squares, lane.deadline)
             if found is None:  # all will be told so by the vote
                 return
             norm = found
         lr = learning_rate(config, lane.step)
         clip, probe = clip_factor(norm, config.clip), lambda: self.probe("exchange", lane.step)
-        exchange(self.store, self.reducer, divisors, clip, lr, deadline, probe)
+        exchange(self.store, self.reducer, divisors, clip, lr, lane.deadline, probe)
 
     def _apply(
         self, lane: Lane, found: LaneResult, settled: Settled, divisors: Mapping[str, float], lr: float

@@ -13,7 +13,7 @@ from torch import Tensor
 
 FRACTION = 48
 """Bits after the point."""
-_LARGEST = 2.0 ** (62 - FRACTION)
+LARGEST = 2.0 ** (62 - FRACTION)
 """What no sum may reach."""
 _AT_ONCE = 1 << 18  # elements: so that what lies between stays in a cache
 
@@ -35,7 +35,7 @@ class ExactSum:
         """Add what stands in the gradient, of one of so many microbatches, and make it zero."""
         for part, total in zip(self.gradient.split(_AT_ONCE), self.total.split(_AT_ONCE), strict=True):
             least, most = torch.aminmax(part)
-            self.beyond |= ~((most < _LARGEST / microbatches) & (least > -_LARGEST / microbatches))  # so is NaN
+            self.beyond |= ~((most < LARGEST / microbatches) & (least > -LARGEST / microbatches))  # so is NaN
             total += part.double().mul_(2.0**FRACTION).round_().to(torch.int64)
         self.gradient.zero_()
 

@@ -1,7 +1,7 @@
 """The state of a layer, the unit in which state is kept, sent, saved and restored.
 
-    weights, AdamW's moments and step counts, the scale of the learning rate; the committed step that all of this is of
-    (`version`), and the generation of the run.
+    weights, AdamW's moments and step counts (SGD has none), the scale of the learning rate; the committed step that all
+    of this is of (`version`), and the generation of the run.
 
 A weight that several layers share is a state of its own. Gradients lie beside it, in one flat vector, which may be a
 part of a larger one: what is summed over replicas at once lies together.
@@ -19,6 +19,8 @@ from pipeline.model.layered import LayeredModel
 from pipeline.state.cpu_adam import make_adamw
 from pipeline.state.masks import Masks, mask_gradients, put_back
 from pipeline.state.optimizer import OptimizerConfig, decay_groups
+
+MOMENT_KEYS = ("step/", "exp_avg/", "exp_avg_sq/")
 
 
 class StateChanged(RuntimeError):
@@ -50,20 +52,23 @@ class LayerState:
         """Adds to the gradient, once it is scaled, what no loss of a microbatch gives."""
         self._seal: Tensor | None = None
         self.bind(torch.zeros(self.size, dtype=torch.float32, device=device) if gradient is None else gradient)
-        self._adamw = None
+        self._optimizer: torch.optim.Optimizer | None = None
         if self.parameters:
             self._begin(moments)
 
     def _begin(self, moments: Mapping[str, Mapping[str, Tensor]] | None) -> None:
         """Have an optimizer and moments."""
         config = self.config
-        self._adamw = make_adamw(
+        if config.optimizer == "sgd":
+            self._optimizer = torch.optim.SGD(self.parameters.values(), lr=config.lr)
+            return
+        self._optimizer = make_adamw(
             decay_groups(self.parameters, config.weight_decay), config.implementation, lr=config.lr,
             betas=config.betas, eps=config.eps,
         )  # fmt: skip
         for key, parameter in self.parameters.items():  # there from the start: one form before and after step 1
             given = {} if moments is None else moments[key]
-            self._adamw.state[parameter] = {
+            self._optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=self.lr_scale.device),
                 **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
             }
@@ -88,20 +93,20 @@ class LayerState:
         return float(torch.linalg.vector_norm(self.gradient)) ** 2
 
     def apply(self, scale: float, lr: float) -> None:
-        """One AdamW step at `lr` with gradients times `scale`, which then are zero again: the next version. Raises
+        """One step at `lr` with gradients times `scale`, which then are zero again: the next version. Raises
         StateChanged for a sealed state that is not what it was."""
         self.require_intact()
         self.unseal()
-        if self._adamw is not None:
+        if self._optimizer is not None:
             self._mask()
             if scale != 1.0:
                 self.gradient.mul_(scale)
             if self.pull is not None:
                 self.pull(self.parameters)
-            for group in self._adamw.param_groups:
+            for group in self._optimizer.param_groups:
                 group["lr"] = lr * float(self.lr_scale)
             before = self._before()
-            self._adamw.step()
+            self._optimizer.step()
             self._put_back(before)
             self.gradient.zero_()
         self.version += 1
@@ -139,9 +144,11 @@ class LayerState:
     # ---- what it consists of ----
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """AdamW's `step`, `exp_avg` and `exp_avg_sq` of the parameter called `name`: the tensors themselves."""
-        assert self._adamw is not None
-        return self._adamw.state[self.parameters[name]]
+        """AdamW's `step`, `exp_avg` and `exp_avg_sq` of the parameter called `name`: the tensors themselves. SGD has
+        none."""
+        assert self._optimizer is not None
+        kept = self._optimizer.state[self.parameters[name]]
+        return {kind: kept[kind] for kind in self.config.moments}
 
     def weights(self) -> dict[str, Tensor]:
         """Full name -> weight, trained or not."""
@@ -165,14 +172,19 @@ class LayerState:
         """Those of `tensors`, in its order."""
         found = [f"param/{name}" for name in (*self.parameters, *self.frozen)]
         for place, name in enumerate(self.parameters):
-            found += [f"{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq")]
+            found += [f"{kind}/{name}" for kind in self.config.moments]
             found += [f"lr_scale/{name}"] if place == 0 else []
         return found
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a state given by `tensors` in. Raises KeyError for a missing tensor, RuntimeError for a shape."""
+        """Copy a state given by `tensors` in; where it is of SGD, moments begin anew. Raises KeyError for a missing
+        tensor, RuntimeError for a shape."""
         wanted = self.keys()
+        if not any(key.startswith(MOMENT_KEYS) for key in tensors):
+            wanted = [key for key in wanted if not key.startswith(MOMENT_KEYS)]
+            if self.parameters:
+                self._forget()
         given = {key: tensors[key] for key in wanted if key in tensors or not key.startswith("lr_scale/")}
         if len(given) < len(wanted):  # an older checkpoint has one scale for both states of a layer
             self.lr_scale.fill_(1.0)

@@ -1,4 +1,5 @@
-"""AdamW's settings: warm-up and cosine, decay for matrices alone, clipping by the norm over the whole model.
+"""The optimizer's settings: warm-up and cosine, AdamW's decay for matrices alone, clipping by the norm over the whole
+model. Plain gradient steps (SGD) keep nothing from step to step beside the weights.
 
 Every layer has an optimizer of its own (`layer_state.py`), so that a layer can be moved, rebuilt with fresh moments or
 given another learning rate without touching its neighbours.
@@ -13,15 +14,22 @@ from typing import Annotated
 
 from torch import nn
 
-from pipeline.settings import MOST_STEPS, RunShape, Within, require
+from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_known
+
+OPTIMIZERS = ("adamw", "sgd")
+MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ()}
+"""What an optimizer keeps of each parameter."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, and the learning rate."""
+    """The optimizer, and the learning rate."""
 
+    optimizer: str | None = None
+    """adamw, or sgd: gradient times learning rate, with no moments and no decay. Unset, adamw, or what a method of
+    unlearning asks for."""
     lr: Annotated[float | None, Within(0, 100, above=True)] = None
-    """Peak learning rate of AdamW. Unset, it is 2e-3 where weights begin at random; 2e-5 for weights that were trained
+    """Peak learning rate. Unset, it is 2e-3 where weights begin at random; 2e-5 for weights that were trained
     before, as Llama 2 was fine-tuned (arXiv 2307.09288, section 3.1); 2e-4 for adapters on these, as in QLoRA
     (2305.14314)."""
     warmup: Annotated[int | None, Within(0, MOST_STEPS)] = None
@@ -36,14 +44,21 @@ class OptimizerSettings:
     """AdamW's second moment decay."""
     eps: Annotated[float, Within(0, 1, above=True)] = 1e-8
     """AdamW's epsilon."""
-    clip: Annotated[float, Within(0, 1_000_000)] = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 never."""
+    clip: Annotated[float | None, Within(0, 1_000_000)] = None
+    """Global gradient norm above which gradients are scaled down; 0 never. Unset, 1, or 0 for a method of unlearning
+    whose step is not a gradient."""
     exact_sums: bool = False
     """Sum gradients over microbatches in whole numbers, so that the sum depends neither on --workers nor on --replicas:
     a run that changes its size is bitwise the run that does not. Takes 8 bytes more a parameter."""
 
     def check(self, run: RunShape) -> None:
-        """Raise ConfigError where sums are independent of the workers anyway."""
+        """Raise ConfigError for an optimizer that is none or does not fit, and where sums do not depend on the workers
+        anyway."""
+        if self.optimizer is not None:
+            require_known("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "sgd":
+            require(run.scheduler != "roundpipe", "optimizer", "sgd", "adamw under scheduler roundpipe")
+            require(not run.shard_optimizer, "optimizer", "sgd", "adamw with shard_optimizer: sgd has nothing to share")
         require(
             not self.exact_sums or run.scheduler != "roundpipe", "exact_sums", self.exact_sums,
             "False under scheduler roundpipe, whose sums do not depend on the workers",
@@ -52,7 +67,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) under a linear warm-up and a cosine decay."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), or SGD, under a linear warm-up and a cosine decay."""
 
     lr: float = 1e-3
     total_steps: int = 100
@@ -63,7 +78,13 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     implementation: str = "torch"
-    """"torch" or, for weights in host memory, "deepspeed"."""
+    """"torch" or, for weights in host memory, "deepspeed": whose AdamW."""
+    optimizer: str = "adamw"
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What is kept of each parameter."""
+        return MOMENTS[self.optimizer]
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

@@ -7,7 +7,8 @@ state of its own, which both sides hold: its two gradients are summed, so both c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -209,6 +210,24 @@ class ResidentStore(LayerStates):
     def beyond(self) -> list[str]:
         """States of the parts of which this worker has met a gradient that cannot be counted, one each."""
         return [self.states_of(part)[0].name for part, each in self.sums.items() if each.beyond]
+
+    @contextmanager
+    def moved(self, by: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the trained weights of the parts held are moved by these vectors, which have the form of their
+        gradients. However it ends, they are then what they were, bit for bit."""
+        parameters = {part: [p for s in self.states_of(part) for p in s.parameters.values()] for part in by}
+        kept = {part: [p.detach().clone() for p in each] for part, each in parameters.items()}
+        try:
+            with torch.no_grad():
+                for part, each in parameters.items():
+                    for parameter, piece in zip(each, by[part].split([p.numel() for p in each]), strict=True):
+                        parameter.add_(piece.view_as(parameter))
+            yield
+        finally:
+            with torch.no_grad():
+                for part, each in parameters.items():
+                    for parameter, was in zip(each, kept[part], strict=True):
+                        parameter.copy_(was)
 
     def drop(self) -> None:
         """Forget the gradients of a step that does not count."""

@@ -51,6 +51,7 @@ class SimJob:
     """What the trainer and the engine ask of a job. It carries how many steps are committed."""
 
     terms: Mapping[str, float] = {"text": 1.0}
+    procedure = None
 
     def __init__(self) -> None:
         self.carried: dict[str, Any] = {"steps": 0}
