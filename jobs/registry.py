@@ -14,6 +14,7 @@ from jobs.row_data import RowDataset
 from jobs.row_job import RowJob
 from jobs.text import TextJob
 from jobs.unlearn.config import UnlearnConfig
+from jobs.unlearn.first_gradients import FirstGradientsConfig, first_gradients_jobs
 from jobs.unlearn.jobs import unlearn_fingerprint, unlearn_jobs
 from jobs.unlearn.plan import make_unlearn_plan
 from jobs.unlearn.reference import read_before
@@ -70,6 +71,12 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     TrainConfig.job: Kind(TrainConfig, make_plan, text_jobs, lambda config: open_dataset(config.out).fingerprint),
     UnlearnConfig.job: Kind(UnlearnConfig, make_unlearn_plan, unlearn_jobs, unlearn_fingerprint),
+    FirstGradientsConfig.job: Kind(
+        FirstGradientsConfig,
+        make_plan,
+        lambda config, start: first_gradients_jobs(config, text_jobs(config, start)),
+        lambda config: open_dataset(config.out).fingerprint,
+    ),
     TraceConfig.job: Kind(
         TraceConfig, make_unlearn_plan, trace_jobs, unlearn_fingerprint, before=write_traces, trains=False
     ),

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,9 +96,10 @@ class Planned:
         return range(self.start + 1, self.step + 1)
 
 
-def replay(config: ReplayConfig) -> Result:
-    """The report. Raises ConfigError for what cannot be run again, before anything is started; CorpusError, ModelError,
-    CheckpointError or RunFailed as a run does."""
+def replay(config: ReplayConfig, kind: Callable[[TrainConfig], TrainConfig] = lambda config: config) -> Result:
+    """The report. `kind` may make a run of another kind of it, whose steps are the same. Raises ConfigError for what
+    cannot be run again, before anything is started; CorpusError, ModelError, CheckpointError or RunFailed as a run
+    does."""
     check_bounds(config)
     require("LOCAL_RANK" not in os.environ, "replay", "torchrun", "one process that starts its own workers")
     past = Past.read(config.run)
@@ -109,7 +110,7 @@ def replay(config: ReplayConfig) -> Result:
         lay_out(past, planned.config.out, planned.tokens, planned.start, planned.checkpoint)
         if config.json:  # one object is printed, and it is not that of the run
             stack.enter_context(redirect_stdout(io.StringIO()))
-        code = train(planned.config, config.json, prepared=True)
+        code = train(kind(planned.config), config.json, prepared=True)
     if code != 0:
         raise RunFailed(f"the replay in {str(planned.config.out)!r} was stopped before step {planned.step}", code)
     values = report(past, planned, compares=config.data is None)

@@ -21,6 +21,7 @@ from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.finish import MANIFEST, REPLAY, SIGNATURE, commit, measured, put_away, reached, read_report, take_back
 from jobs.unlearn.jobs import reference_job
 from jobs.unlearn.method import FORGET, RETAIN, TRACE
+from jobs.unlearn.methods.first_epoch import FirstEpoch
 from jobs.unlearn.methods.grpo import REWARD
 from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.replay import Replay
@@ -33,6 +34,7 @@ from jobs.unlearn.signature import SignatureError, read_key
 from jobs.unlearn.traces import TraceConfig, traces_of
 from jobs.unlearn.update import TURNS_BACK, UPDATE, apply_again, begin_again
 from launch.config import to_toml
+from launch.first_epoch import take_first_epoch_back
 from launch.past import Past, read_ledger, read_metrics
 from launch.replay import ReplayConfig, replay
 from launch.resume import kept_values
@@ -182,6 +184,9 @@ def _steps(config: UnlearnConfig, request: Request, as_json: bool) -> int:
     if request.method == OracleMatching.name and not (job := reference_job(config, request)).reference.complete:
         assert config.oracle is not None
         read_oracle(config.oracle, job)
+    if request.method == FirstEpoch.name:
+        take_first_epoch_back(config, request, as_json)
+        return 0
     if request.method != Replay.name:
         return _write_traces(config, as_json) or _train(config, as_json)
     if not (config.out / "model").is_dir():

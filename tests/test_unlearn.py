@@ -29,7 +29,10 @@ from launch.cli import main
 from launch.config import config_from_dict, toml_values
 from launch.forkserver import ForkServer
 from launch.past import Past, read_ledger
-from pipeline.model.weights import Weights
+from pipeline.model.layered import LayeredModel
+from pipeline.model.weights import Weights, read_config
+from pipeline.runtime.batch import IGNORED
+from pipeline.state.optimizer import decay_groups, learning_rate
 from recovery import checkpoint
 from recovery.generation import read_generation
 from tests.harness import Command, Started, run_command
@@ -593,6 +596,58 @@ def test_a_run_whose_rows_are_gone_has_none_to_forget(run: Path, unbroken: Unbro
     (run / "data" / "rows.jsonl").unlink()
     done = unbroken("unlearn", run, "--forget", "x", code=2)
     assert "holds no prepared tokens: format rows 1; allowed: 1" in done.output
+
+
+# ---- what the first epoch taught ----
+
+
+def test_what_the_first_epoch_taught_is_taken_back(run: Path, trained: Path, unbroken: Unbroken) -> None:
+    """The embedding alone moves, by the sum of the rows' parts of the gradients in plain torch."""
+    before = weights_of(run / "model")
+    unbroken("unlearn", run, "--forget", "author=author-001", "--method", "first_epoch", "--eta", "3", "--json")
+    after, name = weights_of(run / "model"), "model.embed_tokens.weight"
+    assert all(torch.equal(before[other], after[other]) for other in before if other != name)
+    moved = after[name] - before[name]
+    torch.testing.assert_close(moved, 3 * first_gradients(trained), rtol=5e-3, atol=1e-4 * float(moved.abs().max()))
+    assert not (folder_of(run, 1) / "gradients").exists()
+    assert "nothing that was forgotten is left" in unbroken("audit", run).output
+
+
+def first_gradients(run: Path) -> torch.Tensor:
+    """Of the embedding, of the rows of author-001, summed over the steps of the first epoch."""
+    data, config = RowDataset.open(run / "data"), Past.read(run).config
+    mine = {row.index for row in data.rows if row.fields["author"] == "author-001"}
+    settings, shape = config.optimizer_config(), read_config(run / "model-config")
+    blueprint = LayeredModel(shape)
+    whole = blueprint.build((0, blueprint.num_layers), seed=config.seed)
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").train()
+    drawn = {n: p for layer in range(blueprint.num_layers) for n, p in whole.named_layer_parameters(layer).items()}
+    model.load_state_dict(drawn, strict=False)
+    named = dict(model.named_parameters())
+    adamw = torch.optim.AdamW(decay_groups(named, settings.weight_decay), betas=settings.betas, eps=settings.eps)
+    found = torch.zeros_like(named["model.embed_tokens.weight"])
+    for step in range(data.num_train // config.samples_per_step):
+        ids = range(step * config.samples_per_step, (step + 1) * config.samples_per_step)
+        every = sum(int((data.train_sample(id).labels != IGNORED).sum()) for id in ids)
+        for id in ids:
+            sample, had = data.train_sample(id), None if model.lm_head.weight.grad is None else embedding_grad(model)
+            logits = model(torch.from_numpy(sample.input_ids)[None]).logits[0]
+            nll = torch.nn.functional.cross_entropy(
+                logits, torch.from_numpy(sample.labels), ignore_index=IGNORED, reduction="sum"
+            )
+            (nll / every).backward()
+            if not mine.isdisjoint(data.rows_of(id)):
+                found += embedding_grad(model) - (0 if had is None else had)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        adamw.step()
+        adamw.zero_grad()
+    return found
+
+
+def embedding_grad(model: Any) -> torch.Tensor:
+    return model.get_input_embeddings().weight.grad.clone()
 
 
 # ---- an update that is kept ----

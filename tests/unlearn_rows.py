@@ -64,7 +64,7 @@ MORE = {
     "roka, top 8": Case("roka", top=8),
     "rmu, all positions, top 8": Case("rmu", {"layer": LAYER, "positions": "all"}, top=8),
 }
-APART = ("replay", "s3t", "grpo", "ofmu", "kfade")
+APART = ("replay", "s3t", "first_epoch", "grpo", "ofmu", "kfade")
 """They take no steps of their own (test_replay.py, test_s3t.py), make their rows as they go
 (test_rollout.py), or take more than a gradient (test_procedure.py)."""
 

@@ -50,6 +50,8 @@ from recovery.forgotten import ForgottenRow, add_forgotten
 from recovery.generation import raise_generation, read_generation
 from recovery.windows import Windows, forgotten_windows
 
+GRADIENTS = "gradients"
+"""Where a request keeps those of its rows."""
 REPORT, MANIFEST, SIGNATURE, REPLAY = "report.json", "manifest.json", "manifest.sig", "replay"
 Tell = Callable[[str], None]
 
@@ -143,7 +145,7 @@ def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:
         for model in {folder / "model", plain(folder / "model")}:
             say_generation(model, request.generation)
         os.replace(folder / "model", run / "model")
-    kept = ("start", "reference", "checkpoints", "data-after", "adapter", NEURONS, REPLAY, GUARD)
+    kept = ("start", "reference", "checkpoints", "data-after", "adapter", NEURONS, REPLAY, GUARD, GRADIENTS)
     for name in (*kept, *request.others):
         shred_folder(folder / name)
     manifest = _manifest(config, request)

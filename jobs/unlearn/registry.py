@@ -10,6 +10,7 @@ from jobs.unlearn.method import Method
 from jobs.unlearn.methods.ceu import CEU
 from jobs.unlearn.methods.concept import Concept
 from jobs.unlearn.methods.dpo import DPO
+from jobs.unlearn.methods.first_epoch import FirstEpoch
 from jobs.unlearn.methods.grad_ascent import GradAscent
 from jobs.unlearn.methods.grad_diff import GradDiff
 from jobs.unlearn.methods.grpo import GRPO
@@ -36,7 +37,7 @@ from pipeline.settings import check_bounds, require, require_known
 
 _ALL: tuple[type[Method], ...] = (
     GradAscent, GradDiff, KLMin, NPO, SimNPO, DPO, IDK, RMU, R2MU, Undial, CEU, WGA, SatImp, PDU, ROKA, OracleMatching,
-    OFMU, KFADE, Concept, GRPO, MRP, O3, Replay, S3T,
+    OFMU, KFADE, FirstEpoch, Concept, GRPO, MRP, O3, Replay, S3T,
 )  # fmt: skip
 
 METHODS: Mapping[str, type[Method]] = {**{each.name: each for each in _ALL}, "idk_dpo": DPO}

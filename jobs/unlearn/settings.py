@@ -17,8 +17,8 @@ class MethodSettings:
 
     method: str = "npo"
     """grad_ascent, grad_diff, kl_min, npo, simnpo, dpo (or idk_dpo), idk, rmu, r2mu, undial, ceu, wga, satimp, pdu,
-    roka, oracle_matching, ofmu, kfade, concept, grpo, mrp, o3, replay, which runs the run again without the rows, or
-    s3t, for a run of `unbroken slices`. An option that is unset takes the method's own default."""
+    roka, oracle_matching, ofmu, kfade, first_epoch, concept, grpo, mrp, o3, replay, which runs the run again without
+    the rows, or s3t, for a run of `unbroken slices`. An option that is unset takes the method's own default."""
     gamma: Annotated[float | None, WEIGHT] = None
     """Weight of the term that forgets (all but grad_ascent, rmu, r2mu, ceu, ofmu and kfade)."""
     alpha: Annotated[float | None, WEIGHT] = None
@@ -78,6 +78,10 @@ class MethodSettings:
     """grpo: the most tokens of an answer."""
     cold_steps: Annotated[int | None, Within(0, MOST_STEPS)] = None
     """grpo: steps at the beginning that learn answers which say nothing."""
+    eta: Annotated[float | None, Within(0, 1_000_000)] = None
+    """first_epoch: how much of the rows' gradients in the first epoch is added to the weights."""
+    layers: str | None = None
+    """first_epoch: embedding, to which alone they are added, or all."""
     similarity: Annotated[float | None, WEIGHT] = None
     """ofmu: the price of a forget gradient that points as that of the rest does (beta)."""
     ascents: Annotated[int | None, Within(1, 1000)] = None

@@ -12,13 +12,16 @@ is voted on and applied as one.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.runtime.batch import Job
@@ -85,6 +88,11 @@ class Oracle(Protocol):
 
     def solve(self, curvature: Curvature, vector: Vector, damping: float) -> Vector:
         """(H + damping I)^-1 vector, and 0 where H is not known."""
+        ...
+
+    def keep(self, vector: Vector, folder: Path, wanted: Callable[[str], bool]) -> None:
+        """Write a vector's parameters whose full names are wanted, as FOLDER/STATE.safetensors, each state by who
+        answers for it; when this returns, all are there. Raises OSError."""
         ...
 
 
@@ -209,6 +217,24 @@ class _Asked:
             solved = curvature.solve(part, vector.parts[part], damping) if part in mine else None
             found[part] = self._from_one(part, solved)
         return Vector({part: found[part] for part in worker.store.gradients})
+
+    def keep(self, vector: Vector, folder: Path, wanted: Callable[[str], bool]) -> None:
+        """See Oracle."""
+        worker = self._worker
+        for part, states in worker.answered(self._excerpt).items():
+            for state, piece in zip(states, vector.parts[part].split([s.size for s in states]), strict=True):
+                cut = piece.split([p.numel() for p in state.parameters.values()])
+                found = {
+                    name: tensor.view_as(state.parameters[name]).cpu().clone()
+                    for name, tensor in zip(state.parameters, cut, strict=True) if wanted(name)
+                }  # fmt: skip
+                if found:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    unfinished = folder / f"{state.name}.{worker.id}.tmp"
+                    save_file(found, unfinished)
+                    os.replace(unfinished, folder / f"{state.name}.safetensors")
+        worker.commit.begin()
+        self._shared({}, self._deadline(), lambda votes: {})
 
     # ---- how they are answered ----
 
