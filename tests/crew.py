@@ -50,7 +50,8 @@ class Probe:
 
 class Crew:
     """A run of some steps of a job. `lost` is (worker, step, point, how often it was met there): that worker is lost
-    there. `watch` is told of every point that a member meets. `weights` are what comes out, `results` what all say of each step."""
+    there. `watch` is told of every point that a member meets. `weights` are what comes out, `results` what all say of
+    each step."""
 
     def __init__(
         self, config: TrainConfig, shape: PreTrainedConfig, out: Path, job: Callable[[], UnlearnJob], steps: int,
