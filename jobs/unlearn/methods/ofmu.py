@@ -47,7 +47,7 @@ class OFMU(Method):
     is_procedure = True
     optimizer = "sgd"
     by_differences = True
-    rate = 0.02
+    rate = 0.1
 
     similarity: Annotated[float, WEIGHT] = 0.1
     """beta: the price of a forget gradient that points as that of the rest does."""
