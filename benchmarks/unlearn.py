@@ -1,9 +1,9 @@
 """20 questions about one author are forgotten, 180 about others are kept, by each of some methods.
 
-Each method has the same budget: three settings are tried, and the one is taken that comes nearest to the goal by the
-probabilities of answers alone. That setting is shown, beside the exact replay, which is the oracle, and the
-noise floor, the distance of two models that never saw the rows. The methods that meet all of the goal then forget twice
-more, under two other seeds, which decide the order of rows.
+Each method has the same budget: four settings are tried, and the one is taken that meets the goal by the probabilities
+of answers with the widest margin, or misses it by least. That setting is shown, beside the exact replay, which is the
+oracle, and the noise floor, the distance of two models that never saw the rows. The methods that meet all of the goal
+then forget twice more, under two other seeds, which decide the order of rows.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ STEPS = 30
 ASKED = ("--steps", STEPS, "--lr", "5e-4", "--microbatches", 2)
 """Of every request: 10 rows to forget and 10 to keep in a step, at a learning rate that all methods share."""
 TRIES = {
-    "npo": ("--alpha 3", "--alpha 5", "--alpha 10"),
-    "wga": ("--alpha 3", "--alpha 5", "--alpha 10"),
-    "undial": ("--alpha 3", "--alpha 10", "--alpha 3 --demotion 30"),
-    "grad_diff": ("--alpha 10", "--alpha 17", "--alpha 30"),
-    "simnpo": ("--gamma 0.5", "--gamma 2", "--gamma 8"),
-    "satimp": ("--gamma 1", "--gamma 10", "--gamma 40"),
-    "kl_min": ("--alpha 10", "--alpha 17", "--alpha 30"),
-    "pdu": ("--dual-warmup 0 --gamma 0.01", "--dual-warmup 0 --gamma 0.03", "--dual-warmup 0 --gamma 0.1"),
-    "dpo": ("--alpha 1", "--alpha 3", "--alpha 10"),
+    "npo": ("--alpha 3", "--alpha 5", "--alpha 10", "--alpha 20"),
+    "wga": ("--alpha 1", "--alpha 3", "--alpha 5", "--alpha 10"),
+    "undial": ("--alpha 1", "--alpha 3", "--alpha 10", "--alpha 3 --demotion 30"),
+    "grad_diff": ("--alpha 10", "--alpha 13", "--alpha 17", "--alpha 30"),
+    "simnpo": ("--gamma 0.5", "--gamma 2", "--gamma 8", "--gamma 20"),
+    "satimp": ("--gamma 1", "--gamma 10", "--gamma 20", "--gamma 40"),
+    "kl_min": ("--alpha 3", "--alpha 10", "--alpha 17", "--alpha 30"),
+    "pdu": tuple(f"--dual-warmup 0 --gamma {gamma}" for gamma in ("0.003", "0.01", "0.03", "0.1")),
+    "dpo": ("--alpha 0.3", "--alpha 1", "--alpha 3", "--alpha 10"),
 }
 """Method -> what is tried."""
 FORGET, RETAIN, FACTOR = 0.10, 0.90, 2.0
@@ -42,14 +42,13 @@ FIELDS = ("forget_probability", "retain_probability", "forget_kl", "retain_kl")
 Row = dict[str, Any]
 
 
-def shortfall(row: Row) -> tuple[float, float]:
-    """How far a result is from the goal by probabilities alone; among those that meet it, the one that keeps more."""
-    forget, retain = row["forget_probability"], row["retain_probability"]
-    return max(0.0, forget - FORGET) + max(0.0, RETAIN - retain), -retain
+def margin(row: Row) -> float:
+    """By how much the nearer one of the two probabilities is on the good side of its goal; below 0 it is not."""
+    return min(FORGET - row["forget_probability"], row["retain_probability"] - RETAIN)
 
 
 def meets(row: Row, floor: Row) -> bool:
-    return shortfall(row)[0] == 0 and row["retain_kl"] <= FACTOR * floor["retain_kl"]
+    return margin(row) >= 0 and row["retain_kl"] <= FACTOR * floor["retain_kl"]
 
 
 def measured(run: Path, method: str, settings: str, models: tuple[Path, Path], seed: int = 0) -> dict[str, Row]:
@@ -84,7 +83,7 @@ def main() -> None:
         grid, rows, settings = dict[str, list[Row]](), dict[str, Row](), dict[str, str]()
         for method in options.methods.split(","):
             grid[method] = [{"settings": each, **measured(run, method, each, models)} for each in TRIES[method]]
-            taken = min(grid[method], key=lambda each: shortfall(each["after"]))
+            taken = max(grid[method], key=lambda each: margin(each["after"]))
             settings[method] = taken["settings"]
             rows |= {which: taken[which] for which in ("before", "oracle", "floor")} | {method: taken["after"]}
         for which, row in rows.items():
