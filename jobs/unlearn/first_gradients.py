@@ -3,8 +3,8 @@
     gradients/step-00000003/0.safetensors      what the rows' part of the gradient of state 0 was in step 3
 
 Each step is a procedure (pipeline/runtime/procedure.py) which asks for the gradient of all its labels, takes it, and
-asks for the part of the rows that are looked for. Their labels are those that a copy of the data, in which they are erased,
-has no more. A step that is run again writes the same again.
+asks for the part of the rows that are looked for. Their labels are those that a copy of the data, in which they are
+erased, has no more. A step that is run again writes the same again.
 """
 
 from __future__ import annotations
