@@ -45,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed,torchft,peers]'
 	$(BIN)/python benchmarks/ir.py --out benchmarks/results/ir.json
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results
+	$(BIN)/python benchmarks/links.py --out benchmarks/results
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results
 	$(BIN)/python benchmarks/shard.py --out benchmarks/results
 	$(BIN)/python benchmarks/control_plane.py --out benchmarks/results
