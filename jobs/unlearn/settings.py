@@ -20,10 +20,10 @@ class MethodSettings:
     roka, oracle_matching, ofmu, kfade, first_epoch, concept, grpo, mrp, o3, replay, which runs the run again without
     the rows, or s3t, for a run of `unbroken slices`. An option that is unset takes the method's own default."""
     gamma: Annotated[float | None, WEIGHT] = None
-    """Weight of the term that forgets (all but grad_ascent, rmu, r2mu, ceu, ofmu and kfade)."""
+    """Weight of the term that forgets (all but grad_ascent, rmu, r2mu, ceu, ofmu, kfade, o3 and first_epoch)."""
     alpha: Annotated[float | None, WEIGHT] = None
-    """Weight of the term that keeps the rest (all but grad_ascent, ceu, ofmu and kfade); pdu begins with it, and
-    changes it."""
+    """Weight of the term that keeps the rest (all but grad_ascent, ceu, ofmu, kfade, o3 and first_epoch); pdu begins
+    with it, and changes it."""
     beta: Annotated[float | None, BETA] = None
     """npo, simnpo, dpo: the larger, the earlier a row counts as forgotten."""
     delta: Annotated[float | None, Within(-1000, 1000)] = None
