@@ -24,6 +24,9 @@ from pipeline.model.lora import A, Lora, adapter_of
 from pipeline.model.projection import PROJECTION
 from pipeline.runtime.batch import Needs
 
+_ROUTED = 256
+"""Rows of each kind that a router is made of, at most."""
+
 
 def keep_guard(run: Path, folder: Path) -> None:
     """Keep the guard that a run has now, for its next request."""
@@ -61,8 +64,8 @@ def first_halves(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _router(config: UnlearnConfig, material: Material, request: Request) -> Router:
-    """Of the rows of an evaluation."""
-    items = probed(request, config.evaluate_samples)
+    """Of some rows of each kind."""
+    items = probed(request, max(config.evaluate_samples, _ROUTED))
     parts = [stacked(material, part, Needs.INPUT | Needs.LOSS) for part in parts_of(items, config.microbatch_size)]
     inputs, asked = [part["input_ids"] for part in parts], [question(part["labels"]) for part in parts]
     found = torch.cat(descriptions(config.out / "start", inputs, asked))
