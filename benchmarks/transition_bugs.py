@@ -160,6 +160,10 @@ def _count(worker: int | None = 2, **keys: int) -> Callable[[Moved], object]:
     return lambda moved: [each.update(keys) for w, each in moved.keys.items() if worker in (None, w)]
 
 
+def _no_moments(moved: Moved) -> None:
+    moved.taken._optimizer.state[next(iter(moved.taken.parameters.values()))].clear()
+
+
 def _moments_of_another(moved: Moved) -> None:
     moments = moved.taken.moments
     names = list(moved.taken.parameters)
@@ -199,7 +203,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("a tensor dropped", "by who takes it", lambda m: m.taken.parameters.popitem()),
     Bug("moments of another or empty", "those of another tensor", _moments_of_another),
     Bug("moments of another or empty", "zeros", _set("exp_avg_sq/", torch.zeros_like)),
-    Bug("moments of another or empty", "none", lambda m: m.taken.moments(next(iter(m.taken.parameters))).clear()),
+    Bug("moments of another or empty", "none", _no_moments),
     Bug("step counter or rate scale lost", "the step counter", _set("step/", torch.zeros_like)),
     Bug("step counter or rate scale lost", "the rate's scale", lambda m: m.taken.lr_scale.fill_(1.0)),
     Bug(

@@ -148,7 +148,7 @@ def test_the_nearest_are_those_of_brute_force() -> None:
 
 @pytest.mark.parametrize("case", PAIR)
 def test_neighbours_are_those_of_the_whole_model(tmp_path: Path, case: str) -> None:
-    plain, material = Plain(case, tmp_path, vocab_size=unlearn_rows.VOCABULARY), unlearn_rows.material()
+    plain, material = Plain(case, tmp_path, vocab_size=unlearn_rows.VOCABULARY), unlearn_rows.material(blank=())
 
     def place(kind: str, index: int) -> Tensor:
         sample = material.sample(Item(kind, index))
@@ -233,7 +233,7 @@ def brute_scores(plain: Plain, data: Any, forget: list[int]) -> dict[int, Tensor
 
 @pytest.mark.parametrize("case", PAIR)
 def test_neurons_are_chosen_as_by_the_whole_model(tmp_path: Path, case: str) -> None:
-    plain, material = Plain(case, tmp_path, vocab_size=unlearn_rows.VOCABULARY), unlearn_rows.material()
+    plain, material = Plain(case, tmp_path, vocab_size=unlearn_rows.VOCABULARY), unlearn_rows.material(blank=())
     forget, other = list(material.forget), Mismatched.of(material)
     for row in forget:  # the question of one, the answer of another
         mixed, asked, lent = other.row(row), material.data.row(row), material.data.row(other.other[row])
@@ -261,7 +261,7 @@ def test_neurons_are_chosen_as_by_the_whole_model(tmp_path: Path, case: str) -> 
 
 def test_neurons_are_taken_from_the_blocks_that_a_method_computes(tmp_path: Path) -> None:
     Plain("llama", tmp_path, vocab_size=unlearn_rows.VOCABULARY)
-    assert choose_neurons(tmp_path, unlearn_rows.material(), 0.5, 1, 4, tmp_path / "neurons") == 24
+    assert choose_neurons(tmp_path, unlearn_rows.material(blank=()), 0.5, 1, 4, tmp_path / "neurons") == 24
     masked = [layer for layer in range(5) if load_file(mask_file(tmp_path / "neurons", layer))]
     assert masked == [1]
 

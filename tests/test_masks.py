@@ -205,7 +205,7 @@ def test_what_was_made_beforehand_is_not_asked_for_otherwise_later(config: Unlea
 
 @pytest.mark.parametrize("name", ["npo", "dpo", "grad_diff", "ceu"])
 def test_a_row_whose_answer_is_forgotten_adds_nothing(name: str, tmp_path: Path) -> None:
-    job = unlearn_rows.job(name, tmp_path)
+    job = unlearn_rows.job(name, tmp_path, blank=())
     kind = job.method.kinds[0]
     material = job.material
     items = material.items(kind, 0, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def job() -> OnPolicyJob:
     asks = RolloutJob(
         microbatches=2, size=SIZE, sequence_length=rows.LENGTH, end_token=1, seed=3, temperature=1.0, cut=True
     )
-    material = rows.material()
+    material = replace(rows.material(blank=()), forget=range(6))
     reference = rows.reference("grpo", Path("nowhere"))
     made = OnPolicyJob(method, material, reference, MICROBATCHES, SIZE, 0, 0, asks, Path("nowhere"))
     made.__dict__["tokenizer"] = Numbers()

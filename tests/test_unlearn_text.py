@@ -176,7 +176,10 @@ def test_replay_is_the_run_of_the_same_packing_without_the_document(
     [
         (("--forget", "FIRST.md"), "; near: '"),
         (("--forget", "asyncio"), "the run has no document with the id 'asyncio'; allowed: ids of its documents"),
-        (("--forget", "FIRST", "--method", "dpo"), "method is 'dpo'; allowed: one without other answers: documents"),
+        (
+            ("--forget", "FIRST", "--method", "dpo"),
+            "method is 'dpo'; allowed: one that asks no questions",
+        ),
         (("--forget", "HELD"), "whose 1 documents are in no step of the run's ledger"),
         (("--forget", "FIRST", "--retain", "FIRST"), "forget and retain have 1 documents in common"),
     ],

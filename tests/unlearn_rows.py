@@ -93,20 +93,20 @@ class RandomRows:
         return Sample(ids[:-1].astype(np.int64), labels, None)
 
 
-def material() -> Material:
+def material(blank: Sequence[int] = (6, 23)) -> Material:
     return Material(
-        RandomRows(0, blank=(6, 23)), range(7), range(7, 24), 3, [[5, 9, 2], [7, 2]],
+        RandomRows(0, blank), range(7), range(7, 24), 3, [[5, 9, 2], [7, 2]],
         {TRACE: (RandomRows(1), 5), ANCHOR: (RandomRows(2), 5), POISON: (RandomRows(3), 6)},
     )  # fmt: skip
 
 
 def reference(name: str, folder: Path) -> Reference:
-    case = CASES[name]
+    case = CASES.get(name, Case(name))
     return Reference(folder / name, case.top, everywhere=getattr(case.make(), "positions", "answer") == "all")
 
 
-def job(name: str, folder: Path) -> UnlearnJob:
-    return UnlearnJob(CASES[name].make(), material(), reference(name, folder), MICROBATCHES, SIZE)
+def job(name: str, folder: Path, blank: Sequence[int] = (6, 23)) -> UnlearnJob:
+    return UnlearnJob(CASES[name].make(), material(blank), reference(name, folder), MICROBATCHES, SIZE)
 
 
 MEAN = 0.25

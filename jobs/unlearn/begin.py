@@ -81,7 +81,7 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     """Lay out the folder of a request, and keep the request there last of all. Raises ConfigError, CorpusError."""
     run, folder, kinds = config.run, folder_of(config.run, number), method_of(config).kinds
     check_guard(run, config.method)
-    LayeredModel(read_config(run / "model-config"), lora=config.lora(), depth=config.depth, trained=config.patterns())
+    config.computed(read_config(run / "model-config"))
     forget, retain = choose(config, trained)
     dataset, whole = trained.dataset, None if config.retain != AUTO else trained.seen
     groups_to_poison(config, dataset, forget)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from transformers import PreTrainedConfig
+
 from jobs.config import TrainConfig, require
 from jobs.unlearn.guard import GUARD, GUARDS, adapters_of
 from jobs.unlearn.method import FORGET, PAIR, POISON, RETAIN, ROLLOUT, TRACE, Reads
@@ -15,6 +17,7 @@ from jobs.unlearn.methods.matching import OracleMatching
 from jobs.unlearn.methods.o3 import O3
 from jobs.unlearn.neurons import NEURONS
 from jobs.unlearn.settings import MethodSettings, method_of
+from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Adapters
 from pipeline.settings import Within
 from recovery.policy import POLICIES
@@ -218,6 +221,14 @@ class UnlearnConfig(RequestSettings, MethodSettings, TrainConfig):
         size = self.microbatch_size // 2 if PAIR in method.kinds else self.microbatch_size
         rows = size * (self.microbatches // len(method.kinds))
         return rows // method.rollouts if isinstance(method, GRPO) else rows
+
+    def computed(self, shape: PreTrainedConfig) -> LayeredModel:
+        """What a request computes of a model of this shape. Raises ConfigError for a layer that it does not have, and
+        ModelError for anything else that does not fit."""
+        blocks = int(shape.num_hidden_layers)
+        allowed = f"0 to {blocks - 1}, the model's blocks"
+        require((self.depth or 1) <= blocks, "layer", (self.depth or 1) - 1, allowed)
+        return LayeredModel(shape, lora=self.lora(), depth=self.depth, trained=self.patterns())
 
     def with_steps(self, rows: int) -> UnlearnConfig:
         """The same with the steps that the method asks for, or the epochs take over so many rows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.config import require
 from jobs.documents import DOCUMENTS
 from jobs.pipelines import require_layers
 from jobs.plan import Plan, Progress, find_start, planned
@@ -17,7 +16,6 @@ from jobs.unlearn.reference import needed_bytes
 from jobs.unlearn.request import Request
 from jobs.unlearn.settings import method_of
 from jobs.unlearn.traces import TraceConfig
-from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 
 
@@ -33,9 +31,7 @@ def make_unlearn_plan(
     if found.manifest is not None and before is not None and (changed := check_resumed(before, config)):
         said.append(f"changed since the last start: {', '.join(changed)}")
     shape = read_config(config.out / "model-config")
-    blocks = int(shape.num_hidden_layers)
-    require((config.depth or 1) <= blocks, "layer", (config.depth or 1) - 1, f"0 to {blocks - 1}, the model's blocks")
-    model = LayeredModel(shape, lora=config.lora(), depth=config.depth, trained=config.patterns())
+    model = config.computed(shape)
     if config.scheduler not in ("roundpipe", "skippipe"):
         require_layers(config, model.num_layers)
     text = (config.run / "data" / DOCUMENTS).is_file()

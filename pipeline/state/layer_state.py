@@ -148,7 +148,7 @@ class LayerState:
         none."""
         assert self._optimizer is not None
         kept = self._optimizer.state[self.parameters[name]]
-        return {kind: kept[kind] for kind in self.config.moments}
+        return {kind: kept[kind] for kind in self.config.moments if kind in kept}
 
     def weights(self) -> dict[str, Tensor]:
         """Full name -> weight, trained or not."""
