@@ -25,8 +25,8 @@ TRAIN = (
     "--evaluate-every", 0, "--checkpoint-every", 0, "--recovery", "checkpoint", "--sample-tokens", 0, "--threads", 1,
     "--json",
 )  # fmt: skip
-REQUEST = ("--method", "npo", "--lr", "5e-5", "--steps", 16)
-"""The learning rate and the steps of a pilot in one process (shared notes of the project), not tuned here."""
+REQUEST = ("--method", "npo", "--lr", "1e-4", "--steps", 36, "--alpha", 5)
+"""The second of two tries: the settings of a pilot in one process (lr 5e-5, 16 steps) left 0.63."""
 GOAL = {"forget_probability": 0.05, "retain_probability": 0.93}
 
 
@@ -76,6 +76,7 @@ def main() -> None:
         "train": " ".join(map(str, TRAIN)), "request": options.request, "goal": GOAL, "met": met,
         "before": told["before"], "after": after, "seconds": seconds, "versions": manifest["versions"],
     }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "unlearn-smollm2.json").write_text(json.dumps(shown, indent=1) + "\n")
 
 
