@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=None, help="a run of unlearn_runs.py, not a new one")
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)  # what took long is not lost for want of a folder
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         before = trained(folder, options.steps) if options.run is None else options.run

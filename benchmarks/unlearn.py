@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default=",".join(TRIES))
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)  # what took long is not lost for want of a folder
     with tempfile.TemporaryDirectory() as name:
         folder = options.folder or Path(name)
         run = trained(folder, options.steps)

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--lr", default="3e-4")
     parser.add_argument("--alpha", default="3")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)  # what took long is not lost for want of a folder
     with tempfile.TemporaryDirectory() as name:
         run = options.run or trained(Path(name), options.steps)
         rows, items = material(run)

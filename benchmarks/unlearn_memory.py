@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peer", nargs=2, metavar=("RUN", "METHOD"), help="be the peer")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)  # what took long is not lost for want of a folder
     if options.peer:
         peer(Path(options.peer[0]), options.peer[1])
         return

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--request", default=" ".join(map(str, REQUEST)), help="how to forget")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)  # what took long is not lost for want of a folder
     with tempfile.TemporaryDirectory() as name:
         folder = options.folder or Path(name)
         run, data, steps = folder / "run", folder / "authors" / "train.jsonl", options.epochs * 60 // 12
@@ -76,7 +77,6 @@ def main() -> None:
         "train": " ".join(map(str, TRAIN)), "request": options.request, "goal": GOAL, "met": met,
         "before": told["before"], "after": after, "seconds": seconds, "versions": manifest["versions"],
     }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "unlearn-smollm2.json").write_text(json.dumps(shown, indent=1) + "\n")
 
 
