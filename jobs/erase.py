@@ -37,6 +37,7 @@ def erase(folder: Path, digests: Set[str]) -> int:
         there = RowDataset.open(folder).rows if lines == ROWS else open_documents(folder)
         chosen = [each for each in there if each.digest in digests]
         if all(each.blank for each in chosen):
+            (folder / ERASING).unlink(missing_ok=True)  # all was done but this
             return len(chosen)
     try:
         if (folder / META).exists():

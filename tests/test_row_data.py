@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from jobs.corpus import CorpusError
 from jobs.data import Dataset
+from jobs.dataset_files import ERASING
 from jobs.erase import erase
 from jobs.row_data import RowDataset, Sample, first_fit
 from jobs.row_prepare import prepare_rows
@@ -324,6 +325,7 @@ def test_an_erasure_that_was_cut_off_is_ended_by_the_next(
             monkeypatch.setattr(os, call, real)
             if not other:
                 erase(folder, first)
+                assert not (folder / ERASING).exists()
             erase(folder, second)
             blank = sum(row.blank for row in RowDataset.open(folder).rows)
             left = {name: data for name, data in files(folder).items() if name in FILES}
