@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jobs.data import META
+from recovery.disk import flush_folder, write_flushed
 
 ERASING = "meta.json.erasing"
 """What meta.json is called while something is being erased: the dataset does not count then."""
@@ -36,26 +37,8 @@ def publish(unfinished: Mapping[str, Path], folder: Path, meta: Mapping[str, Any
 
 def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
     """Have a folder count, as that of a dataset with this meta.json."""
-    temporary = folder / f"{META}.tmp"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(meta, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        sync(folder)
-        os.replace(temporary, folder / META)
-        sync(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(folder: Path) -> None:
-    """What was renamed in a folder is so on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_folder(folder)  # first what it tells of
+    write_flushed(folder / META, (json.dumps(meta, indent=1) + "\n").encode())
 
 
 def blank(path: Path, spans: Iterable[tuple[int, int]], meta: Mapping[str, Any]) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs.data import META, TOKENS
-from jobs.dataset_files import ERASING, blank, sync, write_lines, write_meta
+from jobs.dataset_files import ERASING, blank, write_lines, write_meta
 from jobs.documents import DOCUMENTS, open_documents, read_documents
 from jobs.files import CorpusError
 from jobs.prepare import with_blank
 from jobs.row_data import ROWS, RowDataset, RowInfo, read_infos
 from jobs.row_prepare import fingerprint_of_rows
+from recovery.disk import flush_folder
 
 
 def erase(folder: Path, digests: Set[str]) -> int:
@@ -42,13 +43,13 @@ def erase(folder: Path, digests: Set[str]) -> int:
     try:
         if (folder / META).exists():
             os.replace(folder / META, folder / ERASING)
-            sync(folder)
+            flush_folder(folder)
         meta = json.loads((folder / ERASING).read_text(encoding="utf-8"))
         infos = [replace(each, blank=each.blank or each.digest in digests) for each in _read(folder / lines, meta)]
         # first: whoever comes after a crash reads there what is to be blank
         write_lines(folder / f"{lines}.tmp", (each.line() for each in infos))
         os.replace(folder / f"{lines}.tmp", folder / lines)
-        sync(folder)
+        flush_folder(folder)
         write_meta(folder, _blanked(folder, lines, infos, meta))
         (folder / ERASING).unlink()
     except OSError as error:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pipeline.state.source import Source, SourceRefused
 from pipeline.wire import WireError, checked, parse
+from recovery.disk import flush_folder
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})(\.old)?")
@@ -153,7 +154,7 @@ def commit(
     }
     text = json.dumps(body, sort_keys=True)
     _write(folder / MANIFEST, json.dumps({"crc32": zlib.crc32(text.encode()), "body": body}, sort_keys=True).encode())
-    _flush_directory(folder)
+    flush_folder(folder)
     if later := [path.name for path in _committed(root) if _fence_of(path) > fence]:
         raise CheckpointError(f"{max(later)} was saved by a later view than {fence[1]}, which is over")
     if not (folder / MANIFEST).exists():  # who comes back late sets nothing aside
@@ -164,7 +165,7 @@ def commit(
             shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
     os.rename(folder, final)
-    _flush_directory(root)
+    flush_folder(root)
     drop_newer(root, final, fence)
     return final
 
@@ -359,11 +360,3 @@ def _write(path: Path, data: bytes) -> None:
         raise CheckpointError(
             f"{path} cannot be written ({error.strerror}): {len(data)} bytes are needed, {free} are free"
         ) from error
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

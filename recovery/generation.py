@@ -6,10 +6,10 @@ What a run saves, sends and loads says its generation (`pipeline.state.source`);
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from pipeline.wire import WireError, checked, parse
+from recovery.disk import write_flushed
 
 _FILE = "generation.json"
 
@@ -38,14 +38,4 @@ def raise_generation(out: Path, to: int) -> None:
     now = read_generation(out)
     if to < now:
         raise GenerationError(f"{out / _FILE} says {now}; a generation only ascends, and {to} is asked for")
-    unfinished = out / f"{_FILE}.tmp"
-    with unfinished.open("w") as file:
-        file.write(json.dumps({"generation": to}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, out / _FILE)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_flushed(out / _FILE, json.dumps({"generation": to}).encode())

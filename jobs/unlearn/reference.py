@@ -30,6 +30,7 @@ from jobs.unlearn.method import Reads, row_nll
 from pipeline.reading import FileError, read_json
 from pipeline.runtime.batch import IGNORED, Batch, Needs
 from recovery.checkpoint import CheckpointError
+from recovery.disk import write_flushed
 
 SCORES = "scores.json"
 REFERENCE = "reference"
@@ -63,12 +64,7 @@ class Reference:
     def finish(self, scores: Mapping[str, float]) -> None:
         """All is computed: on the disk before this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f"{SCORES}.tmp"
-        with unfinished.open("w") as file:
-            file.write(json.dumps(scores, sort_keys=True))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.folder / SCORES)
+        write_flushed(self.folder / SCORES, json.dumps(scores, sort_keys=True).encode())
 
     def _wanted(self, labels: Tensor) -> Tensor:
         return torch.ones_like(labels, dtype=torch.bool) if self.everywhere else labels != IGNORED
