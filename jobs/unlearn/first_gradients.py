@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from jobs.config import TrainConfig
 from jobs.data import Dataset
@@ -28,7 +27,7 @@ from jobs.plan import open_dataset
 from jobs.row_data import RowDataset, Sample
 from jobs.row_job import RowJob
 from jobs.text import TEXT, TextJob, token_loss
-from pipeline.model.weights import Weights, finish_export, read_config, write_shard
+from jobs.unlearn.weights import rewrite
 from pipeline.runtime.batch import IGNORED, Batch, Needs
 from pipeline.runtime.procedure import Oracle, Procedure, Vector
 from pipeline.schedule.layout import TRAIN
@@ -157,12 +156,8 @@ def take_back_gradients(start: Path, gradients: Path, eta: float, tokenizer: Pat
     for file in sorted(gradients.glob("step-*/*.safetensors")):
         for name, tensor in load_file(file).items():
             sums[name] = sums[name] + tensor if name in sums else tensor.clone()
-    weights, unfinished, weight_map = Weights(start), into.with_name(f"{into.name}.tmp"), dict[str, str]()
-    files = sorted(set(weights.files.values()))
-    for number, file in enumerate(files, 1):
-        now = weights.read({name: (name,) for name, where in weights.files.items() if where == file})
-        changed = {name: tensor + eta * sums[name] if name in sums else tensor for name, tensor in now.items()}
-        weight_map |= write_shard(unfinished, number, len(files), changed)
-    finish_export(
-        unfinished, read_config(start), weight_map, tokenizer=AutoTokenizer.from_pretrained(tokenizer), into=into
-    )  # fmt: skip
+
+    def taken_back(now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor + eta * sums[name] if name in sums else tensor for name, tensor in now.items()}
+
+    rewrite(start, into, tokenizer, taken_back)

@@ -12,19 +12,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from safetensors.torch import save_file
+from torch import Tensor
 
 from jobs.config import require
 from jobs.unlearn.begin import Trained
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.request import Request, folder_of
-from jobs.unlearn.weights import begin_with
+from jobs.unlearn.weights import begin_with, by_file, rewrite
 from pipeline.model.layered import LayeredModel
-from pipeline.model.weights import ModelError, Weights, finish_export, read_config, write_shard
+from pipeline.model.weights import ModelError, Weights, read_config
 from recovery.generation import read_generation
 
 UPDATE = "update"
@@ -37,8 +37,7 @@ def keep_update(config: UnlearnConfig, request: Request) -> None:
     unfinished = into.with_name(f"{UPDATE}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    for file in sorted(set(after.files.values())):
-        names = {name: (name,) for name, where in after.files.items() if where == file}
+    for file, names in by_file(after):
         old, new = before.read(names), after.read(names)
         difference = {name: new[name] - old[name] for name in names}
         save_file(difference, unfinished / file.name, metadata={"generation": str(request.generation)})
@@ -82,21 +81,16 @@ def apply_again(config: UnlearnConfig, request: Request) -> None:
     """Write the model of such a request: the weights that it begins with, and the update. Raises ModelError for an
     update of another model."""
     kept = Weights(folder_of(config.run, request.reapplies) / UPDATE)
-    start, into = Weights(config.out / "start"), config.out / "model"
-    if odd := set(start.files) ^ set(kept.files):
+    start = config.out / "start"
+    if odd := set(Weights(start).files) ^ set(kept.files):
         raise ModelError(f"{kept.directory} and the model of the run do not both have {sorted(odd)[0]}")
-    unfinished, weight_map = into.with_name("model.tmp"), dict[str, str]()
-    shutil.rmtree(unfinished, ignore_errors=True)
-    files = sorted(set(kept.files.values()))
-    for index, file in enumerate(files, 1):
-        difference = load_file(file)
-        now = start.read({name: (name,) for name in difference})
+
+    def applied(now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        difference = kept.read({name: (name,) for name in now})
         for name, tensor in difference.items():
             if tensor.shape != now[name].shape:
                 shapes = f"{tuple(tensor.shape)}; that of the run has {tuple(now[name].shape)}"
-                raise ModelError(f"{file}: the update of {name} has shape {shapes}")
-        weight_map |= write_shard(
-            unfinished, index, len(files), {name: now[name] + tensor for name, tensor in difference.items()}
-        )
-    tokenizer = AutoTokenizer.from_pretrained(config.run / "tokenizer")
-    finish_export(unfinished, read_config(config.run / "model-config"), weight_map, tokenizer=tokenizer, into=into)
+                raise ModelError(f"{kept.files[name]}: the update of {name} has shape {shapes}")
+        return {name: now[name] + tensor for name, tensor in difference.items()}
+
+    rewrite(start, config.out / "model", config.run / "tokenizer", applied)

@@ -7,18 +7,17 @@ it began from, in the new generation: the same layers, with no moments, because 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import is_adapter
-from pipeline.model.weights import Weights, finish_export, write_shard
+from pipeline.model.weights import Weights, read_config, write_model
 from recovery import checkpoint
 from recovery.disk import write_flushed
 
@@ -28,20 +27,35 @@ SAID = "unbroken.json"
 
 def begin_with(model: LayeredModel, saved: Path, into: Path, tokenizer: Path) -> None:
     """Write the weights of a checkpoint as a model directory. Raises CheckpointError, ModelError."""
-    manifest, unfinished = checkpoint.read_manifest(saved), into.with_name(into.name + ".tmp")
-    weight_map: dict[str, str] = {}
-    for layer in range(model.num_layers):
-        tensors = {
-            key.removeprefix("param/"): tensor
-            for key, tensor in checkpoint.read_layer(saved, manifest, layer).items() if key.startswith("param/")
-        }  # fmt: skip
-        if model.lora is not None:
-            tensors = model.lora.merged(tensors, model.module)
-        if tensors:
-            weight_map |= write_shard(unfinished, layer + 1, model.num_layers, tensors)
-    finish_export(
-        unfinished, model.config, weight_map, tokenizer=AutoTokenizer.from_pretrained(tokenizer), into=into
-    )  # fmt: skip
+    manifest = checkpoint.read_manifest(saved)
+
+    def shards() -> Iterator[dict[str, Tensor]]:
+        for layer in range(model.num_layers):
+            tensors = {
+                key.removeprefix("param/"): tensor
+                for key, tensor in checkpoint.read_layer(saved, manifest, layer).items() if key.startswith("param/")
+            }  # fmt: skip
+            yield tensors if model.lora is None else model.lora.merged(tensors, model.module)
+
+    write_model(into, model.config, shards(), model.num_layers, tokenizer)
+
+
+def by_file(known: Weights) -> list[tuple[Path, dict[str, tuple[str, ...]]]]:
+    """Each file of a model directory, and what is in it, as `Weights.read` is asked for it."""
+    return [
+        (file, {name: (name,) for name, where in known.files.items() if where == file})
+        for file in sorted(set(known.files.values()))
+    ]
+
+
+def rewrite(
+    start: Path, into: Path, tokenizer: Path, change: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+) -> None:  # fmt: skip
+    """Write the model directory `start` anew as `change` makes its tensors, one file's after another's. Raises
+    ModelError."""
+    known = Weights(start)
+    files = by_file(known)
+    write_model(into, read_config(start), (change(known.read(names)) for _, names in files), len(files), tokenizer)
 
 
 def publish(root: Path, before: Path, layers: Mapping[int, Callable[[], Mapping[str, Tensor]]], **changed: Any) -> Path:

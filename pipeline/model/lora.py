@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR, EVERY = "all-linear", "all"
 A, B = ".lora_A.weight", ".lora_B.weight"
-KEPT_AS = "base_model.model."  # what peft puts before a name in a file
+_KEPT_AS = "base_model.model."  # what peft puts before a name in a file
 _FILE = "adapter_model.safetensors"
 
 
@@ -212,7 +212,7 @@ def save_adapter(folder: Path, config: LoraConfig | None, tensors: Mapping[str, 
     if config is not None:
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(str(unfinished))
-    held: dict[str, Any] = {KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
+    held: dict[str, Any] = {_KEPT_AS + n: t.detach().cpu().contiguous() for n, t in tensors.items() if is_adapter(n)}
     save_file(held, unfinished / _FILE, metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
@@ -221,6 +221,6 @@ def save_adapter(folder: Path, config: LoraConfig | None, tensors: Mapping[str, 
 def adapter_of(folder: Path) -> dict[str, Tensor]:
     """What `save_adapter` has written, by full name. Raises ModelError."""
     try:
-        return {name.removeprefix(KEPT_AS): tensor.clone() for name, tensor in load_file(folder / _FILE).items()}
+        return {name.removeprefix(_KEPT_AS): tensor.clone() for name, tensor in load_file(folder / _FILE).items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: its adapters cannot be read: {error}") from error

@@ -352,6 +352,19 @@ def finish_export(
     return directory if into is None else _move(directory, into)
 
 
+def write_model(
+    into: Path, config: PreTrainedConfig, shards: Iterable[Mapping[str, Tensor]], total: int, tokenizer: Path
+) -> None:  # fmt: skip
+    """Write a model directory by one process, of at most `total` shards, which are taken one after another: an empty
+    one has no file. `tokenizer` is a folder. Raises ModelError."""
+    unfinished, weight_map = into.with_name(f"{into.name}.tmp"), dict[str, str]()
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for number, tensors in enumerate(shards, 1):
+        if tensors:
+            weight_map |= write_shard(unfinished, number, total, tensors)
+    finish_export(unfinished, config, weight_map, tokenizer=AutoTokenizer.from_pretrained(tokenizer), into=into)
+
+
 def _move(directory: Path, into: Path) -> Path:
     into.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{into.name}-old-", dir=into.parent))
