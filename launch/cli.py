@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,24 +32,25 @@ class _Command:
     """Loads what gives settings that come before those asked for, by those."""
 
 
+@dataclass(frozen=True)
+class TerminalSettings:
+    """What is printed."""
+
+    json: bool = False
+    """Show no progress; print one JSON object at the end."""
+
+
 def _train() -> tuple[type, Callable[[Any], Any]]:
     from jobs.config import TrainConfig
     from launch.train import train
-
-    @dataclass(frozen=True)
-    class TerminalSettings:
-        """What is printed."""
-
-        json: bool = False
-        """Show no progress; print one JSON object at the end."""
+    from pipeline.settings import of_kind
 
     @dataclass(frozen=True)
     class Train(TrainConfig, TerminalSettings):
         __doc__ = TrainConfig.__doc__
 
     def run(config: Train) -> int:
-        plain = TrainConfig(**{f.name: getattr(config, f.name) for f in fields(TrainConfig)})
-        return train(plain, config.json)
+        return train(of_kind(TrainConfig, config), config.json)
 
     return Train, run
 
@@ -90,24 +91,22 @@ def _unlearn() -> tuple[type, Callable[[Any], Any]]:
     from jobs.unlearn.methods.s3t import S3T
     from launch.slice_unlearn import forget_slices
     from launch.unlearn import unlearn
+    from pipeline.settings import of_kind
 
     @dataclass(frozen=True)
     class EndSettings:
-        """What is printed, and what is given up."""
+        """What is given up."""
 
-        json: bool = False
-        """Show no progress; print one JSON object at the end."""
         abandon: bool = False
         """Give up the request that is not complete: the run stays as it was."""
 
     @dataclass(frozen=True)
-    class Unlearn(UnlearnConfig, EndSettings):
+    class Unlearn(UnlearnConfig, TerminalSettings, EndSettings):
         __doc__ = UnlearnConfig.__doc__
 
     def run(config: Unlearn) -> Any:
-        plain = UnlearnConfig(**{f.name: getattr(config, f.name) for f in fields(UnlearnConfig)})
         of_slices = config.method == S3T.name or (config.run / FILE).is_file()
-        return (forget_slices if of_slices else unlearn)(plain, config.json, config.abandon)
+        return (forget_slices if of_slices else unlearn)(of_kind(UnlearnConfig, config), config.json, config.abandon)
 
     return Unlearn, run
 
@@ -121,21 +120,14 @@ def _of_the_run() -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
 def _slices() -> tuple[type, Callable[[Any], Any]]:
     from jobs.slices import SlicesConfig
     from launch.slices import slices
+    from pipeline.settings import of_kind
 
     @dataclass(frozen=True)
-    class PrintSettings:
-        """What is printed."""
-
-        json: bool = False
-        """Show no progress; print one JSON object at the end."""
-
-    @dataclass(frozen=True)
-    class SlicesCommand(SlicesConfig, PrintSettings):
+    class SlicesCommand(SlicesConfig, TerminalSettings):
         __doc__ = SlicesConfig.__doc__
 
     def run(config: SlicesCommand) -> Any:
-        plain = SlicesConfig(**{f.name: getattr(config, f.name) for f in fields(SlicesConfig)})
-        return slices(plain, config.json)
+        return slices(of_kind(SlicesConfig, config), config.json)
 
     return SlicesCommand, run
 

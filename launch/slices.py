@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,14 @@ from launch.config import config_from_dict, to_toml
 from launch.forkserver import ForkServer
 from launch.past import read_ledger
 from launch.resume import kept_values
-from launch.run_folder import write_whole
+from launch.run_folder import read_jsonl, write_whole
 from launch.run_lock import RunLock
 from launch.signals import stop_signals
 from launch.train import train
 from launch.warm import warm_up
 from pipeline.exit_codes import STOPPED, exit_code
 from pipeline.schedule.ops import span_text
-from pipeline.settings import check_bounds, declared
+from pipeline.settings import check_bounds, declared, of_kind
 from recovery.checkpoint import any_saved
 from recovery.generation import read_generation
 
@@ -103,7 +103,7 @@ def slices(config: SlicesConfig, as_json: bool = False) -> tuple[dict[str, Any],
 
 def plain(config: SlicesConfig) -> TrainConfig:
     """The settings that its stages have in common."""
-    return TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
+    return of_kind(TrainConfig, config)
 
 
 # ---- before ----
@@ -209,7 +209,7 @@ def _kept(config: SlicesConfig, known: Slices, stage: Prefix) -> Slices:
     left of it, with the weights with which the stages after it begin."""
     folder, out = folder_of(config.out, stage), config.out
     dataset, mine = RowDataset.open(folder / "data"), rows_of(known.slice_of, stage)
-    before = _lines(out)
+    before = read_jsonl(out / "ledger.jsonl", step=int, stage=str)
     first = max((int(line["step"]) for line in before), default=0)
     own = [
         {**line, "step": first + line["step"], "stage": name_of(stage),
@@ -227,11 +227,6 @@ def _kept(config: SlicesConfig, known: Slices, stage: Prefix) -> Slices:
         for name in ("checkpoints", "data", *(() if done in ahead else ("model",))):
             shutil.rmtree(folder_of(out, done) / name, ignore_errors=True)
     return found
-
-
-def _lines(out: Path) -> list[dict[str, Any]]:
-    path = out / "ledger.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _publish(config: SlicesConfig, known: Slices, source: Path) -> None:

@@ -16,10 +16,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 from pipeline.names import did_you_mean
 
+_Kind = TypeVar("_Kind")
 MOST_STEPS = 99_999_999
 """A step's number has eight digits, in the names of checkpoints."""
 WEEK_S = 604_800
@@ -123,6 +124,11 @@ def groups(settings: type) -> tuple[type, ...]:
     group."""
     found = tuple(each for each in settings.__mro__[1:] if is_dataclass(each) and declared(each))
     return (settings,) if declared(settings) else found
+
+
+def of_kind(kind: type[_Kind], settings: Any, **more: Any) -> _Kind:
+    """Settings as another dataclass of settings, which has all its fields from them but those in `more`."""
+    return kind(**{name: getattr(settings, name) for name in names_of(kind) if name not in more}, **more)
 
 
 def names_of(settings: type) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from jobs.unlearn.weights import rewrite
 from pipeline.runtime.batch import IGNORED, Batch, Needs
 from pipeline.runtime.procedure import Oracle, Procedure, Vector
 from pipeline.schedule.layout import TRAIN
+from pipeline.settings import of_kind
 
 ROWS = "rows"
 """The term of what is looked for."""
@@ -52,8 +53,7 @@ class FirstGradientsConfig(TrainConfig):
     @classmethod
     def of(cls, config: TrainConfig, erased: Path, gradients: Path, wanted: str) -> FirstGradientsConfig:
         """That of a run."""
-        known = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-        return cls(**known, erased=erased, gradients=gradients, wanted=wanted)
+        return of_kind(cls, config, erased=erased, gradients=gradients, wanted=wanted)
 
     @property
     def is_procedure(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from jobs.unlearn.request import Request
 from jobs.unlearn.rollout import RolloutJob, as_sample, prompt_of, roll_out
 from pipeline.reading import FileError, read_json
 from pipeline.schedule.layout import EVALUATE, TRAIN
+from pipeline.settings import of_kind
 from recovery.checkpoint import CheckpointError
 from recovery.disk import write_flushed
 
@@ -87,7 +88,7 @@ class TraceConfig(UnlearnConfig):
     @classmethod
     def of(cls, config: UnlearnConfig) -> TraceConfig:
         """That of a request."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(config)})
+        return of_kind(cls, config)
 
     @property
     def depth(self) -> None:
