@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,14 @@ def erase(folder: Path, digests: Set[str]) -> int:
     except OSError as error:
         raise CorpusError(f"rows in {str(folder)!r} cannot be erased: {error.strerror}; erase them again") from error
     return sum(each.digest in digests for each in infos)
+
+
+def erased_copy(folder: Path, into: Path, digests: Set[str]) -> Path:
+    """A copy of a prepared dataset in which these are erased, in place of what lies there. Raises as `erase` does."""
+    shutil.rmtree(into, ignore_errors=True)
+    shutil.copytree(folder, into)
+    erase(into, digests)
+    return into
 
 
 def _read(path: Path, meta: Mapping[str, Any]) -> tuple[RowInfo, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from jobs.config import TrainConfig
-from jobs.erase import erase
+from jobs.erase import erased_copy
 from jobs.forgettable import open_forgettable
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.finish import GRADIENTS, REPLAY
@@ -27,10 +27,8 @@ def take_first_epoch_back(config: UnlearnConfig, request: Request, as_json: bool
     assert isinstance(method, FirstEpoch)
     if (config.out / "model").is_dir():
         return
-    for folder in (erased, gradients):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(config.run / "data", erased)
-    erase(erased, {row["digest"] for row in request.rows})
+    shutil.rmtree(gradients, ignore_errors=True)
+    erased_copy(config.run / "data", erased, {row["digest"] for row in request.rows})
     samples = open_forgettable(config.run / "data").num_train
     lines = [line for line in read_ledger(config.run) if line["step"] <= request.step]
     last = max(line["step"] for line in lines if line["first_sample"] < samples)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jobs.config import ConfigError, TrainConfig
-from jobs.erase import erase
+from jobs.erase import erased_copy
 from jobs.forgettable import open_forgettable
 from jobs.inexact import changed_at, inexact, told
 from jobs.replay import (
@@ -134,9 +133,8 @@ def filtered(past: Past, config: ReplayConfig) -> Iterator[ReplayConfig]:
     if since is None:
         raise ConfigError(f"without is {config.without!r}; no step of the run's ledger has any of these rows")
     with tempfile.TemporaryDirectory(prefix="without-", dir=past.folder) as folder:
-        copy = Path(folder) / "data"
-        shutil.copytree(past.folder / "data", copy)
-        erase(copy, {dataset.rows[row].digest for row in rows})
+        gone = {dataset.rows[row].digest for row in rows}
+        copy = erased_copy(past.folder / "data", Path(folder) / "data", gone)
         since = min(since, config.step or past.records.committed)
         yield replace(config, data=copy, since=since if config.since is None else min(config.since, since))
 

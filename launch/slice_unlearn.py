@@ -8,7 +8,6 @@ the last bit.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, TrainConfig, require
-from jobs.erase import erase
+from jobs.erase import erased_copy
 from jobs.plan import find_model
 from jobs.row_data import RowDataset
 from jobs.s3t import best, left, name_of
@@ -26,10 +25,8 @@ from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.finish import REPORT, put_away, reached, read_report
 from jobs.unlearn.jobs import material_of, probed
 from jobs.unlearn.manifest import weights_hash
-from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.methods.s3t import S3T
-from jobs.unlearn.probe import probe
-from jobs.unlearn.probe_job import probability
+from jobs.unlearn.probe import compare
 from jobs.unlearn.request import Request
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, select
 from jobs.unlearn.weights import say_generation
@@ -98,11 +95,8 @@ def _begun(config: UnlearnConfig, known: Slices) -> tuple[Request, Path]:
             f"which no stage is left of the {len(known.stages)} that there are; allowed: rows of fewer slices, or "
             "training again: `unbroken slices` on data without the rows, to another --out; then remove this run"
         )
-    number = max((each.number for each in before), default=0) + 1
-    folder = requests.folder_of(run, number)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    shutil.copytree(run / "tokenizer", folder / "tokenizer")
+    number = requests.next_number(before)
+    folder = requests.lay_out(run, number)
     write_whole(folder / "config.toml", to_toml(replace(config, out=folder)))
     rows = tuple(described(dataset.rows[index] for index in forget))
     request = Request(
@@ -122,14 +116,8 @@ def _measured(config: UnlearnConfig, request: Request, known: Slices, trained: T
     assert stage is not None, "refused when it began"
     publish(run, trained, stage, source, folder / "model")
     material, items = material_of(config, request), probed(request, config.evaluate_samples)
-    names, found = (probability(FORGET), probability(RETAIN), FORGET, RETAIN), dict[str, Any]()
-    for which, model in (("before", run / "model"), ("after", folder / "model")):
-        means = probe(model, material, items, config.microbatch_size)
-        found[which] = {name: means[name] for name in names if name in means}
-    copy = folder / "data-after"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(run / "data", copy)
-    erase(copy, {row["digest"] for row in request.rows})
+    found = compare({"before": run / "model", "after": folder / "model"}, material, items, config.microbatch_size)
+    copy = erased_copy(run / "data", folder / "data-after", {row["digest"] for row in request.rows})
     forget = set(request.forget)
     lines = read_jsonl(run / "ledger.jsonl", step=int, rows=list)
     report = {

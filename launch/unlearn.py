@@ -28,7 +28,7 @@ from jobs.unlearn.methods.replay import Replay
 from jobs.unlearn.oracle import FLOOR, ORACLE, check_oracles
 from jobs.unlearn.probe import divergence, read_oracle
 from jobs.unlearn.probe_job import probability
-from jobs.unlearn.request import Request, folder_of, requests_of
+from jobs.unlearn.request import Request, folder_of, next_number, requests_of
 from jobs.unlearn.settings import method_of
 from jobs.unlearn.signature import SignatureError, read_key
 from jobs.unlearn.traces import TraceConfig, traces_of
@@ -125,7 +125,7 @@ def locked(run: Path) -> Iterator[None]:
 def _begun(config: UnlearnConfig, trained: Trained) -> tuple[UnlearnConfig, Request]:
     """A new request. Raises ConfigError where another one is not complete."""
     before = refuse_unfinished(config.run)
-    number = max((each.number for each in before), default=0) + 1
+    number = next_number(before)
     config = replace(config, out=folder_of(config.run, number), model=str(folder_of(config.run, number) / "start"))
     config.resolved().validate()
     check_oracles(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from jobs.unlearn.methods.concept import Concept
 from jobs.unlearn.neighbours import neighbours_of
 from jobs.unlearn.neurons import NEURONS, choose_neurons
 from jobs.unlearn.poison import Groups, groups_of, write_poison
-from jobs.unlearn.request import Request, folder_of
+from jobs.unlearn.request import Request, folder_of, lay_out
 from jobs.unlearn.select import AUTO, described, parts_of, require_forgettable, rest_of, seen_parts, select
 from jobs.unlearn.settings import method_of
 from jobs.unlearn.traces import asked_to_reason
@@ -61,6 +60,11 @@ class Trained:
         lines = [line for line in ledger if line["step"] <= step]
         return cls(config, dataset, seen_parts(dataset, lines), found.path, step)
 
+    def model(self, run: Path) -> LayeredModel:
+        """What the run trains."""
+        shape = read_config(run / "model-config")
+        return LayeredModel(shape, lora=self.config.lora(), trained=self.config.patterns())
+
 
 def choose(config: UnlearnConfig, trained: Trained) -> tuple[list[int], list[int]]:
     """The rows to forget and those to keep. Raises ConfigError, CorpusError."""
@@ -79,7 +83,7 @@ def choose(config: UnlearnConfig, trained: Trained) -> tuple[list[int], list[int
 
 def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
     """Lay out the folder of a request, and keep the request there last of all. Raises ConfigError, CorpusError."""
-    run, folder, kinds = config.run, folder_of(config.run, number), method_of(config).kinds
+    run, kinds = config.run, method_of(config).kinds
     check_guard(run, config.method)
     config.computed(read_config(run / "model-config"))
     forget, retain = choose(config, trained)
@@ -93,11 +97,8 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
             most <= config.sequence_length, "sequence_length", config.sequence_length,
             f"{most} or more, for a row to forget and the words that ask for a trace; or --trace FILE",
         )  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = lay_out(run, number)
     keep_guard(run, folder)
-    for name in ("tokenizer", "model-config"):
-        shutil.copytree(run / name, folder / name)
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
     idk = _answers(config.idk, tokenizer) if {PAIR, ROLLOUT} & set(kinds) else ()
     others = {kind: getattr(config, kind) for kind in (TRACE, ANCHOR) if kind in kinds}
@@ -109,8 +110,7 @@ def begin(config: UnlearnConfig, trained: Trained, number: int) -> Request:
         if rows is None:
             raise ConfigError(f"{kind} is {str(path)!r}, which holds no rows; allowed: JSON of rows")
         prepare_rows(rows, tokenizer, config.sequence_length, 0.0, folder / kind, config.seed)
-    model = LayeredModel(read_config(run / "model-config"), lora=trained.config.lora())
-    begin_with(model, trained.saved, folder / "start", run / "tokenizer")
+    begin_with(trained.model(run), trained.saved, folder / "start", run / "tokenizer")
     request = Request(
         number, read_generation(run) + 1, trained.step, config.forget, config.method,
         tuple(parts_of(dataset, forget, trained.seen)), tuple(parts_of(dataset, retain, whole)),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jobs import token_cache
 from jobs.cache import Cache, user_folder
 from jobs.documents import DOCUMENTS
-from jobs.erase import erase
+from jobs.erase import erase, erased_copy
 from jobs.forgettable import open_forgettable
 from jobs.unlearn.begin import Trained
 from jobs.unlearn.config import UnlearnConfig
@@ -40,8 +39,6 @@ from jobs.unlearn.settings import MethodSettings, method_of
 from jobs.unlearn.signature import sign
 from jobs.unlearn.update import TURNS_BACK, UPDATE, keep_update
 from jobs.unlearn.weights import publish, say_generation, states_in, states_of
-from pipeline.model.layered import LayeredModel
-from pipeline.model.weights import read_config
 from pipeline.settings import names_of
 from recovery import checkpoint
 from recovery.disk import write_flushed
@@ -66,11 +63,8 @@ def measured(config: UnlearnConfig, request: Request, trained: Trained) -> Reque
     found = compare(folders, material, items, config.microbatch_size, ORACLE if config.oracle is not None else None)
     if config.keep_update:
         keep_update(config, request)
-    copy = config.out / "data-after"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(config.run / "data", copy)
     gone, dataset = {row["digest"] for row in request.rows}, trained.dataset
-    erase(copy, gone)
+    copy = erased_copy(config.run / "data", config.out / "data-after", gone)
     last = max((sample + 1 for sample in _samples(config.run)), default=0)
     rows = [row.index for row in dataset.rows if row.digest in gone]
     seen, learned = samples_of(dataset, rows, last), set(parts_of(dataset, rows, set(request.forget)))
@@ -99,11 +93,7 @@ def commit(config: UnlearnConfig, request: Request, trained: Trained) -> Request
         elif request.method in GUARDS:  # the weights are as they were
             states = states_in(trained.saved)
         else:
-            of_the_run = trained.config
-            model = LayeredModel(
-                read_config(run / "model-config"), lora=of_the_run.lora(), trained=of_the_run.patterns()
-            )
-            states = states_of(model, config.out / "model", trained.config.seed)
+            states = states_of(trained.model(run), config.out / "model", trained.config.seed)
         changed = {"generation": request.generation, "data": report["hashes"]["data_after"], "job": {}}
         publish(run / "checkpoints", trained.saved, states, **changed, request=request.number)
     raise_generation(run, request.generation)  # this is the moment

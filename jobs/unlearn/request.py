@@ -7,6 +7,7 @@ RUN/requests/0001/...               the files of a run, which a request is: conf
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,6 +87,21 @@ class Request:
 def folder_of(run: Path, number: int) -> Path:
     """Where a request of a run lies."""
     return run / "requests" / f"{number:04d}"
+
+
+def next_number(before: Sequence[Request]) -> int:
+    """That of the request after those of a run."""
+    return max((each.number for each in before), default=0) + 1
+
+
+def lay_out(run: Path, number: int) -> Path:
+    """The folder of a new request, with what it has of its run, in place of one that never became a request."""
+    folder = folder_of(run, number)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("tokenizer", "model-config"):
+        shutil.copytree(run / name, folder / name)
+    return folder
 
 
 def requests_of(run: Path) -> Sequence[Request]:

@@ -21,10 +21,9 @@ from torch import Tensor
 from jobs.config import require
 from jobs.unlearn.begin import Trained
 from jobs.unlearn.config import UnlearnConfig
-from jobs.unlearn.request import Request, folder_of
+from jobs.unlearn.request import Request, folder_of, lay_out
 from jobs.unlearn.weights import begin_with, by_file, rewrite
-from pipeline.model.layered import LayeredModel
-from pipeline.model.weights import ModelError, Weights, read_config
+from pipeline.model.weights import ModelError, Weights
 from recovery.generation import read_generation
 
 UPDATE = "update"
@@ -63,13 +62,8 @@ def begin_again(config: UnlearnConfig, trained: Trained, number: int, before: Se
     told = ", ".join(map(str, allowed)) or "none of this run; --keep-update keeps one"
     require(config.reapply in allowed, "reapply", config.reapply, f"a request that has kept its update: {told}")
     (again,) = (each for each in before if each.number == config.reapply)
-    folder = config.out
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name in ("tokenizer", "model-config"):
-        shutil.copytree(config.run / name, folder / name)
-    model = LayeredModel(read_config(config.run / "model-config"), lora=trained.config.lora())
-    begin_with(model, trained.saved, folder / "start", config.run / "tokenizer")
+    folder = lay_out(config.run, number)
+    begin_with(trained.model(config.run), trained.saved, folder / "start", config.run / "tokenizer")
     retain = [index for index in again.retain if not trained.dataset.rows[index].blank]
     return Request(
         number, read_generation(config.run) + 1, trained.step, f"the update of request {again.number}, again",
