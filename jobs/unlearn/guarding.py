@@ -12,17 +12,16 @@ from torch import Tensor
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.guard import GUARD, GUARDS, SETTINGS, TENSORS, Guard, digest_of, is_guarded
 from jobs.unlearn.jobs import material_of, probed
-from jobs.unlearn.material import Material, stacked
+from jobs.unlearn.material import Material
 from jobs.unlearn.method import FORGET
 from jobs.unlearn.methods.mrp import MRP
 from jobs.unlearn.methods.o3 import O3
-from jobs.unlearn.probe import descriptions, parts_of, question
+from jobs.unlearn.probe import asked_of, descriptions
 from jobs.unlearn.request import Request
 from jobs.unlearn.router import Router
 from jobs.unlearn.settings import method_of
 from pipeline.model.lora import A, Lora, adapter_of
 from pipeline.model.projection import PROJECTION
-from pipeline.runtime.batch import Needs
 
 _ROUTED = 256
 """Rows of each kind that a router is made of, at most."""
@@ -66,9 +65,7 @@ def first_halves(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _router(config: UnlearnConfig, material: Material, request: Request) -> Router:
     """Of some rows of each kind."""
     items = probed(request, max(config.evaluate_samples, _ROUTED))
-    parts = [stacked(material, part, Needs.INPUT | Needs.LOSS) for part in parts_of(items, config.microbatch_size)]
-    inputs, asked = [part["input_ids"] for part in parts], [question(part["labels"]) for part in parts]
-    found = torch.cat(descriptions(config.out / "start", inputs, asked))
+    found = torch.cat(descriptions(config.out / "start", *asked_of(material, items, config.microbatch_size)))
     forget = torch.tensor([item.source == FORGET for item in items])
     return Router.fit(found[forget], found[~forget])
 

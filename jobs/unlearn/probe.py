@@ -18,7 +18,7 @@ from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.probe_job import ProbeJob
 from jobs.unlearn.reference import ReferenceJob
 from jobs.unlearn.router import described
-from pipeline.model.layered import LayeredModel
+from pipeline.model.layered import LayeredModel, SpanModule
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import IGNORED, Needs
 
@@ -33,14 +33,8 @@ def logits_of(folder: Path, inputs: Sequence[Tensor], asked: Sequence[Tensor] = 
     hidden, last = list(inputs), model.num_layers - 1
     found = descriptions(source, inputs, asked) if guard is not None and guard.routers else [None] * len(hidden)
     for layer in range(last):
-        module = model.build((layer, layer + 1), seed=0, source=source).eval()
-        if guard is not None and layer in model.blocks:
-            guard.attach(model.paths(layer)["block"], module.layers[str(layer)])
-        for number, x in enumerate(hidden):
-            if guard is not None:
-                guard.route(found[number])
-            hidden[number] = module(x)
-    head = model.build((last, last + 1), seed=0, source=source).eval()
+        go_through(model, source, layer, hidden, guard, found)
+    head = build_layer(model, source, last)
     for x in hidden:
         yield head(x)
 
@@ -53,12 +47,32 @@ def descriptions(folder: Path, inputs: Sequence[Tensor], asked: Sequence[Tensor]
     hidden, found = list(inputs), [list[Tensor]() for _ in inputs]
     where = [*asked] or [torch.ones_like(ids, dtype=torch.bool) for ids in inputs]
     for layer in range(model.blocks.stop):
-        module = model.build((layer, layer + 1), seed=0, source=folder).eval()
-        hidden = [module(x) for x in hidden]
+        go_through(model, folder, layer, hidden)
         if layer in model.blocks:
             for each, x, mask in zip(found, hidden, where, strict=True):
                 each.append(described(x, mask))
     return [torch.stack(each, dim=1) for each in found]
+
+
+def build_layer(model: LayeredModel, folder: Path, layer: int) -> SpanModule:
+    """One layer of the model in a directory, which is not trained. Raises ModelError."""
+    return model.build((layer, layer + 1), seed=0, source=folder).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def go_through(
+    model: LayeredModel, folder: Path, layer: int, hidden: list[Tensor], guard: Guard | None = None,
+    found: Sequence[Tensor | None] = (),
+) -> None:  # fmt: skip
+    """Have one layer take what is in `hidden`, in its place; it is gone when this returns. A `guard` is routed by what
+    is `found` of each."""
+    module = build_layer(model, folder, layer)
+    if guard is not None and layer in model.blocks:
+        guard.attach(model.paths(layer)["block"], module.layers[str(layer)])
+    for number, x in enumerate(hidden):
+        if guard is not None:
+            guard.route(found[number])
+        hidden[number] = module(x)
 
 
 def question(labels: Tensor) -> Tensor:
@@ -87,8 +101,7 @@ def compare(
     them, the distance of each other one from it, too. Raises ModelError."""
     job = ProbeJob(microbatches=-(-len(items) // size), size=size, limit=len(items), material=material, items=items)
     totals, sums = Counter[str](), {which: defaultdict[str, float](float) for which in folders}
-    parts = [stacked(material, part, Needs.INPUT | Needs.LOSS) for part in parts_of(items, size)]
-    inputs, asked = [part["input_ids"] for part in parts], [question(part["labels"]) for part in parts]
+    inputs, asked = asked_of(material, items, size)
     streams = {which: logits_of(folder, inputs, asked) for which, folder in folders.items()}
     for m in range(len(inputs)):
         batch, counts = job.batch(0, m, Needs.LOSS), job.counts(0, m)
@@ -124,6 +137,12 @@ def read_oracle(folder: Path, job: ReferenceJob) -> None:
         for row, item in enumerate(part):
             job.reference.write(item, logits[row], labels[row], logits=True)
     job.reference.finish({})
+
+
+def asked_of(material: Material, items: Sequence[Item], size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The ids [batch, sequence] of rows, `size` rows at a time, and which of them are the question."""
+    parts = [stacked(material, part, Needs.INPUT | Needs.LOSS) for part in parts_of(items, size)]
+    return [part["input_ids"] for part in parts], [question(part["labels"]) for part in parts]
 
 
 def parts_of(items: Sequence[Item], size: int) -> list[list[Item]]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from jobs.unlearn.material import Item, Material, stacked
 from jobs.unlearn.method import row_nll
-from jobs.unlearn.probe import parts_of
-from pipeline.model.layered import LayeredModel, SpanModule
+from jobs.unlearn.probe import build_layer, go_through, parts_of
+from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import Needs
 
@@ -49,7 +49,8 @@ def sweep(
         hidden = _embedded(model, folder, parts)
         kept = [hidden]
         for layer in range(1, model.num_layers - 1):
-            kept.append(_forward(model, folder, layer, kept[-1]))
+            kept.append([*kept[-1]])
+            go_through(model, folder, layer, kept[-1])
         values, gradients = _head(model, folder, kept.pop(), objective, first)
         for layer in range(model.num_layers - 2, 0, -1):
             told = None if watch is None else _Watched(watch, layer, first)
@@ -105,29 +106,19 @@ def _together(inputs: Iterable[Tensor], each: int, most_bytes: int) -> Iterator[
 # ---- one layer: it is gone when these return ----
 
 
-def _build(model: LayeredModel, folder: Path, layer: int) -> SpanModule:
-    return model.build((layer, layer + 1), seed=0, source=folder).eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def _embedded(model: LayeredModel, folder: Path, parts: Sequence[Tensor]) -> list[Tensor]:
     if all(part.dim() == 3 for part in parts):
         return list(parts)
-    module = _build(model, folder, 0)
+    module = build_layer(model, folder, 0)
     return [part if part.dim() == 3 else module(part) for part in parts]
-
-
-@torch.no_grad()
-def _forward(model: LayeredModel, folder: Path, layer: int, hidden: Sequence[Tensor]) -> list[Tensor]:
-    module = _build(model, folder, layer)
-    return [module(x) for x in hidden]
 
 
 @torch.enable_grad()
 def _head(
     model: LayeredModel, folder: Path, hidden: Sequence[Tensor], objective: Objective, first: int
 ) -> tuple[list[float], list[Tensor]]:
-    module, values, gradients = _build(model, folder, model.num_layers - 1), list[float](), list[Tensor]()
+    module, values, gradients = build_layer(model, folder, model.num_layers - 1), list[float](), list[Tensor]()
     for number, each in enumerate(hidden, first):
         x = each.detach().requires_grad_()
         value = objective(number, module(x))
@@ -142,7 +133,7 @@ def _backward(
     told: _Watched | None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of what goes into a block, from those of what comes out."""
-    module, neurons, found = _build(model, folder, layer), list[Tensor](), list[Tensor]()
+    module, neurons, found = build_layer(model, folder, layer), list[Tensor](), list[Tensor]()
     if told is not None:
         reader = module.layers[str(layer)].get_submodule(model.family.out_of_neurons)
         reader.register_forward_pre_hook(lambda _, given: neurons.append(given[0]))
