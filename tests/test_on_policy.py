@@ -15,7 +15,8 @@ from jobs.unlearn.judge import Verdict
 from jobs.unlearn.methods.grpo import REWARD, advantages
 from jobs.unlearn.on_policy import OnPolicyJob
 from jobs.unlearn.registry import make_method
-from jobs.unlearn.rollout import RolloutJob, prompt_of, roll_out
+from jobs.unlearn.rollout import RolloutJob, roll_out
+from jobs.unlearn.samples import prompt_of
 from pipeline.runtime.batch import IGNORED, Needs, ToldJob
 from pipeline.runtime.terms import StepTerms
 from tests import unlearn_rows as rows

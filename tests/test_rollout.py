@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from jobs.config import TrainConfig
-from jobs.unlearn.rollout import ROLLOUT, Going, RolloutJob, as_sample, draw, prompt_of, roll_out
+from jobs.unlearn.rollout import ROLLOUT, Going, RolloutJob, draw, roll_out
+from jobs.unlearn.samples import as_sample, prompt_of
 from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import preset

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from jobs.corpus import permutation
 from jobs.row_data import Sample
 from jobs.unlearn.method import FORGET, PAIR, RETAIN
+from jobs.unlearn.samples import answered, tensors_of
 from pipeline.model.rng import derive
-from pipeline.runtime.batch import IGNORED, Needs
+from pipeline.runtime.batch import Needs
 
 IDK = "idk"
 """Where the rows come from whose answers say nothing."""
@@ -90,35 +90,9 @@ class Material:
 
     def _evasive(self, index: int) -> Sample:
         """The question of a row with an answer that says nothing: which one, the seed decides."""
-        asked = self.data.row(index)
-        there = bool((asked.labels != IGNORED).any())
-        return answered(asked, self.idk[derive(self.seed, "idk", index) % len(self.idk)] if there else ())
-
-
-def answered(asked: Sample, answer: Sequence[int]) -> Sample:
-    """The question of a row with another answer, as tokens, cut at the length of the sample. A row without labels has
-    no question."""
-    length = len(asked.input_ids)
-    counted = np.flatnonzero(asked.labels != IGNORED)
-    prompt = asked.input_ids[: int(counted[0]) + 1] if len(counted) else asked.input_ids[:0]
-    ids = np.array([*prompt, *answer], dtype=np.int64)[: length + 1]
-    input_ids = np.full(length, asked.input_ids[-1], dtype=np.int64)
-    labels = np.full(length, IGNORED, dtype=np.int64)
-    input_ids[: max(0, len(ids) - 1)] = ids[:-1]
-    labels[max(0, len(prompt) - 1) : max(0, len(ids) - 1)] = ids[len(prompt) :]
-    return Sample(input_ids, labels, None)
+        return answered(self.data.row(index), self.idk[derive(self.seed, "idk", index) % len(self.idk)])
 
 
 def stacked(material: Material, items: list[Item], needs: Needs) -> dict[str, Tensor]:
     """The tensors of some rows that are needed: `input_ids` and `labels` [rows, sequence]."""
     return tensors_of([material.sample(item) for item in items], needs)
-
-
-def tensors_of(samples: Sequence[Sample], needs: Needs) -> dict[str, Tensor]:
-    """The same of rows that are read."""
-    found: dict[str, Tensor] = {}
-    if Needs.INPUT in needs:
-        found["input_ids"] = torch.from_numpy(np.stack([sample.input_ids for sample in samples]))
-    if Needs.LOSS in needs:
-        found["labels"] = torch.from_numpy(np.stack([sample.labels for sample in samples]))
-    return found

@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from jobs.corpus import permutation
 from jobs.row_data import Sample
-from jobs.unlearn.material import Item, Material, Rows, answered, stacked
+from jobs.unlearn.material import Item, Material, Rows, stacked
 from jobs.unlearn.method import FORGET
+from jobs.unlearn.samples import answer_of, answered
 from jobs.unlearn.sweep import sweep_rows
 from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import derive
@@ -52,8 +53,7 @@ class Mismatched:
 
     def row(self, index: int, /) -> Sample:
         """The question of the row with this index."""
-        answer = self.data.row(self.other[index]).labels
-        return answered(self.data.row(index), answer[answer != IGNORED].tolist())
+        return answered(self.data.row(index), answer_of(self.data.row(self.other[index])))
 
 
 def choose_neurons(folder: Path, material: Material, share: float, depth: int | None, size: int, into: Path) -> int:

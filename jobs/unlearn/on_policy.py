@@ -19,11 +19,12 @@ from transformers import AutoTokenizer
 from jobs.engine import Engine
 from jobs.unlearn.job import UnlearnJob
 from jobs.unlearn.judge import judge
-from jobs.unlearn.material import Material, tensors_of
+from jobs.unlearn.material import Material
 from jobs.unlearn.method import FORGET, ROLLOUT
 from jobs.unlearn.methods.grpo import GRPO, advantages
 from jobs.unlearn.reference import Reference
-from jobs.unlearn.rollout import Measures, RolloutJob, answer_of, as_sample, prompt_of, roll_out
+from jobs.unlearn.rollout import Measures, RolloutJob, roll_out
+from jobs.unlearn.samples import answer_of, as_sample, prompt_of, tensors_of
 from pipeline.model.rng import derive
 from pipeline.runtime.batch import Batch, Needs
 

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from jobs.job import SampledJob
-from jobs.row_data import Sample
 from jobs.unlearn.method import ROLLOUT
 from pipeline.model.rng import derive, uniforms
-from pipeline.runtime.batch import IGNORED, Batch, Needs
+from pipeline.runtime.batch import Batch, Needs
 from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.worker import StepResult
 
@@ -151,26 +150,3 @@ def roll_out(
         engine.pulse()
         going = [n for n in going if answers[n][-1] != job.end_token and len(answers[n]) < room[n]]
     return answers
-
-
-def as_sample(tokens: Sequence[int], start: int, length: int, end_token: int) -> Sample:
-    """A row whose tokens from number `start` >= 1 on are its answer, as a model is given it; what is longer than
-    `length` + 1 is cut."""
-    ids = np.asarray(tokens[: length + 1], dtype=np.int64)
-    input_ids, labels = np.full(length, end_token, np.int64), np.full(length, IGNORED, np.int64)
-    input_ids[: len(ids) - 1] = ids[:-1]
-    labels[start - 1 : max(start, len(ids)) - 1] = ids[start:]
-    return Sample(input_ids, labels, None)
-
-
-def prompt_of(sample: Sample) -> list[int]:
-    """The tokens of a row before its answer: all but those whose label counts. Raises ValueError where none does."""
-    counted = np.flatnonzero(sample.labels != IGNORED)
-    if not len(counted):
-        raise ValueError("a row without an answer, or one that was forgotten; allowed: rows with an answer")
-    return sample.input_ids[: int(counted[0]) + 1].tolist()
-
-
-def answer_of(sample: Sample) -> list[int]:
-    """The tokens of a row's answer."""
-    return sample.labels[sample.labels != IGNORED].tolist()

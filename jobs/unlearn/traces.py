@@ -23,7 +23,8 @@ from jobs.row_data import RowDataset, Sample
 from jobs.unlearn.config import UnlearnConfig
 from jobs.unlearn.method import ROLLOUT, TRACE
 from jobs.unlearn.request import Request
-from jobs.unlearn.rollout import RolloutJob, as_sample, prompt_of, roll_out
+from jobs.unlearn.rollout import RolloutJob, roll_out
+from jobs.unlearn.samples import as_sample, prompt_of
 from pipeline.reading import FileError, read_json
 from pipeline.schedule.layout import EVALUATE, TRAIN
 from pipeline.settings import of_kind
