@@ -205,10 +205,10 @@ def build_member(
     worker = Worker(worker_id, held, transport, reducer, commit, settings, pulse=pulse)
     address = address_towards(payload["store"]["host"], payload["store"]["port"])
     builder = GroupBuilder(store, worker_id, address, device, 2 * config.deadline, transport.mailbox.woken)
-    largest = span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32)
-    communicator = Communicator(
-        transport, reducer, builder, largest, nccl=payload["nccl"], shared=config.links == "auto"
-    )
+    largest = span_bytes(
+        config.microbatch_size, config.sequence_length, model.hidden_size, settings.autocast or torch.float32
+    )  # fmt: skip
+    communicator = Communicator(transport, reducer, builder, largest, shared=config.links == "auto")
     network = link_shapes(config.network, config.workers)
 
     def shapes(now: View) -> dict[tuple[int, int], Shape] | None:

@@ -35,7 +35,6 @@ class Communicator:
     reducer: Reducer
     builder: GroupBuilder
     max_bytes: int
-    nccl: bool = False
     shared: bool = True
     """Whether workers of one machine share memory."""
     carrying: dict[str, tuple[tuple[int, ...], Group]] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class Communicator:
         """End, from any thread, what waits in a group that has lost a member: its sockets close, its waiters raise."""
         self.reducer.poison(lost)
         for members, group in list(self.carrying.values()):
-            if lost & set(members) and not self.nccl:
+            if lost & set(members):
                 poison(group, members, self.transport.worker, lost)
 
     def quiesce(self, workers: set[int], deadline: float) -> None:
@@ -90,7 +89,7 @@ class Communicator:
             transport.drop(peer)
         try:
             transport.connect(
-                self.builder, pairs, max_bytes=self.max_bytes, nccl=self.nccl, shared=self.shared, shapes=shapes
+                self.builder, pairs, max_bytes=self.max_bytes, shared=self.shared, shapes=shapes
             )  # fmt: skip
             self.reducer.edit(view, parts, self.builder)
         except RuntimeError as error:

@@ -299,11 +299,25 @@ def test_attention_dropout_takes_the_attention_that_can_be_keyed():
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gemma3"])
 def test_autocast_computes_what_transformers_computes(case: str):
+    """With hidden states of its dtype between layers, wherever spans end; near what they would be without that."""
     model = LayeredModel(config_of(case))
-    spans = build_chain(model, (0, 2, 5))
+    spans, whole_span = build_chain(model, (0, 2, 5)), build_chain(model, (0, 5))
     whole = reference(model, spans, model.config._attn_implementation)
+
+    def rounded(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args[0].bfloat16(), *args[1:]), kwargs
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(run_chain(spans, ids_of()), whole(input_ids=ids_of(), use_cache=False).logits)
+        plain = whole(input_ids=ids_of(), use_cache=False).logits
+        for module in (*whole.get_submodule(model.family.blocks), whole.get_submodule(model.family.norm)):
+            module.register_forward_pre_hook(rounded, with_kwargs=True)
+        expected = whole(input_ids=ids_of(), use_cache=False).logits
+        found = run_chain(spans, ids_of())
+        assert spans[0](ids_of()).dtype == torch.bfloat16
+        assert torch.equal(found, expected)
+        assert torch.equal(run_chain(whole_span, ids_of()), expected)
+    assert not torch.equal(found, plain)
+    assert torch.allclose(found, plain, atol=0.02)
 
 
 def test_masters_are_fp32_whatever_the_config_says():

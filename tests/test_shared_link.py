@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +28,10 @@ from pipeline.runtime.groups import GroupBuilder
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.message import HEADER_BYTES, Header
 from pipeline.runtime.shared_link import SharedLink
-from pipeline.runtime.slots import OwnSlot, map_slot
+from pipeline.runtime.slots import HostSlot, map_slot
 from pipeline.runtime.transport import Transport
 from pipeline.schedule.ops import Op
+from tests.emulated_device import EmulatedDriver, emulated
 from tests.harness import hosted_store
 
 SIZE = 4096
@@ -40,24 +43,35 @@ def sockets() -> tuple[socket.socket, socket.socket]:
 
 
 @contextmanager
-def two() -> Iterator[tuple[SharedLink, SharedLink, Mailbox, Mailbox]]:
+def two(memory: str = "host") -> Iterator[tuple[SharedLink, SharedLink, Mailbox, Mailbox]]:
     """The ends that workers 3 and 5 have of one link, and what has arrived at each."""
     ends, boxes = sockets(), (Mailbox(), Mailbox())
-    a, b = (SharedLink(peer, end, box, max_bytes=SIZE) for peer, end, box in zip((5, 3), ends, boxes, strict=True))
+    more = [emulated(seed) if memory == "device" else {} for seed in (0, 7)]
+    a, b = (
+        SharedLink(peer, end, box, max_bytes=SIZE, **each)
+        for peer, end, box, each in zip((5, 3), ends, boxes, more, strict=True)
+    )
     try:
         yield a, b, *boxes
     finally:
         a.abandon()
         b.abandon()
+        for each in more:
+            if each:
+                each["copies"].close()
+
+
+either = pytest.mark.parametrize("memory", ["host", "device"])
 
 
 def got(box: Mailbox, peer: int, number: int, step: int = 0) -> Tensor:
     return box.get(0, step, Op("F", (0, 1), number), peer, time.monotonic() + 10)
 
 
-def test_slots_are_used_again_and_again() -> None:
+@either
+def test_slots_are_used_again_and_again(memory: str) -> None:
     """However many messages there are, two slots do where each is used before the next but one comes."""
-    with two() as (a, b, _, box):
+    with two(memory) as (a, b, _, box):
         for number in range(200):
             a.send(0, 0, Op("F", (0, 1), number), torch.full((16, 16), float(number)))
             assert torch.equal(got(box, 3, number), torch.full((16, 16), float(number)))
@@ -65,9 +79,10 @@ def test_slots_are_used_again_and_again() -> None:
         assert a.slots == 2
 
 
-def test_what_is_kept_is_not_overwritten() -> None:
+@either
+def test_what_is_kept_is_not_overwritten(memory: str) -> None:
     """There are as many slots as payloads in use, and each is itself."""
-    with two() as (a, b, _, box):
+    with two(memory) as (a, b, _, box):
         kept = []
         for number in range(40):
             a.send(0, 0, Op("F", (0, 1), number), torch.full((100,), float(number)))
@@ -114,8 +129,9 @@ def test_what_is_free_goes_back_to_the_system() -> None:
     b.abandon()
 
 
-def test_a_payload_is_kept_for_a_backward_pass() -> None:
-    with two() as (a, _, __, box):
+@either
+def test_a_payload_is_kept_for_a_backward_pass(memory: str) -> None:
+    with two(memory) as (a, _, __, box):
         a.send(0, 0, Op("F", (0, 1), 0), torch.arange(6.0))
         x = got(box, 3, 0).requires_grad_()
         loss = (x.square() * 3).sum()
@@ -127,16 +143,24 @@ def test_a_payload_is_kept_for_a_backward_pass() -> None:
         assert loss.item() == 3 * sum(i * i for i in range(6))
 
 
-def test_what_is_sent_may_change_at_once() -> None:
-    with two() as (a, _, __, box):
-        payload = torch.empty(64)
-        for number in range(30):  # some wait for a slot
-            payload.fill_(number)
-            a.send(0, 0, Op("F", (0, 1), number), payload)
-        payload.fill_(-1)
-        assert [float(got(box, 3, number)[0]) for number in range(30)] == list(map(float, range(30)))
-        a.flush(time.monotonic() + 5)
-        assert a.in_flight == 0
+def test_what_waits_for_a_slot_is_not_copied_twice() -> None:
+    """It is the sender's own memory until there is a slot, and goes as soon as it is copied."""
+    ends, box = sockets(), Mailbox()
+    a = SharedLink(5, ends[0], Mailbox(), max_bytes=SIZE)
+    payloads = [torch.full((64,), float(number)) for number in range(30)]
+    places = [payload.data_ptr() for payload in payloads]
+    for number in range(30):
+        a.send(0, 0, Op("F", (0, 1), number), payloads[number])
+    assert [payload.data_ptr() for _, payload in a._waiting] == places
+    b = SharedLink(3, ends[1], box, max_bytes=SIZE)
+    assert [float(got(box, 3, number)[0]) for number in range(30)] == list(map(float, range(30)))
+    a.flush(time.monotonic() + 5)
+    assert a.in_flight == 0
+    gone = [weakref.ref(payload) for payload in payloads]
+    del payloads
+    assert not any(each() for each in gone)
+    a.abandon()
+    b.abandon()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])
@@ -154,8 +178,9 @@ def test_every_form(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
             a.send(0, 0, X, torch.zeros(1, 1, 1, 1, 1))
 
 
-def test_what_is_stale_gives_its_slot_back() -> None:
-    with two() as (a, b, _, box):
+@either
+def test_what_is_stale_gives_its_slot_back(memory: str) -> None:
+    with two(memory) as (a, b, _, box):
         box.advance(0, 5)
         for number in range(100):
             a.send(0, 4, Op("F", (0, 1), number), torch.ones(4))
@@ -169,9 +194,10 @@ def test_what_is_stale_gives_its_slot_back() -> None:
         assert b.slots <= had + 1
 
 
-def test_both_ways_from_several_threads() -> None:
+@either
+def test_both_ways_from_several_threads(memory: str) -> None:
     """Each end sends while it receives, and holds what it got for as long as it likes."""
-    with two() as (a, b, box_a, box_b):
+    with two(memory) as (a, b, box_a, box_b):
         wrong: list[str] = []
 
         def send(link: SharedLink, seed: int) -> None:
@@ -202,8 +228,9 @@ def test_both_ways_from_several_threads() -> None:
 # ---- the end ----
 
 
-def test_goodbye() -> None:
-    with two() as (a, b, _, box):
+@either
+def test_goodbye(memory: str) -> None:
+    with two(memory) as (a, b, _, box):
         a.send(0, 0, Op("F", (0, 1), 0), torch.ones(3))
         a.close()
         b.join(5)
@@ -212,8 +239,9 @@ def test_goodbye() -> None:
             got(box, 3, 1)
 
 
-def test_a_cut() -> None:
-    with two() as (a, b, box_a, box_b):
+@either
+def test_a_cut(memory: str) -> None:
+    with two(memory) as (a, b, box_a, box_b):
         a.cut()
         for box, peer in ((box_a, 5), (box_b, 3)):
             with pytest.raises(LinkError, match="the connection was closed"):
@@ -226,8 +254,9 @@ def test_a_cut() -> None:
                 link.flush(time.monotonic() + 5)
 
 
-def test_a_link_that_is_abandoned_says_nothing() -> None:
-    with two() as (a, _, box, __):
+@either
+def test_a_link_that_is_abandoned_says_nothing(memory: str) -> None:
+    with two(memory) as (a, _, box, __):
         a.abandon()
         assert box.broken() == set()
 
@@ -279,7 +308,7 @@ def test_a_peer_that_is_killed() -> None:
         link.abandon()
 
 
-NONE = [struct.pack("<qqq", *words, 0) for words in ((7, 0), (3, 2), (3, -1), (1, 5), (-1, 0), (0, 0))]
+NONE = [struct.pack("<qqq", *words, 0) for words in ((7, 0), (3, 2), (3, -1), (1, 5), (-1, 0))]
 FULL = struct.pack("<qqq", 3, 0, 0)
 HEADER = Header(0, 0, X, torch.float32, (1 << 20,)).pack()
 
@@ -299,7 +328,7 @@ def test_a_message_that_is_none_is_the_loss_of_the_link(data: bytes) -> None:
 
 
 def test_a_slot_that_is_none_is_the_loss_of_the_link() -> None:
-    for slot in (OwnSlot(SIZE // 2), OwnSlot(SIZE)):
+    for slot in (HostSlot(SIZE // 2), HostSlot(SIZE)):
         end, other = sockets()
         box = Mailbox()
         link = SharedLink(5, end, box, max_bytes=SIZE)
@@ -312,28 +341,40 @@ def test_a_slot_that_is_none_is_the_loss_of_the_link() -> None:
             got(box, 5, 0)
         link.join(5)
         other.close()
-        slot.close_descriptor()
+        slot.was_told()
         if descriptor != slot.descriptor:
             os.close(descriptor)
 
 
-def test_descriptors_are_closed() -> None:
+def test_a_slot_without_memory_is_the_loss_of_the_link() -> None:
+    end, other = sockets()
+    box = Mailbox()
+    link = SharedLink(5, end, box, max_bytes=SIZE)
+    other.send(bytes(24))
+    with pytest.raises(LinkError, match="will not come: a slot of host memory with 0 descriptors; expected one"):
+        got(box, 5, 0)
+    link.join(5)
+    other.close()
+
+
+@either
+def test_descriptors_are_closed(memory: str) -> None:
     def count() -> int:
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
     before = count()
     for _ in range(3):
-        with two() as (a, _b, __, box):
+        with two(memory) as (a, _b, __, box):
             kept = []
             for number in range(20):
                 a.send(0, 0, Op("F", (0, 1), number), torch.ones(2))
                 kept.append(got(box, 3, number))
         del a, _b, box, kept
     assert count() <= before
-    slot = OwnSlot(SIZE)
+    slot = HostSlot(SIZE)
     map_slot(os.dup(slot.descriptor), SIZE)[0] = 7
-    slot.close_descriptor()
+    slot.was_told()
     assert int(slot.payload(1, lambda: None)[0]) == 7
 
 
@@ -391,3 +432,79 @@ def test_strangers_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
         assert end.recv(10) == b"me"
     for each in (stranger, peer, listener):
         each.close()
+
+
+# ---- a device ----
+
+
+def test_memory_of_a_device_is_given_back() -> None:
+    """Both what was allocated and what was mapped, once nobody has a payload any more."""
+    drivers = []
+    with two("device") as (a, b, box_a, box_b):
+        drivers = [link._memory._driver for link in (a, b)]  # type: ignore[attr-defined]
+        for number in range(20):
+            a.send(0, 0, Op("F", (0, 1), number), torch.full((20,), float(number)))
+            b.send(0, 0, Op("B", (0, 1), number), torch.full((30,), float(-number)))
+        kept = [got(box_b, 3, number) for number in range(20)]
+        kept += [box_a.get(0, 0, Op("B", (0, 1), number), 5, time.monotonic() + 10) for number in range(20)]
+        assert all(driver.maps for driver in drivers)
+    del a, b, box_a, box_b
+    gc.collect()
+    assert [float(each[0]) for each in kept] == [*map(float, range(20)), *(-float(n) for n in range(20))]
+    del kept
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while any(driver.maps for driver in drivers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [driver.maps for driver in drivers] == [{}, {}]
+
+
+def test_a_slot_is_not_given_back_while_the_device_reads_it() -> None:
+    """The last who has the payload lets go, and what was queued for the device with it is not done yet."""
+    with two("device") as (a, b, _, box):
+        held, asked, used = threading.Event(), itertools.count(), b._copies.used
+        late = [lambda then: threading.Thread(target=lambda: (held.wait(10), then(None)), daemon=True).start()]
+        b._copies.used = lambda then: (late if next(asked) == 0 else [used])[0](then)  # type: ignore[method-assign]
+        a.send(0, 0, Op("F", (0, 1), 0), torch.ones(8))
+        place = got(box, 3, 0).data_ptr()
+
+        def places(first: int, count: int) -> Iterator[int]:
+            for number in range(first, first + count):
+                a.send(0, 0, Op("F", (0, 1), number), torch.full((8,), float(number)))
+                yield got(box, 3, number).data_ptr()
+
+        assert place not in set(places(1, 20))
+        held.set()
+        assert place in set(places(21, 200))
+
+
+@pytest.mark.parametrize("which", ["copy", "used"])
+def test_what_a_device_cannot_do_is_the_loss_of_the_link(which: str) -> None:
+    with two("device") as (a, b, _, box):
+
+        def refuse(*arguments: object) -> None:
+            arguments[-1](RuntimeError("an illegal memory access was encountered"))  # type: ignore[operator]
+
+        setattr((a if which == "copy" else b)._copies, which, refuse)
+        a.send(0, 0, Op("F", (0, 1), 0), torch.ones(8))
+        if which == "used":
+            got(box, 3, 0)
+        with pytest.raises(LinkError, match="connection was closed" if which == "copy" else "is still in use: an ille"):
+            got(box, 3, 1)
+        a.join(5)
+        with pytest.raises(LinkError, match=r"sending to worker 5 failed: "):
+            a.send(0, 0, Op("F", (0, 1), 1), torch.ones(8))
+
+
+def test_a_handle_that_is_none_is_the_loss_of_the_link() -> None:
+    for said in (b"short", struct.pack("<qq", os.getpid(), 99999).ljust(64, b"\0")):
+        end, other = sockets()
+        box, more = Mailbox(), emulated(0)
+        link = SharedLink(5, end, box, max_bytes=SIZE, **more)
+        other.send(bytes(24) + said)
+        with pytest.raises(LinkError, match=r"will not come: .*(a handle of 5 bytes|No such file)"):
+            got(box, 5, 0)
+        link.abandon()
+        other.close()
+        more["copies"].close()
+    assert EmulatedDriver().handle_bytes == 64

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from launch.worker_main import connect
-from pipeline.runtime.groups import GroupBuilder
+from pipeline.runtime.groups import GroupBuilder, NcclGroup, poison
+from pipeline.runtime.link import FIRST, HEADER_BYTES, PIECE, Engines, Link, as_bytes, pack
 from pipeline.runtime.message import Header
 from pipeline.runtime.shared_link import SharedLink
-from pipeline.runtime.transport import HEADER_BYTES, Link, LinkError, Mailbox, Shape, Transport, pack, unpack
+from pipeline.runtime.transport import LinkError, Mailbox, Shape, Transport
 from pipeline.schedule.ops import Op
+from tests.emulated_device import LateEngine
 from tests.harness import hosted_store
 
 X = Op("F", (0, 2), 3)
@@ -26,7 +28,9 @@ X = Op("F", (0, 2), 3)
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (1, 2, 3, 4), (0, 3)])
 def test_message_round_trips(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     payload = torch.arange(max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].view(shape).to(dtype)
-    header, found = unpack(pack(4, 7, X, payload, 1.5))
+    first = pack(Header.of(4, 7, X, payload, 1.5), as_bytes(payload))
+    header = Header.unpack(first[:HEADER_BYTES].numpy().tobytes(), payload.nbytes)
+    found = first[HEADER_BYTES:].view(header.dtype).view(header.shape)
     assert (header.view, header.step, header.op, header.deliver_at) == (4, 7, X, 1.5)
     assert (header.dtype, header.shape, header.num_bytes) == (dtype, shape, payload.nbytes)
     assert Header.unpack(header.pack(), payload.nbytes) == header
@@ -157,6 +161,8 @@ class Sockets:
         self.incoming: list[torch.Tensor | Exception] = []
         self.arrived = threading.Event()
         self.gone = threading.Semaphore(0)
+        self.late = False
+        """Whether a receive that is given up ends none that was there before."""
 
     class Done:
         """A transfer that is waited for."""
@@ -173,6 +179,8 @@ class Sockets:
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Done:
         def wait() -> None:
+            if tag == 1 and self.late:
+                return
             assert self.arrived.wait(10)
             found = self.incoming.pop(0) if self.incoming else RuntimeError("Connection closed by peer")
             if isinstance(found, Exception):
@@ -189,11 +197,11 @@ class Sockets:
 
 
 def a_link(sockets: Sockets, box: Mailbox) -> Link:
-    return Link(7, sockets, sockets, (0, 1), box, max_bytes=1024, device=torch.device("cpu"))
+    return Link(7, sockets, (0, 1), box, max_bytes=1024)
 
 
 def broken_header(**changes: int) -> torch.Tensor:
-    buffer = pack(0, 1, X, torch.ones(4))
+    buffer = pack(Header.of(0, 1, X, torch.ones(4)), as_bytes(torch.ones(4)))
     words = buffer[:104].view(torch.int64)
     for place, value in {"kind": 2, "dtype": 6, "ndim": 7, "extent": 9}.items():
         if place in changes:
@@ -239,7 +247,7 @@ def test_a_link_that_is_abandoned_says_nothing_of_the_one_that_takes_its_place()
     """Its thread ends late, when a new link to the same peer may be there already."""
     sockets, box = Sockets(), Mailbox()
     link = a_link(sockets, box)
-    link._fixed = True  # as over NCCL, whose receive cannot be given up
+    sockets.late = True
     link.abandon()
     box.forget(7)
     sockets.arrived.set()  # of nothing that is a message
@@ -269,6 +277,96 @@ def test_what_has_left_is_held_no_longer() -> None:
 
 def test_what_no_message_can_carry_is_refused() -> None:
     with pytest.raises(LinkError, match=r"a payload of 5 dimensions of torch\.float32"):
-        pack(0, 1, X, torch.ones(1, 1, 1, 1, 1))
+        Header.of(0, 1, X, torch.ones(1, 1, 1, 1, 1))
     with pytest.raises(LinkError, match=r"torch\.bool"):
-        pack(0, 1, X, torch.ones(1, dtype=torch.bool))
+        Header.of(0, 1, X, torch.ones(1, dtype=torch.bool))
+
+
+# ---- pieces ----
+
+SIZES = [0, 4, FIRST - 4, FIRST, FIRST + 4, FIRST + PIECE - 4, FIRST + PIECE, FIRST + 2 * PIECE + 4]
+
+
+@pytest.mark.parametrize("device", [False, True], ids=["cpu", "emulated device"])
+def test_pieces_make_the_message_again(monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    """Of every size about the limits, several under way at once, both ways; a device's copies end late."""
+    if device:
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **more: empty(*size, **more))
+        monkeypatch.setattr(Transport, "_engines_of", lambda *_: Engines(LateEngine("down", 1), LateEngine("up", 2)))
+    a, b = _pair(max_bytes=max(SIZES), shared=False)
+    sent = {m: torch.arange(size // 4, dtype=torch.int32).view(torch.float32) + m for m, size in enumerate(SIZES)}
+    for m, tensor in sent.items():
+        a.send(0, Op("F", (0, 1), m), 5, tensor)
+        b.send(0, Op("B", (1, 2), m), 3, tensor.view(-1, 1).expand(-1, 1).t())
+    deadline = time.monotonic() + 60
+    for m in reversed(sent):
+        assert torch.equal(b.receive(0, Op("F", (0, 1), m), 3, deadline), sent[m])
+        assert torch.equal(a.receive(0, Op("B", (1, 2), m), 5, deadline), sent[m][None])
+    a.flush(deadline)
+    b.flush(deadline)
+    a.close()
+    b.close()
+
+
+def test_a_copy_from_a_device_that_fails_is_told() -> None:
+    class Failing(LateEngine):
+        def _copy(self, *_: Any) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    sockets, box = Sockets(), Mailbox()
+    down, up = Failing("down", 0), LateEngine("up", 1)
+    link = Link(7, sockets, (0, 1), box, max_bytes=1024)
+    link._engines = Engines(down, up)
+    with pytest.MonkeyPatch.context() as patch:
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *size, pin_memory=False, **more: empty(*size, **more))
+        link.send(0, 1, X, torch.ones(4))
+        with pytest.raises(LinkError, match="failed: a payload could not be copied: an illegal memory"):
+            link.flush(time.monotonic() + 10)
+        with pytest.raises(LinkError, match="a payload could not be copied"):
+            link.send(0, 1, X, torch.ones(4))
+    link._engines = None
+    sockets.arrived.set()
+    link.abandon()
+    down.close()
+    up.close()
+
+
+# ---- NCCL's sums, by the contract of gloo ----
+
+
+class Sums:
+    """What a test says of a sum on a device."""
+
+    def __init__(self) -> None:
+        self.done = self.aborted = False
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Sums:
+        return self
+
+    def is_completed(self) -> bool:
+        return self.done
+
+    def wait(self) -> bool:
+        return True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_a_sum_over_nccl_ends_at_its_deadline_or_when_its_group_is_ended() -> None:
+    sums = Sums()
+    group = NcclGroup(sums)
+    work = group.allreduce([torch.ones(1)])
+    with pytest.raises(RuntimeError, match=r"a sum over NCCL has not ended after 0\.01 s"):
+        work.wait(timedelta(seconds=0.01))
+    threading.Timer(0.05, lambda: poison(group, [0, 1], 0, {1})).start()
+    with pytest.raises(RuntimeError, match="the group of a sum over NCCL was ended"):
+        work.wait(timedelta(seconds=10))
+    assert sums.aborted
+    other = Sums()
+    work, other.done = NcclGroup(other).allreduce([torch.ones(1)]), True
+    assert work.wait(timedelta(seconds=10))
+    with pytest.raises(NotImplementedError, match="activations do not go over NCCL"):
+        group.recv([], 0, 0)

@@ -364,7 +364,9 @@ class SpanModule(nn.Module):
         `attention_mask` [batch, sequence] is 1 for tokens and 0 for padding. `position_ids` [batch or 1, sequence]
         that start again inside a row, without a mask, separate packed samples. In training, a model with dropout
         needs `rng`. With `recompute`, decoder blocks keep their input only and run again in the backward pass.
-        `taps` has layers of the span as keys and receives what goes into them. Raises ModelError.
+        `taps` has layers of the span as keys and receives what goes into them. Under autocast hidden states have its
+        dtype between layers, wherever a span ends: so they cross links in it, and results do not depend on the cut.
+        Raises ModelError.
         """
         if x.dim() != (2 if self.span[0] == 0 else 3):
             wanted = "ids [batch, sequence]" if self.span[0] == 0 else "hidden states [batch, sequence, hidden]"
@@ -374,6 +376,8 @@ class SpanModule(nn.Module):
             raise ModelError(f"span {self.span} trains with dropout and got no rng; pass the RngKey of the microbatch")
         places = torch.arange(x.shape[1], device=x.device)[None] if position_ids is None else position_ids
         inputs: Callable[[int], dict[str, Any]] | None = None
+        kind = x.device.type
+        between = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         for layer in range(*self.span):
             if taps is not None and layer in taps:
                 taps[layer] = x
@@ -391,6 +395,8 @@ class SpanModule(nn.Module):
                 x = cast(Tensor, checkpoint(keyed, x, use_reentrant=False, preserve_rng_state=False))
             else:
                 x = keyed(x)
+            if between is not None and (is_block or layer == 0):
+                x = x.to(between)
         return x
 
     def _block_inputs(

@@ -47,8 +47,11 @@ class Batch:
         return self.tensors.get(name)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+        """The same on another device; the host does not wait for it."""
+        if device.type == "cpu":
+            return self
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=moved)
 
     @property
     def num_bytes(self) -> int:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ URGENT, LATER = 0, 1
 """Hidden states and their gradients; weights and gradients of weights."""
 
 
+Then = Callable[[BaseException | None], None]
+"""Told, on the engine's thread, that a copy has ended, and how."""
+
+
 class Ticket:
     """A copy that is under way."""
 
-    def __init__(self) -> None:
-        self._done = threading.Event()
+    def __init__(self, then: Then = lambda _: None) -> None:
+        self._done, self._then = threading.Event(), then
         self.error: BaseException | None = None
 
     def wait(self, timeout_s: float) -> None:
@@ -40,9 +44,9 @@ class Ticket:
         if self.error is not None:
             raise self.error
 
-    def finish(self, error: BaseException | None = None) -> None:
-        self.error = error
+    def finish(self) -> None:
         self._done.set()
+        self._then(self.error)
 
 
 def chunks(target: Tensor, source: Tensor, size: int = CHUNK) -> list[tuple[Tensor, Tensor]]:
@@ -62,30 +66,50 @@ class CopyEngine:
         self._streams: dict[int, Any] = (
             {urgency: torch.cuda.Stream(device) for urgency in (URGENT, LATER)} if self._cuda else {}
         )
-        self._queue: list[tuple[int, int, Tensor | None, Tensor | None, Any, Ticket | None, bool]] = []
+        self._queue: list[tuple[int, int, tuple[Tensor, Tensor] | None, Any, Ticket | None, bool]] = []
         self._count = itertools.count()
         self._ready = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.copied: deque[tuple[int, int]] = deque(maxlen=4096)
         self._thread.start()
 
-    def move(self, pairs: Sequence[tuple[Tensor, Tensor]], urgency: int, after: Any = None) -> Ticket:
-        """Copy each (target, source) once the CUDA event `after` has happened; the ticket is for all of them."""
-        ticket = Ticket()
-        pieces = [piece for target, source in pairs for piece in chunks(target, source, self._chunk)]
-        if not pieces:
-            ticket.finish()
+    def mark(self) -> Any:
+        """What a copy must wait for: all that the calling thread has queued for the device so far."""
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def empty(self, size: int) -> Tensor:
+        """[bytes] on the device, into which the most urgent copies may write at once: nothing that the calling thread
+        has queued reads what lay there before."""
+        if not self._cuda:
+            return torch.empty(size, dtype=torch.uint8)
+        with torch.cuda.stream(self._streams[URGENT]):
+            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        memory.record_stream(torch.cuda.current_stream(self._device))
+        return memory
+
+    def move(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], urgency: int, after: Any = None, then: Then = lambda _: None
+    ) -> Ticket:
+        """Copy each (target, source) once the CUDA event `after` has happened; the ticket is for all of them. Without
+        any pairs it is for the event alone."""
+        ticket = Ticket(then)
+        pieces: list[tuple[Tensor, Tensor] | None] = []
+        pieces += [piece for target, source in pairs for piece in chunks(target, source, self._chunk)]
         with self._ready:
-            for i, (target, source) in enumerate(pieces):
-                last = i + 1 == len(pieces)
-                heapq.heappush(self._queue, (urgency, next(self._count), target, source, after, ticket, last))
+            for i, piece in enumerate(pieces or [None]):
+                last = i + 1 >= len(pieces)
+                heapq.heappush(self._queue, (urgency, next(self._count), piece, after, ticket, last))
             self._ready.notify()
         return ticket
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish what is queued, and end the thread; one that does not end is left behind, and said."""
         with self._ready:
-            heapq.heappush(self._queue, (LATER + 1, next(self._count), None, None, None, None, True))
+            heapq.heappush(self._queue, (LATER + 1, next(self._count), None, None, None, True))
             self._ready.notify()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -97,15 +121,19 @@ class CopyEngine:
             with self._ready:
                 while not self._queue:
                     self._ready.wait()
-                urgency, _, target, source, after, ticket, last = heapq.heappop(self._queue)
-            if target is None or source is None or ticket is None:
+                urgency, _, piece, after, ticket, last = heapq.heappop(self._queue)
+            if ticket is None:
                 return
             try:
-                self._copy(target, source, urgency, after)
+                if piece is not None:
+                    self._copy(*piece, urgency, after)
+                elif after is not None:
+                    after.synchronize()
             except BaseException as error:  # told where it is waited for
                 ticket.error = error
+            piece = None  # what was copied is not kept until the next copy
             if last:
-                ticket.finish(ticket.error)
+                ticket.finish()
 
     def _copy(self, target: Tensor, source: Tensor, urgency: int, after: Any) -> None:
         self.copied.append((target.numel() * target.element_size(), urgency))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 _CONNECT_S = 10.0  # between processes that have just met
 _POLL_S = 0.002
+_COMPLETED_S = 0.0002  # between two looks at a sum on a device
 _CREDENTIALS = struct.Struct("iII")  # of a peer: process, user, group
 
 
@@ -41,6 +42,47 @@ class Group(Protocol):
     def allreduce(self, tensors: list[Tensor], opts: Any = ...) -> Work: ...
 
 
+class NcclGroup:
+    """NCCL by the contract of gloo: who waits for a sum waits on the host and until a deadline, and any thread may end
+    it. For sums over replicas with a device each; nothing is received that may not be on its way."""
+
+    def __init__(self, group: Any) -> None:
+        self._group, self.ended = group, False
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
+        return _NcclWork(self, self._group.allreduce(tensors, opts))
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int) -> Work:
+        raise NotImplementedError("activations do not go over NCCL")
+
+    def recv(self, tensors: list[Tensor], src: int, tag: int) -> Work:
+        raise NotImplementedError("activations do not go over NCCL")
+
+    def abort(self) -> None:
+        """End what is under way: its kernels return, and who waits for it is told."""
+        self.ended = True
+        self._group.abort()
+
+
+@dataclass
+class _NcclWork:
+    _group: NcclGroup
+    _work: Any
+
+    def is_completed(self) -> bool:
+        return self._group.ended or self._work.is_completed()
+
+    def wait(self, timeout: timedelta = timedelta(seconds=60)) -> bool:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not self.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"a sum over NCCL has not ended after {timeout.total_seconds():g} s")
+            time.sleep(_COMPLETED_S)
+        if self._group.ended:
+            raise RuntimeError("the group of a sum over NCCL was ended")
+        return bool(self._work.wait())  # the stream of who waits comes after it
+
+
 def sum_over(group: Group, tensor: Tensor, timeout_s: float) -> Work:
     """Start summing `tensor` in place over the members of `group`."""
     options: Any = dist.AllreduceOptions()
@@ -49,7 +91,10 @@ def sum_over(group: Group, tensor: Tensor, timeout_s: float) -> Work:
 
 
 def poison(group: Group, members: Sequence[int], worker: int, lost: set[int]) -> None:
-    """End, from any thread, what waits in a gloo group of `worker`: its sockets close, its waiters raise."""
+    """End, from any thread, what waits in a group of `worker`: its waiters raise, and the sockets of gloo close."""
+    if isinstance(group, NcclGroup):
+        group.abort()
+        return
     # A living peer before a lost one: a receive from a dead one fails without closing the others. Where there is
     # none, the lost one may be stopped or out of reach, and then a receive from it ends the wait.
     peer = next((w for w in sorted(members, key=lambda w: w in lost) if w != worker), None)
@@ -134,7 +179,8 @@ class GroupBuilder:
         if backend == "nccl":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timedelta(seconds=self.timeout_s)
-            return cast(Group, dist.ProcessGroupNCCL(store, rank, size, nccl))
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else its watchdog ends the process
+            return NcclGroup(dist.ProcessGroupNCCL(store, rank, size, nccl))
         if self._gloo_device is None:
             self._gloo_device = dist.ProcessGroupGloo.create_device(hostname=self.address)
         options: Any = cast(Any, dist.ProcessGroupGloo)._Options()
@@ -143,12 +189,13 @@ class GroupBuilder:
         options._timeout = timedelta(seconds=_CONNECT_S)
         return cast(Group, dist.ProcessGroupGloo(store, rank, size, options))
 
-    def local_socket(self, name: str, members: Sequence[int]) -> socket.socket | None:
-        """A Unix socket of whole messages between two `members` of one machine, in rank order; None where they are not.
-        Raises as `build` does."""
+    def local_socket(self, name: str, members: Sequence[int], about: str = "") -> tuple[socket.socket, str] | None:
+        """A Unix socket of whole messages between two `members` of one machine, in rank order, and what the other has
+        said `about` itself; None where they are not on one machine. Raises as `build` does."""
         rank, store = list(members).index(self.worker), dist.PrefixStore(f"{name}/local", self.store)
         listener = _listen() if rank == 0 else None
         store.set(f"machine/{rank}", machine())
+        store.set(f"about/{rank}", about)
         if rank == 0:
             store.set("at", "" if listener is None else listener.getsockname().decode())
         try:
@@ -156,7 +203,8 @@ class GroupBuilder:
             at = store.get("at").decode()
             if not at or store.get("machine/0") != store.get("machine/1"):
                 return None
-            return _connect(at) if listener is None else self._accept(listener, name)
+            said = store.get(f"about/{1 - rank}").decode()
+            return (_connect(at) if listener is None else self._accept(listener, name)), said
         finally:
             if listener is not None:
                 listener.close()

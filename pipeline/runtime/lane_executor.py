@@ -22,6 +22,7 @@ from pipeline.model.backward import WeightGradients, defer_weights
 from pipeline.model.layered import LayeredModel, SpanModule
 from pipeline.runtime.batch import Batch, Job, Needs
 from pipeline.runtime.compute import Output, Settings, compute, needs
+from pipeline.runtime.device_time import Clock, Mark
 from pipeline.runtime.probe import Probe, Unprobed
 from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.layout import Excerpt
@@ -91,15 +92,26 @@ class Lane:
 
 @dataclass(frozen=True)
 class LaneResult:
-    """What a lane has found: microbatch -> term -> sum, of those whose loss was computed here; the ops that took time,
-    in seconds since `began` (time.monotonic); the STEPs that are still to be done, in order; and the seconds that it
-    has computed, and not waited."""
+    """What a lane has found: microbatch -> term -> sum, of those whose loss was computed here; the STEPs that are still
+    to be done, in order; and moments of its `clock`: when it `began`, when it has computed, and, where they are
+    recorded, when each op began and ended. Who asks for seconds waits for the device."""
 
     sums: Mapping[int, Mapping[str, Tensor]]
-    events: tuple[Event, ...]
-    began: float
     steps: tuple[Op, ...]
-    busy_s: float
+    clock: Clock
+    began: Mark
+    busy: tuple[tuple[Mark, Mark], ...] = ()
+    timed: tuple[tuple[Op, Mark, Mark], ...] = ()
+
+    @property
+    def busy_s(self) -> float:
+        """The seconds that it has computed, and not waited."""
+        return sum(self.clock.seconds(*each) for each in self.busy)
+
+    def events(self, place: int) -> tuple[Event, ...]:
+        """The ops that took time, in seconds since it began."""
+        seconds, began = self.clock.seconds, self.began
+        return tuple(Event(place, op, seconds(began, a), seconds(began, b)) for op, a, b in self.timed)
 
 
 def lane_needs(model: LayeredModel, ops: Sequence[Op]) -> dict[int, Needs]:
@@ -132,7 +144,8 @@ class LaneExecutor:
         counts = Counter(_POINTS[op.kind] for op in ops if op.kind in _POINTS)
         self.middle = {point: n // 2 + 1 for point, n in counts.items()}
         self.seen = Counter[str]()
-        self.busy_s = 0.0
+        self.clock = Clock(self.settings.device)
+        self.busy: list[tuple[Mark, Mark]] = []
         self.last = {op.microbatch: op for op in ops if op.kind in (B, I)}
         self.handlers: dict[str, Callable[[Op], None]] = {
             F: self.forward, B: self.backward, I: self.backward, W: self.weights, SEND: self.send, RECV: self.receive,
@@ -142,36 +155,35 @@ class LaneExecutor:
     def execute(self, record: bool = False) -> LaneResult:
         """Run the lane up to its first STEP. Raises LinkError, ValueError for an op that it cannot run, and whatever
         the model raises."""
-        events: list[Event] = []
-        start = time.monotonic()
+        timed: list[tuple[Op, Mark, Mark]] = []
+        start = self.clock.mark()
         work = list(takewhile(lambda op: op.kind != STEP, self.lane.ops))
         steps = self.lane.ops[len(work) :]
         for op in work:
             if op.kind not in self.handlers:
                 raise ValueError(f"place {self.lane.place} has no handler for {op}; it runs {sorted(self.handlers)}")
-            began = time.monotonic() - start
-            self.run_op(op)
+            marks = self.run_op(op)
             if record and op.kind not in (SEND, RECV):
-                if self.settings.device.type == "cuda":
-                    torch.cuda.synchronize()
-                events.append(Event(self.lane.place, op, began, time.monotonic() - start))
+                timed.append((op, *marks))
         if odd := [op for op in steps if op.kind != STEP]:
             raise ValueError(f"{odd[0]} of place {self.lane.place} comes after a STEP, which ends the work of a lane")
-        return LaneResult(self.sums, tuple(events), start, steps, self.busy_s)
+        return LaneResult(self.sums, steps, self.clock, start, tuple(self.busy), tuple(timed))
 
-    def run_op(self, op: Op) -> None:
-        """Run one op; faults are injected in the middle of its kind, and a worker that is to be slow takes its time."""
+    def run_op(self, op: Op) -> tuple[Mark, Mark]:
+        """Run one op, and return when it began and ended; faults are injected in the middle of its kind, and a worker
+        that is to be slow takes its time."""
         probe, point = self.lane.probe, _POINTS.get(op.kind)
         if point is not None:
             self.seen[point] += 1
             if self.seen[point] == self.middle[point]:
                 probe(point, self.lane.step)
-        began = time.monotonic()
+        began = self.clock.mark()
         self.handlers[op.kind](op)
         if op.kind in COMPUTE:
             if probe.slowdown > 1:
-                time.sleep((probe.slowdown - 1) * (time.monotonic() - began))
-            self.busy_s += time.monotonic() - began
+                time.sleep((probe.slowdown - 1) * self.clock.seconds(began, self.clock.mark()))
+            self.busy.append((began, self.clock.mark()))
+        return began, self.clock.mark()
 
     # ---- compute ----
 

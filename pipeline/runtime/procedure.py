@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pipeline.runtime.batch import Job
 from pipeline.runtime.curvature import Curvature, FitJob, Fitting
+from pipeline.runtime.device_time import Clock, read_back
 from pipeline.runtime.lane_executor import Lane, LaneExecutor, LaneResult
 from pipeline.runtime.step_commit import NonFiniteLoss, Vote, total_sums
 from pipeline.runtime.terms import StepTerms
@@ -135,7 +136,8 @@ class _Asked:
         self.step, self.rate = step, learning_rate(worker.store.config, step)
         self._counts = tuple(job.counts(step, m) for m in range(excerpt.num_microbatches))
         steps = tuple(op for op in excerpt.lane if op.kind == STEP)
-        self.told = LaneResult({}, (), time.monotonic(), steps, 0.0)
+        clock = Clock(worker.settings.device)
+        self.told = LaneResult({}, steps, clock, clock.mark())
         """What is told of the step as a whole; events are those of the first lane."""
         worker.store.train(excerpt.trains)
 
@@ -250,7 +252,8 @@ class _Asked:
     def _agree(self, lane: Lane, found: LaneResult, whole: bool) -> None:
         """All have come through the lane, and all losses are numbers; those at the committed weights are kept."""
         worker = self._worker
-        vote = Vote(found.sums).as_json() | {"beyond": worker.store.beyond()}
+        beyond = [name for name, is_beyond in read_back(worker.store.beyond()).items() if is_beyond]
+        vote = Vote(found.sums).as_json() | {"beyond": beyond}
         self._shared(vote, lane.deadline, self._beyond)
         worker.reducer.clear()
         with suppress(LinkError):  # all that was sent has been used, or there were no agreement
@@ -258,8 +261,8 @@ class _Asked:
         own = {m: {t: value for t, value in sums.items() if t in self._job.terms} for m, sums in found.sums.items()}
         told = self.told
         if self._record:
-            told, self._record = replace(told, events=found.events, began=found.began), False
-        self.told = replace(told, sums={**(own if whole else {}), **told.sums}, busy_s=told.busy_s + found.busy_s)
+            told, self._record = replace(told, timed=found.timed, began=found.began), False
+        self.told = replace(told, sums={**(own if whole else {}), **told.sums}, busy=(*told.busy, *found.busy))
 
     def _beyond(self, votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         """Whether what all have found are numbers."""

@@ -94,7 +94,7 @@ class Reducer:
 
     def _poison(self, part: str, lost: set[int]) -> None:
         group, members = self._groups.get(part), self._members.get(part)
-        if group is not None and members is not None and self._backend == "gloo":
+        if group is not None and members is not None:
             poison(group, members, self._worker, lost)
 
     def quiesce(self, workers: set[int], deadline: float) -> None:

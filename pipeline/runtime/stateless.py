@@ -173,7 +173,7 @@ class StatelessWorker:
         if int(versions.max()) != (version := int(versions.min())):
             raise RuntimeError(f"span {order.span} has weights of versions {versions.tolist()}; expected one")
         pairs = [(views[n][name], host) for n in layers for name, host in self.store.weights(n, order.source).items()]
-        ticket = self.up.move(pairs, LATER, self.mark())
+        ticket = self.up.move(pairs, LATER, self.up.mark())
         parts: dict[str, nn.Module] = {}
         parameters: dict[int, dict[str, nn.Parameter]] = {}
         for layer in layers:
@@ -260,23 +260,15 @@ class StatelessWorker:
         """Have the gradient in its block, and say there for which order: on the CPU it was summed there."""
         if gradient.flat is not gradient.block:
             pairs = [(gradient.block, gradient.flat)]
-            self.down.move(pairs, LATER, self.mark()).wait(self.settings.deadline_s)
+            self.down.move(pairs, LATER, self.down.mark()).wait(self.settings.deadline_s)
         gradient.tally[0] = order.id
-
-    def mark(self) -> Any:
-        """What copies must wait for: all that has been queued for the device so far."""
-        if not self.cuda:
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     def fetch(self, order: Order, kind: str, m: int, layer: int, rows: int) -> Tensor:
         """A hidden state, or the gradient of one, once it is there. Raises TimeoutError."""
         self.wait_for(order, kind, m, layer)
         host = self.store[f"{kind}{order.side}/{m}/{layer}"][:rows]
         here = torch.empty(host.shape, device=self.device)
-        self.up.move([(here, host)], URGENT, self.mark()).wait(self.settings.deadline_s)
+        self.up.move([(here, host)], URGENT, self.up.mark()).wait(self.settings.deadline_s)
         return here
 
     def give(self, order: Order, kind: str, m: int, values: Mapping[int, Tensor]) -> None:
@@ -285,7 +277,7 @@ class StatelessWorker:
             (self.store[f"{kind}{order.side}/{m}/{layer}"][: y.shape[0]], y.detach().float())
             for layer, y in values.items()
         ]
-        self.down.move(pairs, URGENT, self.mark()).wait(self.settings.deadline_s)
+        self.down.move(pairs, URGENT, self.down.mark()).wait(self.settings.deadline_s)
 
     def input(self, order: Order, batch: Batch, m: int) -> Tensor:
         lo = order.span[0]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pipeline.runtime.device_time import read_back
 from pipeline.runtime.terms import StepTerms
 from pipeline.wire import checked
 
@@ -52,7 +53,8 @@ class Vote:
     busy_s: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        sums = {str(m): {term: float(value) for term, value in sums.items()} for m, sums in self.sums.items()}
+        read = read_back({(m, term): value for m, sums in self.sums.items() for term, value in sums.items()})
+        sums = {str(m): {term: read[m, term] for term in sums} for m, sums in self.sums.items()}
         return {"sums": sums, "squares": self.squares, "wish": self.wish, "busy_s": round(self.busy_s, 6)}
 
 

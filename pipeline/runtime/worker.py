@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.runtime.batch import Job
 from pipeline.runtime.compute import Settings
+from pipeline.runtime.device_time import Mark, read_back
 from pipeline.runtime.lane_executor import Lane, LaneExecutor, LaneResult, Spare
 from pipeline.runtime.probe import Probe, Pulse, Unprobed
 from pipeline.runtime.reducer import Reducer
@@ -100,7 +101,7 @@ class Worker:
             self.store.drop()
             raise
         lr = learning_rate(self.store.config, lane.step) if lane.excerpt.trains else 0.0
-        events = [*found.events, *self._apply(lane, found, settled, divisors, lr)]
+        found = replace(found, timed=(*found.timed, *self._apply(lane, found, settled, divisors, lr)))
         self.reducer.clear()
         self.spare.clear()
         with suppress(LinkError):  # all that was sent has been used, or the step would not be settled
@@ -109,7 +110,7 @@ class Worker:
             self.norms = settled.norms
         return StepResult(
             settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes,
-            tuple(events) if record else (),
+            found.events(lane.place) if record else (),
         )  # fmt: skip
 
     def lane(self, excerpt: Excerpt, job: Job, step: int, terms: StepTerms | None = None) -> Lane:
@@ -149,18 +150,30 @@ class Worker:
 
     def _settle(self, lane: Lane, found: LaneResult, divisors: Mapping[str, float], wish: Wish) -> Settled:
         """The step as all workers agree on it."""
-        squares = {
-            state.name: state.squared_norm() / divisors[part] ** 2
-            for part, states in (self.answered(lane.excerpt) if found.steps else {}).items()
-            for state in states
-        }
-        squares |= dict.fromkeys(self.store.beyond() if found.steps else (), math.nan)
+        sums, squares = self._read(lane, found, divisors)
         if found.steps and self.store.shares:
             self._exchange(lane, squares, divisors)
         return self.commit.settle(
             lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in self.store.model.states],
-            Vote(found.sums, squares, wish(), found.busy_s), lane.deadline, lambda: self.probe("commit", lane.step),
+            Vote(sums, squares, wish(), found.busy_s), lane.deadline, lambda: self.probe("commit", lane.step),
         )  # fmt: skip
+
+    def _read(
+        self, lane: Lane, found: LaneResult, divisors: Mapping[str, float]
+    ) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
+        """Microbatch -> term -> sum, and state -> squared norm, NaN where it cannot be counted: the one time that a
+        step waits for its device."""
+        answered = self.answered(lane.excerpt) if found.steps else {}
+        parts = {state.name: part for part, states in answered.items() for state in states}
+        numbers: dict[tuple[str | int, str], Tensor] = {
+            (m, term): value for m, sums in found.sums.items() for term, value in sums.items()
+        }
+        numbers |= {("norm", state.name): state.norm() for states in answered.values() for state in states}
+        numbers |= {("beyond", name): value for name, value in (self.store.beyond() if found.steps else {}).items()}
+        read = read_back(numbers)
+        squares = {name: read["norm", name] ** 2 / divisors[part] ** 2 for name, part in parts.items()}
+        squares |= {name: math.nan for what, name in read if what == "beyond" and read[what, name]}
+        return {m: {term: read[m, term] for term in sums} for m, sums in found.sums.items()}, squares
 
     def _exchange(self, lane: Lane, squares: Mapping[str, float], divisors: Mapping[str, float]) -> None:
         """All new weights are everywhere before the vote, so that whoever is lost after it takes none along."""
@@ -176,15 +189,16 @@ class Worker:
 
     def _apply(
         self, lane: Lane, found: LaneResult, settled: Settled, divisors: Mapping[str, float], lr: float
-    ) -> list[Event]:
-        """The STEPs of the lane: a span's layers each, and with the last one all else that is held."""
-        events: list[Event] = []
+    ) -> list[tuple[Op, Mark, Mark]]:
+        """The STEPs of the lane, and when they began and ended: a span's layers each, and with the last one all else
+        that is held."""
+        timed: list[tuple[Op, Mark, Mark]] = []
         left, clip = dict(self.store.states), clip_factor(settled.norm, self.store.config.clip)
         for op in found.steps:
             last = op is found.steps[-1]
             if last:
                 self.probe("optimizer", lane.step)
-            began = time.monotonic() - found.began
+            began = found.clock.mark()
             for state in [left.pop(state.name) for state in self.store.states_of(span_text(op.span))]:
                 self._apply_one(state, clip, divisors, lr)
             if last:
@@ -192,8 +206,8 @@ class Worker:
             for state in left.values() if last else ():  # copies for others, and what is shared
                 self._apply_one(state, clip, divisors, lr)
                 state.seal()
-            events.append(Event(lane.place, op, began, time.monotonic() - found.began))
-        return events
+            timed.append((op, began, found.clock.mark()))
+        return timed
 
     def _apply_one(self, state: LayerState, clip: float, divisors: Mapping[str, float], lr: float) -> None:
         scale = clip / divisors.get(self.store.part_of[state.name], 1.0)

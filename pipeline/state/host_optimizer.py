@@ -170,7 +170,7 @@ class HostOptimizer(LayerStates):
                     share = self.store[f"grad/{user}"][-state.size :]
                     state.gradient.add_(share)
                     share.zero_()
-        norms = {name: math.sqrt(state.squared_norm()) for name, state in self.states.items()}
+        norms = {name: float(state.norm()) for name, state in self.states.items()}
         self._told("norms", (step, norms))
 
     @torch.no_grad()

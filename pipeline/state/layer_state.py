@@ -30,8 +30,9 @@ class StateChanged(RuntimeError):
 class LayerState:
     """One state. `parameters` are those that are trained, by full name; `frozen` the other weights.
 
-    Each parameter's `.grad` is a view of `gradient`, so autograd adds into it in place. `lr_scale`, a scalar tensor,
-    multiplies the learning rate: CheckFree raises that of a rebuilt stage. Between steps the gradient is zero.
+    Each parameter's `.grad` is a view of `gradient`, so autograd adds into it in place. `lr_scale`, a scalar tensor on
+    the host, multiplies the learning rate: CheckFree raises that of a rebuilt stage. Between steps the gradient is
+    zero.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class LayerState:
         self.name, self.parameters, self.frozen, self.config = name, dict(parameters), dict(frozen or {}), config
         device = next(iter((*self.parameters.values(), *self.frozen.values()))).device
         self.masks = None if masks is None else {name: mask.to(device) for name, mask in masks.items()}
-        self.lr_scale = torch.ones((), device=device)
+        self.lr_scale = torch.ones(())  # on the host, which alone reads it
         self.version = 0
         self.generation = 0
         self.pull: Callable[[Mapping[str, nn.Parameter]], None] | None = None
@@ -69,7 +70,7 @@ class LayerState:
         for key, parameter in self.parameters.items():  # there from the start: one form before and after step 1
             given = {} if moments is None else moments[key]
             self._optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.lr_scale.device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
             }
 
@@ -87,10 +88,10 @@ class LayerState:
 
     # ---- a step ----
 
-    def squared_norm(self) -> float:
-        """The sum of squares of the gradient, where anything is updated."""
+    def norm(self) -> Tensor:
+        """That of the gradient, where anything is updated: a scalar where the gradient is."""
         self._mask()
-        return float(torch.linalg.vector_norm(self.gradient)) ** 2
+        return torch.linalg.vector_norm(self.gradient)
 
     def apply(self, scale: float, lr: float) -> None:
         """One step at `lr` with gradients times `scale`, which then are zero again: the next version. Raises

@@ -207,9 +207,9 @@ class ResidentStore(LayerStates):
         for each in self.sums.values():
             each.finish()
 
-    def beyond(self) -> list[str]:
-        """States of the parts of which this worker has met a gradient that cannot be counted, one each."""
-        return [self.states_of(part)[0].name for part, each in self.sums.items() if each.beyond]
+    def beyond(self) -> dict[str, Tensor]:
+        """A state of each part whose gradients are counted -> whether one could not be: a scalar where they are."""
+        return {self.states_of(part)[0].name: each.beyond for part, each in self.sums.items()}
 
     @contextmanager
     def moved(self, by: Mapping[str, Tensor]) -> Iterator[None]:

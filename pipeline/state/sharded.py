@@ -49,7 +49,7 @@ class ShardedState(LayerState):
                 self._blocks.append(Block(block.name, block.start, block.stop, block.at, at))
                 at += block.size
             self._ends[rank] = (begins, at)
-        device = self.lr_scale.device
+        device = self.gradient.device
         self._kept = {kind: torch.zeros(at, device=device) for kind in KINDS}
         self._steps = {name: torch.zeros((), device=device) for name in self.parameters}
 
