@@ -415,7 +415,8 @@ class SpanModule(nn.Module):
             }
             if self.rotary is not None:
                 by_type = (kind,) if model.family.rotary_by_type else ()
-                made[kind]["position_embeddings"] = self.rotary(hidden, places, *by_type)
+                exact = hidden.new_empty(0, dtype=torch.float32)  # of it the device and the dtype are looked at
+                made[kind]["position_embeddings"] = self.rotary(exact, places, *by_type)
         return lambda layer: made[model.attention_type(layer)]
 
 
