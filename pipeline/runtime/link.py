@@ -138,7 +138,9 @@ class Link:
             work = self._group.send([buffer], self._peer_rank, 0)
         except RuntimeError as error:
             raise LinkError(f"sending to worker {self.peer} failed: {_first_line(error)}") from error
-        self._sent.put((work, buffer, last))  # a Work that is dropped cancels its transfer: both are kept until it is done
+        self._sent.put(
+            (work, buffer, last)
+        )  # a Work that is dropped cancels its transfer: both are kept until it is done
 
     def _reap(self) -> None:
         """Wait for each transfer in turn; gloo tells of its end only to who waits."""
