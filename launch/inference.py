@@ -27,7 +27,7 @@ from launch.devices import find_devices
 from launch.guarded import guard_bytes, put_on
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import ModelError, Weights
-from pipeline.runtime.offload import Offload, OffloadError, place
+from pipeline.runtime.offload import Offload, OffloadError, place, skeleton
 from pipeline.settings import RunShape, Within, require
 from pipeline.state.host_store import HostMemoryError
 from pipeline.state.host_weights import HostWeights, WeightLayout
@@ -72,6 +72,7 @@ class Source:
     directory: Path
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    guard: Guard | None
 
     @classmethod
     def open(cls, path: Path) -> Source:
@@ -83,8 +84,8 @@ class Source:
             )
         transformers.utils.logging.disable_progress_bar()
         with _named(path):
-            config, tokenizer = AutoConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-        return cls(path, directory, config, tokenizer)
+            config, guard = AutoConfig.from_pretrained(directory), Guard.read(path)
+            return cls(path, directory, config, AutoTokenizer.from_pretrained(directory), guard)
 
     @property
     def context_length(self) -> int:
@@ -144,11 +145,11 @@ def ready(
     device = torch.device(find_devices(settings.device, 1).of(0))
     with ExitStack() as stack:
         with _named(source.path):
-            guard = Guard.read(source.path)
+            guard = source.guard
             if settings.offload:
                 beside = 0 if guard is None else guard_bytes(guard, tokens)
-                offload = _offloaded(source, settings, device, lambda *about: working(*about) + beside, quiet)
-                found = Ready(offload.model, device, stack.enter_context(offload))
+                offload = _offloaded(source, settings, device, lambda *about: working(*about) + beside, quiet, stack)
+                found = Ready(offload.model, device, offload)
             else:
                 found = Ready(_whole(source, settings, device), device)
             if guard is not None:
@@ -167,16 +168,16 @@ def _whole(source: Source, settings: InferenceSettings, device: torch.device) ->
 
 
 def _offloaded(
-    source: Source, settings: InferenceSettings, device: torch.device, working: Working, quiet: bool
+    source: Source, settings: InferenceSettings, device: torch.device, working: Working, quiet: bool, stack: ExitStack
 ) -> Offload:  # fmt: skip
     if (source.directory / "adapter_config.json").is_file():
         raise ModelError("it has adapters beside its weights; allowed with offload: adapters merged into the weights")
     dtype = _dtype(source, settings)
     layout = WeightLayout(LayeredModel(source.config), dtype)
     room = None if device.type != "cuda" else torch.cuda.mem_get_info(device)[0] - _SPARE
-    found = place(
-        layout, settings.layers_resident, settings.layers_in_flight, working(source.config, dtype, device), room
-    )  # fmt: skip
+    model = skeleton(source.config, dtype, device)
+    beside = working(source.config, dtype, device) + sum(buffer.nbytes for buffer in model.buffers())
+    found = place(layout, settings.layers_resident, settings.layers_in_flight, beside, room)
     Console(stderr=True, quiet=quiet).print(
         f"offload: {found.resident} of {layout.model.num_layers} layers stay on {device}, {found.in_flight} in flight; "
         f"at most {found.num_bytes / 2**20:,.1f} MiB there ({found.weight_bytes / 2**20:,.1f} of weights), "
@@ -186,10 +187,11 @@ def _offloaded(
     host = HostWeights.read(layout, source.directory)
     if device.type == "cuda":
         host.pin()
+        stack.callback(host.unpin)
         torch.cuda.reset_peak_memory_stats(device)
     if (source.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.directory)
-    return Offload(model, host, found, device)
+    return stack.enter_context(Offload(model, host, found, device))
 
 
 def _dtype(source: Source, settings: InferenceSettings) -> torch.dtype:

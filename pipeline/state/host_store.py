@@ -203,6 +203,10 @@ class HostMemory:
         if int(result) != 0:
             raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {int(result)}")
 
+    def unpin(self) -> None:
+        """Undo `pin`, before another mapping comes to lie where this one does."""
+        cast(Any, torch.cuda.cudart()).cudaHostUnregister(self._whole.data_ptr())
+
     def close(self) -> None:
         """Give the memory back, if this process made it; views must not be used any more."""
         if self._lock >= 0:
