@@ -7,9 +7,11 @@ the run's last evaluation, if the run computed in fp32 as this does.
 from __future__ import annotations
 
 import math
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -26,16 +28,17 @@ from jobs.prepare import blocks
 from jobs.row_data import ROWS
 from jobs.text import inputs_of, token_loss
 from launch.commands import Result
-from launch.generate import context_length, load
+from launch.inference import InferenceSettings, Source, ready
 from pipeline.runtime.batch import IGNORED
-from pipeline.settings import ConfigError, Within, check_bounds, require
+from pipeline.runtime.forward_bytes import scoring_bytes
+from pipeline.settings import ConfigError, Within, check_groups, require
 
 HELD_OUT = "held-out"
 _SEQUENCE_LENGTH, _SAMPLES = 128, 64
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(InferenceSettings):
     """Perplexity of an exported model on text."""
 
     model: Path = Path("runs/default/model")
@@ -66,9 +69,10 @@ class _Text:
 
 
 def evaluate(config: EvalConfig) -> Result:
-    """Mean loss per token and its exponential, and which text that was. Raises ConfigError or CorpusError."""
-    check_bounds(config)
-    model, tokenizer = load(config.model)
+    """Mean loss per token and its exponential, and which text that was. Raises ConfigError, CorpusError,
+    OffloadError and HostMemoryError."""
+    check_groups(config)
+    source = Source.open(config.model)
     run = config.model.resolve().parent
     found = (run / "data" / META).is_file()
     if config.data == HELD_OUT and not found:
@@ -77,21 +81,26 @@ def evaluate(config: EvalConfig) -> Result:
             f"{str(run / 'data')!r} holds no prepared tokens; allowed: a model in the folder of its run, or text"
         )
     if config.data == HELD_OUT or (config.data == "auto" and found):
-        text = _held_out(config, run, int(model.config.vocab_size))
+        text = _held_out(config, run, int(source.config.vocab_size))
     else:
-        text = _other(config, tokenizer, context_length(model))
-    length, total, count, tokens = text.sequence_length, 0.0, 0, 0
-    with torch.no_grad():
+        text = _other(config, source.tokenizer, source.context_length)
+    length, total, took, count, tokens = text.sequence_length, 0.0, 0.0, 0, 0
+    working = partial(scoring_bytes, length=length, loss=token_loss)
+    with ready(source, config, length, working, quiet=config.json) as found, torch.no_grad():
         for sample in text.samples:
-            ids = torch.from_numpy(sample)[None]
-            total += float(token_loss(model(inputs_of(ids, text.end_token)).logits, ids[:, 1:]))
+            ids = torch.from_numpy(sample)[None].to(found.device)
+            began = time.monotonic()
+            total += float(token_loss(found.model(inputs_of(ids, text.end_token)).logits, ids[:, 1:]))
+            took += time.monotonic() - began
             count, tokens = count + 1, tokens + int((ids[:, 1:] != IGNORED).sum())
+        about = found.about() | {"tokens_per_s": tokens / max(took, 1e-9)}
     require(tokens > 0, "data", text.data, f"at least {length + 1} tokens of text that is not forgotten")
     mean = total / tokens
     scored = f"{count} samples of {length} tokens, {text.whose}"
     values = {
         "loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": tokens, "samples": count,
         "sequence_length": length, "data": text.data, "scored": scored, "model": str(config.model),
+        **about,
     }  # fmt: skip
     return values, f"loss {mean:.4f}  perplexity {values['perplexity']:.2f}  over {tokens:,} tokens: {scored}"
 

@@ -2,75 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.config import ConfigError
-from jobs.unlearn.guard import Guard, plain
 from launch.commands import Result
-from launch.guarded import put_on
-from pipeline.settings import Within, check_bounds
+from launch.inference import InferenceSettings, Source, ready
+from pipeline.runtime.forward_bytes import generation_bytes
+from pipeline.settings import Within, check_groups
 
 DEFAULT_PROMPT = "def "
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt and what the model sampled after it."""
+    """A prompt and what the model sampled after it; and where it did so, for the report."""
 
     prompt: str
     text: str
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model directory, with its guard if it has one, and its tokenizer. Raises ConfigError naming the directory when
-    it cannot be read."""
-    source = plain(path)
-    if not (source / "config.json").is_file():
-        raise ConfigError(f"model is {str(path)!r}, which has no config.json; allowed: a directory written by a run")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, guard = AutoModelForCausalLM.from_pretrained(source).eval(), Guard.read(path)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise ConfigError(f"model is {str(path)!r}, which cannot be loaded: {error}") from error
-    if guard is not None:
-        put_on(guard, model)
-    return model, tokenizer
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """The most tokens that the model takes."""
-    return int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-
-
-def continue_text(path: Path, prompt: str | None, tokens: int, seed: int, temperature: float = 0.8) -> Continuation:
-    """Sample `tokens` tokens after `prompt`, top 40, repeatably under `seed`. Raises ConfigError for a directory."""
-    model, tokenizer = load(path)
+def continue_text(
+    path: Path, prompt: str | None, tokens: int, seed: int, temperature: float = 0.8,
+    settings: InferenceSettings | None = None, quiet: bool = True,
+) -> Continuation:  # fmt: skip
+    """Sample `tokens` tokens after `prompt`, top 40, repeatably under `seed`; without `settings` whole on the CPU.
+    Raises ConfigError for a directory, and what `ready` raises."""
+    source = Source.open(path)
     prompt = DEFAULT_PROMPT if prompt is None else prompt
-    inputs = tokenizer(prompt, return_tensors="pt")  # type: ignore[operator]
+    inputs = source.tokenizer(prompt, return_tensors="pt")
     ids = inputs["input_ids"]
     if ids.shape[1] == 0:
-        ids = torch.tensor([[tokenizer.eos_token_id]])  # type: ignore[attr-defined]
-    longest = context_length(model)
-    if ids.shape[1] >= longest:
-        raise ConfigError(f"prompt has {ids.shape[1]} tokens; allowed: at most {longest}, less the tokens to sample")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, min(tokens, longest - ids.shape[1])),
-            do_sample=temperature > 0, **({"temperature": temperature, "top_k": 40} if temperature > 0 else {}),
-        )  # fmt: skip
-    return Continuation(prompt, tokenizer.decode(out[0], skip_special_tokens=True))  # type: ignore[attr-defined]
+        ids = torch.tensor([[source.tokenizer.eos_token_id]])
+    given, longest = ids.shape[1], source.context_length
+    if given >= longest:
+        raise ConfigError(f"prompt has {given} tokens; allowed: at most {longest}, less the tokens to sample")
+    new = max(1, min(tokens, longest - given))
+    working = partial(generation_bytes, prompt=given, tokens=given + new)
+    with ready(source, settings or InferenceSettings(device="cpu"), given, working, quiet) as found:
+        ids = ids.to(found.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            began = time.monotonic()
+            out = found.model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=temperature > 0,
+                **({"temperature": temperature, "top_k": 40} if temperature > 0 else {}),
+            ).cpu()  # fmt: skip
+            took = time.monotonic() - began
+        about = found.about() | {"tokens_per_s": (out.shape[1] - given) / took}
+    return Continuation(prompt, source.tokenizer.decode(out[0], skip_special_tokens=True), about)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(InferenceSettings):
     """Sample a continuation from an exported model."""
 
     model: Path = Path("runs/default/model")
@@ -88,7 +79,9 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> Result:
-    """A sampled text. Raises ConfigError."""
-    check_bounds(config)
-    result = continue_text(config.model, config.prompt, config.tokens, config.seed, config.temperature)
-    return {"prompt": result.prompt, "text": result.text}, result.text
+    """A sampled text. Raises ConfigError, OffloadError and HostMemoryError."""
+    check_groups(config)
+    result = continue_text(
+        config.model, config.prompt, config.tokens, config.seed, config.temperature, config, quiet=config.json
+    )  # fmt: skip
+    return {"prompt": result.prompt, "text": result.text, **result.about}, result.text

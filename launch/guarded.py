@@ -24,6 +24,14 @@ def put_on(guard: Guard, model: PreTrainedModel) -> None:
         _Route(guard, model, blocks).install()
 
 
+def guard_bytes(guard: Guard, tokens: int) -> int:
+    """At most, what a guard takes beside the model for one row of so many tokens, in fp32: its tensors where the model
+    is, and up to four hidden states as wide as they are."""
+    tensors = (*guard.projections.values(), *guard.adapter.values())
+    widest = max((max(tensor.shape) for tensor in tensors), default=0)
+    return sum(4 * tensor.numel() for tensor in tensors) + 4 * 4 * tokens * widest
+
+
 class _Route:
     """Routes a prompt when the model is called with one."""
 
@@ -54,7 +62,7 @@ class _Route:
         handles = [block.register_forward_hook(keep) for block in self.blocks]
         self.reading, self.guard.given = True, None
         try:
-            self.model(input_ids=ids, attention_mask=asked.long(), use_cache=False)
+            self.model(input_ids=ids, attention_mask=asked.long(), use_cache=False, logits_to_keep=1)
         finally:
             self.reading = False
             for handle in handles:

@@ -17,8 +17,8 @@ from jobs.unlearn.guard import BASE, TENSORS, Guard, is_guarded, plain
 from jobs.unlearn.methods.o3 import random_labels
 from jobs.unlearn.probe import descriptions, logits_of, question
 from jobs.unlearn.router import Router, described, least_errors, weight
-from launch.generate import load
 from launch.guarded import put_on
+from launch.inference import load
 from pipeline.model.projection import PROJECTION, Projections, project
 from pipeline.model.weights import ModelError, preset
 from pipeline.runtime.batch import IGNORED

@@ -14,7 +14,7 @@ from jobs.authors import authors, write
 from jobs.unlearn.guard import Guard
 from jobs.unlearn.manifest import Manifest, weights_hash
 from launch.forkserver import ForkServer
-from launch.generate import load
+from launch.inference import load
 from pipeline.model.lora import A, Lora
 from pipeline.state.layer_state import LayerState
 from pipeline.state.optimizer import OptimizerConfig

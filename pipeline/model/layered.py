@@ -275,7 +275,7 @@ class LayeredModel:
         if weights is not None:
             tensors = weights.read({name: self.stored_names(name) for name in fresh.values()})
             for local, name in fresh.items():
-                _copy(module.get_parameter(local), tensors[name], name, weights)
+                copy_weight(module.get_parameter(local), tensors[name], name, weights)
         module = module.to(device) if fresh or any(True for _ in module.buffers()) else module
         for local, name in names.items():
             owner, _, attribute = local.rpartition(".")
@@ -316,7 +316,8 @@ class LayeredModel:
 
 
 @torch.no_grad()
-def _copy(parameter: nn.Parameter, tensor: Tensor, name: str, weights: Weights) -> None:
+def copy_weight(parameter: Tensor, tensor: Tensor, name: str, weights: Weights) -> None:
+    """Fill a parameter with what `weights` hold for it. Raises ModelError for one of another shape."""
     if parameter.shape != tensor.shape:
         raise ModelError(
             f"{weights.directory}: {name} has shape {tuple(tensor.shape)}; the config asks for {tuple(parameter.shape)}"

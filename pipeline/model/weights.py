@@ -196,8 +196,11 @@ class Weights:
                 raise ModelError(f"{file}: {index.name} puts {_some(absent)} here, but the file does not hold them")
             self.files.update(dict.fromkeys(held, file))
 
-    def read(self, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-        """Name -> fp32 tensor on the CPU. `wanted[name]` are the names it may be stored under, best first."""
+    def read(
+        self, wanted: Mapping[str, tuple[str, ...]], dtype: torch.dtype | None = torch.float32
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Name -> tensor on the CPU, in `dtype`, or as it is stored under None. `wanted[name]` are the names it may be
+        stored under, best first."""
         stored = {name: next((n for n in names if n in self.files), None) for name, names in wanted.items()}
         if absent := {name for name, found in stored.items() if found is None}:
             raise ModelError(
@@ -211,7 +214,7 @@ class Weights:
         tensors: dict[str, Tensor] = {}
         for file, pairs in by_file.items():
             with safe_open(file, framework="pt") as opened:
-                tensors.update({name: opened.get_tensor(found).float() for name, found in pairs})
+                tensors.update({name: opened.get_tensor(found).to(dtype) for name, found in pairs})
         return tensors
 
 

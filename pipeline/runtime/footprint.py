@@ -203,7 +203,7 @@ class Live(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: dict[int, tuple[int, Any]] = {}
 
-    def rise(self, work: Callable[[], None]) -> int:
+    def rise(self, work: Callable[[], object]) -> int:
         """How far `now` rises above where it is while `work` is done."""
         before = self.peak = self.now
         work()

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import psutil
 import torch
@@ -27,12 +27,23 @@ from pipeline.model.layered import LayeredModel
 from pipeline.schedule.ops import Span
 from pipeline.schedule.work_units import Cut
 
-_ALIGN = 64  # bytes: a cache line, and what vector loads want
+ALIGN = 64
+"""Bytes: a cache line, and what vector loads want."""
 _SHARED = Path("/dev/shm")
 
 
 class HostMemoryError(RuntimeError):
     """The host has not enough memory, or the store of a run is in use or gone. Says what was needed and found."""
+
+
+class Placed(Protocol):
+    """Where tensors lie in a piece of host memory."""
+
+    hint: ClassVar[str]
+    """What needs less, for the message that there is not enough."""
+
+    @property
+    def num_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class StoreLayout:
     two copies that workers read, in turn. What is not trained has one place, and neither gradient nor moments.
     """
 
+    hint: ClassVar[str] = "fewer or smaller microbatches need less, as do fewer workers"
     model: LayeredModel
     cut: Cut
     microbatches: int
@@ -85,7 +97,7 @@ class StoreLayout:
         def place(name: str, shape: tuple[int, ...], width: int = 4) -> None:
             nonlocal at
             found[name] = at, shape
-            at += -(-width * math.prod(shape) // _ALIGN) * _ALIGN
+            at += -(-width * math.prod(shape) // ALIGN) * ALIGN
 
         model, layers = self.model, range(self.model.num_layers)
         kinds = ("param", *(("read0", "read1") if self.behind else ()), "exp_avg", "exp_avg_sq")
@@ -142,12 +154,12 @@ def store_path(out: Path) -> Path:
     return root / f"unbroken-{os.getuid()}-{digest}"
 
 
-class HostStore:
-    """A store, made by `create` or attached to."""
+class HostMemory:
+    """A piece of host memory with a name, made by `create` or attached to."""
 
-    def __init__(self, layout: StoreLayout, path: Path) -> None:
+    def __init__(self, layout: Placed, path: Path) -> None:
         """Attach. Raises HostMemoryError where there is no such store or it is of another layout."""
-        self.layout, self.path = layout, path
+        self.path = path
         size = path.stat().st_size if path.is_file() else -1
         if size != layout.num_bytes:
             found = "nothing" if size < 0 else f"{size} bytes"
@@ -157,7 +169,7 @@ class HostStore:
         self._lock = -1
 
     @classmethod
-    def create(cls, layout: StoreLayout, path: Path) -> HostStore:
+    def create(cls, layout: Placed, path: Path) -> Self:
         """Reserve the memory, all zeros, and hold it until `close`. Raises HostMemoryError, naming needed and found."""
         try:
             descriptor = lock(path, 0o600)
@@ -170,7 +182,7 @@ class HostStore:
             if needed > free:
                 raise HostMemoryError(
                     f"host memory: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are available in "
-                    f"{path.parent}; fewer or smaller microbatches need less, as do fewer workers"
+                    f"{path.parent}; {layout.hint}"
                 )
             os.posix_fallocate(descriptor, 0, needed)  # else a full host would end a worker with SIGBUS much later
             store = cls(layout, path)
@@ -180,11 +192,41 @@ class HostStore:
         store._lock = descriptor
         return store
 
+    def view(self, offset: int, shape: Sequence[int], kind: torch.dtype) -> Tensor:
+        """The tensor of that shape and kind that begins at a byte."""
+        return self._whole[offset : offset + kind.itemsize * math.prod(shape)].view(kind).view(tuple(shape))
+
+    def pin(self) -> None:
+        """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""
+        runtime: Any = torch.cuda.cudart()
+        result = runtime.cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
+        if int(result) != 0:
+            raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {int(result)}")
+
+    def unpin(self) -> None:
+        """Undo `pin`, before another mapping comes to lie where this one does."""
+        cast(Any, torch.cuda.cudart()).cudaHostUnregister(self._whole.data_ptr())
+
+    def close(self) -> None:
+        """Give the memory back, if this process made it; views must not be used any more."""
+        if self._lock >= 0:
+            unlock(self.path, self._lock)
+            self._lock = -1
+
+
+class HostStore(HostMemory):
+    """The store of a run."""
+
+    def __init__(self, layout: StoreLayout, path: Path) -> None:
+        """See HostMemory."""
+        super().__init__(layout, path)
+        self.layout = layout
+
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name, where it lies. Raises KeyError."""
         offset, shape = self.layout.places[name]
         kind = torch.int64 if name.startswith(("version/", "tally/")) else torch.float32
-        return self._whole[offset : offset + kind.itemsize * math.prod(shape)].view(kind).view(shape)
+        return self.view(offset, shape, kind)
 
     def weights(self, layer: int, kind: str = "param") -> dict[str, Tensor]:
         """Full name -> weight of all that a layer computes with; `kind`, of what is trained: param, read0 or read1."""
@@ -199,16 +241,3 @@ class HostStore:
             return f"block {block} was not written for order {order}, but for {written}"
         wrong = [m for m, count in enumerate(counts) if count != (m in microbatches)]
         return f"block {block} of order {order} has microbatches {wrong} not once each" if wrong else ""
-
-    def pin(self) -> None:
-        """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""
-        runtime: Any = torch.cuda.cudart()
-        result = runtime.cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
-        if int(result) != 0:
-            raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {int(result)}")
-
-    def close(self) -> None:
-        """Give the memory back, if this process made it; views must not be used any more."""
-        if self._lock >= 0:
-            unlock(self.path, self._lock)
-            self._lock = -1
