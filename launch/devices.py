@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
 
 from jobs.config import ConfigError
@@ -34,3 +35,24 @@ def find_devices(wanted: str, workers_here: int) -> Devices:
     if wanted == "cuda" and not cuda:
         raise ConfigError("device is 'cuda', but no CUDA device is present; allowed here: cpu, auto")
     return Devices(cuda, nccl=cuda >= workers_here > 1)
+
+
+def device_bytes() -> int:
+    """Memory of the smallest CUDA device, asked of the driver's own tool: who asks CUDA itself cannot fork workers that
+    use it. Raises ConfigError where that is not to be had."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return min(int(mib) for mib in told) << 20
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"span_mib is 0, but what memory the CUDA devices have is not known ({' '.join(command)}: {error}); "
+            "allowed: the MiB that the weights of a span may take"
+        ) from error
+
+
+def span_mib(memory: int, dtype: str) -> int:
+    """MiB of fp32 weights that a span may have, so that the weights of two, as they are computed in, and the fp32
+    gradients of two take half of a device's memory."""
+    times = 2 * (0.5 if dtype == "bfloat16" else 1.0) + 2
+    return max(1, int(memory / 2 / times) >> 20)

@@ -15,6 +15,7 @@ from jobs.job import RunJob, Start
 from jobs.registry import KINDS, make_jobs
 from launch.config import config_from_dict
 from launch.worker_main import last_words, model_of
+from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Job
 from pipeline.runtime.channel import Channel
 from pipeline.runtime.compute import Settings
@@ -61,6 +62,14 @@ def pool_worker(payload: dict[str, Any], jobs: Jobs = run_jobs) -> int:
     return 0
 
 
+def store_layout(config: TrainConfig, model: LayeredModel, cut: Cut, blocks: int) -> StoreLayout:
+    """Where everything lies in the host store of a run."""
+    return StoreLayout(
+        model, cut, config.microbatches, config.microbatch_size, config.sequence_length, blocks, config.optimizer_async,
+        compute=getattr(torch, config.dtype), gradients=getattr(torch, config.gradient_dtype),
+    )  # fmt: skip
+
+
 def make_worker(
     payload: dict[str, Any], config: TrainConfig, jobs: dict[str, RunJob], channel: Channel
 ) -> StatelessWorker:
@@ -68,10 +77,7 @@ def make_worker(
     id = int(payload["worker"])
     forward, fused, backward = payload["cut"]
     cut = Cut(tuple(map(tuple, forward)), tuple(fused), tuple(map(tuple, backward)))
-    layout = StoreLayout(
-        model_of(config), cut, config.microbatches, config.microbatch_size, config.sequence_length,
-        int(payload["blocks"]), config.optimizer_async,
-    )  # fmt: skip
+    layout = store_layout(config, model_of(config), cut, int(payload["blocks"]))
     device = torch.device(payload["device"])
     store = HostStore(layout, store_path(config.out))
     if device.type == "cuda":

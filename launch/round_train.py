@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from jobs.rounds import Rounds
 from jobs.train import Trainer
 from launch.agent import RunFailed
 from launch.config import to_toml
-from launch.devices import Devices, find_devices
+from launch.devices import Devices, device_bytes, find_devices, span_mib
 from launch.forkserver import ForkServer
 from launch.introduction import introduce
 from launch.machine import check_machine
-from launch.pool_worker import pool_worker, run_jobs
+from launch.pool_worker import pool_worker, run_jobs, store_layout
 from launch.progress import Display
 from launch.resume import kept
 from launch.run_folder import RunFolder
@@ -53,6 +53,8 @@ def train_rounds(config: TrainConfig, as_json: bool, signals: Stopping, prepared
             "not torchrun: the state is in the memory of one host")  # fmt: skip
     check_machine(config, config.workers)
     devices = find_devices(config.device, config.workers)
+    if devices.cuda and not config.span_mib:
+        config = replace(config, span_mib=span_mib(device_bytes(), config.dtype))
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)
     forkserver = ForkServer(pool_worker)  # forked now: nothing below has started a thread yet
@@ -82,9 +84,7 @@ def make_layout(config: TrainConfig, model: LayeredModel, cut: Cut, workers: int
     """Where everything lies in the host store."""
     rounds = -(-config.microbatches // config.round_size)
     blocks = ROOM * workers * (2 if config.optimizer_async else 1) + rounds
-    return StoreLayout(
-        model, cut, config.microbatches, config.microbatch_size, config.sequence_length, blocks, config.optimizer_async
-    )
+    return store_layout(config, model, cut, blocks)
 
 
 @contextmanager

@@ -37,13 +37,22 @@ class RoundPipeSettings:
     cpu_adam: Literal["torch", "deepspeed"] = "torch"
     """Whose AdamW updates the weights in host memory; torch's is the faster one."""
     span_mib: Annotated[int, Within(0, 2**24)] = 0
-    """MiB that the weights of one span may take: a worker holds two of them, and on a GPU
-    one's gradients; 0 for no limit."""
+    """MiB that the weights of one span may take, in fp32: a worker holds two of them, in the
+    dtype that is computed in, and on a GPU the fp32 gradients of two; 0 has these take half of
+    a GPU's memory, and is no limit on the CPU."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the gradients of a round go to the host in. On the worker they are summed in
+    float32; bfloat16 halves what goes over the bus, and rounds each round's sum."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for what workers that hold nothing cannot do, or need not, and where these settings are not
         read."""
-        require_owner(self, RoundPipeSettings, ("optimizer_async", "at_once", "span_mib", "cpu_adam"), "roundpipe")
+        require_owner(
+            self,
+            RoundPipeSettings,
+            ("optimizer_async", "at_once", "span_mib", "cpu_adam", "gradient_dtype"),
+            "roundpipe",
+        )
         if run.scheduler != "roundpipe":
             return
         for name, only in (("replicas", 1), ("nodes", 1), ("spares", 0), ("network", None), ("ends", "auto")):

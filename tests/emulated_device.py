@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.copy_engine import CopyEngine
-from pipeline.runtime.device_slots import DeviceMemory, Held
+from pipeline.runtime.device_slots import DeviceSlots, Held
 from pipeline.runtime.slots import Queued
 
 CPU = torch.device("cpu")
@@ -90,4 +90,4 @@ class EmulatedCopies(Queued):
 
 def emulated(seed: int) -> dict[str, Any]:
     """What a SharedLink is told of a device."""
-    return {"memory": DeviceMemory(EmulatedDriver()), "copies": EmulatedCopies(seed)}
+    return {"memory": DeviceSlots(EmulatedDriver()), "copies": EmulatedCopies(seed)}

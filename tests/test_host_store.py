@@ -41,7 +41,7 @@ def layout(model: LayeredModel, **changes: object) -> StoreLayout:
 def test_every_tensor_has_a_place_of_its_own(model: LayeredModel) -> None:
     for behind in (False, True):
         made = layout(model, behind=behind)
-        places = [(at, name) for name, (at, _) in made.places.items()]
+        places = [(at, name) for name, (at, _, _) in made.places.items()]
         assert places == sorted(places, key=lambda place: place[0])
         assert len({at for at, _ in places}) == len(places)
         weights = sum(model.parameter_count(layer) for layer in range(model.num_layers))
@@ -148,6 +148,50 @@ def test_versions_and_sides(model: LayeredModel, tmp_path: Path, behind: bool) -
             history.append({n: t.clone() for n, t in optimizer.weights(1).items()})
             assert float(store["grad/3"].abs().max()) == 0.0
         assert optimizer.updates == 3
+    finally:
+        optimizer.close()
+        store.close()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_what_is_multiplied_travels_narrow(tmp_path: Path, model: LayeredModel, behind: bool) -> None:
+    """Linear maps in bf16, the embedding and norms in fp32; a tied weight in both. Copies follow every update."""
+    half = layout(model, behind=behind, compute=torch.bfloat16, gradients=torch.bfloat16)
+    tied = "model.embed_tokens.weight"
+    assert half.travels(0) == {tied: torch.float32}
+    assert half.travels(3) == {"model.norm.weight": torch.float32, tied: torch.bfloat16}
+    kinds = {name.partition("layers.0.")[2]: dtype for name, dtype in half.travels(1).items()}
+    assert {name for name, dtype in kinds.items() if dtype == torch.float32} == {
+        "input_layernorm.weight", "post_attention_layernorm.weight"
+    }  # fmt: skip
+    full = layout(model, behind=behind)
+    assert half.weight_bytes((1, 3)) < 0.55 * full.weight_bytes((1, 3))
+    store = HostStore.create(half, store_path(tmp_path))
+    optimizer = HostOptimizer(store, OptimizerConfig(lr=0.1, warmup_steps=0), lambda *_: None)
+    try:
+        optimizer.initialise(0, None)
+        history: list[dict[str, torch.Tensor]] = []
+        for step in range(3):
+            source = f"read{(step + 1) % 2}" if behind else "param"
+            now = {name: t.clone() for n in range(4) for name, t in optimizer.weights(n).items()}
+            history.append(now)
+            read = history[max(0, step - 1)] if behind else now
+            for n in range(4):
+                for name, weight in store.weights(n, source).items():
+                    assert weight.dtype == half.travels(n)[name]
+                    assert torch.equal(weight, read[name].to(weight.dtype))
+            store["block/0"].fill_(0.5)
+            for span in ((2, 4), (0, 2)):
+                optimizer.add(0, span)
+            optimizer.measure(step)
+            optimizer.update(step, 1.0, 0.1)
+            optimizer.drain(10)
+            after = {name: t for n in range(4) for name, t in optimizer.weights(n).items()}
+            for n in range(4):
+                views = half.weight_views([n], torch.empty(half.weight_bytes((n, n + 1)), dtype=torch.uint8))[n]
+                assert {name: view.dtype for name, view in views.items()} == half.travels(n)
+                for name, weight in store.weights(n).items():
+                    assert torch.equal(weight, after[name].to(weight.dtype))
     finally:
         optimizer.close()
         store.close()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from jobs.config import TrainConfig
 from launch.forkserver import ForkServer
 from recovery.pool import NoWorkerLeft
-from tests.harness import Outcome, Started, plain_training, run_command, run_pool
+from tests.harness import Outcome, Started, plain_training, run_command, run_pool, run_workers
 from tests.test_parity import MODELS, check, settings
 from tests.test_recovery import TEXTS
 
@@ -164,6 +164,37 @@ def test_bfloat16_and_many_small_spans(forkserver: ForkServer, tmp_path: Path) -
     assert found.losses == pytest.approx(plain.losses, rel=2e-2)
     held_out = [event for event in found.details[0]["events"] if event["event"] == "evaluation"]
     assert held_out[-1]["loss"] > 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_weights_and_hidden_states_travel_narrow_and_change_no_bit(
+    forkserver: ForkServer, tmp_path: Path, workers: int
+) -> None:
+    """What autocast would have made of fp32 weights on a worker that holds them: with all microbatches in one round,
+    gradients are summed in the order of a pipeline of one worker, so all bits are its own."""
+    half: dict[str, Any] = {"dtype": "bfloat16", "steps": 3}
+    plan = settings(**half, workers=1, scheduler="gpipe")
+    held = run_workers(forkserver, plan, MODELS["llama"], tmp_path / "held")
+    found = run_pool(
+        forkserver, config(workers=workers, at_once=plan.microbatches, span_mib=1, **half), MODELS["llama"], tmp_path
+    )
+    assert found.losses == held.losses
+    assert [n for n, weight in held.weights.items() if not torch.equal(found.weights[n], weight)] == []
+
+
+def test_gradients_come_back_narrow(forkserver: ForkServer, tmp_path: Path) -> None:
+    """In bfloat16 a round's sum is rounded once: near the fp32 run, not equal, and the same for every number."""
+    one, two = (
+        run_pool(
+            forkserver, config(workers=n, gradient_dtype="bfloat16", optimizer_async=True), MODELS["llama"],
+            tmp_path / str(n),
+        )
+        for n in (1, 3)
+    )  # fmt: skip
+    assert same_bits(one, two)
+    plain = reference("llama", behind=True)
+    assert one.losses != plain.losses
+    assert one.losses == pytest.approx(plain.losses, rel=2e-3)
 
 
 # ---- the command line ----

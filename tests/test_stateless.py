@@ -161,7 +161,7 @@ def test_a_gradient_that_autograd_has_put_elsewhere_is_no_gradient(
     host = Host(Channel(mine))
     host.order(1, (0, 1))
     worker.listen(PATIENCE_S)
-    worker.prepare()
+    worker.loader.prepare(worker.orders, worker.probe)
     loaded = worker.orders[0].loaded
     assert loaded is not None
     parameters = [parameter for named in loaded.parameters.values() for parameter in named.values()]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.model.families import DROPOUTS, FAMILIES, FULL_ATTENTION, SLIDING, Embedding, Head
 from pipeline.model.lora import Adapters, is_adapter, plain_name
@@ -160,6 +161,16 @@ class LayeredModel:
     def differentiated(self, layer: int) -> tuple[str, ...]:
         """The trained parameters that the layer computes with, a tied head's weight included unless it is frozen."""
         return tuple(name for name in self.shapes(layer) if name in self._trained)
+
+    def multiplied(self, layer: int) -> frozenset[str]:
+        """Full names of the weights and biases of the layer's linear maps, adapters aside: what autocast uses in its
+        own dtype alone."""
+        found: set[str] = set()
+        for path in self.paths(layer).values():
+            for inner, module in self._adapted.get(path, self.module(path)).named_modules(prefix=path):
+                if isinstance(module, nn.Linear | Conv1D):
+                    found.update(self.full_name(inner, name) for name, _ in module.named_parameters(recurse=False))
+        return frozenset(name for name in found if not is_adapter(name))
 
     @cached_property
     def learning(self) -> frozenset[int]:

@@ -69,7 +69,7 @@ class DeviceSlot:
         return self._driver.tensor(Held(self._whole.address, size, let_go, self._whole))
 
 
-class DeviceMemory:
+class DeviceSlots:
     """Slots in the memory of a device."""
 
     def __init__(self, driver: Driver) -> None:

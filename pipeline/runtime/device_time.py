@@ -24,6 +24,17 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
+        self._began_s, self._began = time.monotonic(), self.mark()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued for the device."""
+        return self._stream is None or self._stream.query()
+
+    def at(self, mark: Mark) -> float:
+        """A moment in seconds of time.monotonic; waits for it. Of a device, exact if it was idle at the beginning."""
+        return self._began_s + self.seconds(self._began, mark)
+
     def mark(self) -> Mark:
         """The moment at which all work that has been queued so far is done."""
         if self._stream is None:

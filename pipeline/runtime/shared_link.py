@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.message import HEADER_BYTES, Header, Shape, Timing
-from pipeline.runtime.slots import AtOnce, Bell, HostMemory, Memory, OwnSlot, Queued
+from pipeline.runtime.slots import AtOnce, Bell, HostSlots, Memory, OwnSlot, Queued
 from pipeline.schedule.ops import Op
 
 _WORDS = struct.Struct("<qqq")  # what, then by that: FULL, FREE: a slot, and whether it has pages; WANT: two counts
@@ -47,7 +47,7 @@ class SharedLink:
     ) -> None:  # fmt: skip
         """`memory` is where slots lie, at both ends (the host's), and `copies` what fills them (the CPU)."""
         self.peer, self._end, self._mailbox = peer, end, mailbox
-        self._memory, self._copies = memory or HostMemory(), copies or AtOnce()
+        self._memory, self._copies = memory or HostSlots(), copies or AtOnce()
         self._size, self._timing = max(1, max_bytes), Timing(shape)
         self._bell = Bell()
         self._lock = threading.Lock()

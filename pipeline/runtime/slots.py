@@ -113,7 +113,7 @@ class HostSlot:
         return torch.frombuffer(hold(self._pinned or self._memory, size, let_go), dtype=torch.uint8)
 
 
-class HostMemory:
+class HostSlots:
     """Slots in host memory; `pinned` where a CUDA device copies from and to it."""
 
     def __init__(self, pinned: bool = False) -> None:

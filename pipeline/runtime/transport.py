@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.cuda_driver import CudaDriver
-from pipeline.runtime.device_slots import DeviceMemory, Reach
+from pipeline.runtime.device_slots import DeviceSlots, Reach
 from pipeline.runtime.groups import GroupBuilder
 from pipeline.runtime.link import Engines, Link
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.message import HEADER_BYTES, Shape
 from pipeline.runtime.shared_link import SharedLink
-from pipeline.runtime.slots import AtOnce, HostMemory, Memory, Queued
+from pipeline.runtime.slots import AtOnce, HostSlots, Memory, Queued
 from pipeline.schedule.ops import Op, Span
 
 
@@ -79,8 +79,8 @@ class Transport:
     def _memory(self, device: torch.device, mine: Reach, other: Reach) -> Memory:
         """That of the devices, if each can reach the other's; else the host's."""
         if device.type == "cuda" and mine.meets(other):
-            return DeviceMemory(CudaDriver(device))
-        return HostMemory(pinned=device.type == "cuda")
+            return DeviceSlots(CudaDriver(device))
+        return HostSlots(pinned=device.type == "cuda")
 
     def _copying(self, device: torch.device) -> AtOnce | Queued:
         if self._copies is None:

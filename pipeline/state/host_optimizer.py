@@ -84,17 +84,20 @@ class HostOptimizer(LayerStates):
         """A layer's weights are there, after so many updates; `read` are those of the update before, if they differ."""
         self.updates = updates
         self.store["version/param"][layer] = updates
+        for key in self.model.keys(layer):
+            self.store.publish("param", key, self.store[f"param/{key}"])
         for side in (0, 1) if self.behind else ():
             behind = (updates + side) % 2 == 1  # the side that the iteration to come reads
             for key in self.model.trainable(layer):
                 given = read.get(key) if behind else None
-                self.store[f"read{side}/{key}"].copy_(self.store[f"param/{key}"] if given is None else given)
+                self.store.publish(f"read{side}", key, self.store[f"param/{key}"] if given is None else given)
             self.store[f"version/read{side}"][layer] = max(0, updates - 1) if behind else updates
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """See LayerStates; under an optimizer that is behind also `read/NAME`, what is read next."""
         side = (self.updates + 1) % 2
-        read = {f"read/{key}": self.store[f"read{side}/{key}"] for key in self.model.trainable(layer) if self.behind}
+        keys = self.model.trainable(layer) if self.behind else ()
+        read = {f"read/{key}": self.store.read(f"read{side}", key) for key in keys}
         return super().tensors(layer) | read
 
     def load(self, layer: int, tensors: Mapping[str, Tensor], step: int, generation: int) -> None:
@@ -181,9 +184,10 @@ class HostOptimizer(LayerStates):
         for layer in range(self.model.num_layers):
             for state in self.owned(layer):
                 state.apply(scale, lr)
+            for key in self.model.trainable(layer):
+                for kind in {"param", source}:
+                    self.store.publish(kind, key, self.store[f"param/{key}"])
             if self.behind:
-                for key in self.model.trainable(layer):
-                    self.store[f"{source}/{key}"].copy_(self.store[f"param/{key}"])
                 self.store[f"version/{source}"][layer] = self.updates + 1
             self.store["version/param"][layer] = self.updates + 1
             self._told("updated", (step, layer))

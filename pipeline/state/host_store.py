@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,9 @@ class Placed(Protocol):
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Name -> place of every tensor of a store. All are fp32 but `version/*` and `tally/*`, which are int64.
+    """Name -> place of every tensor of a store. All are fp32 but `version/*` and `tally/*`, which are int64, and what
+    goes to and from devices: hidden states and the weights of linear maps are in the dtype that is computed in, and
+    blocks of gradients in that of `gradients`. Such weights are copies, `narrow-*`, of those that are updated.
 
     `batch` x `sequence` is the shape of a microbatch; `blocks` how many gradient blocks there are. `tally/B` says what
     block B holds: the order that it was written for, and how often each microbatch was added to it. With `behind`, two
@@ -64,6 +66,8 @@ class StoreLayout:
     sequence: int
     blocks: int
     behind: bool = False
+    compute: torch.dtype = torch.float32
+    gradients: torch.dtype = torch.float32
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
@@ -76,9 +80,18 @@ class StoreLayout:
         """Elements of the largest gradient of a span."""
         return max(self.gradient_size(span) for span in (self.cut.fused, *self.cut.backward))
 
-    def weight_size(self, span: Span) -> int:
-        """Elements of all that the layers of a span compute with, a tied head's weight included."""
-        return sum(math.prod(shape) for layer in range(*span) for shape in self.model.shapes(layer).values())
+    def travels(self, layer: int) -> dict[str, torch.dtype]:
+        """Full name of all that a layer computes with, a tied head's weight included -> what it goes to a device in."""
+        narrow = self.model.multiplied(layer)
+        return {n: self.compute if n in narrow else torch.float32 for n in self.model.shapes(layer)}
+
+    def weight_bytes(self, span: Span) -> int:
+        """Bytes of these, for all layers of a span."""
+        return sum(
+            _aligned(dtype.itemsize * math.prod(self.model.shapes(layer)[name]))
+            for layer in range(*span)
+            for name, dtype in self.travels(layer).items()
+        )
 
     def gradient_size(self, span: Span) -> int:
         """Elements of the gradient of what is trained among that."""
@@ -89,37 +102,49 @@ class StoreLayout:
         return {name: shapes[name] for name in self.model.differentiated(layer)}
 
     @cached_property
-    def places(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Name -> (offset in bytes, shape)."""
-        found: dict[str, tuple[int, tuple[int, ...]]] = {}
+    def places(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+        """Name -> (offset in bytes, shape, dtype)."""
+        found: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
         at = 0
 
-        def place(name: str, shape: tuple[int, ...], width: int = 4) -> None:
+        def place(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
             nonlocal at
-            found[name] = at, shape
-            at += -(-width * math.prod(shape) // ALIGN) * ALIGN
+            found[name] = at, shape, dtype
+            at += _aligned(dtype.itemsize * math.prod(shape))
 
         model, layers = self.model, range(self.model.num_layers)
         kinds = ("param", *(("read0", "read1") if self.behind else ()), "exp_avg", "exp_avg_sq")
         for kind in kinds[:-2]:
-            place(f"version/{kind}", (model.num_layers,), 8)
+            place(f"version/{kind}", (model.num_layers,), torch.int64)
         for kind in kinds:
             for layer in layers:
                 shapes = model.shapes(layer)
                 for key in model.keys(layer) if kind == "param" else model.trainable(layer):
-                    place(f"{kind}/{key}", shapes[key])
+                    if not kind.startswith("read") or torch.float32 in self._in[key]:
+                        place(f"{kind}/{key}", shapes[key])
+                    if kind in kinds[:-2] and self._in[key] != {torch.float32}:
+                        place(f"narrow-{kind}/{key}", shapes[key], self.compute)
         for layer in layers:
             place(f"grad/{layer}", (self.gradient_size((layer, layer + 1)),))
         for block in range(self.blocks):
-            place(f"block/{block}", (self.block_size,))
-            place(f"tally/{block}", (1 + self.microbatches,), 8)
+            place(f"block/{block}", (self.block_size,), self.gradients)
+            place(f"tally/{block}", (1 + self.microbatches,), torch.int64)
         hidden = (self.batch, self.sequence, model.hidden_size)
         for side in range(2 if self.behind else 1):
             for m in range(self.microbatches):
                 for boundary in self.boundaries:
-                    place(f"x{side}/{m}/{boundary}", hidden)
-                    place(f"dx{side}/{m}/{boundary}", hidden)
-        found[""] = at, ()
+                    place(f"x{side}/{m}/{boundary}", hidden, self.compute)
+                    place(f"dx{side}/{m}/{boundary}", hidden, self.compute)
+        found[""] = at, (), torch.uint8
+        return found
+
+    @cached_property
+    def _in(self) -> dict[str, set[torch.dtype]]:
+        """Weight -> what it goes to devices in: a tied one in both."""
+        found: dict[str, set[torch.dtype]] = {}
+        for layer in range(self.model.num_layers):
+            for name, dtype in self.travels(layer).items():
+                found.setdefault(name, set()).add(dtype)
         return found
 
     @property
@@ -128,23 +153,31 @@ class StoreLayout:
         return self.places[""][0]
 
     def weight_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
-        """Layer -> name -> its part of the flat weights that begin with those of the first of `layers`."""
-        return _views({layer: self.model.shapes(layer) for layer in layers}, flat)
+        """Layer -> name -> its part of the bytes that begin with the weights of the first of `layers`."""
+        views: dict[int, dict[str, Tensor]] = {}
+        at = 0
+        for layer in layers:
+            shapes, views[layer] = self.model.shapes(layer), {}
+            for name, dtype in self.travels(layer).items():
+                size = dtype.itemsize * math.prod(shapes[name])
+                views[layer][name] = flat[at : at + size].view(dtype).view(shapes[name])
+                at += _aligned(size)
+        return views
 
     def gradient_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
         """Layer -> name of what is trained -> its part of a flat gradient that begins with the first of `layers`."""
-        return _views({layer: self._differentiated(layer) for layer in layers}, flat)
+        views: dict[int, dict[str, Tensor]] = {}
+        at = 0
+        for layer in layers:
+            views[layer] = {}
+            for name, shape in self._differentiated(layer).items():
+                views[layer][name] = flat[at : at + math.prod(shape)].view(shape)
+                at += math.prod(shape)
+        return views
 
 
-def _views(shapes: Mapping[int, Mapping[str, tuple[int, ...]]], flat: Tensor) -> dict[int, dict[str, Tensor]]:
-    views: dict[int, dict[str, Tensor]] = {}
-    at = 0
-    for layer, named in shapes.items():
-        views[layer] = {}
-        for name, shape in named.items():
-            views[layer][name] = flat[at : at + math.prod(shape)].view(shape)
-            at += math.prod(shape)
-    return views
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
 
 
 def store_path(out: Path) -> Path:
@@ -224,14 +257,26 @@ class HostStore(HostMemory):
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name, where it lies. Raises KeyError."""
-        offset, shape = self.layout.places[name]
-        kind = torch.int64 if name.startswith(("version/", "tally/")) else torch.float32
-        return self.view(offset, shape, kind)
+        return self.view(*self.layout.places[name])
 
     def weights(self, layer: int, kind: str = "param") -> dict[str, Tensor]:
-        """Full name -> weight of all that a layer computes with; `kind`, of what is trained: param, read0 or read1."""
+        """Full name -> weight of all that a layer computes with, as it travels; `kind`, of what is trained: param,
+        read0 or read1."""
         trained = self.layout.model.differentiated(layer)
-        return {n: self[f"{kind if n in trained else 'param'}/{n}"] for n in self.layout.model.shapes(layer)}
+        return {
+            n: self[f"{'' if dtype == torch.float32 else 'narrow-'}{kind if n in trained else 'param'}/{n}"]
+            for n, dtype in self.layout.travels(layer).items()
+        }
+
+    def publish(self, kind: str, key: str, weight: Tensor) -> None:
+        """Have a weight read as this from now on, in every dtype in which it travels."""
+        for name in (f"{kind}/{key}", f"narrow-{kind}/{key}"):
+            if name in self.layout.places and (place := self[name]).data_ptr() != weight.data_ptr():
+                place.copy_(weight)
+
+    def read(self, kind: str, key: str) -> Tensor:
+        """A weight as it is read, in the widest dtype in which it travels."""
+        return self[f"{kind}/{key}" if f"{kind}/{key}" in self.layout.places else f"narrow-{kind}/{key}"]
 
     def lacks(self, block: int, order: int, microbatches: Sequence[int]) -> str:
         """What is wrong with a gradient block that was written for an order, or "": every one of its microbatches must
