@@ -26,7 +26,11 @@ def test_a_device_that_does_not_tell_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(devices.subprocess, "run", told(text))
     with pytest.raises(ConfigError, match=r"span_mib is 0, but what memory the CUDA devices have is not known"):
         device_bytes()
-    monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: subprocess.run(["/nonexistent"]))
+
+    def missing(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(devices.subprocess, "run", missing)
     with pytest.raises(ConfigError, match="allowed: the MiB that the weights of a span may take"):
         device_bytes()
 
