@@ -160,7 +160,7 @@ class Offload:
                 for _ in range(placement.in_flight)
             ]
         except BaseException:
-            self._copies.close()
+            self.close()
             raise
         self._free = deque((buffer, self._mark()) for buffer in range(placement.in_flight))
         self._fill()
@@ -172,6 +172,10 @@ class Offload:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let what is being copied come to its end, if it does."""
         self._copies.close(min(10.0, self._deadline_s))
 
     @property
