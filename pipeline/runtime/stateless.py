@@ -23,6 +23,8 @@ from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
 from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.copy_engine import LATER, URGENT, CopyEngine
 from pipeline.runtime.orders import Gradient, Loaded, Order
+from pipeline.runtime.peak_flops import Capability
+from pipeline.runtime.peak_memory import peak_memory
 from pipeline.runtime.probe import READING, Probe, Unprobed
 from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.layout import EVALUATE, TRAIN
@@ -69,7 +71,7 @@ class StatelessWorker:
 
     def serve(self) -> None:
         """Answer orders until the host says that it is over. Raises PoolClosed when the host is gone."""
-        self.tell(hello=self.id)
+        self.tell(hello=self.id, capability=Capability.of(self.settings, self.id).as_json())
         try:
             while True:
                 while not self.orders:
@@ -227,7 +229,8 @@ class StatelessWorker:
                 self.commit(order, gradient)
         self.probe("commit", order.step)
         self.running = None  # what has been told cannot be recalled
-        self.tell(unit=order.id, version=order.loaded.version, events=order.events, held=self.most_held)
+        memory = peak_memory(self.device).as_json()
+        self.tell(unit=order.id, version=order.loaded.version, events=order.events, held=self.most_held, memory=memory)
         self.probe("committed", order.step)
 
     @contextmanager
