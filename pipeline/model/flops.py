@@ -84,9 +84,7 @@ class ModelFlops:
         told = checked(values, what, kinds=list, layers=list, learning=list)
         kinds, layers = listed(told["kinds"], what, numbers), numbers(told["layers"])
         if any(len(kind) != 3 for kind in kinds) or max(layers, default=0) >= len(kinds):
-            raise WireError(
-                f"{what} are {told!s:.80}; expected three numbers of each kind, and the kind of each layer"
-            )
+            raise WireError(f"{what} are {told!s:.80}; expected three numbers of each kind, and the kind of each layer")
         return cls(tuple(LayerFlops(*kinds[each]) for each in layers), frozenset(numbers(told["learning"])))
 
 
