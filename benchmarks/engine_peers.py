@@ -412,7 +412,7 @@ def threads(peer: str, workers: int) -> int:
 
 def show(found: dict[str, Any], work: Work, options: argparse.Namespace) -> None:
     """Print the figures of a run."""
-    found = speed_and_memory(found, work, options.peak_tflops) | found
+    found = {**found, **speed_and_memory(found, work, options.peak_tflops), **found}  # what it says itself stands
     if options.json:
         print(json.dumps(found))
         return

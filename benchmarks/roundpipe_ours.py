@@ -57,6 +57,17 @@ class PoolJob(WorkJob):
         """The first sample of a step."""
         return step * self.work.microbatches * self.work.batch
 
+    @property
+    def carried(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def prepare(self, engine: Any, step: int) -> None:
+        """All is there."""
+
+    def committed(self, step: int, means: Any) -> None:
+        """Nothing follows from it."""
+
 
 def jobs(config: TrainConfig, step: int, sample: int) -> dict[str, Any]:
     """The work that lies in the run's folder."""

@@ -78,8 +78,8 @@ def omitted(out: Path, stages: int, blocks: int) -> dict[str, float]:
 def run(
     forkserver: ForkServer, folder: Path, network: Path, job: dict[str, Any], options: argparse.Namespace, peak: Peak
 ) -> Any:
-    """One run to its end: its curve, its step, FLOP/s and memory, and its perplexities. Raises RuntimeError with what it
-    said."""
+    """One run to its end: its curve, its step, FLOP/s and memory, and its perplexities. Raises RuntimeError with what
+    it said."""
     stages, blocks = job["stages"], SETTINGS[job["stages"]][2]
     with finished(forkserver, folder, arguments(folder, network, job, options)) as (records, out):
         return {

@@ -1,10 +1,11 @@
 """What a benchmark says of speed and memory beside tokens a second: model FLOP/s, their share of a stated peak, bytes.
 
-    python benchmarks/utilisation.py --threads 2      # the peak of so many threads, in TFLOP/s
+    python benchmarks/utilisation.py      # the peak of a thread, in TFLOP/s
 
 Model FLOPs are counted as in metrics.jsonl (pipeline/model/flops.py). The peak of a CPU is measured, in the same run as
-what is held against it and in a process of its own: the best rate of fp32 products of two square matrices, on as many
-threads as the contender has, at most one a core. That of a GPU is its data sheet's (pipeline/runtime/peak_flops.py).
+what is held against it and in processes of its own: as many as the contender has threads, at most one a core, form fp32
+products of two square matrices at once on a thread each, and the best rates of all are added up. That of a GPU is its
+data sheet's (pipeline/runtime/peak_flops.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pipeline.model.layered import LayeredModel
 from pipeline.runtime.peak_flops import known_peak, products_of
 from pipeline.runtime.peak_memory import PEAK_BYTES, PeakMemory, told
 
-SIZE, SECONDS, LEAST = 1024, 1.0, 3
+SIZE, SECONDS, LEAST, DEADLINE_S = 1024, 1.0, 3, 120.0
 
 Peak = Mapping[str, Any]
 """`peak_tflops`, None where it is not known, and `peak_of`: what it is the peak of, and how that is known."""
@@ -43,9 +44,9 @@ def step_flops(config: PreTrainedConfig, microbatches: int, batch: int, sequence
     return microbatches * ModelFlops.of(model, batch, sequence).microbatch(range(model.num_layers))
 
 
-def products(threads: int) -> float:
-    """FLOP/s of this process with so many threads: the best of all products in SECONDS, of at least LEAST."""
-    torch.set_num_threads(threads)
+def products() -> float:
+    """FLOP/s of a thread: the best of all products in SECONDS, of at least LEAST."""
+    torch.set_num_threads(1)
     a, b, rates, until = torch.rand(SIZE, SIZE), torch.rand(SIZE, SIZE), list[float](), time.monotonic() + SECONDS
     while time.monotonic() < until or len(rates) < LEAST:
         began = time.perf_counter()
@@ -57,11 +58,19 @@ def products(threads: int) -> float:
 def cpu_peak(threads: int) -> Peak:
     """That of all workers of a contender, which have so many threads together."""
     count = min(threads, len(os.sched_getaffinity(0)))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(count)}
-    command = [sys.executable, __file__, "--threads", str(count)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    each = [
+        subprocess.Popen([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    try:
+        rates = [json.loads(process.communicate(timeout=DEADLINE_S)[0])["peak_tflops"] for process in each]
+    finally:
+        for process in each:
+            process.kill()
+            process.wait()
     about = f"fp32 products of {SIZE} x {SIZE} on {count} CPU thread(s), measured in this run"
-    return {"peak_tflops": json.loads(found.stdout)["peak_tflops"], "peak_of": about}
+    return {"peak_tflops": sum(rates), "peak_of": about}
 
 
 def gpu_peak(device: torch.device, devices: int = 1, autocast: torch.dtype | None = None) -> Peak:
@@ -104,9 +113,8 @@ def middle(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    print(json.dumps({"threads": options.threads, "peak_tflops": products(options.threads) / 1e12}))
+    parser.parse_args()
+    print(json.dumps({"peak_tflops": products() / 1e12}))
     return 0
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from benchmarks.utilisation import gpu_peak, middle, of_run, reached, step_flops
 from jobs.pipeline_engine import PipelineEngine
 from pipeline.model.flops import LayerFlops, ModelFlops
 from pipeline.model.layered import LayeredModel
@@ -266,3 +267,24 @@ def test_a_record_says_the_most_of_one_and_all_together() -> None:
     assert PeakMemory(5, 20).up_to(PeakMemory(7, 10)) == PeakMemory(7, 20)
     with pytest.raises(WireError, match="memory"):
         PeakMemory.from_json({"host": 1.5, "device": 0})
+
+
+# ---- what benchmarks say ----
+
+
+def test_what_a_benchmark_says_of_its_speed_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("llama")
+    flops = step_flops(config, 4, BATCH, SEQUENCE)
+    assert flops == 4 * 3 * hand_count(LayeredModel(config))
+    peak = {"peak_tflops": 0.5, "peak_of": "a stone"}
+    assert reached(0.25e12, 2.0, peak) == {"tflops": 0.125, "mfu": 0.25, **peak}
+    lines = [{"tflops": rate, "peak_host_bytes": size, "peak_host_bytes_sum": 2 * size}
+             for rate, size in ((9.0, 7), (0.1, 5), (0.2, 6), (0.3, 5))]  # fmt: skip
+    found = of_run(lines, peak, 1)
+    assert found == {"tflops": 0.2, "mfu": 0.4, **peak, "peak_host_bytes": 7, "peak_host_bytes_sum": 14}
+    faster = {**found, "tflops": 0.4, "mfu": 0.8, "peak_host_bytes": 3}
+    assert middle([found, faster]) == {**found, "tflops": pytest.approx(0.3), "mfu": pytest.approx(0.6)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert gpu_peak(torch.device("cuda"), 2)["peak_tflops"] == pytest.approx(2 * 66.9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a toaster")
+    assert reached(1e12, 1.0, gpu_peak(torch.device("cuda")))["mfu"] is None
