@@ -39,6 +39,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 
 from benchmarks.checkfree_report import picture, print_report, summarise  # noqa: E402
 from benchmarks.runs import command, finished, llama  # noqa: E402
+from benchmarks.utilisation import Peak, cpu_peak, of_run  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
 
 RATES = json.loads((Path(__file__).parent / "data" / "checkfree_paper.json").read_text())
@@ -48,14 +49,17 @@ ARMS = {  # name -> (recovery, stages that are hit)
     "checkfree+": ("checkfree+", MIDDLE), "copy": ("copy", MIDDLE), "random": ("random", MIDDLE),
     "checkfree+, all stages": ("checkfree+", ALL),
 }  # fmt: skip
+WORKERS = 7
 JUMP = 10  # steps before the end
 
 
-def run(forkserver: ForkServer, folder: Path, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    forkserver: ForkServer, folder: Path, job: dict[str, Any], options: argparse.Namespace, peak: Peak
+) -> dict[str, Any]:
     """One run to its end: its curve, its failures and what it cost. Raises RuntimeError with what it said."""
     recovery, seed = job["recovery"], job["seed"]
     arguments = [
-        "--workers", "7", "--ends", "apart", "--model", str(llama(folder, 6)),
+        "--workers", str(WORKERS), "--ends", "apart", "--model", str(llama(folder, 6)),
         "--tokenizer", "bytes", "--max-tokens", "1000000", "--sequence-length", "64", "--microbatches", "2",
         "--microbatch-size", "4", "--steps", str(job.get("steps", options.steps)), "--warmup", "20", "--lr", "2e-3",
         "--threads", "1", "--evaluate-every", str(options.every), "--evaluate-samples", "64", "--sample-tokens", "0",
@@ -66,7 +70,7 @@ def run(forkserver: ForkServer, folder: Path, job: dict[str, Any], options: argp
         losses = {"losses": [step["loss"] for step in records.metrics]} if job["arm"].startswith("jump") else {}
         return {
             "curve": records.curve, **losses, "seconds": records.curve[-1][1],
-            "step_s": statistics.median(records.steps_s),
+            "step_s": statistics.median(records.steps_s), **of_run(records.metrics, peak),
             "faults": sum(e["event"] == "fault" for e in records.events),
             "replayed": sum(e.get("steps_lost", 0) for e in records.events if e["event"] == "rolled_back"),
         }  # fmt: skip
@@ -105,7 +109,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    forkserver = ForkServer(command)
+    forkserver, peak = ForkServer(command), cpu_peak(WORKERS)
     console, runs, failed = Console(stderr=True), list[dict[str, Any]](), list[str]()
     columns = (
         SpinnerColumn(),
@@ -120,7 +124,7 @@ def main() -> int:
         for job in jobs:
             progress.update(task, description=f"seed {job['seed']}, {job['arm']}, rate {job['rate']}")
             try:
-                runs.append({**job, **run(forkserver, Path(folder), job, options)})
+                runs.append({**job, **run(forkserver, Path(folder), job, options, peak)})
             except RuntimeError as error:
                 failed.append(str(error))
                 console.print(f"[red]{error}")

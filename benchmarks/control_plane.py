@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from pipeline.runtime.peak_flops import Capability
+from pipeline.runtime.peak_memory import PeakMemory
 from pipeline.runtime.step_commit import Combine, Vote, agree
 from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.layout import EVALUATE, TRAIN, Layout, sends
@@ -110,7 +112,8 @@ class Members:
 
         def payload(worker: int) -> dict[str, Any]:
             losses = {m: {"text": torch.tensor(2.0 + m / 7)} for m in mine.get(worker, ())}
-            return Vote(losses, dict.fromkeys(owned.get(worker, ()), 0.1234567), {"stop": False}).as_json()
+            squares, memory = dict.fromkeys(owned.get(worker, ()), 0.1234567), PeakMemory(5 << 30, 70 << 30)
+            return Vote(losses, squares, {"stop": False}, 0.5, memory).as_json()
 
         def combine(votes: Any) -> dict[str, Any]:
             return vars(agree(7, terms, states, votes)) | {}
@@ -143,6 +146,7 @@ class Members:
                 "position": None if came else position, "last": None, "norms": {} if came else norms,
                 "links": [] if came else sorted(peers[worker] - set(after.joined)),
                 "sums": {} if came else {part: 7 for part, workers in parts.items() if worker in workers},
+                "capability": Capability(f"cpu of worker {worker}").as_json(),
             }  # fmt: skip
 
         def copies(worker: int) -> dict[str, Any]:

@@ -45,6 +45,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 
 from benchmarks.elastic_peers import chosen, peers  # noqa: E402
 from benchmarks.runs import command, finished  # noqa: E402
+from benchmarks.utilisation import cpu_peak, middle, of_run  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
 from launch.run_folder import read_jsonl  # noqa: E402
 from recovery import checkpoint  # noqa: E402
@@ -234,7 +235,7 @@ def market(
 ) -> dict[str, Any]:  # fmt: skip
     """A run on machines that come and go, beside the ideal, and beside a calm one; its sizes.svg goes to `picture`."""
     chance, folder = random.Random(seed), Path(tempfile.mkdtemp(prefix="elastic-"))
-    speed = rates(forkserver, machines)
+    speed, peak = rates(forkserver, machines), cpu_peak(machines)
     flags = [
         *SAME, "--workers", f"1:{machines}", "--cooldown", "1", "--heartbeat", "2", "--snapshot", "neighbour",
         "--checkpoint-every", "50", "--max-failures", "100000",
@@ -263,7 +264,7 @@ def market(
         sizes.append((time.monotonic() - began, 0))
         committed = run.lines("ledger")[-1]["step"] - first
         last = run.stop()
-        ledger, events = run.lines("ledger"), run.lines("events")
+        ledger, events, metrics = run.lines("ledger"), run.lines("events"), run.lines("metrics")
         if picture is not None and (run.out / "sizes.svg").exists():
             shutil.copy(run.out / "sizes.svg", picture)
         ended = checkpoint.find(run.out / "checkpoints").path
@@ -285,7 +286,7 @@ def market(
         "steps_again": len(ledger) - len(standing(ledger)),
         "rollbacks": sum(e["event"] == "rolled_back" for e in events),
         "sizes": [e["workers"] for e in events if e["event"] == "resized"],
-        "tokens_per_s": {n: round(rate) for n, rate in speed.items()},
+        "tokens_per_s": {n: round(rate) for n, rate in speed.items()}, **of_run(metrics, peak),
     }  # fmt: skip
 
 
@@ -300,6 +301,7 @@ KINDS = {
 def costs(forkserver: ForkServer, rounds: int, advance: Callable[[float], None]) -> dict[str, Any]:
     """Tokens a second of llama-2m on two workers, by kind, as a share of the plain run of the same round."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    peak, used = cpu_peak(2), dict[str, list[dict[str, Any]]]()
     for number in range(rounds):
         for kind in list(KINDS) if number % 2 == 0 else reversed(KINDS):
             with tempfile.TemporaryDirectory(prefix="elastic-") as folder:
@@ -307,11 +309,13 @@ def costs(forkserver: ForkServer, rounds: int, advance: Callable[[float], None])
                 flags += ["--steps", "30", "--checkpoint-every", "0", *MODEL[6:], *KINDS[kind]]
                 with finished(forkserver, Path(folder), flags) as (records, _):
                     found[kind].append(1 / statistics.median(records.steps_s[5:]))
+                    used.setdefault(kind, []).append(of_run(records.metrics, peak, 5))
         advance(number + 1)
     shares = {kind: [v / p for v, p in zip(found[kind], found["plain"], strict=True)] for kind in KINDS}
     return {
         "rounds": rounds,
-        **{kind: {"median": round(statistics.median(s), 3), "least": round(min(s), 3), "most": round(max(s), 3)}
+        **{kind: {"median": round(statistics.median(s), 3), "least": round(min(s), 3), "most": round(max(s), 3),
+                  **middle(used[kind])}
            for kind, s in shares.items()},
     }  # fmt: skip
 

@@ -10,8 +10,10 @@ best peer is the fastest pipeline engine of that round. The bound is one thread'
 (or cores, if fewer): a pipeline without any bubble or overhead. Plain PyTorch on one thread and on all cores is shown,
 but is no pipeline. Peak memory is of the timed steps, libraries included; of these a forked worker of ours shares some
 pages with its parent, so `grown_bytes` in the JSON leaves out what was there before. That the losses agree, step by
-step, shows that all did the same work. A contender that fails is reported with its error and costs only itself. Writes
-engine.json and engine.svg. At full size a round takes about a quarter of an hour on two cores, which must be idle.
+step, shows that all did the same work. `tflops` are model FLOP/s, `mfu` their share of the fp32 products that as many
+threads do at best, measured at the start of each round (utilisation.py). A contender that fails is reported with its
+error and costs only itself. Writes engine.json and engine.svg. At full size a round takes about a quarter of an hour on
+two cores, which must be idle.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_peers import PEERS, Work
+from engine_peers import PEERS, Work, threads
 from engine_report import goals, picture, print_report, summarise
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from utilisation import Peak, cpu_peak
 
 from schedulers import PLANNERS
 
@@ -52,22 +55,27 @@ START_S, GRACE_S = 60.0, 20.0
 Run = dict[str, Any]
 
 
-def command(name: str, work: Work, options: argparse.Namespace) -> list[str]:
+def command(name: str, work: Work, options: argparse.Namespace, peak: Peak) -> list[str]:
     """What runs a contender in processes of its own."""
     ours = name in OURS
     script = HERE / ("engine_ours.py" if ours else "engine_peers.py")
     who = f"--scheduler={name.removeprefix('ours_')}" if ours else f"--peer={name}"
     shared = [f"--{key}={getattr(options, key)}" for key in ("workers", "steps", "warmup", "deadline")]
     sizes = [f"--{key}={value}" for key, value in asdict(work).items()]
-    return [sys.executable, str(script), who, *shared, *sizes, f"--parent={os.getpid()}", "--json"]
+    shared += [f"--peak-tflops={peak['peak_tflops']}", f"--parent={os.getpid()}"]
+    return [sys.executable, str(script), who, *shared, *sizes, "--json"]
 
 
-def run(name: str, work: Work, options: argparse.Namespace) -> Run:
+def run(name: str, work: Work, options: argparse.Namespace, peak: Peak) -> Run:
     """Run a contender once. What it printed; or its name and an error, whatever went wrong."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            command(name, work, options), env=environment, stdout=subprocess.PIPE, stderr=said, start_new_session=True
+            command(name, work, options, peak),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            start_new_session=True,
         )
         try:
             out, _ = process.communicate(timeout=options.deadline + START_S)
@@ -78,7 +86,8 @@ def run(name: str, work: Work, options: argparse.Namespace) -> Run:
         lines = out.decode(errors="replace").splitlines()
         found = next((json.loads(line) for line in reversed(lines) if line.startswith('{"peer"')), None)
         if found is not None:
-            return {**found, "peer": name, **({"error": tidy(found["error"])} if "error" in found else {})}
+            told = {"error": tidy(found["error"])} if "error" in found else peak
+            return {**found, "peer": name, **told}
         said.seek(0)
         words = " | ".join(said.read().decode(errors="replace").strip().splitlines()[-4:])[-1200:]
     return {"peer": name, "error": tidy(f"ended with {process.returncode}: {words or 'and said nothing'}")}
@@ -164,10 +173,12 @@ def main() -> int:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=options.rounds * len(options.only))
         for round_ in range(options.rounds):
+            counts = {name: threads(name, 1 if name == "one_thread" else options.workers) for name in options.only}
+            peaks = {count: cpu_peak(count) for count in sorted(set(counts.values()))}
             for name in order(options.only, round_):
                 progress.update(task, description=f"round {round_ + 1}: {name}")
                 began, load = time.monotonic(), os.getloadavg()[0]
-                found = run(name, work, options)
+                found = run(name, work, options, peaks[counts[name]])
                 runs.append({**found, "round": round_, "wall_s": time.monotonic() - began, "load_before": load})
                 progress.advance(task)
                 console.print(said(runs[-1]), highlight=False)

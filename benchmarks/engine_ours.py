@@ -263,7 +263,9 @@ def figures(name: str, work: Work, schedule: Schedule, found: Sequence[dict[str,
     }
 
 
-def alone(options: argparse.Namespace, name: str, entry: Entry, train: Callable[[ForkServer], dict[str, Any]]) -> int:
+def alone(
+    options: argparse.Namespace, work: Work, name: str, entry: Entry, train: Callable[[ForkServer], dict[str, Any]]
+) -> int:
     """Train with forked workers that run `entry`, and print the figures, or the error, as the peers do."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -276,7 +278,7 @@ def alone(options: argparse.Namespace, name: str, entry: Entry, train: Callable[
         return 1
     finally:
         forkserver.close()
-    show(found, options.json)
+    show(found, work, options)
     return 0
 
 
@@ -289,7 +291,7 @@ def main() -> int:
         sizes = options.workers, options.steps, options.warmup, options.deadline
         return run(options.scheduler, work, *sizes, forkserver)
 
-    return alone(options, f"{PREFIX}{options.scheduler}", entry, train)
+    return alone(options, work, f"{PREFIX}{options.scheduler}", entry, train)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 Peers: torch.distributed.pipelining (GPipe, 1F1B, interleaved 1F1B, two zero-bubble schedules), DeepSpeed's
 PipelineModule, and plain PyTorch in one process on one thread or on all cores. Every worker is a process of its own on
 one thread, and layers are dealt so that the slowest worker has the least to do, the head counted. One JSON line comes
-out: tokens per second, peak memory per worker, and the loss of every step, by which a reader sees that all did the
-same work. `peak_rss_bytes` is the peak of the timed steps alone, `rss_before_bytes` what importing torch took. A peer
-that cannot run, or not before the deadline, prints {"peer": ..., "error": ...} and exits with 1.
+out: tokens per second, model TFLOP/s and their share of a measured peak, peak memory per worker, and the loss of every
+step, by which a reader sees that all did the same work. `peak_rss_bytes` is the peak of the timed steps alone,
+`rss_before_bytes` what importing torch took. A peer that cannot run, or not before the deadline, prints {"peer": ...,
+"error": ...} and exits with 1.
 """
 
 from __future__ import annotations
@@ -371,6 +372,9 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Work]:
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds until all processes are killed")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of text")
     parser.add_argument("--parent", type=int, help="end when this process does")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="of the threads of all workers; measured where it is not given"
+    )
     for field in fields(Work):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     options = parser.parse_args()
@@ -388,13 +392,34 @@ def stop_well(parent: int | None) -> None:
             sys.exit(143)
 
 
-def show(found: dict[str, Any], as_json: bool) -> None:
+def speed_and_memory(found: dict[str, Any], work: Work, peak_tflops: float | None) -> dict[str, Any]:
+    """What the figures of a run come to in model FLOP/s, of which peak, and in bytes of all workers."""
+    import utilisation  # here, so that the workers of peers import nothing of ours
+
+    flops = utilisation.step_flops(llama(work).config, work.microbatches, work.batch, work.sequence)
+    own = {name: found[name] for name in ("peak_tflops", "peak_of") if name in found}
+    peak = own or utilisation.stated(peak_tflops, threads(found["peer"], found["workers"]))
+    return {
+        **utilisation.reached(flops, work.tokens / found["tokens_per_s"], peak),
+        **utilisation.memory(found["peak_rss_bytes"]),
+    }
+
+
+def threads(peer: str, workers: int) -> int:
+    """On how many all workers of a contender compute together."""
+    return len(os.sched_getaffinity(0)) if peer == "all_cores" else workers
+
+
+def show(found: dict[str, Any], work: Work, options: argparse.Namespace) -> None:
     """Print the figures of a run."""
-    if as_json:
+    found = {**found, **speed_and_memory(found, work, options.peak_tflops), **found}  # what it says itself stands
+    if options.json:
         print(json.dumps(found))
         return
     peaks = ", ".join(f"{b / 2**20:.0f}" for b in found["peak_rss_bytes"])
     speed = f"{found['tokens_per_s']:,.0f} tokens/s"
+    if found["mfu"] is not None:
+        speed += f", {100 * found['mfu']:.1f} % of {found['peak_tflops']:.3g} TFLOP/s ({found['peak_of']})"
     print(f"{found['peer']}: {speed}, peak memory {peaks} MiB, last loss {found['loss'][-1]:.4f}")
 
 
@@ -413,7 +438,7 @@ def main() -> int:
     except PeerError as error:
         print(json.dumps({"peer": options.peer, "workers": options.workers, "error": str(error)}))
         return 1
-    show(found, options.json)
+    show(found, work, options)
     return 0
 
 

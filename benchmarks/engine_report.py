@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.drawing.svg import FAINT, INK, MUTED, RULE, document, figure, oklch, tag, text, text_width, ticks, tooltip
+from pipeline.runtime.peak_memory import PEAK_BYTES
 
 PLAIN = ("one_thread", "all_cores")
 OURS = "ours_"
@@ -76,6 +77,11 @@ def summarise(facts: Facts, runs: Sequence[Run]) -> list[Row]:
             for against, by_round in held.items():
                 ratios = [run["tokens_per_s"] / by_round[run["round"]] for run in good if run["round"] in by_round]
                 row[f"over_{against}"] = spread(ratios)
+            if "tflops" in good[0]:
+                for key in ("tflops", "mfu", "peak_tflops"):
+                    row[key] = spread([run[key] for run in good])
+                row["peak_of"] = good[0]["peak_of"]
+                row |= {key: max(run[key] for run in good) for key in PEAK_BYTES if key in good[0]}
             row["peak_bytes"] = middle([run["peak_rss_bytes"] for run in good])
             row["grown_bytes"] = middle(
                 [[a - b for a, b in zip(run["peak_rss_bytes"], run["rss_before_bytes"], strict=True)] for run in good]
@@ -128,8 +134,8 @@ def goals(facts: Facts, runs: Sequence[Run]) -> list[dict[str, Any]]:
 def print_report(console: Console, facts: Facts, rows: Sequence[Row], reached: Sequence[Mapping[str, Any]]) -> None:
     """The table, errors and goals."""
     table = Table(title=caption(facts, rows), title_justify="left")
-    for name in ("contender", "tokens/s", "min-max", "/ best peer", "/ all cores", "/ bound", "/ simulated", "peak MiB",
-                 "loss gap"):  # fmt: skip
+    for name in ("contender", "tokens/s", "min-max", "MFU", "/ best peer", "/ all cores", "/ bound", "/ simulated",
+                 "peak MiB", "loss gap"):  # fmt: skip
         table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=name != "peak MiB")
     for row in rows:
         name = row["contender"]
@@ -141,6 +147,7 @@ def print_report(console: Console, facts: Facts, rows: Sequence[Row], reached: S
         gap = row["loss_gap"]
         table.add_row(
             shown, f"{speed['median']:,.0f}", f"{speed['min']:,.0f}-{speed['max']:,.0f}",
+            f"{row['mfu']['median']:.1%}" if row.get("mfu") else "",
             ratio(row["over_best_peer"]), ratio(row["over_all_cores"]), ratio(row["over_bound"]),
             ratio(row.get("over_predicted")), " ".join(f"{b / 2**20:,.0f}" for b in row["peak_bytes"]),
             "" if gap is None else f"{gap:.0e}" if gap <= LOSS_TOLERANCE else f"[red]{gap:.0e}[/red]",

@@ -5,16 +5,17 @@
 
 What a worker takes above its rest between two steps is held against two marks. *Alone*: the activations that forwards
 leave for their backwards, which is all that was proved before. *Proved*: with messages in the mailbox, sent copies,
-buffers of links and what an op takes meanwhile (schedule/holdings.py, runtime/footprint.py of pipeline/); it must
-never be exceeded by more than ROUNDING and COUNTING. At rest a worker takes its state, and REST beside: interpreter,
-threads, gloo and MKL. Links are sockets, where all that a worker holds is its own memory; in shared memory a message
-lies in its receiver's slot, and its sender has no copy. Measured is private memory: RssAnon at rest, and at the
-fullest VmHWM (reset through /proc/self/clear_refs) less RssFile and RssShmem; both less RssAnon before anything was
-built. Each case runs under two settings of glibc's malloc. *straight*: blocks from 64 KiB on come from the system and
-go back to it at once (mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what
-is measured is what is held; the verdict is on these. *usual*: glibc's own settings, under which blocks that were freed
-are kept, more or less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and
-go, and held against their bounds. Writes memory.json.
+buffers of links and what an op takes meanwhile (schedule/holdings.py, runtime/footprint.py of pipeline/); it must never
+be exceeded by more than ROUNDING and COUNTING. At rest a worker takes its state, and REST beside: interpreter, threads,
+gloo and MKL. Links are sockets, where all that a worker holds is its own memory; in shared memory a message lies in its
+receiver's slot, and its sender has no copy. Measured is private memory: RssAnon at rest, and at the fullest VmHWM
+(reset through /proc/self/clear_refs) less RssFile and RssShmem; both less RssAnon before anything was built. Each case
+runs under two settings of glibc's malloc. *straight*: blocks from 64 KiB on come from the system and go back to it at
+once (mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what is measured is
+what is held; the verdict is on these. *usual*: glibc's own settings, under which blocks that were freed are kept, more
+or less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and go, and held
+against their bounds. Writes memory.json, with the model FLOP/s of the timed steps, their share of a measured peak, and
+all that was resident, pages of libraries and of the parent included (utilisation.py).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging
+from utilisation import Peak, cpu_peak, memory, reached, step_flops
 
 from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
@@ -102,12 +104,18 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
     rest = private()
     reset_peak()
     seen = watch(worker)
+    began = time.perf_counter()
     for number in range(payload["warmup"], payload["warmup"] + payload["steps"]):
         worker.run(schedule, job, number)
+    step_s = (time.perf_counter() - began) / payload["steps"]
     peak = status("VmHWM") - status("RssFile") - status("RssShmem")
     worker.gather({})  # nobody leaves while another still trains
     worker.transport.close()
-    return {"built": built - before, "rest": rest - before, "peak": peak - before, **seen}
+    resident = status("VmHWM")
+    return {
+        "built": built - before, "rest": rest - before, "peak": peak - before, "resident": resident,
+        "step_s": step_s, **seen,
+    }  # fmt: skip
 
 
 def private() -> int:
@@ -146,8 +154,9 @@ def watch(worker: Worker) -> dict[str, int]:
 
 
 def run(
-    scheduler: str, workers: int, recompute: bool, work: Work, options: argparse.Namespace, forkserver: ForkServer
-) -> Run:
+    scheduler: str, workers: int, recompute: bool, work: Work, options: argparse.Namespace, forkserver: ForkServer,
+    peak: Peak,
+) -> Run:  # fmt: skip
     """Train in forked workers under each malloc; what is proved and measured of each. Raises OursError."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -164,6 +173,7 @@ def run(
     report = verify(layout.train)
     return {
         "scheduler": scheduler, "workers": workers, "recompute": recompute,
+        **{malloc: speed_and_memory(figures[malloc], model, work, peak) for malloc in figures},
         "by_worker": [
             {
                 "state": proved[w].state, "alone": proved[w].most.activations,
@@ -177,6 +187,13 @@ def run(
     }  # fmt: skip
 
 
+def speed_and_memory(figures: list[dict[str, Any]], model: LayeredModel, work: Work, peak: Peak) -> dict[str, Any]:
+    """Of all workers together."""
+    flops = step_flops(model.config, work.microbatches, work.batch, work.sequence)
+    seconds = max(each["step_s"] for each in figures)
+    return {**reached(flops, seconds, peak), **memory([each["resident"] for each in figures])}
+
+
 def trained(
     folder: Path,
     work: Work,
@@ -185,7 +202,7 @@ def trained(
     malloc: str,
     options: argparse.Namespace,
     forkserver: ForkServer,
-) -> list[dict[str, int]]:
+) -> list[dict[str, Any]]:
     """The figures of each worker of a view. Raises OursError for one that fails or does not come to an end."""
     deadline = time.monotonic() + options.deadline
     with hosted_store() as (store, address):
@@ -288,6 +305,7 @@ def main() -> int:
     recompute = {"no": (False,), "yes": (True,), "both": (False, True)}[options.recompute]
     cases = list(itertools.product(options.workers, options.only, recompute))
     runs: list[Run] = []
+    peaks = {count: cpu_peak(count) for count in options.workers}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn())  # fmt: skip
     try:
@@ -296,7 +314,7 @@ def main() -> int:
             for workers, scheduler, again in cases:
                 said = f"{scheduler}, {workers} workers{', recomputing' if again else ''}"
                 progress.update(task, description=said)
-                runs.append(run(scheduler, workers, again, work, options, forkserver))
+                runs.append(run(scheduler, workers, again, work, options, forkserver, peaks[workers]))
                 progress.advance(task)
     finally:
         forkserver.close()

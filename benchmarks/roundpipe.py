@@ -5,8 +5,10 @@
 
 Contenders take turns in rounds, in processes of their own, and ratios are formed within a round. All train the same
 Llama on the same tokens; losses agree. RoundPipe recomputes what is not in the span of the loss, so its bound is that
-share of one thread's speed times the workers. The slow worker is emulated: every op of a worker takes 4 times as long
-by sleeping, of the slow one 16 times, so that four workers fit on two cores. Writes roundpipe.json.
+share of one thread's speed times the workers. `mfu` holds model FLOPs, in which recomputation does not count, against
+the fp32 products that as many threads do at best, measured at the start of each round. The slow worker is emulated:
+every op of a worker takes 4 times as long by sleeping, of the slow one 16 times, so that four workers fit on two cores.
+Writes roundpipe.json.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from engine_peers import Work
+from engine_peers import Work, threads
 from rich.console import Console
 from rich.table import Table
+from utilisation import Peak, cpu_peak
 
 from launch.roundpipe_plan import plan_roundpipe
+from pipeline.runtime.peak_memory import PEAK_BYTES
 
 HERE = Path(__file__).parent
 TINY = Work(hidden=64, intermediate=128, layers=4, heads=4, vocabulary=256, sequence=32, microbatches=4, batch=2)
@@ -49,15 +53,22 @@ SPEED: dict[str, tuple[str, ...]] = {
 RULES = ("round_robin", "ready")
 
 
-def run(arguments: Sequence[str], work: Work, steps: int, warmup: int) -> dict[str, Any]:
+def run(arguments: Sequence[str], work: Work, steps: int, warmup: int, peak: Peak) -> dict[str, Any]:
     """One contender's figures, or its error."""
     script, *flags = arguments
     sizes = [f"--{field.name}={getattr(work, field.name)}" for field in fields(work)]
-    command = [sys.executable, str(HERE / script), *flags, *sizes, f"--steps={steps}", f"--warmup={warmup}", "--json"]
+    timed = [f"--steps={steps}", f"--warmup={warmup}", f"--peak-tflops={peak['peak_tflops']}"]
+    command = [sys.executable, str(HERE / script), *flags, *sizes, *timed, "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     found = next((json.loads(line) for line in reversed(done.stdout.splitlines()) if line.startswith('{"peer"')), None)
-    return found or {"error": done.stderr[-500:]}
+    return {**found, **peak} if found else {"error": done.stderr[-500:]}
+
+
+def threads_of(arguments: Sequence[str]) -> int:
+    """On how many threads a contender computes."""
+    flags = dict(flag.removeprefix("--").split("=") for flag in arguments if "=" in flag)
+    return threads(flags.get("peer", ""), int(flags.get("workers", 1)))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -69,8 +80,10 @@ def speed(options: argparse.Namespace, work: Work, console: Console) -> dict[str
     """Tokens per second, ratios and memory of every contender."""
     runs: list[dict[str, Any]] = []
     for round_ in range(options.rounds):
+        peaks = {count: cpu_peak(count) for count in sorted({threads_of(each) for each in SPEED.values()})}
         for name in random.Random(f"roundpipe/{round_}").sample(list(SPEED), len(SPEED)):
-            found = {**run(SPEED[name], work, options.steps, 1), "contender": name, "round": round_}
+            peak = peaks[threads_of(SPEED[name])]
+            found = {**run(SPEED[name], work, options.steps, 1, peak), "contender": name, "round": round_}
             runs.append(found)
             console.print(f"{name}: {found.get('tokens_per_s', found.get('error'))}", highlight=False)
     by = {(r["contender"], r["round"]): r for r in runs if "tokens_per_s" in r}
@@ -85,6 +98,9 @@ def speed(options: argparse.Namespace, work: Work, console: Console) -> dict[str
                 r["tokens_per_s"] / by[other, r["round"]]["tokens_per_s"] for r in mine if (other, r["round"]) in by
             ]
             row[f"over {other}"] = spread(ratios) if ratios else None
+        row |= {key: spread([r[key] for r in mine]) for key in ("tflops", "mfu", "peak_tflops")}
+        row["peak_of"] = mine[0]["peak_of"]
+        row |= {key: max(r[key] for r in mine) for key in PEAK_BYTES if key in mine[0]}
         row["peak_mib"] = [round(b / 2**20) for b in mine[0]["peak_rss_bytes"]]
         if "host_store_bytes" in mine[0]:
             cut = mine[0]["cut"]
@@ -101,10 +117,11 @@ def speed(options: argparse.Namespace, work: Work, console: Console) -> dict[str
 def slow(options: argparse.Namespace, work: Work, console: Console) -> dict[str, Any]:
     """One of four workers four times as slow as the others, under both rules, turn by turn."""
     seconds: dict[str, list[float]] = {rule: [] for rule in RULES}
+    peak = cpu_peak(4)
     for round_ in range(options.rounds):
         for rule in random.Random(f"slow/{round_}").sample(RULES, 2):
             flags = ("roundpipe_ours.py", "--workers=4", f"--rule={rule}", "--at-once=4")
-            found = run((*flags, "--slow", "4", "4", "4", "16"), work, options.steps, 2)
+            found = run((*flags, "--slow", "4", "4", "4", "16"), work, options.steps, 2, peak)
             if "tokens_per_s" in found:
                 seconds[rule].append(work.tokens / found["tokens_per_s"])
             console.print(f"slow worker, {rule}: {found.get('tokens_per_s', found.get('error'))}", highlight=False)
@@ -128,13 +145,14 @@ def published() -> dict[str, Any]:
 
 def show(console: Console, rows: dict[str, Any], lame: dict[str, Any], bubbles: dict[str, Any]) -> None:
     """What was found, as tables."""
-    table = Table("contender", "tokens/s", "/ one thread", "/ resident", "worker MiB", "host MiB", "recomputed")
+    table = Table("contender", "tokens/s", "MFU", "/ one thread", "/ resident", "worker MiB", "host MiB", "recomputed")
     for name, row in rows.items():
         ratios = [row[f"over {other}"] for other in ("one thread", "resident, balanced")]
         again = row.get("recomputed_blocks")
         table.add_row(
-            name, f"{row['tokens_per_s']['median']:,.0f}", *(f"{r['median']:.2f}" if r else "" for r in ratios),
-            ", ".join(map(str, row["peak_mib"])), str(row.get("host_mib", "")),
+            name, f"{row['tokens_per_s']['median']:,.0f}", f"{row['mfu']['median']:.1%}",
+            *(f"{r['median']:.2f}" if r else "" for r in ratios), ", ".join(map(str, row["peak_mib"])),
+            str(row.get("host_mib", "")),
             f"{again[0]} of {again[1]} blocks" if again else "",
         )  # fmt: skip
     console.print(table)

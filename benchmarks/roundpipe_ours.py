@@ -29,6 +29,7 @@ import psutil
 import torch
 from engine_ours import WorkJob, alone, make_config
 from engine_peers import Work, llama, parse
+from utilisation import gpu_peak
 
 from jobs.config import TrainConfig
 from jobs.plan import layer_costs
@@ -40,6 +41,7 @@ from launch.pool_worker import pool_worker
 from launch.round_train import hosting, make_layout
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
+from pipeline.runtime.peak_memory import PEAK_BYTES
 from pipeline.state.host_store import HostStore, store_path
 
 SAMPLE_S = 1.0  # a look costs the process that is looked at some milliseconds
@@ -54,6 +56,17 @@ class PoolJob(WorkJob):
     def next_sample(self, step: int) -> int:
         """The first sample of a step."""
         return step * self.work.microbatches * self.work.batch
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def prepare(self, engine: Any, step: int) -> None:
+        """All is there."""
+
+    def committed(self, step: int, means: Any) -> None:
+        """Nothing follows from it."""
 
 
 def jobs(config: TrainConfig, step: int, sample: int) -> dict[str, Any]:
@@ -112,12 +125,14 @@ def run(work: Work, options: argparse.Namespace, forkserver: ForkServer) -> dict
         store = HostStore.create(make_layout(config, model, rounds.cut, config.workers), store_path(out))
         memory, job = Memory(), PoolJob(work)
         losses: list[float] = []
+        most: dict[str, int] = {}
         seconds: list[float] = []
         events: list[dict[str, Any]] = []
 
         def report(record: dict[str, Any]) -> None:
             if record["kind"] == "step":
                 losses.append(record["loss"])
+                most.update({name: max(record[name], most.get(name, 0)) for name in PEAK_BYTES if name in record})
 
         def event(name: str, **fields: Any) -> None:
             events.append({"event": name, **fields})
@@ -151,11 +166,17 @@ def run(work: Work, options: argparse.Namespace, forkserver: ForkServer) -> dict
         "tokens_per_s_steps": [work.tokens / s for s in timed], "loss": losses,
         "peak_rss_bytes": sorted(memory.most.values()),
         "rss_before_bytes": [memory.first[pid] for pid in sorted(memory.most, key=lambda p: memory.most[p])],
-        "host_store_bytes": store.layout.num_bytes,
+        "host_store_bytes": store.layout.num_bytes, **most, **device_peak(options),
         "cut": {"forward": cut.forward, "fused": cut.fused, "backward": cut.backward},
         "order": "by_stage" if len(rounds.row) > 1 and rounds.row[0].span == rounds.row[1].span else "by_round",
         "speeds": speeds, "torch": torch.__version__, "work": asdict(work), "events": events,
     }  # fmt: skip
+
+
+def device_peak(options: argparse.Namespace) -> dict[str, Any]:
+    """What a GPU could do, where the workers share one."""
+    device = torch.device(options.device)
+    return dict(gpu_peak(device)) if device.type == "cuda" else {}
 
 
 def main() -> int:
@@ -168,7 +189,7 @@ def main() -> int:
     parser.add_argument("--slow", type=float, nargs="*", help="per worker, how many times as long its ops take")
     parser.add_argument("--device", default="cpu")
     options, work = parse(parser)
-    return alone(options, options.name, entry, lambda forkserver: run(work, options, forkserver))
+    return alone(options, work, options.name, entry, lambda forkserver: run(work, options, forkserver))
 
 
 if __name__ == "__main__":

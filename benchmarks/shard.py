@@ -42,8 +42,10 @@ from memory import MALLOPT, TINY, private, status, trained
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
+from utilisation import Peak, cpu_peak, memory, reached, step_flops
 
 from launch.forkserver import ForkServer
+from pipeline.model.weights import read_config
 from pipeline.runtime.worker import Worker
 from pipeline.state.sharded import ShardedState
 
@@ -97,6 +99,7 @@ def train(payload: dict[str, Any]) -> dict[str, Any]:
         found["seconds"].append(time.perf_counter() - began)
         found["loss"].append(result.loss)
         found["norm"].append(result.grad_norm)
+    found["resident"] = status("VmHWM")
     found["peak"] = status("VmHWM") - status("RssFile") - status("RssShmem") - before
     states = worker.store.states.values()
     found["parameters"] = sum(state.size for state in states)
@@ -151,7 +154,9 @@ def timed(worker: Worker, seconds: list[float], collective: Any) -> None:
 # ---- all ----
 
 
-def run(replicas: int, keepers: int, work: Work, options: argparse.Namespace, forkserver: ForkServer) -> dict[str, Any]:
+def run(
+    replicas: int, keepers: int, work: Work, options: argparse.Namespace, forkserver: ForkServer, peak: Peak
+) -> dict[str, Any]:
     """The figures of one case, by worker."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -164,10 +169,14 @@ def run(replicas: int, keepers: int, work: Work, options: argparse.Namespace, fo
         config.validate()
         view, layout = make_view(config)
         found: Any = trained(folder, work, view, layout, "straight", options, forkserver)
+        flops = step_flops(read_config(folder / "model-config"), work.microbatches, work.batch, work.sequence)
+    steps = zip(*(row["seconds"][options.warmup :] for row in found), strict=True)
+    speed = reached(flops, statistics.median(map(max, steps)), peak)
     moments = 8 * (keepers / replicas if keepers else 1)
     return {
         "replicas": replicas, "keepers": keepers, "formula": 8 + moments,
-        "formula_at_vote": 8 + moments * (1.5 if keepers else 1), "by_worker": found,
+        "formula_at_vote": 8 + moments * (1.5 if keepers else 1), **speed,
+        **memory([row["resident"] for row in found]), "by_worker": found,
     }  # fmt: skip
 
 
@@ -211,7 +220,8 @@ def main() -> int:
     forkserver = ForkServer(entry)  # before anything starts threads
     work = TINY if options.quick else SIZE
     try:
-        runs = [run(replicas, keepers, work, options, forkserver) for replicas, keepers in CASES]
+        peaks = {replicas: cpu_peak(replicas) for replicas, _ in CASES}
+        runs = [run(replicas, keepers, work, options, forkserver, peaks[replicas]) for replicas, keepers in CASES]
     finally:
         forkserver.close()
     rows = [(each, row) for each in runs for row in each["by_worker"]]

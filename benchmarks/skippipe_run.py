@@ -8,7 +8,8 @@ as late as its link is slow, 20 to 100 ms, drawn from a seed (links are shaped; 
 each other, are not). The times of the ops are measured first, in a run of its own, and go into the network file with
 the matrix of links, so that the plan is for what really runs. Then runs without and with 25 % of the stages skipped
 take turns on the same number of microbatches. An iteration is the time from one commit to the next: the median of a
-run's steps without its first five. Writes skippipe-run.json.
+run's steps without its first five. Model FLOPs, of the layers that a microbatch visits, and memory are those of
+metrics.jsonl; the peak is that of all cores (utilisation.py). Writes skippipe-run.json.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 
 from benchmarks.runs import command, finished, llama, llama_config, op_seconds  # noqa: E402
 from benchmarks.skippipe_report import results_table  # noqa: E402
+from benchmarks.utilisation import Peak, cpu_peak, middle, of_run  # noqa: E402
 from jobs.config import TrainConfig  # noqa: E402
 from jobs.plan import layer_costs  # noqa: E402
 from jobs.routes import Routes  # noqa: E402
@@ -80,13 +82,16 @@ def arguments(folder: Path, network: Path, skip: float, steps: int, seed: int) -
     ]  # fmt: skip
 
 
-def measured(forkserver: ForkServer, folder: Path, network: Path, skip: float, steps: int, seed: int) -> dict[str, Any]:
-    """One run: its iteration, the last loss, and the seconds of its ops."""
+def measured(
+    forkserver: ForkServer, folder: Path, network: Path, skip: float, steps: int, seed: int, peak: Peak
+) -> dict[str, Any]:
+    """One run: its iteration, the last loss, model FLOP/s and memory, and the seconds of its ops."""
     with finished(forkserver, folder, arguments(folder, network, skip, steps, seed)) as (records, out):
         steps_s = records.steps_s[WARM:]
         return {
             "iteration_s": statistics.median(steps_s), "least_s": min(steps_s), "most_s": max(steps_s),
             "steps": len(steps_s), "loss": records.metrics[-1]["loss"], "ops": op_times(out, BLOCKS),
+            **of_run(records.metrics, peak, WARM),
         }  # fmt: skip
 
 
@@ -110,6 +115,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "iteration_s": statistics.median(run["iteration_s"] for run in same),
             "simulated_s": same[0]["simulated_s"], "bound_s": same[0]["bound_s"],
             "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)],
+            **middle(same),
         }  # fmt: skip
     by_round: dict[int, dict[str, float]] = {}
     for run in runs:
@@ -130,18 +136,19 @@ def main() -> int:
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     forkserver, console, runs = ForkServer(command), Console(stderr=True), list[dict[str, Any]]()
+    peak = cpu_peak(8)
     with tempfile.TemporaryDirectory() as name, Progress(console=console) as progress:
         folder, hops = Path(name), links(options.seed, 8)
         task = progress.add_task("times of the ops", total=1 + options.rounds * len(SKIPS))
         network = write_network(folder / "network.json", hops, STAGES, SLOTS, {})
-        times = measured(forkserver, folder, network, 0.0, 20, options.seed)["ops"]
+        times = measured(forkserver, folder, network, 0.0, 20, options.seed, peak)["ops"]
         write_network(network, hops, STAGES, SLOTS, times)
         plans = {arm: foretold(network, skip, options.seed) for arm, skip in SKIPS.items()}
         progress.advance(task)
         for turn in range(options.rounds):
             for arm in [*SKIPS] if turn % 2 == 0 else [*reversed(SKIPS)]:
                 progress.update(task, description=f"round {turn + 1}, {arm}")
-                found = measured(forkserver, folder, network, SKIPS[arm], options.steps, options.seed)
+                found = measured(forkserver, folder, network, SKIPS[arm], options.steps, options.seed, peak)
                 runs.append({"round": turn, "arm": arm, **found, **plans[arm]})
                 progress.advance(task)
     summary = summarise(runs)
@@ -164,7 +171,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     found = {
         "command": ["benchmarks/skippipe_run.py", *sys.argv[1:]], "cores": os.cpu_count(), "hop_s": hops,
-        "stages": STAGES, "ops": times, "summary": summary, "runs": runs,
+        "stages": STAGES, "ops": times, **peak, "summary": summary, "runs": runs,
     }  # fmt: skip
     (options.out / "skippipe-run.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -36,6 +36,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 from benchmarks.runs import command, earlier_runs, finished, llama  # noqa: E402
 from benchmarks.skippipe_run import links, op_times, write_network  # noqa: E402
 from benchmarks.skippipe_training_report import ARMS, picture, print_report, summarise  # noqa: E402
+from benchmarks.utilisation import Peak, cpu_peak, of_run  # noqa: E402
 from jobs.data import Dataset  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
 
@@ -74,13 +75,16 @@ def omitted(out: Path, stages: int, blocks: int) -> dict[str, float]:
     return found
 
 
-def run(forkserver: ForkServer, folder: Path, network: Path, job: dict[str, Any], options: argparse.Namespace) -> Any:
-    """One run to its end: its curve, its step and its perplexities. Raises RuntimeError with what it said."""
+def run(
+    forkserver: ForkServer, folder: Path, network: Path, job: dict[str, Any], options: argparse.Namespace, peak: Peak
+) -> Any:
+    """One run to its end: its curve, its step, FLOP/s and memory, and its perplexities. Raises RuntimeError with what
+    it said."""
     stages, blocks = job["stages"], SETTINGS[job["stages"]][2]
     with finished(forkserver, folder, arguments(folder, network, job, options)) as (records, out):
         return {
             "curve": records.curve, "step_s": statistics.median(records.steps_s),
-            "tokens": sum(step["tokens"] for step in records.metrics),
+            "tokens": sum(step["tokens"] for step in records.metrics), **of_run(records.metrics, peak),
             "perplexity_without": omitted(out, stages, blocks),
         }  # fmt: skip
 
@@ -108,6 +112,7 @@ def main() -> int:
         random.Random(seed).shuffle(turn)
         jobs += [job for job in turn if (job["stages"], job["arm"], job["seed"]) not in done]
     forkserver, console = ForkServer(command), Console(stderr=True)
+    peaks = {workers: cpu_peak(workers) for workers, *_ in SETTINGS.values()}
     with tempfile.TemporaryDirectory() as name:
         folder, networks = Path(name), dict[int, Path]()
         for stages in sorted({job["stages"] for job in jobs}):
@@ -120,7 +125,8 @@ def main() -> int:
                 times = op_times(out, blocks)
             write_network(where, hops, cut, SLOTS, times)
         for job in track(jobs, "training", console=console):
-            runs.append({**job, **run(forkserver, folder, networks[job["stages"]], job, options)})
+            peak = peaks[SETTINGS[job["stages"]][0]]
+            runs.append({**job, **run(forkserver, folder, networks[job["stages"]], job, options, peak)})
             found = {"command": ["benchmarks/skippipe_training.py", *sys.argv[1:]], "settings": settings,
                      "summary": summarise(runs), "runs": runs}  # fmt: skip
             path.write_text(json.dumps(found) + "\n")

@@ -88,6 +88,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of which the devices of all members are capable together, where that is known."""
+        ...
+
+    @property
     def ahead(self) -> bool:
         """Whether the next step is under way already: nothing can come before it, nor can this one be run again."""
         ...

@@ -35,6 +35,10 @@ class ModelSettings:
     """auto takes CUDA where it is present."""
     threads: Annotated[int, Within(0, 1024)] = 0
     """Compute threads per worker; 0 shares the cores of the machine evenly, at least one each."""
+    peak_tflops: Annotated[float | None, Within(0, 1_000_000, above=True)] = None
+    """TFLOP/s that a device could do at most, of dense products in --dtype: what the utilisation (MFU) in metrics.jsonl
+    is measured against. Unset, it is that of the data sheet of a GPU that is known, and on a CPU there is none. There
+    every worker has a device of its own: its threads."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from jobs.engine import Position
 from jobs.job import RunJob
+from pipeline.model.flops import ModelFlops
 from pipeline.runtime.probe import Reading
 from pipeline.runtime.procedure import run_procedure
 from pipeline.runtime.shards import whole_moments
@@ -24,15 +25,19 @@ from recovery.membership import View
 @dataclass
 class PipelineEngine:
     """One worker's part. It begins in view `number`, or `joins` a run under way there; `full_every` steps no span is
-    skipped."""
+    skipped. `flops` are those of a microbatch, where steps are to be told with theirs."""
 
     member: Member
     jobs: Mapping[str, RunJob]
     number: int
     joins: bool = False
     full_every: int = 0
+    flops: ModelFlops | None = None
     interruptions: tuple[type[Exception], ...] = INTERRUPTIONS
     ahead: bool = False
+    peak_flops: float | None = None
+    _counted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Purpose -> the FLOPs of each microbatch in this view."""
 
     @property
     def worker(self) -> Worker:
@@ -68,6 +73,7 @@ class PipelineEngine:
         """See Engine. Raises MembershipError, Evicted."""
         joined = self.member.enter(self.number, None if self.joins else asdict(at), last)
         self.number, self.joins = joined.view.number + 1, False
+        self.peak_flops, self._counted = joined.peak_flops, {}
         return joined
 
     def interrupted(self, error: Exception) -> None:
@@ -78,7 +84,8 @@ class PipelineEngine:
     ) -> StepResult:
         """See Engine."""
         full = self.full_every and (step + 1) % self.full_every == 0  # every so often no span is skipped
-        excerpt = self.member.excerpt(FULL if full else TRAIN)
+        purpose = FULL if full else TRAIN
+        excerpt = self.member.excerpt(purpose)
         job = self.jobs[TRAIN]
         if (procedure := job.procedure) is None:
             result = self.worker.run(excerpt, job, step, wish=wish, record=record)
@@ -87,7 +94,18 @@ class PipelineEngine:
         self.worker.store.let_go()  # the view is settled: it will not be asked for what it gave away
         if self.member.migration is not None:
             self.member.migration.stepped()
-        return result
+        return replace(result, flops=self._flops(purpose, result))
+
+    def _flops(self, purpose: str, result: StepResult) -> int | None:
+        """Model FLOPs of a step."""
+        if self.flops is None:
+            return None
+        if purpose not in self._counted:
+            routes = self.member.excerpt(purpose).routes
+            visited = ((n for span in route.forward for n in range(*span)) for route in routes)
+            self._counted[purpose] = tuple(self.flops.microbatch(layers) for layers in visited)
+        each = self._counted[purpose]
+        return sum(each) if result.passes is None else sum(each[m] * n for m, n in result.passes.items())
 
     @property
     def at_once(self) -> int:

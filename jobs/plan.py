@@ -33,6 +33,7 @@ from jobs.space import check_space, space_needed
 from jobs.tokenizer import TOKENIZERS, build_tokenizer
 from jobs.unlearn.guard import require_plain
 from jobs.unlearn.request import require_complete
+from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.model.trained import ALL
 from pipeline.model.weights import PRESETS, drawn, read_config, resolve
@@ -147,6 +148,7 @@ def planned(
             "source": None if source is None else str(source),
             "attempt": checkpoint.last_attempt(config.out / "checkpoints") + 1,
             "job": config.job,
+            "flops": ModelFlops.of(model, config.microbatch_size, config.sequence_length).as_json(),
             "carried": None if found.manifest is None else found.manifest["extra"].get("job"),
         },
     )

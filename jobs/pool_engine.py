@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jobs.engine import Position
 from jobs.job import RunJob
+from pipeline.model.flops import ModelFlops
 from pipeline.runtime.batch import ToldJob
+from pipeline.runtime.peak_flops import together
+from pipeline.runtime.peak_memory import PeakMemory, peak_memory, told
 from pipeline.runtime.step_commit import NonFiniteLoss, Vote, agree
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.worker import StepResult
@@ -28,6 +32,7 @@ from recovery.pool import Pool
 from recovery.runs import Iteration
 
 _HOST = 0  # the one member
+_NO_DEVICE = torch.device("cpu")  # the host computes nothing
 
 
 @dataclass
@@ -43,6 +48,8 @@ class PoolEngine:
     deadline_s: float
     attempt: int = 1
     generation: int = 0
+    flops: ModelFlops | None = None
+    """Those of a microbatch, where steps are to be told with theirs."""
     interruptions: tuple[type[Exception], ...] = ()
     me: int = _HOST
     leads: bool = True
@@ -61,6 +68,11 @@ class PoolEngine:
     @property
     def ahead(self) -> bool:
         return bool(self.runs)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """See Engine: of the workers that can be used now."""
+        return together(self.pool.members[worker].capability for worker in self.pool.dispatcher.ready)
 
     def enter(self, at: Position, last: dict[str, Any] | None) -> None:
         """The host is always in."""
@@ -109,8 +121,18 @@ class PoolEngine:
             self.pool.dispatcher.count(later)
         self._ran = run
         return StepResult(
-            settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes
+            settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes,
+            memory=self._memory(),
+            flops=self.flops and self.at_once * self.flops.microbatch(range(self.states.model.num_layers)),
         )  # fmt: skip
+
+    def _memory(self) -> Mapping[str, int]:
+        """What a record says of the memory of all workers, and of the host, since the step before."""
+        peaks = [peak_memory(_NO_DEVICE)]
+        for member in self.pool.members.values():
+            peaks.append(member.memory)
+            member.memory = PeakMemory(member.memory.host)
+        return told(peaks)
 
     @property
     def _names(self) -> list[str]:

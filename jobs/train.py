@@ -235,9 +235,17 @@ class Trainer:
                 "tokens_per_s": result.tokens / max(seconds, 1e-9), "grad_norm": result.grad_norm, "lr": result.lr,
                 "first_sample": self.job.next_sample(self.step - 1), "samples": self.config.samples_per_step,
                 **({"means": dict(result.means)} if len(result.means) > 1 else {}), **self.engine.about(),
+                **self._speed(result, seconds), **result.memory,
             }
         )  # fmt: skip
         self._say(self.last)
+
+    def _speed(self, result: StepResult, seconds: float) -> dict[str, float]:
+        """What was computed in a second, and which share that is of what the devices could do (MFU)."""
+        if result.flops is None:
+            return {}
+        rate, peak = result.flops / max(seconds, 1e-9), self.engine.peak_flops
+        return {"tflops": rate / 1e12, **({} if peak is None else {"mfu": rate / peak})}
 
 
 def evaluated_when(done: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,13 @@ _TOLD = object()
 def _gone() -> suppress:
     """The terminal may be closed, or its reader gone, at any time: what is shown is nobody's loss."""
     return suppress(SystemExit, OSError)
+
+
+def reached(record: Mapping[str, Any]) -> str:
+    """The MFU of a step, where it is known, else its model TFLOP/s, if these are."""
+    if "mfu" in record:
+        return f"  MFU {100 * record['mfu']:.1f} %"
+    return f"  {record['tflops']:.3g} TFLOP/s" if "tflops" in record else ""
 
 
 class Display:
@@ -69,7 +77,7 @@ class Display:
 
     def step(self, record: dict[str, Any]) -> None:
         """A committed step."""
-        note = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s"
+        note = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s{reached(record)}"
         more = f"grad_norm {record['grad_norm']:.2f}  lr {record['lr']:.2e}"
         if self._live:
             with _gone():

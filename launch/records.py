@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from pipeline.runtime.peak_memory import PEAK_BYTES
 from pipeline.schedule.ops import ScheduleError, parse_op
 from pipeline.wire import Kind, WireError, checked
 
@@ -20,7 +21,9 @@ _FIELDS: dict[str, dict[str, Kind]] = {
     "ledger": {"step": int, "view": int},
     "event": {"event": str},
 }  # fmt: skip
-_OPTIONAL: dict[str, dict[str, Kind]] = {"step": {"means": dict}}
+_OPTIONAL: dict[str, dict[str, Kind]] = {
+    "step": {"means": dict, **dict.fromkeys(("tflops", "mfu"), float), **dict.fromkeys(PEAK_BYTES, int)},
+}
 """What a record may have besides."""
 _EVENTS: dict[str, dict[str, Kind]] = {
     "fault": {"worker": int, "step": int, "fault": str, "at": str},

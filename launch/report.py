@@ -26,6 +26,7 @@ from pipeline.drawing.svg import (
     ticks,
     tooltip,
 )
+from pipeline.runtime.peak_memory import PEAK_BYTES
 
 _LOSS, _PALE, _HELD_OUT = oklch(0.52, 0.16, 255), oklch(0.82, 0.07, 255), oklch(0.65, 0.17, 55)
 _MARK, _SPEED = oklch(0.55, 0.2, 25), oklch(0.6, 0.1, 165)
@@ -105,8 +106,11 @@ def _caption(
         parts.append(f"held-out {figure(last)}" + (f", perplexity {figure(math.exp(last))}" if last < 50 else ""))
     if tokens := sum(_finite_values(_series(records, "tokens"))):
         parts.append(f"{figure(tokens)} tokens")
-    if speed := _finite_values(_series(records, "tokens_per_s")):
-        parts.append(f"median {figure(median(speed))} tokens/s")
+    found = performance(records)
+    if "tokens_per_s" in found:
+        parts.append(f"median {figure(found['tokens_per_s'])} tokens/s")
+    if "tflops" in found:
+        parts.append(f"MFU {100 * found['mfu']:.1f} %" if "mfu" in found else f"{found['tflops']:.3g} TFLOP/s")
     return " · ".join(parts)
 
 
@@ -204,6 +208,31 @@ def _braille(grid: Sequence[Sequence[bool]], top: int, left: int) -> str:
     order = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (3, 0), (3, 1))
     code = sum(1 << bit for bit, (y, x) in enumerate(order) if grid[top + y][left + x])
     return chr(0x2800 + code) if code else " "
+
+
+def performance(records: Sequence[Record]) -> dict[str, float]:
+    """What a run came to, where its steps tell it: the median `tokens_per_s`, `tflops` and `mfu`, and the most of each
+    of PEAK_BYTES."""
+    middle = {name: _finite_values(_series(records, name)) for name in ("tokens_per_s", "tflops", "mfu")}
+    most = {name: _finite_values(_series(records, name)) for name in PEAK_BYTES}
+    found = {name: median(values) for name, values in middle.items() if values}
+    return found | {name: int(max(values)) for name, values in most.items() if values}
+
+
+def performance_text(records: Sequence[Record]) -> str:
+    """The same in a line, or "" """
+    found, parts = performance(records), list[str]()
+    if "tokens_per_s" in found:
+        parts.append(f"median {figure(found['tokens_per_s'])} tokens/s")
+    if "tflops" in found:
+        parts.append(f"{found['tflops']:.3g} TFLOP/s")
+    if "mfu" in found:
+        parts.append(f"MFU {100 * found['mfu']:.1f} %")
+    for kind in ("host", "device"):
+        if (most := f"peak_{kind}_bytes") in found:
+            each, all_ = (found[name] / 2**20 for name in (most, f"{most}_sum"))
+            parts.append(f"{kind} memory {each:,.0f} MiB at most in one process, {all_:,.0f} in all")
+    return ", ".join(parts)
 
 
 # ---- records ----

@@ -37,6 +37,7 @@ from launch.signals import Stopping
 from launch.story import Story
 from launch.warm import warm_up
 from launch.worker_main import computes, default_threads
+from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.work_units import Cut
 from pipeline.state.host_optimizer import HostOptimizer
@@ -146,7 +147,7 @@ def _host(
         ) as (optimizer, pool):  # fmt: skip
             engine = PoolEngine(
                 optimizer, pool, rounds.cut, rounds.row, jobs, config.round_size, config.deadline,
-                int(view.details["attempt"]), view.generation,
+                int(view.details["attempt"]), view.generation, ModelFlops.from_json(view.details["flops"]),
             )  # fmt: skip
             trainer = Trainer(
                 config, engine, jobs[TRAIN], KINDS[config.job].data(config), _HostReports(story, folder),

@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from launch.journal import Journal
+from pipeline.runtime.peak_memory import PEAK_BYTES
 from pipeline.wire import Kind, WireError, checked, parse
 
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
-"""Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it; and
-`means`, of the job's terms, where it has several."""
+"""Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it."""
+MEASURED = ("means", "tflops", "mfu", *PEAK_BYTES)
+"""What comes with them where it is known: `means` of the job's terms, where it has several; model TFLOP/s of all
+workers together (pipeline/model/flops.py), and their share of what the devices could do; the most resident memory that
+a worker has had since it began, and the sum over workers, in which pages that they share count more than once; and the
+same of device memory, since the step before."""
 LEDGER = ("step", "view", "first_sample", "samples", "version")
 """Which samples a committed step was made of: `samples` global ids from `first_sample` on. `version`, under roundpipe,
 is how many updates the weights had seen that every unit of the step has read."""
@@ -70,7 +75,7 @@ class RunFolder:
     def step(self, record: dict[str, Any]) -> None:
         """Keep the metrics of a committed step."""
         metrics = {name: record[name] for name in METRICS}
-        metrics |= {"means": record["means"]} if "means" in record else {}
+        metrics |= {name: record[name] for name in MEASURED if name in record}
         if any(m["step"] == metrics["step"] and m["view"] == metrics["view"] for m in self.metrics[-1:]):
             return  # told again, in case that it had not been
         metrics["again"] = self._taken[metrics["step"]]
@@ -84,7 +89,8 @@ class RunFolder:
         if metrics["step"] in self._in_ledger:  # what came after it the last time is undone with it
             self._in_ledger = {step for step in self._in_ledger if step < metrics["step"]}
         self._in_ledger.add(metrics["step"])
-        self._plot({name: metrics[name] for name in ("loss", "tokens_per_s", "grad_norm", "lr")}, metrics["step"])
+        plotted = ("loss", "tokens_per_s", "grad_norm", "lr", *MEASURED[1:])
+        self._plot({name: metrics[name] for name in plotted if name in metrics}, metrics["step"])
 
     def save_ledger(self, step: int) -> str:
         """Have the ledger on the disk, with every step up to `step` in it; why it is not, or ""."""

@@ -19,7 +19,7 @@ from launch.generate import Continuation, continue_text
 from launch.pictures import Pictures
 from launch.progress import Display
 from launch.records import check_record
-from launch.report import loss_terminal
+from launch.report import loss_terminal, performance, performance_text
 from launch.run_folder import RunFolder, read_jsonl
 from launch.signals import skippable
 from pipeline.exit_codes import STOPPED
@@ -165,6 +165,7 @@ class Story:
             "exit_code": code, "step": self.step, "seconds": round(time.monotonic() - self._began, 3), "out": str(out),
             "loss": self._folder.metrics[-1]["loss"] if self._folder.metrics else None,
             "held_out_perplexity": evaluations[-1]["perplexity"] if evaluations else None,
+            **performance(self._folder.metrics),
         }  # fmt: skip
         sample: Continuation | None = None
         if code != STOPPED:
@@ -181,6 +182,8 @@ class Story:
         say(loss_terminal(self._folder.metrics, width=72, height=12))
         if summary["held_out_perplexity"] is not None:
             say(f"held-out perplexity {summary['held_out_perplexity']:.2f} after {self.step} steps")
+        if speed := performance_text(self._folder.metrics):
+            say(f"speed     {speed}")
         if sample is not None:
             say(f"sample, after {sample.prompt!r}:\n{_printable(sample.text)}")
         if code != STOPPED:

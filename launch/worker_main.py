@@ -27,11 +27,13 @@ from jobs.pipelines import stage_at
 from jobs.registry import KINDS, TRAIN, make_jobs
 from jobs.train import Trainer
 from launch.config import config_from_dict
+from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Adapters
 from pipeline.model.weights import ModelError, read_config
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
+from pipeline.runtime.peak_flops import Capability
 from pipeline.runtime.probe import Pulse
 from pipeline.runtime.reducer import Reducer
 from pipeline.runtime.step_commit import NonFiniteLoss, StepCommit
@@ -134,7 +136,8 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
         jobs = make_jobs(config, Start(view.first_step, view.first_sample, carried=view.details["carried"]))
         member.keys = partial(sample_keys, config.seed, jobs[TRAIN])
-        engine = PipelineEngine(member, jobs, number, joins, config.full_every)
+        flops = ModelFlops.from_json(view.details["flops"])
+        engine = PipelineEngine(member, jobs, number, joins, config.full_every, flops)
         trainer = Trainer(
             config,
             engine,
@@ -198,6 +201,7 @@ def build_member(
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,
         2 * config.deadline,  # the coordinator, who knows whom all wait for, comes first
+        config.peak_tflops,
     )  # fmt: skip
     transport, backend = Transport(worker_id), "nccl" if payload["nccl"] else "gloo"
     reducer = Reducer(worker_id, held.summed, timeout_s=settings.deadline_s, backend=backend)
@@ -217,7 +221,7 @@ def build_member(
 
     return Member(
         worker, communicator, store, remedies(config.checkfree_weights), shapes, Lifeline(store),
-        config.out / "checkpoints",
+        config.out / "checkpoints", capability=Capability.of(settings, worker_id),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.runtime.peak_flops import UNKNOWN, Capability, together
 from pipeline.runtime.probe import Pulse
 from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
@@ -56,6 +57,8 @@ class Joined:
     parts: Mapping[str, float]
     there: int = 0
     """States that were there already, as they had moved in the background."""
+    peak_flops: float | None = None
+    """FLOP/s of which the devices of the view are capable together, where that is known of all."""
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Member:
     """What a worker counts samples and draws random numbers by at a step: the same on all, or the view is refused."""
     migration: Migration | None = None
     """What moves in the background before a view, if anything does."""
+    capability: Capability = UNKNOWN
+    """Of this worker's device."""
     view: View | None = None
     assignment: Assignment | None = None
     """What its place does in the view."""
@@ -124,6 +129,7 @@ class Member:
         ready = {} if self.migration is None else self.migration.finish(view.number, view.layout)
         told = {
             "position": position, "last": last, "norms": dict(worker.norms), "ready": ready, **self.communicator.kept(),
+            "capability": self.capability.as_json(),
         }  # fmt: skip
         found = worker.commit.agree(told, combine_ready)
         times["ready"] = time.monotonic()
@@ -166,7 +172,7 @@ class Member:
         worker.norms = known
         self.view, self.assignment = view, mine
         return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()},
-                      sum(map(len, there.values())))  # fmt: skip
+                      sum(map(len, there.values())), found["peak_flops"])  # fmt: skip
 
     def _read(self, view: View) -> Assignment:
         """What this worker's place needs of the layout, which most views have in common."""
@@ -213,6 +219,7 @@ def combine_ready(votes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         "last": next((vote["last"] for vote in each if vote["last"] is not None), None),
         "ready": {str(worker): vote["ready"] for worker, vote in sorted(votes.items()) if vote.get("ready")},
         "norms": {state: norm for vote in each for state, norm in vote["norms"].items()},
+        "peak_flops": together(Capability.from_json(vote["capability"]) for vote in each),
         **all_kept(votes),
     }
 

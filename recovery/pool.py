@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.runtime.channel import Channel, ChannelClosed, ChannelFull
+from pipeline.runtime.peak_flops import Capability
+from pipeline.runtime.peak_memory import PeakMemory
 from pipeline.schedule.ops import B
 from pipeline.schedule.work_units import WorkUnit
 from pipeline.state.host_optimizer import HostOptimizer
@@ -203,6 +205,8 @@ class Pool:
 
     def _handle(self, member: PoolMember, channel: Channel, message: dict[str, Any]) -> None:
         if "hello" in message:
+            told = checked(message, "a hello", capability=dict)
+            member.capability = Capability.from_json(told["capability"])
             member.channel = channel
             if self._opened:
                 self._event("joined", worker=member.id)
@@ -225,7 +229,7 @@ class Pool:
             if given := member.given.pop(checked(message, "an answer", recalled=int)["recalled"], None):
                 self.dispatcher.take_back(given)
         else:
-            told = checked(message, "a result", unit=int, version=int, events=list, held=int)
+            told = checked(message, "a result", unit=int, version=int, events=list, held=int, memory=dict)
             if given := member.given.get(told["unit"]):
                 self._unit_done(member, given, told)
 
@@ -237,6 +241,7 @@ class Pool:
             return
         del member.given[given.id]
         member.most_held = max(member.most_held, told["held"])
+        member.memory = member.memory.up_to(PeakMemory.from_json(told["memory"]))
         self.dispatcher.unit_done(member, given, told["version"], told["events"])
 
     def _tell(self, member: PoolMember, **message: Any) -> None:

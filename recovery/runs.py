@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.runtime.channel import Channel
+from pipeline.runtime.peak_flops import UNKNOWN, Capability
+from pipeline.runtime.peak_memory import PeakMemory
 from pipeline.schedule.ops import Span
 from pipeline.schedule.work_units import BACKWARD, FORWARD, WorkUnit
 
@@ -92,6 +94,9 @@ class PoolMember:
     work: float = 0.0
     busy: float = 0.0
     most_held: int = 0
+    memory: PeakMemory = field(default_factory=PeakMemory)
+    """Of the device since it was last asked for."""
+    capability: Capability = UNKNOWN
 
     @property
     def rate(self) -> float | None:

@@ -43,6 +43,7 @@ from launch.forkserver import ForkServer
 from launch.pool_worker import pool_worker, run_jobs
 from launch.round_train import hosting, make_layout
 from launch.worker_main import build_member, connect
+from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import read_config
@@ -331,7 +332,10 @@ def run_pool(
             update(step, norm, lr)
 
         optimizer.update = watching
-        engine = PoolEngine(optimizer, pool, rounds.cut, rounds.row, jobs, config.round_size, config.deadline)
+        engine = PoolEngine(
+            optimizer, pool, rounds.cut, rounds.row, jobs, config.round_size, config.deadline,
+            flops=ModelFlops.of(optimizer.model, config.microbatch_size, config.sequence_length),
+        )  # fmt: skip
         reports = SimpleNamespace(put=report, save_ledger=lambda step, view: "")
         trainer = Trainer(config, engine, jobs["train"], "", reports, bool)
         pool.open(config.workers)

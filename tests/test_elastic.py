@@ -60,6 +60,8 @@ def test_a_run_that_shrinks_at_every_point_of_a_step_and_grows_is_bitwise_the_ca
         "0",
         "--recovery",
         "replica",
+        "--peak-tflops",
+        "0.25",
     ]
     done = train(forkserver, out := tmp_path / "run", *flags, "--inject", kills)
     assert done.output.count("was killed by SIGKILL") == len(POINTS)
@@ -67,6 +69,12 @@ def test_a_run_that_shrinks_at_every_point_of_a_step_and_grows_is_bitwise_the_ca
     assert {event["remedy"] for event in events(out, "shrunk")} == {"replica"}
     assert not events(out, "rolled_back")
     assert len(metrics(out)) == STEPS, "a step was told twice or not at all"
+    workers = {1: 4} | {event["view"]: event["workers"] for event in events(out, "resized")}
+    found = {line["view"]: round(line["tflops"] / line["mfu"] / 0.25, 6) for line in metrics(out)}
+    assert {view: found[view] for view in workers if view in found} == {v: n for v, n in workers.items() if v in found}
+    assert len(set(found.values())) > 1, "the devices of a view are its workers'"
+    flops = [line["tflops"] * line["tokens"] / line["tokens_per_s"] for line in metrics(out)]
+    assert flops == pytest.approx([flops[0]] * STEPS), "a step is the same work on any number of workers"
     whole_ledger(out, STEPS)
     assert same_weights(out, calm[STEPS])
 

@@ -15,11 +15,14 @@ import torch.distributed as dist
 from jobs.config import TrainConfig
 from jobs.train import Trainer
 from pipeline.runtime.mailbox import Mailbox
+from pipeline.runtime.peak_flops import UNKNOWN, Capability
 from pipeline.schedule.layout import TRAIN, Layout
 from recovery import keys
 from recovery.member import Joined, Member, Watcher, combine_ready
 from recovery.membership import View, publish
 from schedulers import plan
+
+KNOWN = {"capability": UNKNOWN.as_json()}
 
 
 def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -65,7 +68,7 @@ def entered(mine: dict[str, Any] | None, others: dict[int, dict[str, Any]]) -> J
     worker, communicator = MagicMock(id=3, norms={}), MagicMock()
     worker.store.model.num_layers, worker.store.model.tied = 6, False
     worker.store.states = worker.store.aside = {}
-    kept = {"norms": {}, "links": [], "sums": {}}
+    kept = {"norms": {}, "links": [], "sums": {}, **KNOWN}
     communicator.kept.return_value = {}
     votes = {w: {**kept, **vote} for w, vote in {**others, 3: {"position": None, "last": mine}}.items()}
     exchange = MagicMock(side_effect=[combine_ready(votes), {"error": "", "again": False}])
@@ -118,7 +121,7 @@ def test_a_new_view_wakes_who_waits_and_ends_what_waits_for_the_lost() -> None:
 def vote(position: int | None, last: str | None = None, **more: Any) -> dict[str, Any]:
     told = None if last is None else {"told": last}
     where = None if position is None else {"step": position}
-    return {"position": where, "last": told, "norms": {}, "links": [], "sums": {}, **more}
+    return {"position": where, "last": told, "norms": {}, "links": [], "sums": {}, **KNOWN, **more}
 
 
 def test_what_a_view_comes_to_before_anything_moves() -> None:
@@ -134,3 +137,13 @@ def test_what_a_view_comes_to_before_anything_moves() -> None:
     assert found["sums"] == {"0:1": (4, [2, 3]), "tied": (1, [2])}
     assert combine_ready({1: vote(5), 2: vote(6), 3: vote(5)})["positions"] == [{"step": 5}, {"step": 6}]
     assert combine_ready({1: vote(None), 2: vote(None)})["positions"] == []
+
+
+def test_a_view_can_do_what_its_devices_can_each_counted_once() -> None:
+    """Two workers share one GPU of three; whatever the number of workers, a device that is not known leaves all
+    unknown."""
+    at = {1: ("a", 2e12), 2: ("a", 2e12), 3: ("b", 3e12)}
+    votes = {w: vote(5, capability=Capability(*each).as_json()) for w, each in at.items()}
+    assert combine_ready(votes)["peak_flops"] == 5e12
+    assert combine_ready({w: votes[w] for w in (1, 2)})["peak_flops"] == 2e12
+    assert combine_ready({**votes, 4: vote(5)})["peak_flops"] is None

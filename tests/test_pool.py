@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from jobs.config import TrainConfig
 from launch.forkserver import ForkServer
+from pipeline.model.flops import ModelFlops
+from pipeline.model.layered import LayeredModel
 from recovery.pool import NoWorkerLeft
 from tests.harness import Outcome, Started, plain_training, run_command, run_pool, run_workers
 from tests.test_parity import MODELS, check, settings
@@ -70,6 +72,19 @@ def test_equals_plain_torch_and_every_other_number_of_workers(
     check(found, reference(model))
     assert same_bits(found, calm(forkserver, tmp_path, model))
     assert found.details[0]["most_held"] <= 2
+
+
+def test_steps_say_what_was_computed_and_the_memory_of_workers_and_host(forkserver: ForkServer, tmp_path: Path) -> None:
+    settings = config(workers=2, peak_tflops=0.25)
+    found = run_pool(forkserver, settings, MODELS["llama"], tmp_path)
+    steps = [event for event in found.details[0]["events"] if event["event"] == "step"]
+    each = ModelFlops.of(LayeredModel(MODELS["llama"]), settings.microbatch_size, settings.sequence_length)
+    flops = settings.microbatches * each.microbatch(range(len(each.layers)))
+    assert len(steps) == STEPS
+    for step in steps:
+        assert 1e12 * step["tflops"] * step["tokens"] / step["tokens_per_s"] == pytest.approx(flops)
+        assert step["tflops"] / step["mfu"] == pytest.approx(0.25 * 2), "each worker has its own threads"
+        assert 2 * step["peak_host_bytes"] < step["peak_host_bytes_sum"] <= 3 * step["peak_host_bytes"]
 
 
 @pytest.mark.parametrize("workers", [1, 3])

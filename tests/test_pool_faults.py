@@ -39,7 +39,7 @@ def exactly(size):
             sys.exit(4)
         data += piece
     return data
-say(hello=0)
+say(hello=0, capability={"device": "cpu", "peak": None})
 if behaviour.get("deaf"):
     time.sleep(60)
 done = 0
@@ -58,7 +58,7 @@ while True:
         time.sleep(60)
     for m in order["microbatches"]:
         say(op=order["id"], m=m, sums={"text": 1.0} if order["span"][1] == 4 else None, busy=0.01)
-    say(unit=order["id"], version=0, events=[], held=1)
+    say(unit=order["id"], version=0, events=[], held=1, memory={"host": 0, "device": 0})
     done += 1
 """
 

@@ -125,6 +125,10 @@ def test_what_an_oracle_answers_is_what_plain_autograd_does(shape: PreTrainedCon
     assert relative(weights(worker), after) < 1e-6
     assert {state.version for state in worker.store.states.values()} == {1}
     assert not any(gradient.any() for gradient in worker.store.gradients.values())
+    taken = {m: 2 if RETAIN in job("ofmu").counts(0, m) else 1 for m in range(rows.MICROBATCHES)}
+    assert result.passes == taken, "how often each microbatch went forward and back"
+    assert set(taken.values()) == {1, 2}
+    assert result.memory["peak_host_bytes"] == result.memory["peak_host_bytes_sum"] > 50 << 20
 
 
 @pytest.mark.parametrize("point", ["gradient", "moved", "forward", "backward", "dot"])

@@ -28,6 +28,23 @@ def test_what_was_done_at_once_is_one_line_and_what_took_time_is_progress(termin
         assert lines == ["tokenising: done", "tokens taken from the cache"]
 
 
+@pytest.mark.parametrize(
+    ("known", "shown"),
+    [
+        ({}, "7 tokens/s"), ({"tflops": 0.0312}, "7 tokens/s  0.0312 TFLOP/s"),
+        ({"tflops": 3.0, "mfu": 0.415}, "7 tokens/s  MFU 41.5 %"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_step_says_its_mfu_or_what_is_known_of_it(known: dict[str, float], shown: str, terminal: bool) -> None:
+    out = io.StringIO()
+    with Display(5, console=Console(file=out, force_terminal=terminal, width=150)) as display:
+        display.step({"step": 5, "loss": 1.0, "tokens_per_s": 7.0, "grad_norm": 1.0, "lr": 1.0, **known})
+    text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", out.getvalue())
+    assert shown in text
+    assert ("MFU" in text, "TFLOP" in text) == ("mfu" in known, known.keys() == {"tflops"})
+
+
 class Closed(io.StringIO):
     """A terminal that was closed."""
 

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from launch.report import loss_svg, loss_terminal, smoothed
+from launch.report import loss_svg, loss_terminal, performance, performance_text, smoothed
 
 NS = "{http://www.w3.org/2000/svg}"
 
@@ -184,3 +184,19 @@ def test_braille_shows_the_same_curve_as_ascii_only_finer() -> None:
         left = {i for i, c in enumerate(a[11:]) if c not in " "}
         right = {i for i, c in enumerate(b[11:]) if c == "*"}
         assert min(left, default=0) == pytest.approx(min(right, default=0), abs=4)
+
+
+def test_a_run_comes_to_medians_and_to_the_most_memory() -> None:
+    lines = [{"step": n, "loss": 1.0, "tokens_per_s": 100.0 * n, "tflops": 0.1 * n, "peak_host_bytes": n << 20,
+              "peak_host_bytes_sum": 2 * n << 20} for n in (1, 2, 6)]  # fmt: skip
+    assert performance(lines) == {
+        "tokens_per_s": 200.0, "tflops": 0.2, "peak_host_bytes": 6 << 20, "peak_host_bytes_sum": 12 << 20
+    }  # fmt: skip
+    assert performance_text(lines) == (
+        "median 200 tokens/s, 0.2 TFLOP/s, host memory 6 MiB at most in one process, 12 in all"
+    )
+    known = [{**line, "mfu": 0.25, "peak_device_bytes": 3 << 20, "peak_device_bytes_sum": 5 << 20} for line in lines]
+    assert "MFU 25.0 %" in performance_text(known)
+    assert performance_text(known).endswith("device memory 3 MiB at most in one process, 5 in all")
+    assert "median 200 tokens/s · 0.2 TFLOP/s" in loss_svg(lines)
+    assert performance_text([{"step": 1, "loss": 1.0}]) == "", "of a run that was made before these were told"

@@ -43,6 +43,7 @@ from launch.cli import main
 from launch.config import config_from_toml
 from launch.forkserver import ForkServer
 from launch.run_folder import METRICS, standing
+from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import preset, read_config
 from pipeline.schedule.simulate import Costs, Network, simulate
@@ -338,7 +339,13 @@ def test_a_run_folder_holds_all_that_a_run_leaves(reference: Run) -> None:
 
 def test_metrics_tell_of_every_step(reference: Run) -> None:
     config = config_from_toml(reference.out / "config.toml", TrainConfig)
-    assert [set(m) for m in reference.metrics] == [{*METRICS, "again"}] * STEPS
+    measured = {"tflops", "peak_host_bytes", "peak_host_bytes_sum"}  # of a CPU no peak is known
+    assert [set(m) for m in reference.metrics] == [{*METRICS, "again", *measured}] * STEPS
+    model = LayeredModel(read_config(reference.out / "model-config"))
+    flops = 4 * ModelFlops.of(model, 2, 32).microbatch(range(model.num_layers))
+    for m in reference.metrics:
+        assert 1e12 * m["tflops"] * m["tokens"] / m["tokens_per_s"] == pytest.approx(flops)
+        assert 50 << 20 < m["peak_host_bytes"] < m["peak_host_bytes_sum"] <= 2 * m["peak_host_bytes"], "of two workers"
     assert [m["step"] for m in reference.metrics] == list(range(1, STEPS + 1))
     assert {m["tokens"] for m in reference.metrics} == {4 * 2 * 32}
     assert {m["view"] for m in reference.metrics} == {1}

@@ -265,7 +265,7 @@ class LayeredModel:
             else:
                 layers[str(layer)] = parts["block"]
             came_on()
-        return SpanModule(self, span, layers, self._rotary().to(device) if self.family.rotary else None)
+        return SpanModule(self, span, layers, self.rotary().to(device) if self.family.rotary else None)
 
     def _part(
         self, path: str, layer: int, seed: int, device: torch.device, weights: Weights | None,
@@ -315,7 +315,8 @@ class LayeredModel:
             for module in reversed(modules):
                 self._skeleton._init_weights(module)
 
-    def _rotary(self) -> nn.Module:
+    def rotary(self) -> nn.Module:
+        """The module of rotary embeddings, for a family that has it, on the CPU."""
         assert self.family.rotary is not None
         return type(self._skeleton.get_submodule(self.family.rotary))(self.config)
 

@@ -24,6 +24,8 @@ class Settings:
     autocast: torch.dtype | None = None
     recompute: bool = False
     deadline_s: float = 300.0
+    peak_tflops: float | None = None
+    """What the device could do at most, where a person has stated it."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Offload:
         try:
             for layer in range(placement.resident):
                 self._stay.append(flat := torch.empty(self._size(layer), dtype=torch.uint8, device=device))
-                self._wait(layer, self._load(layer, flat, self._mark()))
+                self._wait(layer, self._load(layer, flat, self._copies.mark()))
                 views = host.layout.views(layer, flat, self._shared(layer))
                 self._kept |= views
                 self._adopt(layer, views)
@@ -162,7 +162,7 @@ class Offload:
         except BaseException:
             self.close()
             raise
-        self._free = deque((buffer, self._mark()) for buffer in range(placement.in_flight))
+        self._free = deque((buffer, self._copies.mark()) for buffer in range(placement.in_flight))
         self._fill()
         for layer, found in self._places.items():
             for module in dict.fromkeys(module for _, module, _ in found):
@@ -193,7 +193,7 @@ class Offload:
             return
         if self._computing is not None:  # of the layer before; all of its work is queued on the device
             self._adopt(self._computing.layer, self._empty[self._computing.layer])
-            self._free.append((self._computing.buffer, self._mark()))
+            self._free.append((self._computing.buffer, self._copies.mark()))
             self._computing = None
         if layer in self._turns:
             if not self._coming or self._coming[0].layer != layer:  # else it is called in order, as it should be
@@ -264,7 +264,3 @@ class Offload:
 
     def _size(self, layer: int) -> int:
         return self.host.layout.layer_bytes(layer, self._shared(layer))
-
-    def _mark(self) -> Any:
-        """What a copy into memory that was used must wait for: all that has been queued for the device so far."""
-        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -125,7 +126,8 @@ def run_procedure(
     for part, gradient in worker.store.gradients.items():
         gradient.copy_(direction.parts[part])
     lane = worker.lane(excerpt, job, step, asked.terms({}))
-    return worker.conclude(lane, asked.told, dict.fromkeys(worker.store.gradients, 1.0), wish, record)
+    result = worker.conclude(lane, asked.told, dict.fromkeys(worker.store.gradients, 1.0), wish, record)
+    return replace(result, passes=asked.passes)
 
 
 class _Asked:
@@ -139,6 +141,8 @@ class _Asked:
         clock = Clock(worker.settings.device)
         self.told = LaneResult({}, steps, clock, clock.mark())
         """What is told of the step as a whole; events are those of the first lane."""
+        self.passes: Counter[int] = Counter()
+        """How often each microbatch went forward and back."""
         worker.store.train(excerpt.trains)
 
     def terms(self, weights: Mapping[str, float]) -> StepTerms:
@@ -246,6 +250,7 @@ class _Asked:
     def _lane(self, job: Job, terms: StepTerms) -> Lane:
         """The lane cut down to the microbatches that count; nothing of it is kept for who takes over."""
         wanted = {m for m, counts in enumerate(terms.counts) if any(terms.weights[term] for term in counts)}
+        self.passes.update(wanted)
         ops = tuple(op for op in self._excerpt.lane if op.microbatch == ALL or op.microbatch in wanted)
         return replace(self._worker.lane(replace(self._excerpt, lane=ops), job, self.step, terms), spare={})
 

@@ -26,6 +26,8 @@ from pipeline.runtime.copy_engine import URGENT, CopyEngine, Ticket
 from pipeline.runtime.device_time import Clock
 from pipeline.runtime.handover import Handover, Results
 from pipeline.runtime.orders import Gradient, Order
+from pipeline.runtime.peak_flops import Capability
+from pipeline.runtime.peak_memory import peak_memory
 from pipeline.runtime.probe import READING, Probe, Unprobed
 from pipeline.runtime.span_loader import SpanLoader
 from pipeline.runtime.terms import StepTerms
@@ -72,7 +74,7 @@ class StatelessWorker:
 
     def serve(self) -> None:
         """Answer orders until the host says that it is over. Raises PoolClosed when the host is gone."""
-        self.tell(hello=self.id)
+        self.tell(hello=self.id, capability=Capability.of(self.settings, self.id).as_json())
         try:
             while True:
                 while not self.orders:
@@ -193,7 +195,8 @@ class StatelessWorker:
                 self.handover.give(order, m, results)
         self.gradient = None
         self.running = None  # what is on its way cannot be recalled
-        about = {"version": order.loaded.version, "held": self.loader.most_held}
+        memory = peak_memory(self.device).as_json()
+        about = {"version": order.loaded.version, "held": self.loader.most_held, "memory": memory}
         self.handover.commit(order, gradient, self.probe, **about)
 
     def poison(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pipeline.runtime.device_time import read_back
+from pipeline.runtime.peak_memory import PeakMemory, told
 from pipeline.runtime.terms import StepTerms
 from pipeline.wire import checked
 
@@ -45,17 +46,22 @@ class Exchange(Protocol):
 @dataclass(frozen=True)
 class Vote:
     """What one worker has found in a step: microbatch -> term -> sum; the squared norms of the gradients that it alone
-    answers for, by state; what it wishes for, for all to see; and the seconds that it has computed."""
+    answers for, by state; what it wishes for, for all to see; the seconds that it has computed; and the memory that
+    it has had at most."""
 
     sums: Mapping[int, Mapping[str, Tensor | float]]
     squares: Mapping[str, float] = field(default_factory=dict)
     wish: Mapping[str, Any] = field(default_factory=dict)
     busy_s: float = 0.0
+    memory: PeakMemory = field(default_factory=PeakMemory)
 
     def as_json(self) -> dict[str, Any]:
         read = read_back({(m, term): value for m, sums in self.sums.items() for term, value in sums.items()})
         sums = {str(m): {term: read[m, term] for term in sums} for m, sums in self.sums.items()}
-        return {"sums": sums, "squares": self.squares, "wish": self.wish, "busy_s": round(self.busy_s, 6)}
+        return {
+            "sums": sums, "squares": self.squares, "wish": self.wish, "busy_s": round(self.busy_s, 6),
+            "memory": self.memory.as_json(),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,21 @@ class Settled:
     """Worker, as text -> what it wishes for, where there is anything in it."""
     busy_s: Mapping[str, float] = field(default_factory=dict)
     """Worker, as text -> the seconds that it has computed, and not waited."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """What a record says of the memory of all workers."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settled:
         """Raises WireError."""
         what = "what a step has come to"
-        kinds: dict[str, type] = {"means": float, "counts": int, "norms": float, "wishes": dict, "busy_s": float}
+        kinds: dict[str, type] = {
+            "means": float,
+            "counts": int,
+            "norms": float,
+            "wishes": dict,
+            "busy_s": float,
+            "memory": int,
+        }
         found = checked(values, what, loss=float, norm=float) | checked(values, what, **dict.fromkeys(kinds, dict))
         for name, kind in kinds.items():
             found[name] = checked(found[name], what, **dict.fromkeys(found[name], kind))
@@ -157,6 +172,7 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
         math.sqrt(sum(squares.values())), {state: math.sqrt(value) for state, value in squares.items()},
         {str(worker): vote["wish"] for worker, vote in sorted(votes.items()) if any(vote["wish"].values())},
         {str(worker): float(vote.get("busy_s", 0.0)) for worker, vote in sorted(votes.items())},
+        told(PeakMemory.from_json(vote["memory"]) for vote in votes.values()),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from pipeline.runtime.batch import Job
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.device_time import Mark, read_back
 from pipeline.runtime.lane_executor import Lane, LaneExecutor, LaneResult, Spare
+from pipeline.runtime.peak_memory import PeakMemory, peak_memory
 from pipeline.runtime.probe import Probe, Pulse, Unprobed
 from pipeline.runtime.reducer import Reducer
 from pipeline.runtime.shards import exchange
@@ -50,6 +51,12 @@ class StepResult:
     """State -> gradient norm before clipping."""
     wishes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """What a record says of the memory that all have had at most."""
+    passes: Mapping[int, int] | None = None
+    """Microbatch -> how often it went forward and back; None where each went once."""
+    flops: int | None = None
+    """Model FLOPs of the step, where they were counted."""
 
     @property
     def tokens(self) -> int:
@@ -110,7 +117,7 @@ class Worker:
             self.norms = settled.norms
         return StepResult(
             settled.loss, settled.means, settled.counts, settled.norm, lr, settled.norms, settled.wishes,
-            found.events(lane.place) if record else (),
+            found.events(lane.place) if record else (), settled.memory,
         )  # fmt: skip
 
     def lane(self, excerpt: Excerpt, job: Job, step: int, terms: StepTerms | None = None) -> Lane:
@@ -153,9 +160,12 @@ class Worker:
         sums, squares = self._read(lane, found, divisors)
         if found.steps and self.store.shares:
             self._exchange(lane, squares, divisors)
+        # of a step alone: what an evaluation takes on the device is then told with the step after it
+        memory = peak_memory(self.settings.device) if lane.excerpt.trains else PeakMemory()
         return self.commit.settle(
             lane.step if lane.excerpt.trains else None, lane.terms, [state.name for state in self.store.model.states],
-            Vote(sums, squares, wish(), found.busy_s), lane.deadline, lambda: self.probe("commit", lane.step),
+            Vote(sums, squares, wish(), found.busy_s, memory), lane.deadline,
+            lambda: self.probe("commit", lane.step),
         )  # fmt: skip
 
     def _read(
