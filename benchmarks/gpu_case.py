@@ -123,14 +123,19 @@ def entry(payload: dict[str, Any]) -> int:
     return 0
 
 
-def end_children(pid: int) -> None:
-    """SIGKILL all that a process has started and what these have started; the process itself is left alone."""
+def end_children(pid: int, itself: bool = False) -> None:
+    """SIGKILL all that a process has started and what these have started, and wait for their end; the process too, if
+    it is to be ended `itself`."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process(pid).children(recursive=True)
-        for process in found:
+        top = psutil.Process(pid)
+        if itself:
+            top.suspend()  # so that it starts no more while it is asked for those it has
+        found = top.children(recursive=True)
+        for process in [*found, *([top] if itself else [])]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(found, timeout=_ENDING_S)
+        if itself:  # else nobody may be there to collect them
+            psutil.wait_procs(found, timeout=_ENDING_S)
 
 
 def crew(
@@ -166,9 +171,7 @@ def crew(
         return [found[i] for i in range(len(arguments))]
     finally:
         for pid in running:
-            end_children(pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            end_children(pid, itself=True)
         deadline = time.monotonic() + _ENDING_S
         while running and time.monotonic() < deadline:
             for exit_ in forkserver.poll(0.1):

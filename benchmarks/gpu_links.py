@@ -74,7 +74,7 @@ def end(payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def exchange(transport: Transport, me: int, numbers: int, messages: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a message and of a copy of it on the device; of the first fifth, which takes memory, nothing counts."""
+    """Seconds of a message and of a copy of it on the device; the first fifth, which takes memory, does not count."""
     payload, warm, peer = torch.randn(numbers, device=device), max(2, messages // 5), me ^ 1
     began = 0.0
     for m in itertools.count():

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from gpu_case import Case, crew, end_children, entry
 from gpu_machine import Device
-from benchmarks.recovery import PARTS, REMEDIES, Run, recoveries, spread
 
+from benchmarks.recovery import PARTS, REMEDIES, Run, recoveries, spread
 from launch.forkserver import ForkServer
 
 KILLS = 15
@@ -57,7 +57,7 @@ class ForkedRun(Run):
 
     def __init__(self, case: Case, flags: list[str], forkserver: ForkServer) -> None:
         self._case, self._forkserver = case, forkserver
-        super().__init__(case.folder, [*flags, "--device", "cpu" if case.dry else "cuda"])
+        super().__init__(case.folder, [*flags, "--device", torch.device(case.device).type])
 
     def start(self, arguments: list[str]) -> Any:
         answer = self._case.folder / "launched.json"
@@ -74,12 +74,12 @@ def launched(arguments: list[str]) -> int:
 
 
 def contexts(values: dict[str, Any]) -> None:
-    """What a CUDA context and a first kernel take in a process that has none, three times."""
+    """What a CUDA context and a first kernel take in a process that has none, twice."""
     case = Case.from_json(values)
     forkserver = ForkServer(entry)
     try:
         asked = [{"device": case.device}]
-        found = [crew(forkserver, case.folder, "gpu_recovery:one_context", asked, case.limit_s)[0] for _ in range(3)]
+        found = [crew(forkserver, case.folder, "gpu_recovery:one_context", asked, case.limit_s)[0] for _ in range(2)]
     finally:
         forkserver.close()
     case.say("a CUDA context", total_p50_s=statistics.median(found), all_s=found)
@@ -138,7 +138,8 @@ def _summary(rows: list[dict[str, float]], memory: dict[str, int | None]) -> dic
     return {
         "kills": len(rows), "total_p50_s": parts["total_s"]["p50"], "total_p95_s": parts["total_s"]["p95"],
         **{f"{part.removesuffix('_s')}_p50_s": parts[part]["p50"] for part in PARTS[1:] if part in parts},
-        "kept_after_kills_bytes": _more(memory, "after", "running"), "kept_in_the_end_bytes": _more(memory, "ended", "before"),
+        "kept_after_kills_bytes": _more(memory, "after", "running"),
+        "kept_in_the_end_bytes": _more(memory, "ended", "before"),
         "memory_bytes": memory, "each": rows,
     }  # fmt: skip
 

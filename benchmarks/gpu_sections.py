@@ -41,13 +41,13 @@ class Goal:
 
 
 SECTIONS = (
-    Section("0", "weights", 0.08, (Part("weights", "gpu_work:prepare", 60),)),
+    Section("0", "weights", 0.05, (Part("weights", "gpu_work:prepare", 60),)),
     Section(
-        "a", "CUDA tests; links between workers on one device", 0.22,
-        (Part("links", "gpu_links:links", 45), Part("CUDA tests", "gpu_tests:cuda_tests", 90)),
+        "a", "CUDA tests; links between workers on one device", 0.20,
+        (Part("links", "gpu_links:links", 45), Part("CUDA tests", "gpu_tests:cuda_tests", 75)),
     ),
     Section(
-        "b", "Qwen3-0.6B, resident, sequence 2048, bf16", 0.24,
+        "b", "Qwen3-0.6B, resident, sequence 2048, bf16", 0.20,
         (
             Part("plain PyTorch", "gpu_engine:plain", 45), Part("ours, 1 worker", "gpu_engine:one_worker", 45),
             Part("ours, 1 worker", "gpu_engine:one_worker", 45, round=2),
@@ -57,17 +57,18 @@ SECTIONS = (
         ),
     ),
     Section(
-        "c", "SIGKILL of a CUDA worker to the next commit", 0.16,
+        "c", "SIGKILL of a CUDA worker to the next commit", 0.14,
         (
-            Part("context", "gpu_recovery:contexts", 20), Part("replica", "gpu_recovery:replaced", 45),
-            Part("replica, spare", "gpu_recovery:spared", 45),
+            Part("context", "gpu_recovery:contexts", 15), Part("replica", "gpu_recovery:replaced", 30),
+            Part("replica, spare", "gpu_recovery:spared", 30),
         ),
     ),
     Section(
-        "d", "Qwen3-1.7B, state in host memory, 1 worker, sequence 2048, bf16", 0.30,
+        "d", "Qwen3-1.7B, state in host memory, 1 worker, sequence 2048, bf16", 0.41,
         (
-            Part("ours, one step behind", "gpu_offload:ours_behind", 90), Part("ours", "gpu_offload:ours", 75),
-            Part("RoundPipe", "gpu_peers:roundpipe", 90, peer=True), Part("FSDP2", "gpu_peers:fsdp2", 60, peer=True),
+            Part("ours", "gpu_offload:ours", 75), Part("FSDP2", "gpu_peers:fsdp2", 60, peer=True),
+            Part("ours, one step behind", "gpu_offload:ours_behind", 75),
+            Part("RoundPipe", "gpu_peers:roundpipe", 90, peer=True),
             Part("DeepSpeed", "gpu_peers:deepspeed_zero3", 75, peer=True),
             Part("all on the device", "gpu_peers:on_device", 45, peer=True),
             Part("RoundPipe, in turn", "gpu_peers:roundpipe_in_turn", 60, peer=True),
