@@ -31,7 +31,7 @@ SCHEDULER = {1: "gpipe", 2: "one_f_one_b"}
 
 def training_of(case: Case) -> Training:
     """65,536 tokens a step."""
-    return Training.of(case, SHAPE, microbatches=4, batch=8)
+    return Training.of(case, SHAPE, microbatches=8, batch=4)
 
 
 # ---- plain PyTorch ----
@@ -107,8 +107,8 @@ def our_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 class HostStage(nn.Module):
-    """Some blocks of a model that lies on `device`, between tensors of the host; the first stage takes ids, the last
-    one gives the logits' loss-ready hidden state through norm and head."""
+    """Some blocks of a model that lies on `device`, between tensors of the host: the first stage takes ids, the last
+    one gives logits, which stay on the device."""
 
     def __init__(self, whole: Any, lo: int, hi: int, sequence: int, device: str) -> None:
         super().__init__()

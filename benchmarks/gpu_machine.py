@@ -90,12 +90,14 @@ class Peaks(threading.Thread):
 
 
 def about() -> dict[str, Any]:
-    """Of the machine and what is installed, for the record of a run."""
+    """Of the machine and what is installed, for the record of a run. `cuda_touched` says whether this process has
+    loaded CUDA's driver: then what it forks may fail with an initialization error."""
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     return {
         **Device().about(), "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "cuda": torch.version.cuda,
+        "cuda_touched": "libcuda.so" in Path("/proc/self/maps").read_text(),
         "commit": commit.stdout.strip() or None, "cpus": len(os.sched_getaffinity(0)),
         "host_bytes": psutil.virtual_memory().total,
         "shared_memory_bytes": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,

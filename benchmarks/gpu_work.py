@@ -57,7 +57,7 @@ class Training:
     def of(cls, case: Case, shape: str, microbatches: int, batch: int, steps: int = 5, warmup: int = 2) -> Training:
         """That of a case, tiny where nothing is measured."""
         if case.dry:
-            return cls(shape, 16, microbatches, 1, 2, 1)
+            return cls(shape, 16, min(4, microbatches), 1, 2, 1)
         return cls(shape, 2048, microbatches, batch, steps, warmup)
 
     def work(self, config: PreTrainedConfig) -> Work:

@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -271,6 +271,30 @@ def test_spans_are_as_large_as_the_host_allows(tmp_path: Path, free_gib: int, sp
     assert found.span_mib == span_mib
     assert layout.num_bytes <= offload.SHARE * (free_gib << 30) or span_mib == 1500
     assert rounds.cut.fused[1] == model.num_layers
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_the_device_is_asked_through_nvml(monkeypatch: pytest.MonkeyPatch, encoded: bool) -> None:
+    """As its Python package is called; older ones answer in bytes."""
+    machine, used = module("gpu_machine"), [5 << 30, 9 << 30, 7 << 30]
+    nvml = ModuleType("pynvml")
+    name = b"NVIDIA H200" if encoded else "NVIDIA H200"
+    for call, answer in {
+        "nvmlInit": lambda: None, "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda handle: name, "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=139 << 30, used=used[0]),
+    }.items():  # fmt: skip
+        setattr(nvml, call, answer)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert machine.Device().about() == {"device": "NVIDIA H200", "driver": "580.1", "device_bytes": 139 << 30}
+    peaks = machine.Peaks()
+    peaks.start()
+    for _ in range(2):
+        used.pop(0)
+        peaks._look()
+    found = peaks.close()
+    assert found["device_peak_bytes"] == 4 << 30
+    assert found["host_peak_bytes"] >= 0
 
 
 # ---- what a machine lacks ----
