@@ -24,11 +24,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MINUTES = 7.5
 """Beside imports, which no part can be cut from."""
+DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm", "/dev/dxg", "/proc/driver/nvidia")
+"""Any of these is there where there is an NVIDIA driver."""
 WHEELS = ROOT / "build" / "gpu-wheels"
 ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for devices must not touch CUDA: this process forks
     "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
-    "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONDONTWRITEBYTECODE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }  # fmt: skip
 
 
@@ -79,6 +81,8 @@ def main() -> int:
         parser.error(f"--only {options.only}; {', '.join(unknown)} is no section: allowed are a, b, c, d")
     if not 0 < options.minutes <= 600:
         parser.error(f"--minutes {options.minutes:g}; expected more than 0")
+    if not options.dry and not any(Path(path).exists() for path in DEVICES):
+        parser.error("there is no NVIDIA device here; --dry tries the script on the CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     with tempfile.TemporaryDirectory(prefix="unbroken-gpu-") as scratch:
         prepare(options.dry, Path(scratch), options.wheels)

@@ -6,6 +6,7 @@ pinned pages included, both less what was in use before.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -93,12 +94,15 @@ def about() -> dict[str, Any]:
     """Of the machine and what is installed, for the record of a run. `cuda_touched` says whether this process has
     loaded CUDA's driver: then what it forks may fail with an initialization error."""
     root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    commit = os.environ.get("COMMIT", "")  # for a copy of the repository without its history
+    with contextlib.suppress(OSError):
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+        commit = asked.stdout.strip() or commit
     return {
         **Device().about(), "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "cuda": torch.version.cuda,
         "cuda_touched": "libcuda.so" in Path("/proc/self/maps").read_text(),
-        "commit": commit.stdout.strip() or None, "cpus": len(os.sched_getaffinity(0)),
+        "commit": commit or None, "cpus": len(os.sched_getaffinity(0)),
         "host_bytes": psutil.virtual_memory().total,
         "shared_memory_bytes": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
     }  # fmt: skip

@@ -43,7 +43,7 @@ SHARE = 0.85
 
 def training_of(case: Case) -> Training:
     """32,768 tokens a step."""
-    return Training.of(case, SHAPE, microbatches=4, batch=4, steps=4, warmup=3)
+    return Training.of(case, SHAPE, microbatches=4, batch=4, steps=4)
 
 
 def free_bytes(path: Path) -> int:

@@ -66,10 +66,10 @@ SECTIONS = (
     Section(
         "d", "Qwen3-1.7B, state in host memory, 1 worker, sequence 2048, bf16", 0.41,
         (
-            Part("ours", "gpu_offload:ours", 75), Part("FSDP2", "gpu_peers:fsdp2", 60, peer=True),
-            Part("ours, one step behind", "gpu_offload:ours_behind", 75),
+            Part("ours", "gpu_offload:ours", 100), Part("FSDP2", "gpu_peers:fsdp2", 60, peer=True),
             Part("RoundPipe", "gpu_peers:roundpipe", 90, peer=True),
             Part("DeepSpeed", "gpu_peers:deepspeed_zero3", 75, peer=True),
+            Part("ours, one step behind", "gpu_offload:ours_behind", 100),
             Part("all on the device", "gpu_peers:on_device", 45, peer=True),
             Part("RoundPipe, in turn", "gpu_peers:roundpipe_in_turn", 60, peer=True),
         ),
@@ -85,6 +85,7 @@ GOALS = (
     Goal("c", "SIGKILL, replica", "kept_in_the_end_bytes", None, 64 << 20, at_least=False),
     Goal("d", "ours, 1 worker, one step behind", "tokens_per_s", "RoundPipe 0.1.1, one step behind", 1.0),
     Goal("d", "ours, 1 worker", "tokens_per_s", "RoundPipe 0.1.1", 1.0),
+    Goal("d", "ours, 1 worker", "tokens_per_s", "RoundPipe 0.1.1, one step behind"),
     Goal("d", "ours, 1 worker", "tokens_per_s", "DeepSpeed ZeRO-3, CPU offload", 1.5),
     Goal("d", "ours, 1 worker", "tokens_per_s", "FSDP2, CPU offload", 1.8),
     Goal("d", "ours, 1 worker, one step behind", "tokens_per_s", "all on the device"),

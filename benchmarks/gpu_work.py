@@ -22,6 +22,7 @@ from gpu_flops import model_flops, peak_flops
 from gpu_machine import Device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.model.weights import read_config
 from pipeline.state.optimizer import decay_groups
@@ -73,6 +74,7 @@ class Training:
 def prepare(values: dict[str, Any]) -> None:
     """Write the weights of both shapes, drawn on the device, in bfloat16: half the bytes, and exact in fp32."""
     case = Case.from_json(values)
+    disable_progress_bar()
     for name, sizes in SHAPES.items():
         began = time.monotonic()
         config = Qwen3Config(**{**COMMON, **sizes, **(TINY if case.dry else {})}, use_cache=False)
@@ -93,6 +95,7 @@ def weights_of(case: Case, shape: str) -> Path:
 
 def load(case: Case, shape: str, dtype: torch.dtype, device: str) -> Any:
     """The whole model in training mode."""
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         weights_of(case, shape), dtype=dtype, attn_implementation="sdpa", local_files_only=True
     )

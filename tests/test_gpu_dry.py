@@ -79,7 +79,17 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--only", "a,x"], "x is no section: allowed are a, b, c, d"), (["--minutes", "0"], "expected more than 0")],
+    [
+        (["--only", "a,x"], "x is no section: allowed are a, b, c, d"),
+        (["--minutes", "0"], "expected more than 0"),
+        pytest.param(
+            [],
+            "there is no NVIDIA device here; --dry tries",
+            marks=pytest.mark.skipif(
+                any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvidia0")), reason="there is one"
+            ),
+        ),
+    ],
 )
 def test_refuses_what_it_cannot_run(flags: list[str], said: str) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=60)
