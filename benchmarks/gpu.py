@@ -62,6 +62,8 @@ def prepare(dry: bool, scratch: Path, wheels: Path) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["PYTHONPATH"] = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
+    beside = str(Path(sys.executable).parent)  # where this Python's ninja is, with which a peer compiles
+    os.environ["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), beside])
     os.environ["UNBROKEN_CACHE"] = str(scratch / "cache")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / "build" / "torch-extensions")  # what a peer compiles once
     if dry:

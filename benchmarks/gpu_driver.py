@@ -65,7 +65,7 @@ def run(asked: Sequence[str], dry: bool, seconds: float, out: Path, scratch: Pat
     clear_locks()
     began = time.monotonic()
     sections = [each for each in SECTIONS if each.letter in ("0", *asked)]
-    report = Report(out / "gpu.json", {"command": sys.argv, "dry": dry, "limit_s": seconds})
+    report = Report(out / "gpu.json", {"command": sys.argv, "dry": dry, "limit_s": seconds, "whole": False})
     try:
         report.about |= about()
         report.write()
@@ -73,6 +73,7 @@ def run(asked: Sequence[str], dry: bool, seconds: float, out: Path, scratch: Pat
         for section in sections:
             share += section.share / whole
             run_section(section, forkserver, report, scratch, dry, began + seconds * share)
+        report.about["whole"] = True
     finally:
         forkserver.close()
         report.about["seconds"] = round(time.monotonic() - began, 1)
@@ -125,6 +126,9 @@ def run_part(part: Part, case: Case, forkserver: ForkServer, told: dict[str, Any
             if (rows := read_rows(case)) != told["rows"]:
                 told["rows"] = rows
                 report.write()
+    except BaseException:
+        told |= {"state": CUT, "error": "the run was ended"}
+        raise
     finally:
         if not ended:
             _end(pid, forkserver)

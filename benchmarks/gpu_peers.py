@@ -131,6 +131,8 @@ def deepspeed_step(case: Case, training: Training) -> Step:
     _alone(case, "gloo" if case.device == "cpu" else "nccl")
     import deepspeed
 
+    if case.device == "cpu":  # an extension for sums between ranks, which takes minutes to compile: there is one rank
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = load(case, SHAPE, torch.bfloat16, "cpu")
     work = training.work(model.config)
     offload = {"device": "cpu", "pin_memory": case.device != "cpu"}

@@ -75,7 +75,8 @@ def show(
     console.print(
         f"{about.get('device') or 'CPU'}, driver {about.get('driver')}, torch {about.get('torch')}, transformers "
         f"{about.get('transformers')}, commit {str(about.get('commit'))[:12]}, {about.get('seconds')} s"
-        + (", DRY: the figures mean nothing" if about.get("dry") else ""),
+        + (", DRY: the figures mean nothing" if about.get("dry") else "")
+        + ("" if about.get("whole") else ", ENDED before its last part"),
         highlight=False,
     )
     for section in sections:

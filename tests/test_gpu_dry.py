@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     told = done.stdout[-3000:] + done.stderr[-1000:]
     assert done.returncode == 0, told
     assert found["about"]["dry"] is True
+    assert found["about"]["whole"] is True
     assert {"device", "driver", "torch", "transformers", "commit", "cpus", "seconds"} <= set(found["about"])
     assert set(found["sections"]) == set(ROWS)
     for letter, section in found["sections"].items():
@@ -95,6 +97,40 @@ def test_refuses_what_it_cannot_run(flags: list[str], said: str) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def command(payload: dict[str, Any]) -> int:
+    """The script in a process that has imported most of it."""
+    with open(payload["log"], "wb") as log:
+        os.dup2(log.fileno(), 1)
+    sys.stdout, sys.argv = open(1, "w", buffering=1, closefd=False), [str(SCRIPT), *payload["flags"]]  # noqa: SIM115
+    try:
+        return module("gpu").main()
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def test_a_run_that_is_ended_says_what_it_has(forkserver: ForkServer, tmp_path: Path) -> None:
+    flags, log = ["--dry", "--only", "b", "--out", str(tmp_path)], tmp_path / "log"
+    pid = forkserver.start({"call": "tests.test_gpu_dry:command", "flags": flags, "log": str(log)})
+    path, deadline = tmp_path / "gpu.json", time.monotonic() + 90
+    while not (path.is_file() and '"losses"' in path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    below = psutil.Process(pid).children(recursive=True)
+    os.kill(pid, signal.SIGTERM)
+    ended: list[int] = []
+    while not ended and time.monotonic() < deadline:
+        ended = [exit_.code for exit_ in forkserver.poll(0.1) if exit_.pid == pid]
+    assert ended == [143]
+    found, said = json.loads(path.read_text()), log.read_text()
+    assert found["about"]["whole"] is False
+    parts = found["sections"]["b"]["parts"]
+    assert parts[0]["rows"][0]["row"] == "plain PyTorch"
+    assert parts[-1]["state"] == "done" or (parts[-1]["state"], parts[-1]["error"]) == ("cut", "the run was ended")
+    assert "plain PyTorch" in said
+    assert "ENDED before its last part" in said
+    _, alive = psutil.wait_procs(below, timeout=5)
+    assert not alive
 
 
 # ---- the driver ----
