@@ -7,7 +7,7 @@ OUT ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test lint types unit bench matrix soak clean help
+.PHONY: train test lint types unit bench matrix soak gpu gpu-dry gpu-wheels clean help
 
 help:
 	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
@@ -15,6 +15,9 @@ help:
 	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
 	@echo "make matrix  every kind of fault at every point, in a real run each; prints the table (a quarter of an hour)"
 	@echo "make soak    the layouts that the tests leave out, the matrix, then half an hour of training under random kills"
+	@echo "make gpu     what one GPU shows, in 8 minutes (uses the environment if it is set up, else PYTHON as it is)"
+	@echo "make gpu-dry the same script on the CPU with tiny shapes, in under a minute"
+	@echo "make gpu-wheels  fetch what a GPU machine without a network lacks, to travel with the repository"
 	@echo "make clean   remove the environment and the demo run"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -79,6 +82,26 @@ soak: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py --out benchmarks/results
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results
 	$(BIN)/python benchmarks/soak_pool.py --minutes 20 --out benchmarks/results
+
+# A GPU machine has its own torch, and often no network: nothing is installed but what lies in build/gpu-wheels.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+WHEELS := build/gpu-wheels
+PLATFORMS := 2_34 2_28 2_27 2_24 2_17
+
+gpu:
+	env -u OMP_NUM_THREADS PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-dry:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --dry --out runs/gpu-dry $(ARGS)
+
+gpu-wheels:
+	rm -rf $(WHEELS)
+	$(GPU_PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(foreach n,$(PLATFORMS),--platform manylinux_$(n)_x86_64) --platform manylinux2014_x86_64 \
+		-d $(WHEELS) -r benchmarks/gpu-wheels.txt
+	DS_BUILD_OPS=0 $(GPU_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(WHEELS) \
+		$$(sed -n 's/^# built: //p' benchmarks/gpu-wheels.txt)
+	du -sk $(WHEELS) | awk '{print $$1 / 1024 " MiB of wheels"; exit $$1 > 60 * 1024}'
 
 clean:
 	rm -rf $(VENV) $(OUT)

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,17 @@ class Run:
         self.metrics, self.events, self.ledger = (
             Tail(self.out / f"{name}.jsonl") for name in ("metrics", "events", "ledger")
         )
-        self._log = (folder / "log").open("wb")
+        self.log = folder / "log"
+        self.process = self.start(command(self.out, STEPS, *flags))
+
+    def start(self, arguments: list[str]) -> Any:
+        """The command in a process of its own, with what subprocess.Popen has to watch and to end it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        arguments = [sys.executable, *command(self.out, STEPS, *flags)]
-        self.process = subprocess.Popen(
-            arguments, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
 
     def __enter__(self) -> Run:
         return self
@@ -106,7 +112,6 @@ class Run:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self.process.wait()
-        self._log.close()
 
     def last_step(self) -> int:
         return self.metrics()[-1]["step"] if self.metrics() else 0
@@ -116,56 +121,63 @@ class Run:
         deadline = time.monotonic() + deadline_s
         while not reached():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the run ended or hangs: {Path(self._log.name).read_text()[-1500:]}")
+                raise RuntimeError(f"the run ended or hangs: {self.log.read_text(errors='replace')[-1500:]}")
             time.sleep(0.005)
         return time.time()
 
 
 def measure(name: str, kills: int, seed: int, advance: Any) -> dict[str, Any]:
-    """`kills` recoveries of one remedy. Pids are read from the process tree, in the order of worker ids."""
+    """`kills` recoveries of one remedy."""
     flags, places = REMEDIES[name]
-    chance = random.Random(f"{seed}/{name}")
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder, Run(Path(folder), flags) as run:
-        run.until(lambda: run.last_step() >= 25)
-        (warm,) = psutil.Process(run.process.pid).children()
-        at = dict(enumerate(sorted(child.pid for child in warm.children())))  # place -> pid; a spare comes last
-        spare = at.pop(max(at)) if "--spares" in flags else 0
-        for _ in range(kills):
-            time.sleep(chance.uniform(0.3, 0.8))
-            place = chance.choice(places)
-            before, seen = run.last_step(), len(run.events())
-            killed = time.time()
-            os.kill(at[place], signal.SIGKILL)
-            run.until(lambda seen=seen: any(e["event"] == "resumed" for e in run.events()[seen:]))
-            new = run.events()[seen:]
-            detected = next(e["time"] for e in new if e["event"] == "detected")
-            view = next(e["time"] for e in new if e["event"] == "view")
-            resumed = next(e for e in new if e["event"] == "resumed")
-            least = before if name == "checkpoint" else 0  # what was rolled back is run again first
-
-            def done(view: int = resumed["view"], least: int = least) -> list[float]:
-                new = itertools.takewhile(lambda line: line["view"] >= view, reversed(run.ledger()))
-                return [line["time"] for line in new if line["view"] == view and line["step"] > least]
-
-            run.until(done)
-            committed = done()[-1]
-            parts = resumed["seconds"]
-            rows.append(
-                {
-                    "total_s": committed - killed, "detect_s": detected - killed, "decide_s": view - detected,
-                    "woken_s": max(0.0, resumed["woken"] - killed), "ready_s": parts["ready"] - parts["view"],
-                    "edit_s": parts["edited"] - parts["ready"], "restore_s": parts["restored"] - parts["edited"],
-                    "first_step_s": committed - resumed["time"],
-                }
-            )  # fmt: skip
-            if name == "redundant":  # its replacement joins later, while the run goes on
-                run.until(lambda seen=seen: sum(e["event"] == "resumed" for e in run.events()[seen:]) > 1)
-            known = set(at.values())
-            fresh = [c.pid for c in warm.children() if c.pid not in known]
-            at[place], spare = (spare, next(pid for pid in fresh if pid != spare)) if spare else (fresh[0], 0)
+        for row in itertools.islice(recoveries(run, name, flags, places, random.Random(f"{seed}/{name}")), kills):
+            rows.append(row)
             advance()
     return {"remedy": name, "kills": len(rows), "rows": rows}
+
+
+def recoveries(
+    run: Run, name: str, flags: list[str], places: Sequence[int], chance: random.Random, warm_steps: int = 25
+) -> Iterator[dict[str, float]]:
+    """Kill a worker in one of `places`, wait until the run has gone on, and say how long that took; and again. Pids are
+    read from the process tree, in the order of worker ids."""
+    run.until(lambda: run.last_step() >= warm_steps)
+    (warm,) = psutil.Process(run.process.pid).children()
+    at = dict(enumerate(sorted(child.pid for child in warm.children())))  # place -> pid; a spare comes last
+    spare = at.pop(max(at)) if "--spares" in flags else 0
+    while True:
+        time.sleep(chance.uniform(0.3, 0.8))
+        place = chance.choice(places)
+        before, seen = run.last_step(), len(run.events())
+        killed = time.time()
+        os.kill(at[place], signal.SIGKILL)
+        run.until(lambda seen=seen: any(e["event"] == "resumed" for e in run.events()[seen:]))
+        new = run.events()[seen:]
+        detected = next(e["time"] for e in new if e["event"] == "detected")
+        view = next(e["time"] for e in new if e["event"] == "view")
+        resumed = next(e for e in new if e["event"] == "resumed")
+        least = before if name == "checkpoint" else 0  # what was rolled back is run again first
+
+        def done(view: int = resumed["view"], least: int = least) -> list[float]:
+            new = itertools.takewhile(lambda line: line["view"] >= view, reversed(run.ledger()))
+            return [line["time"] for line in new if line["view"] == view and line["step"] > least]
+
+        run.until(done)
+        committed = done()[-1]
+        parts = resumed["seconds"]
+        row = {
+            "total_s": committed - killed, "detect_s": detected - killed, "decide_s": view - detected,
+            "woken_s": max(0.0, resumed["woken"] - killed), "ready_s": parts["ready"] - parts["view"],
+            "edit_s": parts["edited"] - parts["ready"], "restore_s": parts["restored"] - parts["edited"],
+            "first_step_s": committed - resumed["time"],
+        }  # fmt: skip
+        if name == "redundant":  # its replacement joins later, while the run goes on
+            run.until(lambda seen=seen: sum(e["event"] == "resumed" for e in run.events()[seen:]) > 1)
+        known = set(at.values())
+        fresh = [c.pid for c in warm.children() if c.pid not in known]
+        at[place], spare = (spare, next(pid for pid in fresh if pid != spare)) if spare else (fresh[0], 0)
+        yield row
 
 
 def throughput(flags: list[str], seconds: float) -> float:

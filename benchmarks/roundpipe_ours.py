@@ -17,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,7 @@ class PoolJob(WorkJob):
     """With what a trainer asks beside."""
 
     limit: int = 0
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
     def next_sample(self, step: int) -> int:
         """The first sample of a step."""
@@ -73,6 +75,11 @@ def jobs(config: TrainConfig, step: int, sample: int) -> dict[str, Any]:
     """The work that lies in the run's folder."""
     work = Work(**json.loads((config.out / "work.json").read_text()))
     return {"train": PoolJob(work)}
+
+
+def write_work(work: Work, out: Path) -> None:
+    """Put the work where workers look for it."""
+    (out / "work.json").write_text(json.dumps(asdict(work)))
 
 
 def entry(payload: dict[str, Any]) -> int:
@@ -111,7 +118,7 @@ def run(work: Work, options: argparse.Namespace, forkserver: ForkServer) -> dict
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
         llama(work).save_pretrained(out / "model-config")
-        (out / "work.json").write_text(json.dumps(asdict(work)))
+        write_work(work, out)
         steps = options.steps + options.warmup
         slow = ";".join(f"slow:worker={w},step=0,at=order,factor={f:g}" for w, f in enumerate(options.slow or ()))
         config = replace(

@@ -279,6 +279,11 @@ class Immediate:
         ticket.finish()
         return ticket
 
+    def mark(self) -> tuple[str, int]:
+        """An event that follows all that was done so far."""
+        self.story.append(event := ("event", len(self.story)))
+        return event
+
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         for target, source in pairs:
             target.copy_(source)
@@ -316,12 +321,11 @@ def test_no_buffer_is_filled_while_its_layer_computes(
 
 
 def test_a_buffer_is_filled_again_after_the_event_that_its_compute_leaves(
-    models: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path,
 ) -> None:
     """What a CUDA stream does with the event cannot be seen here; which one a copy waits for can."""
     folder, _ = made(models, "llama")
     story: list[Any] = []
-    monkeypatch.setattr(Offload, "_mark", lambda self: story.append(event := ("event", len(story))) or event)
     with offloaded(folder, 1, 2, copies=Immediate(story)) as offload:
         for path in (path for layer in range(1, LAYERS) for path in offload.layers.paths(layer).values()):
             offload.model.get_submodule(path).register_forward_hook(
