@@ -54,7 +54,7 @@ def free_bytes(path: Path) -> int:
 def planned(config: TrainConfig, model: LayeredModel, free: int) -> tuple[TrainConfig, Rounds, StoreLayout]:
     """The plan with the largest spans whose store takes no more than SHARE of what is free; the one with the smallest
     where none does. Raises PartitionError as plan_rounds does."""
-    costs = [cost / 1e9 for cost in layer_costs(model, config.sequence_length)]  # plans take no number above 1e9
+    costs = layer_costs(model, config.sequence_length)
     for span_mib in SPANS_MIB:
         found = replace(config, span_mib=span_mib)
         rounds = plan_rounds(found, model, costs, config.microbatch_size)

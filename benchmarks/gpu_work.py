@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from engine_peers import CLIP, LEARNING_RATE, Work
 from gpu_case import Case, synchronize
-from gpu_flops import model_flops, peak_flops
 from gpu_machine import Device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 from transformers.utils.logging import disable_progress_bar
+from utilisation import step_flops
 
 from pipeline.model.weights import read_config
+from pipeline.runtime.peak_flops import BF16, known_peak
 from pipeline.state.optimizer import decay_groups
 
 WEIGHT_DECAY = 0.01
@@ -162,8 +163,8 @@ def figures(case: Case, training: Training, seconds: list[float], losses: list[f
     config = read_config(weights_of(case, training.shape))
     tokens = training.work(config).tokens
     speed = tokens / statistics.median(seconds)
-    peak = None if case.dry else peak_flops(Device().about()["device"])
-    used = None if peak is None else speed * model_flops(config, training.sequence) / peak
+    peak = None if case.dry else known_peak(str(Device().about()["device"]), BF16)
+    used = None if peak is None else speed * step_flops(config, 1, 1, training.sequence) / training.sequence / peak
     return {
         "tokens_per_s": speed, "mfu": used, "step_s": seconds, "losses": losses, "training": training.as_json(),
         "last_loss": losses[-1],

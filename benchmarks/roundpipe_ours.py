@@ -17,8 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +52,6 @@ class PoolJob(WorkJob):
     """With what a trainer asks beside."""
 
     limit: int = 0
-    carried: Mapping[str, Any] = field(default_factory=dict)
 
     def next_sample(self, step: int) -> int:
         """The first sample of a step."""

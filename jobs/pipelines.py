@@ -23,13 +23,14 @@ _SMALL_OPS = 1.2  # what norms, activations and rotations add to a block (measur
 
 
 def layer_costs(model: LayeredModel, sequence_length: int) -> list[float]:
-    """Floating point operations per token of each layer's forward, counting products only (2 per weight, and
+    """Operations per token of each layer's forward, in units of 2^20, counting products only (2 per weight, and
     attention's 4 * sequence * hidden / 2 under a causal mask). The embedding is a look-up: next to nothing."""
     hidden, vocabulary = model.hidden_size, int(model.config.vocab_size)
     blocks = [
         _SMALL_OPS * (2.0 * model.parameter_count(layer) + 2.0 * sequence_length * hidden) for layer in model.blocks
     ]
-    return [0.01 * hidden, *blocks, *([2.0 * hidden * vocabulary] if model.headed else [])]
+    costs = [0.01 * hidden, *blocks, *([2.0 * hidden * vocabulary] if model.headed else [])]
+    return [cost / 2**20 for cost in costs]  # planners take seconds: numbers of up to 1e9
 
 
 def plan_layout(config: TrainConfig, model: LayeredModel, evaluated: int) -> tuple[Layout, Planner | None]:

@@ -190,6 +190,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 error, 2 usage, 75 stopped, with all saved that there was."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # who asks CUDA for devices cannot fork who uses them
     if (found := foreign()) is not None:
         return _refuse("unbroken", found)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -82,7 +82,7 @@ def make_worker(
     store = HostStore(layout, store_path(config.out))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        store.pin()
+        store.pin(layout.travelling)
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None,
         deadline_s=2 * config.deadline,  # the host, who knows whom all wait for, comes first

@@ -27,6 +27,7 @@ from jobs.pipelines import stage_at
 from jobs.registry import KINDS, TRAIN, make_jobs
 from jobs.train import Trainer
 from launch.config import config_from_dict
+from launch.devices import count_cuda
 from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Adapters
@@ -99,6 +100,8 @@ def _called(store: dist.Store, payload: dict[str, Any]) -> dict[str, Any]:
     """Load what every worker needs, then wait for the place that is to be taken; the payload with it."""
     await_view(store, 1)
     model_of(settings_of(read_view(store, 1)))
+    if torch.device(payload["device"]).type == "cuda" and count_cuda() == 1:  # else it is not known which it will be
+        torch.zeros(1, device=payload["device"])  # a context takes longer than all the rest of a recovery
     store.wait([key := payload["spare"]], _FOREVER)
     fields = {"worker": int, "place": int, "view": int, "joins": bool, "device": str}
     return {**payload, **checked(parse(store.get(key), "a spare worker's place"), "a spare worker's place", **fields)}

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ["UNBROKEN_CACHE"] = tempfile.mkdtemp(prefix="unbroken-cache-")  # of the session: nothing is left at home
 
 import psutil
@@ -92,7 +93,9 @@ def _shared_memory() -> set[str]:
     if not Path("/dev/shm").is_dir():
         return set()
     found: dict[str, int] = {}
-    for path in Path("/dev/shm").iterdir():
+    for path in Path("/dev/shm").iterdir():  # the driver of a device has files of its own there
+        if path.name.startswith("cuda."):
+            continue
         with contextlib.suppress(FileNotFoundError):
             found[path.name] = path.stat().st_ino
     locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]  # later: a file is locked once made

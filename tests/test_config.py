@@ -242,7 +242,11 @@ def test_the_cost_of_a_layer_is_its_products_and_a_fifth_more_for_what_a_block_d
     hidden, inner, sequence = 64, 128, 32
     weights = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
     block = 2 * weights + 2 * sequence * hidden
-    assert layer_costs(TINY, sequence) == [0.01 * hidden, *[1.2 * block] * 4, 2 * hidden * 256]
+    assert [2**20 * cost for cost in layer_costs(TINY, sequence)] == [
+        0.01 * hidden,
+        *[1.2 * block] * 4,
+        2 * hidden * 256,
+    ]
 
 
 def settings(**changes: Any) -> TrainConfig:

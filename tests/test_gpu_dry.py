@@ -118,6 +118,7 @@ def test_a_run_that_is_ended_says_what_it_has(forkserver: ForkServer, tmp_path: 
         time.sleep(0.02)
     below = psutil.Process(pid).children(recursive=True)
     os.kill(pid, signal.SIGTERM)
+    assert '"losses"' in path.read_text(), "nothing was measured in time"
     ended: list[int] = []
     while not ended and time.monotonic() < deadline:
         ended = [exit_.code for exit_ in forkserver.poll(0.1) if exit_.pid == pid]
@@ -281,17 +282,14 @@ def test_goals_are_ratios_within_a_round() -> None:
 
 
 def test_model_flops_are_those_of_the_published_shapes() -> None:
-    flops, work = module("gpu_flops"), module("gpu_work")
+    """6 N + 12 L H S (PaLM, appendix B), where N are the weights that are multiplied with."""
+    work, use = module("gpu_work"), module("utilisation")
     small = Qwen3Config(**{**work.COMMON, **work.SHAPES["Qwen3-0.6B"]})
     with torch.device("meta"):
         model = Qwen3ForCausalLM(small)
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert matrices == pytest.approx(0.596e9, rel=1e-3)
-    assert flops.model_flops(small, 2048) == 6 * matrices + 12 * 28 * 16 * 128 * 2048
-    assert flops.peak_flops("NVIDIA H200") == 989.4e12
-    assert flops.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert flops.peak_flops("something else") is None
-    assert flops.peak_flops(None) is None
+    assert use.step_flops(small, 1, 1, 2048) / 2048 == 6 * matrices + 12 * 28 * 16 * 128 * 2048
 
 
 def test_the_official_roundpipe_is_given_the_same_model() -> None:
@@ -305,13 +303,13 @@ def test_the_official_roundpipe_is_given_the_same_model() -> None:
     assert {id(p) for p in layers.parameters()} == {id(p) for p in whole.parameters()}
 
 
-@pytest.mark.parametrize(("free_gib", "span_mib"), [(500, 0), (50, 4096), (42, 2048), (1, 1500)])
+@pytest.mark.parametrize(("free_gib", "span_mib"), [(500, 0), (50, 4096), (45, 2048), (1, 1500)])
 def test_spans_are_as_large_as_the_host_allows(tmp_path: Path, free_gib: int, span_mib: int) -> None:
     offload, work = module("gpu_offload"), module("gpu_work")
     tokens = work.Training(offload.SHAPE, 2048, 4, 4, 1, 1)
     shape = Qwen3Config(**{**work.COMMON, **work.SHAPES[offload.SHAPE]})
     config = offload.make_config("gpipe", tokens.work(shape), 1, 2, tmp_path, 60.0)
-    config = replace(config, scheduler="roundpipe", at_once=4)
+    config = replace(config, scheduler="roundpipe", at_once=4, dtype="bfloat16")
     model = offload.LayeredModel(shape)
     found, rounds, layout = offload.planned(config, model, free_gib << 30)
     assert found.span_mib == span_mib

@@ -112,16 +112,26 @@ def test_bfloat16_keeps_float32_masters(forkserver: ForkServer, tmp_path: Path) 
     assert found.losses[-1] < found.losses[0]
 
 
+ON_CUDA = {
+    ("gpipe", 2, 1, "llama"), ("one_f_one_b", 2, 2, "gpt2"), ("interleaved", 2, 1, "gpt2"),
+    ("zero_bubble", 4, 1, "llama"), ("balanced", 2, 1, "llama"), ("balanced", 4, 2, "gpt2"),
+}  # fmt: skip
+"""Every process has a context, which takes seconds: the other cases are left to `-m long`."""
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("scheduler", PLANNERS)
+@pytest.mark.parametrize(
+    ("scheduler", "workers", "replicas", "model"),
+    [
+        pytest.param(*case, marks=() if case in ON_CUDA else pytest.mark.long)
+        for case in itertools.product(PLANNERS, (2, 4), (1, 2), MODELS)
+    ],
+)
 def test_equals_plain_torch_on_cuda(
     forkserver: ForkServer, tmp_path: Path, scheduler: str, workers: int, replicas: int, model: str
 ) -> None:
-    """Workers share the first device; links go through pinned host memory."""
+    """Workers share the first device, and its memory."""
     config = settings(scheduler=scheduler, workers=workers, replicas=replicas)
     found = run_workers(forkserver, config, MODELS[model], tmp_path, device="cuda:0")
     check(found, reference(model, "cuda"), tolerance=2e-5)

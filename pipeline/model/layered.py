@@ -390,7 +390,8 @@ class SpanModule(nn.Module):
         places = torch.arange(x.shape[1], device=x.device)[None] if position_ids is None else position_ids
         inputs: Callable[[int], dict[str, Any]] | None = None
         kind = x.device.type
-        between = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        between = torch.get_autocast_dtype(kind) if casts else None
         for layer in range(*self.span):
             if taps is not None and layer in taps:
                 taps[layer] = x

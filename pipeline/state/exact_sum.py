@@ -8,6 +8,8 @@ the bytes in a sum over replicas.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ FRACTION = 48
 LARGEST = 2.0 ** (62 - FRACTION)
 """What no sum may reach."""
 _AT_ONCE = 1 << 18  # elements: so that what lies between stays in a cache
+_ON_A_DEVICE = 1 << 26  # where each part is a handful of kernels
 
 
 class ExactSum:
@@ -30,10 +33,14 @@ class ExactSum:
         self.total = torch.zeros_like(gradient, dtype=torch.int64)
         self.beyond = torch.zeros((), dtype=torch.bool, device=gradient.device)
 
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = _AT_ONCE if self.gradient.device.type == "cpu" else _ON_A_DEVICE
+        return zip(self.gradient.split(size), self.total.split(size), strict=True)
+
     @torch.no_grad()
     def count(self, microbatches: int) -> None:
         """Add what stands in the gradient, of one of so many microbatches, and make it zero."""
-        for part, total in zip(self.gradient.split(_AT_ONCE), self.total.split(_AT_ONCE), strict=True):
+        for part, total in self._parts():
             least, most = torch.aminmax(part)
             self.beyond |= ~((most < LARGEST / microbatches) & (least > -LARGEST / microbatches))  # so is NaN
             total += part.double().mul_(2.0**FRACTION).round_().to(torch.int64)
@@ -42,7 +49,7 @@ class ExactSum:
     @torch.no_grad()
     def finish(self) -> None:
         """Put the sum into the gradient; the next one begins at zero."""
-        for part, total in zip(self.gradient.split(_AT_ONCE), self.total.split(_AT_ONCE), strict=True):
+        for part, total in self._parts():
             part.copy_(total.double().mul_(2.0**-FRACTION))
         self.gradient.masked_fill_(self.beyond, torch.nan)
         self.total.zero_()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from pipeline.schedule.work_units import Cut
 ALIGN = 64
 """Bytes: a cache line, and what vector loads want."""
 _SHARED = Path("/dev/shm")
+_PAGE = mmap.PAGESIZE
+_TRAVELS, _END = "travels", "end"  # names of places that hold nothing
 
 
 class HostMemoryError(RuntimeError):
@@ -113,19 +116,23 @@ class StoreLayout:
             at += _aligned(dtype.itemsize * math.prod(shape))
 
         model, layers = self.model, range(self.model.num_layers)
-        kinds = ("param", *(("read0", "read1") if self.behind else ()), "exp_avg", "exp_avg_sq")
-        for kind in kinds[:-2]:
-            place(f"version/{kind}", (model.num_layers,), torch.int64)
-        for kind in kinds:
-            for layer in layers:
-                shapes = model.shapes(layer)
-                for key in model.keys(layer) if kind == "param" else model.trainable(layer):
-                    if not kind.startswith("read") or torch.float32 in self._in[key]:
-                        place(f"{kind}/{key}", shapes[key])
-                    if kind in kinds[:-2] and self._in[key] != {torch.float32}:
-                        place(f"narrow-{kind}/{key}", shapes[key], self.compute)
+        owned = {key: model.shapes(layer)[key] for layer in layers for key in model.keys(layer)}
+        trained = [key for layer in layers for key in model.trainable(layer)]
+        for kind in ("exp_avg", "exp_avg_sq"):
+            for key in trained:
+                place(f"{kind}/{key}", owned[key])
         for layer in layers:
             place(f"grad/{layer}", (self.gradient_size((layer, layer + 1)),))
+        for key in owned:
+            if torch.float32 not in self._in[key]:
+                place(f"param/{key}", owned[key])
+        found[_TRAVELS] = at, (), torch.uint8  # from here on, what is copied to and from devices
+        read = {f"read{side}": trained for side in (0, 1) if self.behind}
+        for kind, keys in {"param": list(owned), **read}.items():
+            place(f"version/{kind}", (model.num_layers,), torch.int64)
+            for key in keys:
+                for dtype in self._in[key]:
+                    place(f"{'' if dtype == torch.float32 else 'narrow-'}{kind}/{key}", owned[key], dtype)
         for block in range(self.blocks):
             place(f"block/{block}", (self.block_size,), self.gradients)
             place(f"tally/{block}", (1 + self.microbatches,), torch.int64)
@@ -135,7 +142,7 @@ class StoreLayout:
                 for boundary in self.boundaries:
                     place(f"x{side}/{m}/{boundary}", hidden, self.compute)
                     place(f"dx{side}/{m}/{boundary}", hidden, self.compute)
-        found[""] = at, (), torch.uint8
+        found[_END] = at, (), torch.uint8
         return found
 
     @cached_property
@@ -148,9 +155,15 @@ class StoreLayout:
         return found
 
     @property
+    def travelling(self) -> int:
+        """The byte from which on all lies that is copied to and from devices: what only the host works with is
+        before."""
+        return self.places[_TRAVELS][0]
+
+    @property
     def num_bytes(self) -> int:
         """Of the whole store."""
-        return self.places[""][0]
+        return self.places[_END][0]
 
     def weight_views(self, layers: Sequence[int], flat: Tensor) -> dict[int, dict[str, Tensor]]:
         """Layer -> name -> its part of the bytes that begin with the weights of the first of `layers`."""
@@ -229,16 +242,16 @@ class HostMemory:
         """The tensor of that shape and kind that begins at a byte."""
         return self._whole[offset : offset + kind.itemsize * math.prod(shape)].view(kind).view(tuple(shape))
 
-    def pin(self) -> None:
-        """Register the mapping with CUDA, so that copies need no staging. Raises HostMemoryError."""
+    def pin(self, first: int = 0) -> None:
+        """Register the mapping with CUDA from a byte on, so that copies need no staging. Raises HostMemoryError."""
         runtime: Any = torch.cuda.cudart()
-        result = runtime.cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
-        if int(result) != 0:
-            raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {int(result)}")
+        self._pinned = self._whole[first // _PAGE * _PAGE :]
+        if result := int(runtime.cudaHostRegister(self._pinned.data_ptr(), self._pinned.numel(), 0)):
+            raise HostMemoryError(f"host store {self.path}: cudaHostRegister failed with error {result}")
 
     def unpin(self) -> None:
         """Undo `pin`, before another mapping comes to lie where this one does."""
-        cast(Any, torch.cuda.cudart()).cudaHostUnregister(self._whole.data_ptr())
+        cast(Any, torch.cuda.cudart()).cudaHostUnregister(self._pinned.data_ptr())
 
     def close(self) -> None:
         """Give the memory back, if this process made it; views must not be used any more."""

@@ -9,13 +9,13 @@ part of a larger one: what is summed over replicas at once lies together.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.model.layered import LayeredModel
+from pipeline.state.checksum import checksum
 from pipeline.state.cpu_adam import make_adamw
 from pipeline.state.masks import Masks, mask_gradients, put_back
 from pipeline.state.optimizer import OptimizerConfig, decay_groups
@@ -231,10 +231,10 @@ class LayerState:
 
     def fingerprint(self) -> int:
         """A checksum of what all holders have alike: equal on all of them, or one of them is wrong."""
-        crc = zlib.crc32(f"{self.version}/{self.generation}".encode())
-        for _, tensor in sorted(self._alike().items()):
-            crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-        return crc
+        alike = [tensor for _, tensor in sorted(self._alike().items())]
+        here = [tensor for tensor in alike if tensor.device == self.gradient.device]
+        begins = f"{self.version}/{self.generation}/{checksum(t for t in alike if t.device != self.gradient.device)}"
+        return checksum(here, begins)
 
     def fingerprints(self) -> dict[str, int]:
         """Checksums of all of it, by name: what has one name is equal on all who have it."""

@@ -16,7 +16,8 @@ from schedulers.partition import PartitionError, partition
 from schedulers.roundpipe_search.clock import Dealt, dealt
 from schedulers.roundpipe_search.problem import RoundsProblem
 
-_FUSED = 4  # blocks beside the head that are tried at most
+_FUSED = 4  # blocks beside the head that are tried
+_FEW = 2  # workers that wait for little: more blocks beside the head, which are not computed again, may gain more
 _STARTS = 6  # of the even cuts, how many are improved
 ORDERS = ("by_stage", "by_round")
 """Whether all rounds go through a stage before the next one comes, or each round goes all the way first."""
@@ -92,8 +93,11 @@ def even_cuts(problem: RoundsProblem) -> Iterator[Cut]:
             return None
         return tuple((hi - b, hi - a) for a, b in reversed(found))
 
-    for beside in range(min(_FUSED, last - 1) + 1):
+    more = (_FUSED * times for times in range(2, last)) if problem.workers <= _FEW else ()
+    for beside in (*range(_FUSED), *(n for n in (_FUSED, *more) if n < last - 1), last - 1):
         lo = last - beside
+        if beside > _FUSED and problem.workers > _FEW:
+            break
         if not problem.fits((lo, last + 1)):
             break
         fewest = _fewest(problem, lo)
