@@ -154,7 +154,7 @@ def run(
         llama(work).save_pretrained(folder / "model-config")
         steps = options.warmup + options.steps
         config = make_config(scheduler, work, workers, steps, folder, options.deadline)
-        view, layout = make_view(replace(config, recompute=recompute, links="sockets"))
+        view, layout = make_view(replace(config, recompute=recompute, links="gloo"))
         figures = {
             malloc: trained(folder, work, view, layout, malloc, options, forkserver) for malloc in options.malloc
         }

@@ -207,8 +207,9 @@ def build_member(
     builder = GroupBuilder(store, worker_id, address, device, 2 * config.deadline, transport.mailbox.woken)
     largest = span_bytes(config.microbatch_size, config.sequence_length, model.hidden_size, torch.float32)
     communicator = Communicator(
-        transport, reducer, builder, largest, nccl=payload["nccl"], shared=config.links == "auto"
-    )
+        transport, reducer, builder, largest, nccl=payload["nccl"], shared=config.links != "gloo",
+        demanded=config.links == "shm",
+    )  # fmt: skip
     network = link_shapes(config.network, config.workers)
 
     def shapes(now: View) -> dict[tuple[int, int], Shape] | None:

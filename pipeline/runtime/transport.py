@@ -22,11 +22,12 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from pipeline.runtime.groups import Group, GroupBuilder, Work
+from pipeline.runtime.groups import Group, GroupBuilder, Work, machine
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.message import HEADER_BYTES, Header, Shape, Timing
 from pipeline.runtime.shared_link import SharedLink
 from pipeline.schedule.ops import Op, Span
+from pipeline.settings import ConfigError
 
 _BYE = -2
 _FOREVER = timedelta(days=10)
@@ -177,13 +178,13 @@ class Transport:
 
     def connect(
         self, builder: GroupBuilder, pairs: set[tuple[int, int]], *, max_bytes: int, nccl: bool = False,
-        shared: bool = True, shapes: Mapping[tuple[int, int], Shape] | None = None,
+        shared: bool = True, demanded: bool = False, shapes: Mapping[tuple[int, int], Shape] | None = None,
     ) -> None:  # fmt: skip
         """Build the missing links among pairs (a, b), a < b, that hold this worker. All must pass the same pairs.
 
         Pairs are joined in ascending order, which no cycle of waiting can arise from. `shapes[(source, target)]`
-        slows that direction down. With `shared`, workers of one machine share memory. NCCL gets a group per direction,
-        since its transfers in one group run in turn.
+        slows that direction down. With `shared`, workers of one machine share memory; where that is `demanded` and
+        cannot be, ConfigError is raised. NCCL gets a group per direction, since its transfers in one group run in turn.
         """
         for low, high in sorted(pairs):
             if self.worker not in (low, high):
@@ -198,6 +199,8 @@ class Transport:
             if end is not None:
                 self.links[peer] = SharedLink(peer, end, self.mailbox, max_bytes=max_bytes, shape=shape)
                 continue
+            if demanded:
+                raise ConfigError(_cannot_share(low, high, builder.device))
             if nccl:
                 up = builder.build(f"{name}/up", (low, high), "nccl")
                 down = builder.build(f"{name}/down", (low, high), "nccl")
@@ -238,6 +241,14 @@ class Transport:
 def link_pairs(sends: set[tuple[int, int]]) -> set[tuple[int, int]]:
     """The undirected pairs (low, high) of directed (source, target) ones."""
     return {(min(pair), max(pair)) for pair in sends}
+
+
+def _cannot_share(low: int, high: int, device: torch.device) -> str:
+    """Why two workers have no memory in common."""
+    found = "they are not on one machine" if machine() else "this system has no memfd, or no Unix sockets"
+    if device.type != "cpu":
+        found = f"they compute on {device.type}"
+    return f"links is 'shm', which workers {low} and {high} cannot have: {found}; allowed here: auto, gloo"
 
 
 def span_bytes(batch: int, sequence: int, hidden: int, dtype: torch.dtype) -> int:
