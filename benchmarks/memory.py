@@ -8,15 +8,16 @@ leave for their backwards, which is all that was proved before. *Proved*: with m
 buffers of links and what an op takes meanwhile (schedule/holdings.py, runtime/footprint.py of pipeline/); it must
 never be exceeded by more than rounding (every block takes whole pages: the share of a page in a message), COUNTING,
 and over shared memory the one message that is being copied into a slot, whose pages both ends have meanwhile. At rest a
-worker takes its state, and REST beside: interpreter, threads, gloo and MKL. Measured is RssAnon at rest, and at the fullest VmHWM (reset through /proc/self/clear_refs) less
-RssFile; both less RssAnon before anything was built. Links are shared memory, as between workers of one machine, or
-with --links gloo sockets. A slot counts for the worker that owns it: so here a receiver touches the pages of a message
-as it is filed, for the kernel to see them as its own, and a sender lets go of its mapping of a slot that it has filled.
-Each case runs under two settings of glibc's malloc. *straight*: blocks from 64 KiB on come from the system and
-go back to it at once (mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what
-is measured is what is held; the verdict is on these. *usual*: glibc's own settings, under which blocks that were freed
-are kept, more or less as luck has it. The messages in mailboxes and the sent copies are counted too, as they come and
-go, and held against their bounds, and so are the slots of a worker's links. Writes memory.json.
+worker takes its state, and REST beside: interpreter, threads, gloo and MKL. Measured is RssAnon at rest, and at the
+fullest VmHWM (reset through /proc/self/clear_refs) less RssFile; both less RssAnon before anything was built. Links are
+shared memory, as between workers of one machine, or with --links gloo sockets. A slot counts for the worker that owns
+it: so here a receiver touches the pages of a message as it is filed, for the kernel to see them as its own, and a
+sender lets go of its mapping of a slot that it has filled. Each case runs under two settings of glibc's malloc.
+*straight*: blocks from 64 KiB on come from the system and go back to it at once (mallopt: M_MMAP_THRESHOLD and
+M_TRIM_THRESHOLD 64 KiB, M_TOP_PAD 0, M_ARENA_MAX 1), so that what is measured is what is held; the verdict is on these.
+*usual*: glibc's own settings, under which blocks that were freed are kept, more or less as luck has it. The messages in
+mailboxes and the sent copies are counted too, as they come and go, and held against their bounds, and so are the slots
+of a worker's links. Writes memory.json.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ _ACTIVATIONS, _RECEIVED, _OUTPUTS, _SENT, _POSTED, _WORKING = range(len(HELD))
 
 class Bound(NamedTuple):
     """`most` of each kind by itself, which need not be at one moment; `fullest`: the moment with the most together,
-    at op `at` of the lane (its length: in the end). `messages`: the most of all messages together. `slots`: by peer, the
-    most of its messages that were sent and are still needed here, in the mailbox or as what an op works on: over shared
-    memory each of them lies in a slot."""
+    at op `at` of the lane (its length: in the end). `messages`: the most of all messages together. `slots`: by peer,
+    the most of its messages that were sent and are still needed here, in the mailbox or as what an op works on: over
+    shared memory each of them lies in a slot."""
 
     most: Held
     fullest: Held
