@@ -8,9 +8,10 @@ Two processes, one thread each. *Latency*: one sends a payload of fp32, the othe
 of it and answers with one number; so a message is on its way alone, and the seconds are those from its sending to the
 answer. *Bandwidth*: messages follow each other, AHEAD of them under way, and are taken without being read; bytes by the
 seconds until all are answered for. CPU seconds are those of both processes per message of the first kind, threads of
-the links included. The kinds take turns, round by round, and every ratio is formed within a round. The bounds are the
-fastest that was seen in the sender: of a latency one copy of the payload and the reading of it, of a bandwidth the copy
-alone (memcpy). Writes links.json.
+the links included. Each size has processes of its own: in those that have had large messages gloo's small ones take
+several times as long. The kinds take turns, round by round, and every ratio is formed within a round. The bounds are
+the fastest that was seen in the sender: of a latency one copy of the payload and the reading of it, of a bandwidth the
+copy alone (memcpy). Writes links.json.
 """
 
 from __future__ import annotations
@@ -52,26 +53,24 @@ def cpu() -> float:
 
 
 def worker(me: int, options: argparse.Namespace) -> None:
-    """One end: all rounds, sizes and kinds; prints its figures."""
+    """One end: all rounds and kinds of a size; prints its figures."""
     torch.set_num_threads(1)
     store = connect(json.loads(options.address), WAIT_S)
     found: list[dict[str, Any]] = []
-    view = 0
+    (size,) = options.sizes
+    payload = torch.randn(int(size * MIB / 4))
+    messages = max(4, min(options.messages, int(options.budget / size)))
     for round_ in range(options.rounds):
-        for size in options.sizes:
-            payload = torch.randn(int(size * MIB / 4))
-            messages = max(4, min(options.messages, int(options.budget / size)))
-            for kind in KINDS if round_ % 2 else KINDS[::-1]:
-                view += 1
-                end = Transport(me, view)
-                builder = GroupBuilder(store, me, "127.0.0.1", torch.device("cpu"), WAIT_S)
-                shm = kind == "shm"
-                end.connect(builder, {(0, 1)}, max_bytes=payload.nbytes, shared=shm, demanded=shm)
-                figures = {**latency(end, payload, messages), **bandwidth(end, payload, messages)}
-                end.close()
-                found.append({"round": round_, "kind": kind, "mib": size, "messages": messages, **figures})
-            if me == 0:
-                found[-1] |= memcpy(payload, messages)
+        for number, kind in enumerate(KINDS if round_ % 2 else KINDS[::-1]):
+            end = Transport(me, view=len(KINDS) * round_ + number + 1)
+            builder = GroupBuilder(store, me, "127.0.0.1", torch.device("cpu"), WAIT_S)
+            shm = kind == "shm"
+            end.connect(builder, {(0, 1)}, max_bytes=payload.nbytes, shared=shm, demanded=shm)
+            figures = {**latency(end, payload, messages), **bandwidth(end, payload, messages)}
+            end.close()
+            found.append({"round": round_, "kind": kind, "mib": size, "messages": messages, **figures})
+        if me == 0:
+            found[-1] |= memcpy(payload, messages)
     print(json.dumps(found))
 
 
@@ -125,6 +124,21 @@ def memcpy(payload: torch.Tensor, messages: int) -> dict[str, float]:
 
     copies, reads = zip(*((copied(), read()) for _ in range(messages + 1)), strict=True)
     return {"bound_ms": 1e3 * (min(copies) + min(reads)), "memcpy_gib_per_s": payload.nbytes / min(copies) / 2**30}
+
+
+def both_ends(size: float, options: argparse.Namespace) -> list[list[dict[str, Any]]]:
+    """What two new processes find of one size."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=WAIT_S))
+    address = json.dumps({"host": "127.0.0.1", "port": server.port, "prefix": "links"})
+    command = [sys.executable, __file__, "--sizes", str(size), "--messages", str(options.messages), "--budget",
+               str(options.budget), "--rounds", str(options.rounds), "--address", address, "--worker"]  # fmt: skip
+    ends = [subprocess.Popen([*command, str(me)], stdout=subprocess.PIPE, text=True) for me in (0, 1)]
+    try:
+        said = [end.communicate(timeout=300)[0] for end in ends]
+    finally:
+        for end in ends:
+            end.kill()
+    return [json.loads(text.splitlines()[-1]) for text in said]
 
 
 def summarise(ends: list[list[dict[str, Any]]], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -183,17 +197,11 @@ def main() -> int:
     if options.worker is not None:
         worker(options.worker, options)
         return 0
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=WAIT_S))
-    address = json.dumps({"host": "127.0.0.1", "port": server.port, "prefix": "links"})
-    command = [sys.executable, __file__, *sys.argv[1:], "--address", address, "--worker"]
-    began = time.monotonic()
-    ends = [subprocess.Popen([*command, str(me)], stdout=subprocess.PIPE, text=True) for me in (0, 1)]
-    try:
-        said = [end.communicate(timeout=600)[0] for end in ends]
-    finally:
-        for end in ends:
-            end.kill()
-    rows = summarise([json.loads(text.splitlines()[-1]) for text in said], options)
+    began, ends = time.monotonic(), [list[dict[str, Any]](), list[dict[str, Any]]()]
+    for size in options.sizes:
+        for me, found in enumerate(both_ends(size, options)):
+            ends[me] += found
+    rows = summarise(ends, options)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(shown(rows))
     if options.out is not None:
