@@ -7,13 +7,14 @@ OUT ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test lint types unit bench matrix soak gpu gpu-dry gpu-wheels clean help
+.PHONY: train test lint types unit bench matrix soak links gpu gpu-dry gpu-wheels clean help
 
 help:
 	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
 	@echo "make matrix  every kind of fault at every point, in a real run each; prints the table (a quarter of an hour)"
+	@echo "make links   every test that trains in real processes, over shared memory and over gloo (half an hour)"
 	@echo "make soak    the layouts that the tests leave out, the matrix, then half an hour of training under random kills"
 	@echo "make gpu     what one GPU shows, in 8 minutes (uses the environment if it is set up, else PYTHON as it is)"
 	@echo "make gpu-dry the same script on the CPU with tiny shapes, in under a minute"
@@ -76,8 +77,16 @@ bench: $(STAMP)
 matrix: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py --out benchmarks/results
 
-soak: $(STAMP)
+PROCESSES := $(addprefix tests/test_, $(addsuffix .py, commit defaults elastic exact_sum footprint guarding links lora \
+	masks matrix parity recovery replay reroute resume rng rollout s3t shard_runs skip_engine skippipe slot_kills soak \
+	space train trained unlearn unlearn_parity unlearn_text))
+
+links: $(STAMP)
+	for links in shm gloo; do UNBROKEN_LINKS=$$links $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PROCESSES) $(ARGS) || exit 1; done
+
+soak: links
 	$(BIN)/python -m pytest -m long
+	$(BIN)/python benchmarks/soak_links.py --out benchmarks/results
 	$(BIN)/python -m tests.simulation --seeds 100000
 	$(BIN)/python benchmarks/matrix.py --out benchmarks/results
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results

@@ -110,9 +110,9 @@ class MachineSettings:
     """HOST:PORT of node 0 where all machines meet; needed with --nodes."""
     store_port: Annotated[int, Within(0, 65535)] = 0
     """TCP port of the store on this machine; 0 takes a free one."""
-    links: Literal["auto", "sockets"] = "auto"
-    """What workers exchange activations through: auto is shared memory between workers of one machine, and sockets
-    between machines; sockets is sockets everywhere."""
+    links: Literal["auto", "shm", "gloo"] = "auto"
+    """What workers exchange activations through: auto is shared memory between workers of one machine, and gloo's
+    sockets between machines; shm is shared memory, or the run does not begin; gloo is sockets everywhere."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError where the machines of a run cannot meet."""

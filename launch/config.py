@@ -15,6 +15,8 @@ from pipeline.reading import FileError
 from pipeline.settings import ConfigError, names_of
 
 C = TypeVar("C")
+_FORMERLY = {("links", "sockets"): "gloo"}
+"""Values under the names that they had when a file was written."""
 
 
 def config_from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -83,7 +85,8 @@ def toml_values(path: Path, cls: type) -> dict[str, Any]:
         values = reading.read_toml(path)
     except FileError as error:
         raise ConfigError(f"config is {str(path)!r}, which {error}") from error
-    return _fitting(cls, {key.replace("-", "_"): value for key, value in values.items()})
+    named = [(key.replace("-", "_"), value) for key, value in values.items()]
+    return _fitting(cls, {key: _FORMERLY.get((key, str(value)), value) for key, value in named})
 
 
 def config_from_toml(path: Path, cls: type[C]) -> C:

@@ -1,10 +1,11 @@
-"""What this machine can hold: as many processes and threads as its cores can still tell apart."""
+"""What this machine can hold: as many processes and threads as its cores can still tell apart, and shared memory."""
 
 from __future__ import annotations
 
 import os
 
 from jobs.config import TrainConfig, require
+from pipeline.runtime.groups import machine
 
 _WORKERS_PER_CORE, _WORKERS = 16, 32
 _THREADS_PER_CORE = 4
@@ -21,3 +22,9 @@ def check_machine(config: TrainConfig, workers_here: int, cores: int | None = No
     require(config.spares <= most, "spares", config.spares, f"at most {most} beside {workers_here} workers, on {here}")
     most = _THREADS_PER_CORE * cores
     require(config.threads <= most, "threads", config.threads, f"0 to {most} on {here}")
+
+
+def check_links(config: TrainConfig) -> None:
+    """Raise ConfigError where workers are to share memory and this system has none to share: nothing has begun yet."""
+    allowed = "auto or gloo, as this system has no memfd or no Unix sockets"
+    require(config.links != "shm" or bool(machine()), "links", config.links, allowed)

@@ -23,7 +23,7 @@ from launch.devices import Devices, find_devices
 from launch.forecast import forecast
 from launch.forkserver import ForkServer
 from launch.introduction import introduce
-from launch.machine import check_machine
+from launch.machine import check_links, check_machine
 from launch.progress import Display
 from launch.resume import kept
 from launch.round_train import train_rounds
@@ -77,6 +77,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
     workers = slot.workers(config.workers)
     check_machine(config, slot.workers_here(config.workers))
+    check_links(config)
     devices = find_devices(config.device, slot.workers_here(config.workers))
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)

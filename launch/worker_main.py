@@ -215,7 +215,9 @@ def build_member(
     largest = span_bytes(
         config.microbatch_size, config.sequence_length, model.hidden_size, settings.autocast or torch.float32
     )  # fmt: skip
-    communicator = Communicator(transport, reducer, builder, largest, shared=config.links == "auto")
+    communicator = Communicator(
+        transport, reducer, builder, largest, shared=config.links != "gloo", demanded=config.links == "shm"
+    )
     network = link_shapes(config.network, config.workers)
 
     def shapes(now: View) -> dict[tuple[int, int], Shape] | None:

@@ -37,6 +37,8 @@ class Communicator:
     max_bytes: int
     shared: bool = True
     """Whether workers of one machine share memory."""
+    demanded: bool = False
+    """Whether all that have a link must."""
     carrying: dict[str, tuple[tuple[int, ...], Group]] = field(default_factory=dict)
     """The groups over which state is being restored, by name: they are ended like the others."""
     _unconfirmed: set[int] = field(default_factory=set)
@@ -77,7 +79,8 @@ class Communicator:
         self.reducer.agree(kept["sums"], deadline)
 
     def edit(self, view: int, pairs: Pairs, parts: Mapping[str, tuple[int, ...]], shapes: Shapes | None = None) -> None:
-        """Build the links of `pairs` and the groups of `parts` that are missing. Raises LinkError.
+        """Build the links of `pairs` and the groups of `parts` that are missing. Raises LinkError; ConfigError where
+        memory is to be shared and cannot be.
 
         All members of the view call this with the same arguments, after the same `agree`; they meet in one order.
         """
@@ -89,7 +92,8 @@ class Communicator:
             transport.drop(peer)
         try:
             transport.connect(
-                self.builder, pairs, max_bytes=self.max_bytes, shared=self.shared, shapes=shapes
+                self.builder, pairs, max_bytes=self.max_bytes, shared=self.shared, demanded=self.demanded,
+                shapes=shapes,
             )  # fmt: skip
             self.reducer.edit(view, parts, self.builder)
         except RuntimeError as error:

@@ -28,7 +28,7 @@ from pipeline.state.resident import part_holders
 from recovery.commit import Follower
 from recovery.member import INTERRUPTIONS, Member, Watcher
 from recovery.membership import Move, View, next_view, publish
-from tests.harness import TIMEOUT_S, connect, hosted_store
+from tests.harness import TIMEOUT_S, connect, hosted_store, with_links
 
 
 class Lost(BaseException):
@@ -57,7 +57,8 @@ class Crew:
         self, config: TrainConfig, shape: PreTrainedConfig, out: Path, job: Callable[[], UnlearnJob], steps: int,
         lost: tuple[int, int, str, int] | None = None, watch: Callable[[Member, str], None] = lambda *_: None,
     ) -> None:  # fmt: skip
-        self.config, self.out, self.job, self.steps, self.lost = replace(config, out=out), out, job, steps, lost
+        self.config, self.out, self.job = with_links(replace(config, out=out)), out, job
+        self.steps, self.lost = steps, lost
         self.watch = watch
         out.mkdir(parents=True, exist_ok=True)
         shape.save_pretrained(out / "model-config")

@@ -61,6 +61,20 @@ from recovery.pool import Pool
 from tests import unlearn_rows
 
 TIMEOUT_S = 90.0
+LINKS = os.environ.get("UNBROKEN_LINKS", "")
+"""What all runs of the tests exchange activations through, where they do not ask for something themselves: shm or gloo;
+unset, as users have it. `make soak` runs the tests that start processes over both."""
+
+
+def linked(argv: Sequence[str]) -> list[str]:
+    """The arguments of a command, with LINKS."""
+    takes = LINKS and argv[0] in ("train", "unlearn") and "--links" not in argv
+    return [*argv, *(["--links", LINKS] if takes else [])]
+
+
+def with_links(config: TrainConfig) -> TrainConfig:
+    """Settings, with LINKS."""
+    return replace(config, links=LINKS) if LINKS and config.links == "auto" else config  # type: ignore[arg-type]
 
 
 def random_tokens(vocabulary: int, length: int, sample: int) -> np.ndarray:
@@ -101,7 +115,7 @@ def entry(payload: dict[str, Any]) -> int:
         module, _, name = payload["call"].partition(":")
         return getattr(importlib.import_module(module), name)(payload)
     if "argv" in payload:
-        return _command(payload["argv"], Path(payload["log"]))
+        return _command(linked(payload["argv"]), Path(payload["log"]))
     if "pool" in payload:
         if "late" in payload["config"]["data"] and payload["worker"] >= payload["config"]["workers"]:
             time.sleep(0.7)  # who takes a lost one's place takes its time
@@ -243,6 +257,7 @@ def run_workers(
 ) -> Outcome:
     """Train `model_config` for config.steps with real workers. Raises AssertionError when one fails or hangs."""
     out.mkdir(parents=True, exist_ok=True)
+    config = with_links(config)
     model_config.save_pretrained(out / "model-config")
     model = LayeredModel(model_config, lora=config.lora(), depth=config.depth, trained=config.patterns())
     layout, _ = plan_layout(config, model, config.evaluate_samples)

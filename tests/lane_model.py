@@ -6,6 +6,7 @@ in order and whenever they like. Two iterations follow each other, parted by the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Model:
         ]
         self._passed: dict[tuple[int, str, int], list[int]] = {}
         self.own = [own_levels(schedule, w) for w in self.workers]
+        self.kept = [kept_messages(schedule, w) for w in self.workers]
         self.start = State((0,) * len(lanes), (0,) * len(self.links))
 
     def passed(self, w: int, at: int, kind: str, peer: int) -> int:
@@ -103,6 +105,12 @@ class Model:
                 found[SENT] += self.passed(w, at, SEND, b) - state.arrived[k]
         return [*found, sum(found)]
 
+    def slots(self, state: State, k: int) -> int:
+        """Messages of link k that were sent, arrived or not, and are not let go yet."""
+        (a, b), at = self.links[k], state.at
+        there = self.passed(a, at[a], SEND, b) - self.passed(b, at[b], RECV, a)
+        return there + self.kept[b][at[b] % self.lap[b]].get(self.workers[a], 0)
+
     def note(self, state: State, most: Most) -> None:
         """Keep what is held in `state`, by who is in the first iteration, where it is more than ever."""
         for w, worker in enumerate(self.workers):
@@ -118,15 +126,19 @@ class Model:
     def in_every_way(self) -> Most:
         """The most in any state that can be reached."""
         most = self.nothing()
+        for state in self.states():
+            self.note(state, most)
+        return most
+
+    def states(self) -> Iterator[State]:
+        """All that can be reached while anybody is in the first iteration."""
         seen, todo = {self.start}, [self.start]
         while todo:
-            state = todo.pop()
-            self.note(state, most)
+            yield (state := todo.pop())
             if any(at < lap for at, lap in zip(state.at, self.lap, strict=True)):
                 new = {self.after(state, move) for move in self.moves(state)} - seen
                 seen |= new
                 todo += new
-        return most
 
     def at_random(self, random: Random, most: Most) -> None:
         """One run to the end of both iterations, in which some workers and links are faster than others."""
@@ -176,6 +188,44 @@ class Model:
                     state = self._reach(state, v, self.votes[v])
             state = self.after(state, (True, w))
         return state
+
+
+def kept_messages(schedule: Schedule, worker: int) -> list[dict[int, int]]:
+    """Peer -> its messages that were taken out and are still needed while each op of a lane runs, and in the end. What
+    a forward was given is needed until its activation goes, what an I was given until its W is over."""
+    lane = schedule.lanes[worker]
+    there: dict[Key, int] = {}
+    needed: dict[Key, set[Key]] = {}  # by the op that it was given to, F, R or I: until that is freed
+    split = {op[1:3] for op in lane if op.kind == W}
+    last = {op.microbatch: i for i, op in enumerate(lane) if op.kind in (B, I, W)}
+    found: list[dict[int, int]] = []
+    for i, (kind, span, m, _, of) in enumerate(lane):
+        gone: set[Key] = set()
+        if kind in (F, R):
+            route = schedule.routes[m]
+            given = {(F, s, m) for s in route.forward[: route.forward.index(span)][-1:]}
+            if route.backward:
+                needed[kind, span, m] = given
+            else:
+                gone |= given
+        elif kind in (B, I):
+            back = schedule.routes[m].backward
+            given = {(k, s, m) for s in back[: back.index(span)][-1:] for k in (B, I)}
+            if (span, m) in split:
+                needed[I, span, m] = given
+            else:
+                gone |= given | needed.pop((F, span, m), set())
+        elif kind == W:
+            gone |= needed.pop((F, span, m), set()) | needed.pop((I, span, m), set())
+        if last.get(m) == i:
+            for key in [key for key in needed if key[0] == R and key[2] == m]:
+                gone |= needed.pop(key)
+        found.append(dict(Counter(there.values())))
+        still = set().union(*needed.values())
+        there = {key: peer for key, peer in there.items() if key not in gone or key in still}
+        if kind == RECV and of is not None:
+            there[of[:3]] = lane[i].peer
+    return [*found, dict(Counter(there.values()))]
 
 
 def own_levels(schedule: Schedule, worker: int) -> list[tuple[int, int, int]]:

@@ -20,7 +20,7 @@ from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey
 from pipeline.runtime.batch import Needs
 from pipeline.runtime.compute import Settings
-from pipeline.runtime.footprint import Live, footprints, measure, state_bytes
+from pipeline.runtime.footprint import Live, footprints, measure, num_slots, slot_bytes, state_bytes
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import HEADER_BYTES
 from pipeline.schedule.graph import compiled
@@ -29,7 +29,7 @@ from pipeline.schedule.lower import add_redundant, lower
 from pipeline.schedule.ops import Span
 from pipeline.state.optimizer import OPTIMIZERS, OptimizerConfig
 from pipeline.state.resident import ResidentStore
-from schedulers import build, evaluation, gpipe, one_f_one_b, zero_bubble
+from schedulers import build, evaluation, gpipe, head_with_embedding, one_f_one_b, zero_bubble
 from tests.harness import make_job
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -63,7 +63,7 @@ def unique_bytes(tensors: list[Tensor], but: list[Tensor]) -> int:
 def test_activations_are_what_autograd_says_it_saves(name: str, span: Span, split: bool) -> None:
     """Unique storages of saved tensors, with the span's input and output; and what an I leaves for its W."""
     schedule = lower((zero_bubble if split else one_f_one_b)(SPANS, 4))
-    found = measure(model(name), schedule, JOB, CPU)[span]
+    found = measure(model(name), schedule, JOB, CPU, "gloo")[span]
     terms = StepTerms.of(JOB, 0, 4)
     module, saved = model(name).build(span, seed=0), list[Tensor]()
     batch, later = JOB.batch(0, 0, Needs.INPUT | Needs.LOSS), WeightGradients()
@@ -84,7 +84,8 @@ def test_activations_are_what_autograd_says_it_saves(name: str, span: Span, spli
 
 
 def test_recomputing_leaves_the_inputs_of_blocks_alone() -> None:
-    whole, again = (measure(model("llama"), lower(gpipe(SPANS, 4)), JOB, Settings(torch.device("cpu"), recompute=each))
+    whole, again = (measure(model("llama"), lower(gpipe(SPANS, 4)), JOB,
+                            Settings(torch.device("cpu"), recompute=each), "gloo")
                     for each in (False, True))  # fmt: skip
     small = 8192  # rotations and positions, which the blocks of a span share
     assert 3 * SIZE < again[2, 4].activation < 3 * SIZE + HEADER_BYTES + small
@@ -133,7 +134,8 @@ def test_live_storages_count_once_and_until_they_are_freed() -> None:
 
 def test_a_worker_is_the_sum_of_its_kinds() -> None:
     schedule = lower(one_f_one_b(SPANS, 4))
-    found, spans = footprints(model("llama"), schedule, JOB, CPU), measure(model("llama"), schedule, JOB, CPU)
+    found = footprints(model("llama"), schedule, JOB, CPU, links="gloo")
+    spans = measure(model("llama"), schedule, JOB, CPU, "gloo")
     count = {w: bound.most for w, bound in bounds(compiled(schedule)).items()}
     for w, span in enumerate(SPANS):
         each, message = found[w], SIZE + HEADER_BYTES
@@ -144,6 +146,33 @@ def test_a_worker_is_the_sum_of_its_kinds() -> None:
         assert each.most.working == max(spans[span].working.values())
         assert each.tokens == (w != 1) * 4 * 8 * BATCH * SEQUENCE, "ids, labels, and nothing between"
         assert each.activations_alone < each.total == each.state + each.tokens + each.held.total
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_over_shared_memory_what_was_received_lies_in_slots_and_nowhere_else(split: bool) -> None:
+    schedule = lower((zero_bubble if split else one_f_one_b)(SPANS, 4))
+    shared, sent = (footprints(model("llama"), schedule, JOB, CPU, links=links) for links in ("shm", "gloo"))
+    apart, within = (measure(model("llama"), schedule, JOB, CPU, links) for links in ("shm", "gloo"))
+    proved = bounds(compiled(schedule))
+    for w, span in enumerate(SPANS):
+        inputs = (SIZE + HEADER_BYTES) * (w > 0)
+        assert apart[span].activation == within[span].activation - inputs
+        assert not split or apart[span].half <= within[span].half - inputs
+        assert shared[w].most.received == 0
+        slots = sum(max(2, most) for most in proved[w].slots.values())
+        assert num_slots(proved[w]) == slots
+        assert shared[w].most.posted == shared[w].held.posted == slots * SIZE, "a payload is a whole page here"
+        assert shared[w].most.sent == sent[w].most.sent
+        assert shared[w].total < sent[w].total
+    assert slot_bytes(1) == slot_bytes(4096) == 4096
+    assert slot_bytes(4097) == 8192
+
+
+def test_an_input_that_is_the_workers_own_lies_in_no_slot() -> None:
+    """The head is with the embedding, and what it works on was never sent."""
+    schedule = lower(head_with_embedding([(0, 2), (2, 6)], 4))
+    shared, sent = (measure(model("llama"), schedule, JOB, CPU, links) for links in ("shm", "gloo"))
+    assert shared == sent
 
 
 def test_schedules_of_every_kind_have_a_footprint() -> None:

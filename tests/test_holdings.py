@@ -70,6 +70,20 @@ def test_the_bound_is_what_some_run_reaches(name: str) -> None:
         assert (found[worker][-1] >= expected[worker][-1]).all()
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_link_has_as_many_slots_as_some_run_needs(name: str) -> None:
+    """Of every state of small schedules: the most messages of a link that were sent and are still needed."""
+    schedule = lower(SMALL[name])
+    model, most = Model(schedule), dict[tuple[int, int], int]()
+    for state in model.states():
+        for k, (a, b) in enumerate(model.links):
+            if state.at[b] < model.lap[b]:
+                link = model.workers[a], model.workers[b]
+                most[link] = max(most.get(link, 0), model.slots(state, k))
+    found = {(peer, w): n for w, bound in bounds(compiled(schedule)).items() for peer, n in bound.slots.items()}
+    assert found == most
+
+
 @st.composite
 def planned(draw: st.DrawFn) -> Schedule:
     """A lowered schedule of any planner."""
@@ -130,7 +144,7 @@ def test_sizes_weigh_each_kind_and_half_of_a_backward() -> None:
         64 + kept, 64 + kept + 32, 64 + 32,
     ]  # fmt: skip
     assert bounds(compiled(schedule), sizes)[0] == Bound(
-        Held(4, 32, 0, 8, 64, 512), Held(activations=4, posted=64, working=512), 4, 40
+        Held(4, 32, 0, 8, 64, 512), Held(activations=4, posted=64, working=512), 4, 40, {1: 1}
     )
 
 

@@ -28,7 +28,7 @@ from launch.forkserver import ForkServer
 from pipeline.model.weights import preset
 from pipeline.state.optimizer import OptimizerConfig, decay_groups, learning_rate
 from recovery import checkpoint
-from tests.harness import Command, Started, run_command
+from tests.harness import Command, Started, linked, run_command
 
 STEPS = 14
 POINTS = ("forward", "backward", "reduce", "commit", "optimizer")
@@ -312,7 +312,7 @@ def _under_torchrun(workers: int, arguments: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--max-restarts", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*launcher, "-m", "launch", *arguments], cwd=Path(__file__).parent.parent, env=environment, text=True,
+        [*launcher, "-m", "launch", *linked(arguments)], cwd=Path(__file__).parent.parent, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     ) as process:  # fmt: skip
         try:
@@ -400,7 +400,7 @@ def _nodes(
             path, argv = folder / f"node{rank}.log", [*arguments, "--node-rank", str(rank)]
             if launcher:
                 log = stack.enter_context(path.open("wb"))
-                command = [sys.executable, *launcher, "--master-port", str(free_port()), "-m", "launch", *argv]
+                command = [sys.executable, *launcher, "--master-port", str(free_port()), "-m", "launch", *linked(argv)]
                 nodes.append(
                     subprocess.Popen(
                         command,

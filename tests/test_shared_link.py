@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from launch.worker_main import connect
-from pipeline.runtime import groups
+from pipeline.runtime import groups, transport
 from pipeline.runtime.groups import GroupBuilder
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.message import HEADER_BYTES, Header
@@ -31,6 +31,7 @@ from pipeline.runtime.shared_link import SharedLink
 from pipeline.runtime.slots import HostSlot, map_slot
 from pipeline.runtime.transport import Transport
 from pipeline.schedule.ops import Op
+from pipeline.settings import ConfigError
 from tests.emulated_device import EmulatedDriver, emulated
 from tests.harness import hosted_store
 
@@ -381,19 +382,28 @@ def test_descriptors_are_closed(memory: str) -> None:
 # ---- who is on this machine ----
 
 
-def meet(monkeypatch: pytest.MonkeyPatch, machines: tuple[str, str]) -> list[Transport]:
+def meet(
+    monkeypatch: pytest.MonkeyPatch, machines: tuple[str, str], errors: list[Exception] | None = None
+) -> list[Transport]:
+    """Two workers, each on its machine; with `errors`, they must share memory, and say why they cannot."""
+
+    def connect_(end: Transport, builder: GroupBuilder) -> None:
+        try:
+            end.connect(builder, {(3, 5)}, max_bytes=64, demanded=errors is not None)
+        except ConfigError as error:
+            assert errors is not None
+            errors.append(error)
+
     said = {f"link-of-{worker}": name for worker, name in zip((3, 5), machines, strict=True)}
-    monkeypatch.setattr(groups, "machine", lambda: said[threading.current_thread().name])
+    for module in (groups, transport):
+        monkeypatch.setattr(module, "machine", lambda: said[threading.current_thread().name])
     with hosted_store() as (_, address):
         ends = [Transport(3, 1), Transport(5, 1)]
         threads: list[threading.Thread] = []
         for end in ends:
             builder = GroupBuilder(connect(address, 10.0), end.worker, "127.0.0.1", torch.device("cpu"), 10.0)
-            threads.append(
-                threading.Thread(
-                    target=end.connect, args=(builder, {(3, 5)}), kwargs={"max_bytes": 64}, name=f"link-of-{end.worker}"
-                )
-            )
+            name = f"link-of-{end.worker}"
+            threads.append(threading.Thread(target=connect_, args=(end, builder), name=name))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -413,6 +423,20 @@ def test_only_workers_of_one_machine_share(
     assert torch.equal(b.receive(0, X, 3, time.monotonic() + 5), torch.ones(2))
     a.close()
     b.close()
+
+
+@pytest.mark.parametrize(
+    ("machines", "found"),
+    [(("m", "n"), "they are not on one machine"), (("", ""), "this system has no memfd, or no Unix sockets")],
+)
+def test_shared_memory_that_is_demanded_and_cannot_be_is_refused_by_both(
+    monkeypatch: pytest.MonkeyPatch, machines: tuple[str, str], found: str
+) -> None:
+    errors: list[Exception] = []
+    ends = meet(monkeypatch, machines, errors)
+    told = f"links is 'shm', which workers 3 and 5 cannot have: {found}; allowed here: auto, gloo"
+    assert [str(error) for error in errors] == [told] * 2
+    assert not any(end.links for end in ends)
 
 
 def test_strangers_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ from pipeline.model.weights import preset, read_config
 from pipeline.schedule.simulate import Costs, Network, simulate
 from pipeline.state.optimizer import learning_rate
 from recovery import checkpoint
+from tests.harness import linked
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 60.0
@@ -175,12 +176,12 @@ class Running:
         if command:
             with (self._log / "stdout").open("wb") as stdout, (self._log / "stderr").open("wb") as stderr:
                 self._process = subprocess.Popen(
-                    [sys.executable, *command, *arguments], cwd=ROOT, stdout=stdout, stderr=stderr,
+                    [sys.executable, *command, *linked(arguments)], cwd=ROOT, stdout=stdout, stderr=stderr,
                     stdin=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
             self.pid = self._process.pid
         else:
-            payload = {"log": str(self._log), "arguments": list(arguments), "largest_file": largest_file}
+            payload = {"log": str(self._log), "arguments": linked(arguments), "largest_file": largest_file}
             payload["environment"] = dict(environment)
             self.pid = parent.start(payload)
 

@@ -4,15 +4,24 @@ How many of each thing there may be is proved from the schedule alone (`holdings
 measured here, on real modules: the lane executor runs one forward and one backward of each kind of span, and every
 storage that an operator makes meanwhile is followed until it is freed. What operators and libraries keep to themselves
 is not seen; a device's allocator rounds up; and a sum over replicas has buffers of its own.
+
+Over gloo a message is received into a buffer of its own. In shared memory it lies in a slot of its receiver from the
+moment it is sent until it is let go, and an op uses it there. A slot that was written may have its pages for good, so
+what counts is how many there are: a link grants one only for a message that waits, and then all others are in use; so
+there are never more than messages of that link that were sent and not let go at once, which the schedule bounds, or
+than those that are there from the start. So back pressure has a bound that no link has to enforce: a limit below it
+could end in waiting for each other, one above it would never be reached. A sender keeps the payloads of those messages
+alone that wait for a slot, which are among those that have not arrived.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,15 +32,18 @@ from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Job, Needs
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.lane_executor import Lane, LaneExecutor, lane_needs, learns
+from pipeline.runtime.shared_link import KEPT
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.transport import HEADER_BYTES, span_bytes
 from pipeline.schedule.graph import compiled
-from pipeline.schedule.holdings import Held, Sizes, bounds
+from pipeline.schedule.holdings import Bound, Held, Sizes, bounds
 from pipeline.schedule.layout import Excerpt
-from pipeline.schedule.ops import COMPUTE, B, F, I, Op, R, Schedule, Span, W
+from pipeline.schedule.ops import COMPUTE, B, F, I, Key, Op, R, Schedule, Span, W
 from pipeline.state.optimizer import MOMENTS, OptimizerConfig
 from pipeline.state.resident import ResidentStore
 
+Links = Literal["shm", "gloo"]
+"""What messages go through: all of them through the same."""
 _BUFFERS = 2
 """Per link: the one that is posted, and a sent one that has left while the thread that lets go of it is about to."""
 
@@ -70,8 +82,9 @@ class SpanBytes:
 
 
 def footprints(
-    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, optimizer: str = "adamw"
-) -> dict[int, Footprint]:
+    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, optimizer: str = "adamw",
+    links: Links = "shm",
+) -> dict[int, Footprint]:  # fmt: skip
     """Worker -> its bytes at most, whatever the times and the network, under a lowered schedule of resident workers.
 
     All microbatches are taken to be of the size of the first one of step 0. The vectors of a step that is a procedure
@@ -82,18 +95,32 @@ def footprints(
     both = Needs.INPUT | Needs.LOSS
     batches = {needs: job.batch(0, 0, needs).num_bytes for needs in (Needs.NOTHING, Needs.INPUT, Needs.LOSS, both)}
     message = HEADER_BYTES + span_bytes(samples, sequence, model.hidden_size, torch.float32)
-    spans = measure(model, schedule, job, settings)
+    slot = slot_bytes(message - HEADER_BYTES)
+    spans, shared = measure(model, schedule, job, settings, links), links == "shm"
     sizes = Sizes(
         activation=lambda span: spans[span].activation, half=lambda span: spans[span].half, message=lambda _: message,
-        buffer=message, posted=_BUFFERS * message, working=lambda kind, span: spans[span].working.get(kind, 0),
+        buffer=0 if shared else message, posted=0 if shared else _BUFFERS * message,
+        working=lambda kind, span: spans[span].working.get(kind, 0),
     )  # fmt: skip
     found: dict[int, Footprint] = {}
     for worker, bound in bounds(compiled(schedule), sizes).items():
         lane = schedule.lanes[worker]
         held = {op.span for op in lane if op.kind in COMPUTE}
         kept = sum(batches[needs] for needs in lane_needs(model, lane).values())
-        found[worker] = Footprint(state_bytes(model, held, optimizer), kept, bound.fullest, bound.most)
+        posted = num_slots(bound) * slot if shared else bound.most.posted
+        fullest, most = replace(bound.fullest, posted=posted), replace(bound.most, posted=posted)
+        found[worker] = Footprint(state_bytes(model, held, optimizer), kept, fullest, most)
     return found
+
+
+def slot_bytes(size: int) -> int:
+    """Of a slot for payloads of so many bytes: whole pages."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def num_slots(bound: Bound) -> int:
+    """The slots that a worker's links come to have, of those that anything is sent through, at most."""
+    return sum(max(KEPT, most) for most in bound.slots.values())
 
 
 def state_bytes(model: LayeredModel, spans: Iterable[Span], optimizer: str = "adamw") -> int:
@@ -113,21 +140,38 @@ def state_bytes(model: LayeredModel, spans: Iterable[Span], optimizer: str = "ad
 # ---- what a microbatch takes on a span ----
 
 
-def measure(model: LayeredModel, schedule: Schedule, job: Job, settings: Settings) -> dict[Span, SpanBytes]:
-    """Span -> what it takes, by running each kind of span once; of those that are alike, layer by layer, one."""
+def measure(
+    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, links: Links = "shm"
+) -> dict[Span, SpanBytes]:
+    """Span -> what it takes, by running each kind of span once; of those that are alike, layer by layer, one. Over shm
+    what was received lies in its slot, and is in no activation."""
     found: dict[Any, SpanBytes] = {}
+    own = _own_inputs(schedule)
     result: dict[Span, SpanBytes] = {}
     for (kind, span, m), worker in schedule.home.items():
         if kind == F and span not in result:
             route = schedule.routes[m]
             alike = (
                 _layers(model, span), span in route.forward[1:-1], (W, span, m) in schedule.home,
-                learns(model, route, span),
+                learns(model, route, span), span in own,
             )  # fmt: skip
             if alike not in found:
-                found[alike] = _measure(model, schedule, job, settings, worker, span, m)
+                slots = links == "shm" and span not in own
+                found[alike] = _measure(model, schedule, job, settings, worker, span, m, slots)
             result[span] = found[alike]
     return result
+
+
+def _own_inputs(schedule: Schedule) -> set[Span]:
+    """Spans some of whose inputs, or gradients of outputs, come from the same worker: they lie in no slot."""
+    own: set[Span] = set()
+    for (kind, span, m), worker in schedule.home.items():
+        route = schedule.routes[m].forward if kind in (F, R) else schedule.routes[m].backward
+        before = route[: route.index(span)][-1:]
+        kinds = (F,) if kind in (F, R) else (B, I)
+        if any(schedule.home.get((k, each, m)) == worker for each in before for k in kinds):
+            own.add(span)
+    return own
 
 
 def _layers(model: LayeredModel, span: Span) -> tuple[Any, ...]:
@@ -144,9 +188,10 @@ def _layers(model: LayeredModel, span: Span) -> tuple[Any, ...]:
 
 
 def _measure(
-    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, worker: int, span: Span, m: int
-) -> SpanBytes:
-    """Run the forward of microbatch m, and its backward if it has one, in the lane of `worker`, on made-up inputs."""
+    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, worker: int, span: Span, m: int, slots: bool
+) -> SpanBytes:  # fmt: skip
+    """Run the forward of microbatch m, and its backward if it has one, in the lane of `worker`, on made-up inputs. They
+    do not count where all of them lie in `slots`."""
     store = ResidentStore(model, [span], OptimizerConfig(), seed=0, device=settings.device)
     terms = StepTerms.of(job, 0, len(schedule.routes))
     lane = Lane(
@@ -160,21 +205,26 @@ def _measure(
     shape = samples, sequence, model.hidden_size
     executor.batch(m)
     size = span_bytes(*shape, torch.float32)
+    halves = (W, span, m) in schedule.home
+    before, after = forward[: forward.index(span)][-1:], back[: back.index(span)][-1:] if back else ()
+    inputs = [(F, each, m) for each in before]
+    gradients = [(I if (I, each, m) in schedule.home else B, each, m) for each in after]
+    there = {key: torch.zeros(shape, device=settings.device) for key in (*inputs, *gradients) if slots}
+
+    def given(keys: list[Key]) -> dict[Key, Tensor]:
+        return {key: there.pop(key) if slots else torch.zeros(shape, device=settings.device) for key in keys}
+
     with torch.set_grad_enabled(lane.excerpt.trains), Live() as live:
-        before = forward[: forward.index(span)][-1:]
-        values.update({(F, each, m): torch.zeros(shape, device=settings.device) for each in before})
-        given = live.now  # the input, which really lies in the buffer that it came in
+        values.update(given(inputs))
+        came = live.now  # the input, which really lies in the buffer that it came in
         rise = live.rise(lambda: executor.forward(Op(F, span, m)))
         if not back:
             return SpanBytes(0, 0, {F: max(0, rise - (size if span != forward[-1] else 0))})
         values.clear()
-        unseen = len(before) * (size + HEADER_BYTES) - given
-        activation, left = live.now + unseen, live.now - given
+        unseen = 0 if slots else len(inputs) * (size + HEADER_BYTES) - came
+        activation, left = live.now + unseen, live.now - came
         working = {F: rise - left, R: rise - left}
-        halves = (W, span, m) in schedule.home
-        before = back[: back.index(span)][-1:]
-        kinds = [I if (I, each, m) in schedule.home else B for each in before]
-        values.update({(k, each, m): torch.zeros(shape, device=settings.device) for k, each in zip(kinds, before)})
+        values.update(given(gradients))
         rise = live.rise(lambda: executor.backward(Op(I if halves else B, span, m)))
         out = size if span != back[-1] else 0
         working[I if halves else B] = max(0, rise - out)

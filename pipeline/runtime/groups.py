@@ -24,6 +24,7 @@ from torch import Tensor
 _CONNECT_S = 10.0  # between processes that have just met
 _POLL_S = 0.002
 _COMPLETED_S = 0.0002  # between two looks at a sum on a device
+_ACCEPT_S = 0.05  # how often who awaits a connection asks whether it is still to come
 _CREDENTIALS = struct.Struct("iII")  # of a peer: process, user, group
 
 
@@ -213,7 +214,9 @@ class GroupBuilder:
         """The other member: a process of the same user. Whoever else knocks is sent away."""
         deadline = time.monotonic() + _CONNECT_S
         while (left := deadline - time.monotonic()) > 0:
-            listener.settimeout(left)
+            if (reason := self.ended()) is not None:  # it may have been lost on its way here
+                raise RuntimeError(f"building {name} was ended: {reason}")
+            listener.settimeout(min(left, _ACCEPT_S))
             with suppress(TimeoutError):
                 end, _ = listener.accept()
                 if _user_of(end) == os.getuid():

@@ -32,7 +32,7 @@ from pipeline.schedule.ops import Op
 
 _WORDS = struct.Struct("<qqq")  # what, then by that: FULL, FREE: a slot, and whether it has pages; WANT: two counts
 _SLOT, _FREE, _WANT, _FULL, _BYE = range(5)
-_KEPT = 2
+KEPT = 2
 """Slots that there are from the start, and of the free ones those that keep their pages."""
 _JOIN_S = 1.0
 
@@ -72,7 +72,7 @@ class SharedLink:
         self._abandoned = self._closing = False
         end.setblocking(False)
         with self._lock:
-            for _ in range(_KEPT):
+            for _ in range(KEPT):
                 self._grant()
         self._thread = threading.Thread(target=self._run, name=f"link-{peer}", daemon=True)
         self._thread.start()
@@ -304,7 +304,7 @@ class SharedLink:
                 self._copy_failed = f"a payload is still in use: {error}"
                 self._bell.ring()
                 return
-            if ready := len(self._ready) < _KEPT:
+            if ready := len(self._ready) < KEPT:
                 self._ready.add(number)
             else:
                 self._mine[number].empty()

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from pipeline.runtime.cuda_driver import CudaDriver
 from pipeline.runtime.device_slots import DeviceSlots, Reach
-from pipeline.runtime.groups import GroupBuilder
+from pipeline.runtime.groups import GroupBuilder, machine
 from pipeline.runtime.link import Engines, Link
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.message import HEADER_BYTES, Shape
 from pipeline.runtime.shared_link import SharedLink
 from pipeline.runtime.slots import AtOnce, HostSlots, Memory, Queued
 from pipeline.schedule.ops import Op, Span
+from pipeline.settings import ConfigError
 
 
 @dataclass
@@ -40,12 +41,13 @@ class Transport:
 
     def connect(
         self, builder: GroupBuilder, pairs: set[tuple[int, int]], *, max_bytes: int, shared: bool = True,
-        shapes: Mapping[tuple[int, int], Shape] | None = None,
+        demanded: bool = False, shapes: Mapping[tuple[int, int], Shape] | None = None,
     ) -> None:  # fmt: skip
         """Build the missing links among pairs (a, b), a < b, that hold this worker. All must pass the same pairs.
 
         Pairs are joined in ascending order, which no cycle of waiting can arise from. `shapes[(source, target)]`
-        slows that direction down. With `shared`, workers of one machine share memory.
+        slows that direction down. With `shared`, workers of one machine share memory; where that is `demanded` and
+        cannot be, ConfigError is raised.
         """
         device, reach = builder.device, Reach.of(builder.device)
         for low, high in sorted(pairs):
@@ -65,6 +67,8 @@ class Transport:
                     copies=self._copying(device),
                 )  # fmt: skip
                 continue
+            if demanded:
+                raise ConfigError(_cannot_share(low, high))
             self._engines = self._engines or self._engines_of(device)
             rank = 0 if self.worker == low else 1
             self.links[peer] = Link(
@@ -119,6 +123,12 @@ class Transport:
 def link_pairs(sends: set[tuple[int, int]]) -> set[tuple[int, int]]:
     """The undirected pairs (low, high) of directed (source, target) ones."""
     return {(min(pair), max(pair)) for pair in sends}
+
+
+def _cannot_share(low: int, high: int) -> str:
+    """Why two workers have no memory in common."""
+    found = "they are not on one machine" if machine() else "this system has no memfd, or no Unix sockets"
+    return f"links is 'shm', which workers {low} and {high} cannot have: {found}; allowed here: auto, gloo"
 
 
 def span_bytes(batch: int, sequence: int, hidden: int, dtype: torch.dtype) -> int:

@@ -60,12 +60,15 @@ _ACTIVATIONS, _RECEIVED, _OUTPUTS, _SENT, _POSTED, _WORKING = range(len(HELD))
 
 class Bound(NamedTuple):
     """`most` of each kind by itself, which need not be at one moment; `fullest`: the moment with the most together,
-    at op `at` of the lane (its length: in the end). `messages`: the most of all messages together."""
+    at op `at` of the lane (its length: in the end). `messages`: the most of all messages together. `slots`: by peer,
+    the most of its messages that were sent and are still needed here, in the mailbox or as what an op works on: over
+    shared memory each of them lies in a slot."""
 
     most: Held
     fullest: Held
     at: int
     messages: float
+    slots: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,10 @@ class Sizes:
 def bounds(graph: Graph, sizes: Sizes | None = None) -> dict[int, Bound]:
     """Worker -> the most it may hold, whatever the times. See `levels`."""
     found: dict[int, Bound] = {}
-    for worker, level in levels(graph, sizes):
+    for worker, level, slots in _levels(graph, sizes):
         at = int(level.sum(0).argmax())
         messages = level[[_RECEIVED, _OUTPUTS, _SENT]].sum(0).max()
-        found[worker] = Bound(Held(*level.max(1).tolist()), Held(*level[:, at].tolist()), at, float(messages))
+        found[worker] = Bound(Held(*level.max(1).tolist()), Held(*level[:, at].tolist()), at, float(messages), slots)
     return found
 
 
@@ -102,13 +105,19 @@ def levels(graph: Graph, sizes: Sizes | None = None) -> Iterator[tuple[int, Leve
     At the end, messages of the next iteration count, taken to be one of the same schedule: who has settled earlier may
     send them. Raises ValueError where outputs cross workers and no SEND says when.
     """
+    for worker, level, _ in _levels(graph, sizes):
+        yield worker, level
+
+
+def _levels(graph: Graph, sizes: Sizes | None) -> Iterator[tuple[int, Levels, dict[int, int]]]:
+    """Each worker with its levels, and its slots by peer."""
     schedule = graph.schedule
     if graph.feeds and not schedule.lowered:
         raise ValueError(f"schedule {schedule.name!r} has no SEND and RECV; lower it to see what messages take")
     sizes = sizes or Sizes()
     known, leaves = walk(graph)
     for worker, lane in graph.lanes.items():
-        yield worker, _lane_levels(graph, lane, sizes, known, leaves)
+        yield worker, *_lane_levels(graph, lane, sizes, known, leaves)
 
 
 class _Link:
@@ -164,7 +173,7 @@ def _links(graph: Graph, rows: Mapping[int, int]) -> dict[int, list[tuple[int, _
 
 def _lane_levels(
     graph: Graph, lane: range, sizes: Sizes, known: Mapping[int, int], leaves: Mapping[int, int]
-) -> Levels:
+) -> tuple[Levels, dict[int, int]]:
     """One lane, read from its end to its start, so that what is used later is known where it is made."""
     ops, waits, frees, routes = graph.ops, graph.waits, graph.frees, graph.schedule.routes
     start, end = lane.start, len(lane)  # the end is no op: all have settled
@@ -175,6 +184,8 @@ def _lane_levels(
     halves: dict[tuple[Span, int], int] = {}
     weights: dict[tuple[Span, int], int] = {}
     peers: set[int] = set()
+    slots: dict[int, list[int]] = defaultdict(lambda: [0] * (end + 2))  # by peer: what each op adds
+    keeps: dict[int, int] = {}  # op -> the last one that needs what it has been given
     early, settled = 0.0, end
     for i in range(end - 1, -1, -1):
         op = ops[start + i]
@@ -191,8 +202,11 @@ def _lane_levels(
             first = max(0, known[waits[start + i][0]] - start)  # while the last SEND that it needs is still at it
             received[first] += sizes.buffer
             received[use if start + use in frees else use + 1] -= sizes.buffer  # a forward keeps its input itself
+            slots[peer][first] += 1
+            slots[peer][keeps.get(use, use) + 1] -= 1
             if first == 0:  # it needs nothing of this worker: that of the next iteration may come early
                 early += sizes.buffer
+                slots[peer][settled] += 1
             peers.add(peer)
         elif kind == STEP:
             settled = i
@@ -215,13 +229,16 @@ def _lane_levels(
                     activations[half + 1] -= size
                     activations[half + 1] += (size := sizes.half(span))
                 activations[last + 1] -= size
+                keeps[i] = last
                 continue
             if kind == I:
                 halves[span, m] = i
-                until = max(until, weights.get((span, m), i))  # it lies beside what waits for W
+                keeps[i] = weights.get((span, m), i)
+                until = max(until, keeps[i])  # it lies beside what waits for W
             if span != (routes[m].forward if forward else routes[m].backward)[-1]:
                 outputs[i] += (size := sizes.message(op))
                 outputs[until + 1] -= size
     received[settled] += early
     posted[0] += len(peers) * sizes.posted
-    return np.array(changes).cumsum(1)[:, :-1]
+    most = {peer: max(accumulate(each)) for peer, each in slots.items()}
+    return np.array(changes).cumsum(1)[:, :-1], most
