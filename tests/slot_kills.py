@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.runtime import shared_link
+from pipeline.runtime import shared_link, slots
 from pipeline.runtime.mailbox import Mailbox
 from pipeline.runtime.shared_link import SharedLink
 from pipeline.schedule.ops import Op
@@ -70,15 +70,15 @@ def kill_at(point: str, due: Callable[[], bool]) -> None:
     if point == "during the copy":
         before(SharedLink, "_fill", lambda *args: bool(_half(*args)))
     elif point == "a grant comes":
-        before(shared_link, "map_slot")
+        before(slots, "map_slot")
     elif point == "it is mapped":
-        after(shared_link, "map_slot")
+        after(slots, "map_slot")
     elif point == "it is let go":
         after(shared_link.Bell, "give_back")
     else:
         when, name, holds = {
             "before the copy": (before, "_fill", lambda *_: True),
-            "after the copy": (after, "_fill", lambda *_: True),
+            "after the copy": (before, "_filled", lambda *_: True),
             "after the message": (after, "_post", full),
             "a message is filed": (after, "_deliver", lambda *_: True),
             "before its return": (before, "_give_back", returns),
@@ -89,7 +89,7 @@ def kill_at(point: str, due: Callable[[], bool]) -> None:
         when(SharedLink, name, holds)
 
 
-def _half(link: SharedLink, number: int, payload: Tensor) -> int:
+def _half(link: SharedLink, number: int, _: bytes, payload: Tensor) -> int:
     """Write the first half of a payload; its bytes."""
     flat = payload.contiguous().view(-1).view(torch.uint8)
     link._theirs[number][: flat.numel() // 2].copy_(flat[: flat.numel() // 2])
