@@ -106,7 +106,7 @@ def run_section(
         folder = scratch / f"{section.letter}{number}"
         folder.mkdir()
         case = Case(section.letter, part.name, folder, scratch, dry, limit_s)
-        parts.append({**known, "state": "running", "rows": []})
+        parts.append({**known, "state": CUT, "error": "the run was ended", "rows": []})  # until it is known
         try:
             run_part(part, case, forkserver, parts[-1], report)
         finally:
@@ -126,9 +126,6 @@ def run_part(part: Part, case: Case, forkserver: ForkServer, told: dict[str, Any
             if (rows := read_rows(case)) != told["rows"]:
                 told["rows"] = rows
                 report.write()
-    except BaseException:
-        told |= {"state": CUT, "error": "the run was ended"}
-        raise
     finally:
         if not ended:
             _end(pid, forkserver)
@@ -147,6 +144,8 @@ def run_part(part: Part, case: Case, forkserver: ForkServer, told: dict[str, Any
         told |= {"state": FAILED, "error": f"its process {ended}", "said": said}
     else:
         told |= {"state": CUT, "error": f"it took longer than {case.limit_s:.0f} s", "said": said}
+    if told["state"] in (DONE, MISSING):
+        told.pop("error")
     report.write()
 
 

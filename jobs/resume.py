@@ -19,7 +19,8 @@ OF_THE_START = frozenset({
 FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets", "lora_blocks", "trained")
 NUMBERS = (
     "samples_per_step", "sequence_length", "seed", "dtype", "optimizer", "lr", "warmup", "min_lr_ratio", "weight_decay",
-    "beta1", "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async", "exact_sums", "pack",
+    "beta1", "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async", "gradient_dtype",
+    "exact_sums", "pack",
 )  # fmt: skip
 OF_THE_DATA = (
     "data", "pack", "text_field", "max_tokens", "held_out", "sequence_length", "seed", "tokenizer", "vocabulary",

@@ -45,7 +45,9 @@ class Asking(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).rpartition(".")[0]
         if name in ASKS:
-            frames = [frame for frame in traceback.extract_stack() if str(ROOT) in frame.filename][:-1]
+            frames = [
+                f for f in traceback.extract_stack() if str(ROOT) in f.filename and "site-packages" not in f.filename
+            ][:-1]
             known = any((Path(frame.filename).name, frame.name) in ON_THE_HOST for frame in frames)
             if not known and "float(self.lr_scale)" not in str(frames[-1].line):
                 self.asked.append(f"{name} in {frames[-1].name}")
