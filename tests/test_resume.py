@@ -20,6 +20,7 @@ from pipeline.state.optimizer import learning_rate
 from tests.harness import Command, run_command
 
 FREE = {
+    "peak_tflops",
     "workers", "replicas", "scheduler", "search_moves", "at_once", "rule", "cpu_adam", "span_mib", "chunks", "steps",
     "device", "threads", "recompute", "ends", "model", "checkpoint_every", "keep", "evaluate_every",
     "evaluate_samples", "tensorboard", "sample_tokens", "recovery", "checkfree_weights", "heartbeat", "spares",
