@@ -191,12 +191,12 @@ def test_schedules_of_every_kind_have_a_footprint() -> None:
 def test_real_workers_take_what_is_proved_and_no_more(tmp_path: Path) -> None:
     """A short form of benchmarks/memory.py."""
     root = Path(__file__).parent.parent
-    command = [sys.executable, str(root / "benchmarks" / "memory.py"), "--quick", "--only", "gpipe", "zero_bubble",
+    command = [sys.executable, str(root / "benchmarks" / "memory.py"), "--quick", "--only", "zero_bubble",
                "--workers", "2", "--recompute", "yes", "--malloc", "straight", "--out", str(tmp_path)]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-3000:]
     found = json.loads((tmp_path / "memory.json").read_text())
-    assert found["workers"] == 4
+    assert found["workers"] == 2
     assert (found["above_proved"], found["counts_above_proved"]) == (0, 0)
-    assert found["above_alone_and_work"] == 4, "activations are not all that is held"
+    assert found["above_alone_and_work"] == 2, "activations are not all that is held"
     assert found["measured_over_proved"][0] > 0.8, "the bound says something"

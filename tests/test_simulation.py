@@ -16,7 +16,7 @@ from recovery.policy import Recovery
 from tests.simulation.__main__ import main, simulate
 from tests.simulation.worker import SimState, calm
 
-SEEDS, CHUNK = 2000, 200
+SEEDS, CHUNK = 1200, 200
 
 
 @pytest.mark.timeout(120)

@@ -394,7 +394,7 @@ def test_a_request_is_complete_or_not_wherever_it_is_stopped(
 
 
 @pytest.mark.parametrize(
-    "kills", [8, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)], id="all")]
+    "kills", [4, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)], id="all")]
 )
 def test_sigkill_at_any_change_of_a_commit_leaves_the_run_as_it_was_or_the_request_to_complete(
     run: Path, forkserver: ForkServer, tmp_path: Path, kills: int
