@@ -51,6 +51,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/engine.py --out benchmarks/results
 	$(BIN)/python benchmarks/links.py --out benchmarks/results
 	$(BIN)/python benchmarks/memory.py --out benchmarks/results
+	$(BIN)/python benchmarks/offload.py --out benchmarks/results
 	$(BIN)/python benchmarks/shard.py --out benchmarks/results
 	$(BIN)/python benchmarks/control_plane.py --out benchmarks/results
 	$(BIN)/python benchmarks/recovery.py --kills 20 --rounds 10 --out benchmarks/results
