@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -37,10 +38,12 @@ from pipeline.runtime.step_commit import Combine, Vote, agree
 from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.layout import EVALUATE, TRAIN, Layout, sends
 from pipeline.schedule.lower import lower
+from recovery.certificate import Witness, certify
 from recovery.commit import Ballot
-from recovery.member import combine_ready, compare_copies
+from recovery.member import combine_ready
 from recovery.membership import View, next_view, parts_of, publish, read_layout, read_view
 from recovery.policy import Recovery
+from recovery.remedy import states_of
 from schedulers import plan
 
 COMMIT_S, VIEW_S = 0.050, 1.0
@@ -149,11 +152,21 @@ class Members:
                 "capability": Capability(f"cpu of worker {worker}").as_json(),
             }  # fmt: skip
 
-        def copies(worker: int) -> dict[str, Any]:
-            return {"copies": {part: [123456789] for part, workers in parts.items() if worker in workers}}
+        places = {name: workers for part, workers in parts.items() for name in states_of(part)}
+        given = {(source, name) for m in after.moves for source, part in m.sources for name in states_of(part)}
+
+        def testimony(worker: int) -> dict[str, Any]:
+            holds = {name: 123456789 for name, workers in places.items() if worker in workers}
+            gave = {name: 123456789 for name in places if (worker, name) in given}
+            return asdict(Witness(holds, gave, keys=position))
+
+        def certified(votes: Any) -> dict[str, Any]:
+            found = certify(places, after.moves, votes)
+            assert not found["error"], found
+            return found
 
         first = self.vote(after, 1, ready, combine_ready)
-        second = self.vote(after, 2, copies, partial(compare_copies, parts))
+        second = self.vote(after, 2, testimony, certified)
         return {
             "planned": planned + written, "read": read + located + joiner, "voted": first[0] + second[0],
             "combined": first[1] + second[1], "outcomes": first[2] + second[2],

@@ -102,6 +102,7 @@ def entry(payload: dict[str, Any]) -> int:
         signal.signal(signum, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # whoever loses its parent below is still found here
     os.environ.update(payload.get("environment", {}))
+    torch.set_num_threads(torch.get_num_threads())  # torch renews its pool after a fork: two threads at once fail in it
     answer = Path(payload["answer"])
     with open(answer.with_suffix(".log"), "wb") as log:
         os.dup2(log.fileno(), 1)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.runtime.step_commit import busy_seconds
 from pipeline.schedule.costs import Costs
 from pipeline.schedule.simulate import simulate
 from recovery.keys import ask_to_stop, has_migrated, leavers, leaves, read_beat, stop_asked, tell_migration
@@ -118,7 +119,7 @@ class Planned:
         self._last = now
         busy = dict[int, float]()
         with suppress(ValueError, TypeError, AttributeError):  # anybody may have written it
-            busy = {int(worker): float(seconds) for worker, seconds in outcome.get("busy_s", {}).items()}
+            busy = busy_seconds(outcome.get("busy_s", ""))
         resize.speeds.note(view, self._recovery.layouts[view.layout], busy)
 
     # ---- what is due ----

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from pipeline.runtime.step_commit import Combine, everything
+from pipeline.runtime.step_commit import Combine, Settled, Vote, agree, busy_seconds, everything
+from pipeline.runtime.terms import StepTerms
 from recovery import keys
 from recovery.commit import ABORT, COMMIT, Aborted, Ballot, CommitError, Follower, decide
 from recovery.lifeline import Lifeline
@@ -174,3 +177,14 @@ def test_a_wait_without_end_ends_with_the_coordinator() -> None:
     with pytest.raises(CommitError, match=r"no vote of workers \[1\]"):
         ballot(1, {}, math.inf)
     assert 1.9 < time.monotonic() - began < 5.0
+
+
+def test_what_each_worker_has_computed_is_one_text_that_the_coordinator_reads() -> None:
+    terms = StepTerms({"text": 1.0}, ({"text": 2},), ())
+    votes = {w: Vote({0: {"text": 3.0}} if w == 10 else {}, busy_s=0.25 * w).as_json() for w in (10, 2)}
+    found = Settled.from_json(json.loads(json.dumps(asdict(agree(0, terms, [], votes)))))
+    assert found.busy_s == "2:0.5 10:2.5"
+    assert busy_seconds(found.busy_s) == {2: 0.5, 10: 2.5}
+    for text in ("2", "2:a", "a:1", "1:2:3"):
+        with pytest.raises(ValueError):  # noqa: PT011
+            busy_seconds(text)

@@ -126,7 +126,7 @@ def test_a_run_that_is_ended_says_what_it_has(forkserver: ForkServer, tmp_path: 
     found, said = json.loads(path.read_text()), log.read_text()
     assert found["about"]["whole"] is False
     parts = found["sections"]["b"]["parts"]
-    assert parts[0]["rows"][0]["row"] == "plain PyTorch"
+    assert [row["row"] for row in parts[0]["rows"]] == ["plain PyTorch"], json.dumps(parts[0])
     assert parts[-1]["state"] == "done" or (parts[-1]["state"], parts[-1]["error"]) == ("cut", "the run was ended")
     assert "plain PyTorch" in said
     assert "ENDED before its last part" in said

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.model.families import FAMILIES
-from pipeline.model.layered import LayeredModel, ModelError, SpanModule
+from pipeline.model.layered import LayeredModel, ModelError
 from pipeline.model.rng import RngKey, keyed_dropout
+from pipeline.model.span_module import SpanModule
 
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

@@ -349,7 +349,7 @@ def test_layers_leave_a_worker_that_has_become_slow_and_come_back(tmp_path: Path
 
     def busy(factor: float) -> None:
         for _ in range(6):
-            run.coordinator._planned.stepped(run.view, {"busy_s": {"0": 1.0, "1": factor, "2": 1.0}})
+            run.coordinator._planned.stepped(run.view, {"busy_s": f"0:1 1:{factor} 2:1"})
 
     def held() -> int:
         return sum(hi - lo for (lo, hi), places in run.coordinator.layout.holders.items() if 1 in places)

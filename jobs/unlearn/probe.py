@@ -18,7 +18,8 @@ from jobs.unlearn.method import FORGET, RETAIN
 from jobs.unlearn.probe_job import ProbeJob
 from jobs.unlearn.reference import ReferenceJob
 from jobs.unlearn.router import described
-from pipeline.model.layered import LayeredModel, SpanModule
+from pipeline.model.layered import LayeredModel
+from pipeline.model.span_module import SpanModule
 from pipeline.model.weights import read_config
 from pipeline.runtime.batch import IGNORED, Needs
 

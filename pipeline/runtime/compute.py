@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.model.layered import LayeredModel, SpanModule
+from pipeline.model.layered import LayeredModel
 from pipeline.model.rng import RngKey
+from pipeline.model.span_module import SpanModule
 from pipeline.runtime.batch import Batch, Job, Needs
 from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.ops import Span

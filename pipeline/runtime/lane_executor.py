@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model.backward import WeightGradients, defer_weights
-from pipeline.model.layered import LayeredModel, SpanModule
+from pipeline.model.layered import LayeredModel
+from pipeline.model.span_module import SpanModule
 from pipeline.runtime.batch import Batch, Job, Needs
 from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.device_time import Clock, Mark

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.layered import SpanModule
+from pipeline.model.span_module import SpanModule
 from pipeline.runtime.copy_engine import Ticket
 from pipeline.schedule.ops import Span
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from pipeline.model.layered import SpanModule
+from pipeline.model.span_module import SpanModule
 from pipeline.runtime.copy_engine import LATER, CopyEngine
 from pipeline.runtime.orders import Loaded, Order
 from pipeline.runtime.probe import Probe

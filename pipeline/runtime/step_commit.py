@@ -76,8 +76,9 @@ class Settled:
     norms: Mapping[str, float]
     wishes: Mapping[str, Mapping[str, Any]]
     """Worker, as text -> what it wishes for, where there is anything in it."""
-    busy_s: Mapping[str, float] = field(default_factory=dict)
-    """Worker, as text -> the seconds that it has computed, and not waited."""
+    busy_s: str = ""
+    """The seconds that each worker has computed, and not waited, as `busy_seconds` reads them: one text, since every
+    worker reads all of this at each step, and the coordinator alone wants them."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """What a record says of the memory of all workers."""
 
@@ -90,10 +91,11 @@ class Settled:
             "counts": int,
             "norms": float,
             "wishes": dict,
-            "busy_s": float,
             "memory": int,
         }
-        found = checked(values, what, loss=float, norm=float) | checked(values, what, **dict.fromkeys(kinds, dict))
+        found = checked(values, what, loss=float, norm=float, busy_s=str) | checked(
+            values, what, **dict.fromkeys(kinds, dict)
+        )
         for name, kind in kinds.items():
             found[name] = checked(found[name], what, **dict.fromkeys(found[name], kind))
         return cls(**found)
@@ -171,9 +173,15 @@ def agree(step: int | None, terms: StepTerms, states: Sequence[str], votes: Mapp
         terms.loss(totals), {term: value / max(1, terms.totals[term]) for term, value in totals.items()}, terms.totals,
         math.sqrt(sum(squares.values())), {state: math.sqrt(value) for state, value in squares.items()},
         {str(worker): vote["wish"] for worker, vote in sorted(votes.items()) if any(vote["wish"].values())},
-        {str(worker): float(vote.get("busy_s", 0.0)) for worker, vote in sorted(votes.items())},
+        " ".join(f"{worker}:{float(vote.get('busy_s', 0.0)):g}" for worker, vote in sorted(votes.items())),
         told(PeakMemory.from_json(vote["memory"]) for vote in votes.values()),
     )  # fmt: skip
+
+
+def busy_seconds(told: str) -> dict[int, float]:
+    """Worker -> seconds, from the text of them; raises ValueError for one that is none."""
+    pairs = (each.split(":") for each in told.split())
+    return {int(worker): float(seconds) for worker, seconds in pairs}
 
 
 def total_sums(step: int | None, votes: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.layered import TIED, LayeredModel, NamedState, SpanModule
+from pipeline.model.layered import TIED, LayeredModel, NamedState
+from pipeline.model.span_module import SpanModule
 from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
 from pipeline.state.exact_sum import ExactSum
 from pipeline.state.layer_state import LayerState, LayerStates
