@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from jobs.pipelines import plan_layout
 from jobs.text import TEXT, token_loss
 from launch.config import config_from_dict
 from launch.forkserver import ForkServer
+from launch.slots import Slot, open_store
 from launch.worker_main import build_member, connect
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import read_config
@@ -204,9 +204,12 @@ class OursError(RuntimeError):
 
 @contextmanager
 def hosted_store() -> Iterator[tuple[dist.Store, dict[str, Any]]]:
-    """A store in this process, and its address for workers."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=JOIN_S))
-    yield dist.PrefixStore("engine", server), {"host": "127.0.0.1", "port": server.port, "prefix": "engine"}
+    """A store of this process, and its address for workers."""
+    handle = open_store(Slot(prefix="engine"), JOIN_S)
+    try:
+        yield handle.store, handle.address()
+    finally:
+        handle.close()
 
 
 def run(

@@ -25,17 +25,16 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from launch.slots import Slot, open_store
 from launch.worker_main import connect
 from pipeline.runtime.groups import GroupBuilder
 from pipeline.runtime.transport import Transport
@@ -55,7 +54,7 @@ def cpu() -> float:
 def worker(me: int, options: argparse.Namespace) -> None:
     """One end: all rounds and kinds of a size; prints its figures."""
     torch.set_num_threads(1)
-    store = connect(json.loads(options.address), WAIT_S)
+    store = connect(json.loads(sys.stdin.readline()), WAIT_S)
     found: list[dict[str, Any]] = []
     (size,) = options.sizes
     payload = torch.randn(int(size * MIB / 4))
@@ -128,16 +127,21 @@ def memcpy(payload: torch.Tensor, messages: int) -> dict[str, float]:
 
 def both_ends(size: float, options: argparse.Namespace) -> list[list[dict[str, Any]]]:
     """What two new processes find of one size."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=WAIT_S))
-    address = json.dumps({"host": "127.0.0.1", "port": server.port, "prefix": "links"})
+    handle = open_store(Slot(prefix="links"), WAIT_S)
     command = [sys.executable, __file__, "--sizes", str(size), "--messages", str(options.messages), "--budget",
-               str(options.budget), "--rounds", str(options.rounds), "--address", address, "--worker"]  # fmt: skip
-    ends = [subprocess.Popen([*command, str(me)], stdout=subprocess.PIPE, text=True) for me in (0, 1)]
+               str(options.budget), "--rounds", str(options.rounds), "--worker"]  # fmt: skip
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    ends = [subprocess.Popen([*command, str(me)], **pipes) for me in (0, 1)]
     try:
+        for end in ends:  # both have to be told before one is waited for
+            assert end.stdin is not None
+            end.stdin.write(json.dumps(handle.address()) + "\n")
+            end.stdin.flush()
         said = [end.communicate(timeout=300)[0] for end in ends]
     finally:
         for end in ends:
             end.kill()
+        handle.close()
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
@@ -192,7 +196,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
         worker(options.worker, options)

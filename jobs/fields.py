@@ -110,6 +110,9 @@ class MachineSettings:
     """HOST:PORT of node 0 where all machines meet; needed with --nodes."""
     store_port: Annotated[int, Within(0, 65535)] = 0
     """TCP port of the store on this machine; 0 takes a free one."""
+    token_file: Path | None = None
+    """A file of mode 0600 with the token by which the run's processes know each other (32 characters or more). Unset,
+    it is $UNBROKEN_TOKEN, or made anew: then other machines read it in --out."""
     links: Literal["auto", "shm", "gloo"] = "auto"
     """What workers exchange activations through: auto is shared memory between workers of one machine, and gloo's
     sockets between machines; shm is shared memory, or the run does not begin; gloo is sockets everywhere."""

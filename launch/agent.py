@@ -122,7 +122,8 @@ class Agent:
         payload = self.payload(worker, place, view, joins)
         if joins and self._spares:
             pid = next(iter(self._spares))
-            self.store.set(self._spares.pop(pid), json.dumps(payload))
+            told = {name: value for name, value in payload.items() if name != "store"}  # the token is no key's value
+            self.store.set(self._spares.pop(pid), json.dumps(told))
             self.pids[pid] = worker
         else:
             self._fork(_Unstarted(worker, payload, 0, 0.0))

@@ -7,7 +7,6 @@ import platform
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -15,10 +14,11 @@ import psutil
 import torch.distributed as dist
 
 from launch.devices import count_cuda
+from launch.slots import Slot, open_store
 from pipeline.model.families import FAMILIES
 from pipeline.model.weights import PRESETS
 from pipeline.runtime.groups import address_towards
-from pipeline.settings import Within, check_bounds
+from pipeline.settings import ConfigError, Within, check_bounds
 from schedulers import ENGINES
 
 VERSIONED = ("unbroken", "torch", "transformers", "safetensors", "tokenizers", "datasets", "numpy", "tyro", "rich")
@@ -45,15 +45,16 @@ def _version(name: str) -> str | None:
 def _store(port: int) -> dict[str, Any]:
     """Host a store, write and read through a client, and time it."""
     try:
-        timeout = timedelta(seconds=5)
-        server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timeout)
-        client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        began = time.perf_counter()
-        for number in range(100):
-            client.set("key", str(number))
-            client.get("key")
-        return {"ok": True, "port": server.port, "round_trip_ms": (time.perf_counter() - began) * 1000 / 200}
-    except RuntimeError as error:
+        handle = open_store(Slot(port=port), timeout_s=10.0)
+        try:
+            began = time.perf_counter()
+            for number in range(100):
+                handle.store.set("key", str(number))
+                handle.store.get("key")
+            return {"ok": True, "port": handle.port, "round_trip_ms": (time.perf_counter() - began) * 1000 / 200}
+        finally:
+            handle.close()
+    except (RuntimeError, ConfigError) as error:
         return {"ok": False, "port": port, "error": str(error).splitlines()[0]}
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
 from jobs.config import ConfigError, TrainConfig
+from pipeline.runtime.groups import address_towards
+from pipeline.store.client import SealedStore, TokenRefused
+from pipeline.store.handshake import LEAST_BYTES
+from pipeline.store.hosting import StoreProcess
 
 
 @dataclass(frozen=True)
@@ -94,27 +97,43 @@ class StoreHandle:
     host: str
     port: int
     prefix: str
+    token: bytes = field(repr=False)
+    process: StoreProcess | None = None
+    """The store itself, where this agent hosts it."""
 
     def address(self) -> dict[str, object]:
-        """What `launch.worker_main.connect` takes."""
-        return {"host": self.host, "port": self.port, "prefix": self.prefix}
+        """What `launch.worker_main.connect` takes. It has the token in it: for this run's own processes alone."""
+        return {"host": self.host, "port": self.port, "prefix": self.prefix, "token": self.token.hex()}
+
+    def close(self) -> None:
+        """Leave the store; whoever hosts it ends it."""
+        if self.process is not None:
+            self.process.close()
 
 
-def open_store(slot: Slot, timeout_s: float = 60.0) -> StoreHandle:
-    """Host the store, on the interface that its address names, or join it. Raises ConfigError where that cannot be."""
-    hosts, port = slot.coordinates and not slot.agent_store, slot.port
-    listener: dict[str, Any] = {}
+def open_store(slot: Slot, timeout_s: float = 60.0, token: bytes | None = None) -> StoreHandle:
+    """Host the store, on the interface that its address names, or join it. Without a `token` who hosts it makes one.
+    Raises ConfigError where that cannot be."""
+    token = token or secrets.token_bytes(LEAST_BYTES)
+    host, port, process = slot.host, slot.port, None
     try:
-        if hosts:
-            server = socket.create_server((slot.host, slot.port), backlog=1024)
-            port = server.getsockname()[1]
-            listener["master_listen_fd"] = server.detach()
-        store = dist.TCPStore(
-            slot.host, port, is_master=hosts, wait_for_workers=False, timeout=timedelta(seconds=timeout_s), **listener
-        )
-    except dist.DistNetworkError as error:
+        if slot.agent_store:
+            host, port = address_towards(slot.host, slot.port), 0
+        if slot.coordinates:
+            process = StoreProcess(host, port, token)
+            port = process.port
+        if slot.agent_store:
+            host, port = _at(slot, f"{host}:{port}", timeout_s)
+        store = SealedStore(host, port, token, slot.prefix, timeout_s)
+    except TokenRefused as error:
+        _close(process)
         raise ConfigError(
-            f"there is no store at {slot.host}:{slot.port}, for {timeout_s:.0f} s; allowed: the address of node 0, "
+            f"token: {error}; allowed: that of node 0, by --out, --token-file or UNBROKEN_TOKEN on every machine"
+        ) from error
+    except dist.DistNetworkError as error:
+        _close(process)
+        raise ConfigError(
+            f"there is no store at {host}:{port}, for {timeout_s:.0f} s; allowed: the address of node 0, "
             "where the same command runs"
         ) from error
     except OSError as error:
@@ -123,7 +142,31 @@ def open_store(slot: Slot, timeout_s: float = 60.0) -> StoreHandle:
                 f"store_port is {slot.port}, which is in use; allowed: a free port, or 0 to take one"
             ) from error
         raise ConfigError(
-            f"store is {slot.host}:{slot.port}, where this machine cannot listen: {os.strerror(error.errno or 0)}; "
+            f"store is {host}:{port}, where this machine cannot listen: {os.strerror(error.errno or 0)}; "
             "allowed on node 0: an address of its own, and a free port"
         ) from error
-    return StoreHandle(dist.PrefixStore(slot.prefix, store), slot.host, port, slot.prefix)
+    return StoreHandle(store, host, port, slot.prefix, token, process)
+
+
+def _close(process: StoreProcess | None) -> None:
+    if process is not None:
+        process.close()
+
+
+def _at(slot: Slot, mine: str, timeout_s: float) -> tuple[str, int]:
+    """Where the run's store is, which slot 0 tells the others through torchrun's: anybody may have written there, and
+    who answers has to know the token. Raises ConfigError for what is no address."""
+    timeout = timedelta(seconds=timeout_s)
+    meeting = dist.TCPStore(slot.host, slot.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    key = f"{slot.prefix}/store"
+    if slot.coordinates:
+        meeting.set(key, mine)
+    try:
+        host, _, port = (mine if slot.coordinates else meeting.get(key).decode("ascii", "replace")).rpartition(":")
+    except dist.DistStoreError as error:
+        raise ConfigError(f"slot 0 of torchrun has not said where the store is, for {timeout_s:.0f} s") from error
+    if not host or not port.isdecimal() or not 0 < int(port[:6]) < 65536:
+        raise ConfigError(
+            f"the store of torchrun says that ours is at {host[:80]!r}:{port[:10]!r}, which is no address"
+        )
+    return host, int(port)

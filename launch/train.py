@@ -32,6 +32,7 @@ from launch.run_lock import RunLock
 from launch.signals import NotStarted, Stopping, stopping
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
+from launch.token import find_token, leave_token
 from launch.warm import warm_up
 from launch.worker_main import computes, default_threads, worker_main
 from pipeline.exit_codes import ERROR, STOPPED, exit_code
@@ -82,8 +83,9 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)
     forkserver = ForkServer(worker_main)  # forked now: nothing below has started a thread yet
+    handle = None
     try:
-        handle = open_store(slot)
+        handle = open_store(slot, token=find_token(config, slot.rank, slot.agents))
         payload = partial(_payload, config, slot, handle, devices)
         agent = Agent(slot.rank, forkserver, handle.store, workers, payload, config.spares)
         if config.min_workers and config.preempt_signal != "none":  # the machine with the store takes the run along
@@ -93,7 +95,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
         try:
             agent.start()
             if slot.coordinates:
-                return _coordinate(config, agent, handle.store, slot, as_json, signals, prepared)
+                return _coordinate(config, agent, handle, slot, as_json, signals, prepared)
             signals.trains(agent.asked_to_stop)
             try:
                 code = agent.supervise(lambda: None)
@@ -109,6 +111,8 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
             agent.end()
     finally:
         forkserver.close()
+        if handle is not None:
+            handle.close()
 
 
 def _payload(
@@ -134,11 +138,12 @@ def _payload(
 
 
 def _coordinate(
-    config: TrainConfig, agent: Agent, store: dist.Store, slot: Slot, as_json: bool, signals: Stopping, prepared: bool
+    config: TrainConfig, agent: Agent, handle: StoreHandle, slot: Slot, as_json: bool, signals: Stopping, prepared: bool
 ) -> int:
-    claim = RunLock(config.out)
+    claim, store = RunLock(config.out), handle.store
     with Display(config.last_step, quiet=as_json) as display:
         try:
+            leave_token(config, handle.token, slot.agents)
             plan = KINDS[config.job].plan(config, display.preparing, kept(config), prepared)
             signals.trains(agent.asked_to_stop)
         except BaseException as error:

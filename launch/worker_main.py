@@ -44,6 +44,7 @@ from pipeline.schedule.ops import STEP, span_text
 from pipeline.state.resident import ResidentStore, part_holders
 from pipeline.state.shard import shares_of
 from pipeline.state.source import SourceRefused
+from pipeline.store.client import SealedStore
 from pipeline.wire import checked, parse
 from recovery import keys
 from recovery.checkpoint import CheckpointError, last_attempt
@@ -65,11 +66,8 @@ FATAL = (NonFiniteLoss, CheckpointError, SourceRefused, ModelError, CorpusError,
 
 
 def connect(store: dict[str, Any], timeout_s: float) -> dist.Store:
-    """A client of the run's store, under the run's prefix."""
-    client = dist.TCPStore(
-        store["host"], store["port"], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-    )
-    return dist.PrefixStore(store["prefix"], client)
+    """A client of the run's store (an address as `StoreHandle` gives it), under the run's prefix."""
+    return SealedStore(store["host"], store["port"], bytes.fromhex(store["token"]), store["prefix"], timeout_s)
 
 
 def worker_main(payload: dict[str, Any]) -> int:

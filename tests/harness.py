@@ -10,13 +10,13 @@ import fnmatch
 import importlib
 import json
 import os
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +54,7 @@ from pipeline.schedule.ops import Route
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, store_path
 from pipeline.state.optimizer import decay_groups, learning_rate
+from pipeline.store.hosting import StoreThread
 from recovery.commit import READY
 from recovery.member import Member
 from recovery.membership import View, await_view, publish, within
@@ -243,8 +244,12 @@ def run_command(forkserver: ForkServer, log: Path, *argv: str, timeout_s: float 
 @contextmanager
 def hosted_store() -> Iterator[tuple[dist.Store, dict[str, Any]]]:
     """A store in this process, and its address for workers."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
-    yield dist.PrefixStore("test", server), {"host": "127.0.0.1", "port": server.port, "prefix": "test"}
+    server = StoreThread("127.0.0.1", 0, token := secrets.token_bytes(32))
+    address = {"host": "127.0.0.1", "port": server.port, "prefix": "test", "token": token.hex()}
+    try:
+        yield connect(address, 30.0), address
+    finally:
+        server.close()
 
 
 def run_workers(
