@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.runtime.door import Door, prove
+
 _CONNECT_S = 10.0  # between processes that have just met
 _POLL_S = 0.002
 _COMPLETED_S = 0.0002  # between two looks at a sum on a device
@@ -164,31 +166,40 @@ class GroupBuilder:
     timeout_s: float = 60.0
     ended: Callable[[], str | None] = lambda: None
     """Why there is no point in waiting for the other members any more, if so."""
-    _gloo_device: Any = field(default=None, repr=False)
+    _door: Door | None = field(default=None, repr=False)
 
     def build(self, name: str, members: Sequence[int], backend: str = "gloo") -> Group:
         """The group of `members` (worker ids, in rank order) called `name`; blocks until all of them ask for it.
 
         `backend` is gloo or nccl. Members meet at the store first, where waiting can be ended; the connection itself
-        then takes milliseconds. Raises ValueError where this worker is no member, RuntimeError where the others do not
-        come within `timeout_s`, or where `ended` says that they will not.
+        then takes milliseconds, and over gloo all prove who they are. Raises ValueError where this worker is no member,
+        RuntimeError where the others do not come within `timeout_s`, where `ended` says that they will not, or where
+        somebody else has connected.
         """
         if self.worker not in members:
             raise ValueError(f"worker {self.worker} asked for group {name!r} of {list(members)}; it must be a member")
         rank, size, store = list(members).index(self.worker), len(members), dist.PrefixStore(name, self.store)
+        if rank == 0:
+            store.set("key", secrets.token_bytes(32))
         self._meet(store, name, members)
         if backend == "nccl":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timedelta(seconds=self.timeout_s)
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else its watchdog ends the process
             return NcclGroup(dist.ProcessGroupNCCL(store, rank, size, nccl))
-        if self._gloo_device is None:
-            self._gloo_device = dist.ProcessGroupGloo.create_device(hostname=self.address)
+        self._door = door = self._door or Door(self.address)
         options: Any = cast(Any, dist.ProcessGroupGloo)._Options()
-        options._devices = [self._gloo_device]
+        options._devices = [door.device]
         options._threads = 1
         options._timeout = timedelta(seconds=_CONNECT_S)
-        return cast(Group, dist.ProcessGroupGloo(store, rank, size, options))
+        try:
+            with door.held_open():
+                group = cast(Group, dist.ProcessGroupGloo(store, rank, size, options))
+                prove(group, store.get("key"), rank, size, _CONNECT_S)
+        except RuntimeError:
+            self._door = None  # a stranger may have come in there, and the next one would have to find another
+            raise
+        return group
 
     def local_socket(self, name: str, members: Sequence[int], about: str = "") -> tuple[socket.socket, str] | None:
         """A Unix socket of whole messages between two `members` of one machine, in rank order, and what the other has
