@@ -1,7 +1,8 @@
 """A client of a store, as torch's `Store`: process groups meet through it, and it fails as TCPStore does.
 
-One thing is asked at a time; who would wait beside another thread has a client of its own. What is waited for is waited
-for by the server, which tells when the time is over; one that says nothing at all for longer than that is gone.
+Whoever hands it to torch keeps it as well: torch calls back into this object. One thing is asked at a time; who would
+wait beside another thread has a client of its own. What is waited for is waited for by the server, which tells when the
+time is over; one that says nothing at all for longer than that is gone.
 """
 
 from __future__ import annotations
