@@ -231,6 +231,13 @@ def test_random_bytes_are_told_nothing(hosted: StoreThread, said: bytes) -> None
     assert found[NONCE_BYTES:] in (b"", REFUSED)
 
 
+def test_a_client_of_torchs_store_is_sent_away_at_once(hosted: StoreThread) -> None:
+    began = time.monotonic()
+    with pytest.raises(dist.DistNetworkError):
+        dist.TCPStore("127.0.0.1", hosted.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=1))
+    assert time.monotonic() - began < 4.0
+
+
 def test_a_handshake_that_was_heard_is_worth_nothing_the_next_time(hosted: StoreThread) -> None:
     nonce = b"n" * NONCE_BYTES
     with raw(hosted) as end:

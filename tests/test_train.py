@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,11 +42,16 @@ from launch.cli import main
 from launch.config import config_from_toml
 from launch.forkserver import ForkServer
 from launch.run_folder import METRICS, standing
+from launch.token import VARIABLE
 from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import preset, read_config
 from pipeline.schedule.simulate import Costs, Network, simulate
 from pipeline.state.optimizer import learning_rate
+from pipeline.store.client import SealedStore
+from pipeline.store.frames import pack
+from pipeline.store.handshake import HELLO, NONCE_BYTES, REFUSED, Secrets
+from pipeline.store.table import Op
 from recovery import checkpoint
 from tests.harness import linked
 
@@ -213,8 +217,11 @@ class Running:
         return [own, *own.children(recursive=True)]
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that train: they have started nothing, and another agent's child has started them."""
-        return [p for p in self.processes()[1:] if not p.children() and p.parent() != psutil.Process(self.pid)]
+        """The processes that train: they have started nothing, another agent's child has started them, and they are no
+        store."""
+        own = psutil.Process(self.pid)
+        leaves = [p for p in self.processes()[1:] if not p.children() and p.parent() != own]
+        return [p for p in leaves if "pipeline.store.hosting" not in p.cmdline()]
 
     def parents(self) -> list[psutil.Process]:
         """The forkservers of the workers."""
@@ -977,14 +984,20 @@ def test_what_a_checkpoint_contains_is_in_the_ledger_whenever_the_run_is_killed(
         assert ledger[:step] == list(range(1, step + 1))
 
 
-def test_a_stranger_in_the_store_costs_lines_and_not_the_run(launcher: Launcher, reference: Run) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = launcher.start(store_port=port, steps=400, checkpoint_every=0, evaluate_every=0)
+        return int(free.getsockname()[1])
+
+
+def test_what_cannot_be_read_in_the_store_costs_lines_and_not_the_run(launcher: Launcher, reference: Run) -> None:
+    """Written by who knows the token: a worker of another version, say, or one that is half dead."""
+    port, token = free_port(), "a token of this test, and of no other one"
+    running = launcher.start(
+        store_port=port, steps=400, checkpoint_every=0, evaluate_every=0, environment={VARIABLE: token}
+    )
     running.until_step(2)
-    client = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-    store = dist.PrefixStore("unbroken", client)
+    store = SealedStore("127.0.0.1", port, token.encode(), "unbroken", 5.0)
     for data in (b"\xff\xfe", b"[]", b'{"kind": "step"}', b'{"worker": 0}'):
         for key in ("loss/0", "complaint/1", "beat/0", "agent/0", "error/0", "record/1/0", "over/x"):
             store.set(key, data)
@@ -997,6 +1010,71 @@ def test_a_stranger_in_the_store_costs_lines_and_not_the_run(launcher: Launcher,
     assert run.named("unreadable")
     assert not run.named("detected")
     assert "Traceback" not in run.stderr
+    assert token not in run.stdout + run.stderr + "".join(p.read_text() for p in run.out.glob("*.*l"))
+
+
+FORGED = {
+    "failed": '{"reason": "a stranger says so", "code": 1}', "over": "0", "stop": "", "view/2": "{}",
+    "loss/0": '{"worker": 0, "reason": "a stranger says so", "told": true, "time": 1.0}', "losses": "0 1",
+    "record/1/0": '{"time": 1.0, "kind": "step", "step": 1, "loss": 0.0}',
+}  # fmt: skip
+"""What a stranger would write to end a run, to have it stop, to evict a worker, or to forge a line of its ledger."""
+
+
+def forge(port: int, key: str, value: str) -> bytes:
+    """Speak the store's own protocol without its token, and go on whatever the answer is: all that it says."""
+    found = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as end, suppress(ConnectionError):
+        end.sendall(HELLO + bytes(NONCE_BYTES))
+        found += end.recv(NONCE_BYTES, socket.MSG_WAITALL)
+        secrets = Secrets.of(b"a guess, as good as any other one", bytes(NONCE_BYTES), found)
+        end.sendall(secrets.client_proof)
+        end.sendall(secrets.seals(server=False)[0].seal(pack(Op.SET, [f"unbroken/{key}".encode(), value.encode()])))
+        end.sendall(secrets.seals(server=False)[0].seal(pack(Op.GET, [b"unbroken/view/1"], 1.0)))
+        while piece := end.recv(4096):
+            found += piece
+    return found
+
+
+def test_a_stranger_reads_and_forges_nothing_and_the_run_comes_to_its_calm_result(
+    launcher: Launcher, reference: Run
+) -> None:
+    port, tried = free_port(), Counter[str]()
+    running = launcher.start(store_port=port)
+    while not running.ended():
+        with suppress(ConnectionRefusedError, ConnectionResetError):  # there is none yet, or no more
+            for key, value in FORGED.items():
+                assert forge(port, key, value)[NONCE_BYTES:] in (b"", REFUSED)
+                tried[key] += 1
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as end:  # TCPStore's own first words
+                end.sendall(bytes([9]) + (0x3C85F7CE).to_bytes(4, "little") + b"\x05" + bytes(64))
+                assert end.recv(64) == b""
+        time.sleep(0.02)
+    run = running.finish().ok()
+    assert set(tried) == set(FORGED)
+    assert min(tried.values()) > 3
+    assert run.losses == reference.losses
+    assert run.weights == reference.weights
+    assert [e["event"] for e in run.events] == [e["event"] for e in reference.events]
+
+
+def test_without_the_token_no_machine_joins_a_run(launcher: Launcher) -> None:
+    """A second machine that has another token, and one whose file others can read."""
+    port, out, token = free_port(), launcher.new(), launcher.folder / "token"
+    told = {"nodes": 2, "store": f"127.0.0.1:{port}", "out": out}
+    token.write_text("t" * 40)
+    token.chmod(0o640)
+    refused = launcher.start(**told, node_rank=1, token_file=token).finish()
+    assert refused.code == 2
+    assert "with mode 0640; allowed: a file of user" in refused.stderr
+    token.chmod(0o600)
+    first = launcher.start(**told, **ENDLESS, node_rank=0, token_file=token)
+    other = launcher.start(**{**told, "out": launcher.new()}, node_rank=1, environment={VARIABLE: "u" * 40}).finish()
+    assert other.code == 2
+    assert "the store has another token than this process" in other.stderr
+    first.until(lambda: (out / "events.jsonl").exists())
+    first.kill()
+    assert "tttt" not in "".join(p.read_text(errors="replace") for p in out.rglob("*") if p.is_file())
 
 
 def test_tokens_that_do_not_fit_are_named_and_leave_nothing(launcher: Launcher) -> None:
@@ -1015,10 +1093,7 @@ def torchrun(*flags: str) -> tuple[str, ...]:
 
 @pytest.mark.long
 def test_torchrun_trains_the_same_model_to_the_bit(launcher: Launcher, reference: Run) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run = launcher.start(command=torchrun("--master-port", str(port))).finish().ok()
+    run = launcher.start(command=torchrun("--master-port", str(free_port()))).finish().ok()
     assert run.losses == reference.losses
     assert run.weights == reference.weights
     assert [e["event"] for e in run.events] == [e["event"] for e in reference.events]
@@ -1027,9 +1102,7 @@ def test_torchrun_trains_the_same_model_to_the_bit(launcher: Launcher, reference
 
 def test_a_death_in_a_slot_is_named_and_ends_every_slot(launcher: Launcher) -> None:
     """What torchrun tells them, and not torchrun, which would end them all: each ends by itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     out = launcher.new()
     slots = [launcher.start(environment={**told, "RANK": r, "LOCAL_RANK": r}, **ENDLESS, out=out) for r in "01"]
     slots[0].until_step(2)

@@ -37,6 +37,11 @@ def fresh_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
+def begins_well(hello: bytes | bytearray) -> bool:
+    """Whether what has come so far of a client's first message may become one."""
+    return hello[: len(HELLO)] == HELLO[: len(hello)]
+
+
 def client_nonce(hello: bytes) -> bytes:
     """The nonce in a client's first message. Raises Refused for one of another protocol."""
     if len(hello) != HELLO_BYTES or not hello.startswith(HELLO):

@@ -23,6 +23,7 @@ from pipeline.store.handshake import (
     REFUSED,
     Refused,
     Secrets,
+    begins_well,
     client_nonce,
     fresh_nonce,
 )
@@ -176,6 +177,8 @@ class StoreServer:
         connection.received += data
         if connection.seals is not None:
             self._take(connection, connection.seals[1])
+        elif connection.secrets is None and not begins_well(connection.received):
+            raise Refused("what has connected is no part of a run")
         elif len(connection.received) == wanted:
             self._prove(connection, bytes(connection.received))
 
