@@ -29,12 +29,12 @@ class Block:
     @property
     def small(self) -> str:
         """The text with the flags, on what trains."""
-        return re.sub(r"^( *unbroken (?:train|unlearn) [^#&|\n]*)", rf"\1 {self.flags or ''} ", self.text, flags=re.M)
+        return re.sub(r"^( *unbroken (?:train|unlearn) [^#&|>\n]*)", rf"\1 {self.flags or ''} ", self.text, flags=re.M)
 
     def words(self) -> Iterator[list[str]]:
         """The words of each command, as a shell reads them; a comment is none."""
         reader = shlex.shlex(
-            self.text.replace("\\\n", " ").replace("\n", " ;\n"), posix=True, punctuation_chars=";|&<>"
+            self.text.replace("\\\n", " ").replace("\n", "\n; "), posix=True, punctuation_chars=";|&<>"
         )
         reader.whitespace_split = True
         found = list[str]()
