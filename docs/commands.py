@@ -16,6 +16,7 @@ from pathlib import Path
 
 PAGES = Path(__file__).parent / "pages"
 _BLOCK = re.compile(r"(?:<!-- (?P<how>parsed|run with): (?P<what>.*?) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
+_TRAINS = re.compile(r"^( *unbroken (?:train|unlearn) (?:\\\n|[^#&|>\n])*)", re.MULTILINE)
 _ENDS = {";", "|", "&", "&&", "||", ">", ">>", "<", "do", "done"}
 
 
@@ -29,7 +30,9 @@ class Block:
     @property
     def small(self) -> str:
         """The text with the flags, on what trains."""
-        return re.sub(r"^( *unbroken (?:train|unlearn) [^#&|>\n]*)", rf"\1 {self.flags or ''} ", self.text, flags=re.M)
+        return re.sub(
+            r"^( *unbroken (?:train|unlearn) (?:\\\n|[^#&|>\n])*)", rf"\1 {self.flags or ''} ", self.text, flags=re.M
+        )
 
     def words(self) -> Iterator[list[str]]:
         """The words of each command, as a shell reads them; a comment is none."""

@@ -45,9 +45,9 @@ def test_words_of_a_command_are_read_as_a_shell_reads_them() -> None:
 
 
 def test_a_comment_above_a_block_says_how_it_is_tried() -> None:
-    shown = "```bash\nunbroken train --out a > b\n```\n"
+    shown = "```bash\nunbroken train \\\n    --out a > b\n```\n"
     small, read = blocks(f"<!-- run with: --steps 4 -->\n{shown}<!-- parsed: why -->\n{shown}")
-    assert small.small == "unbroken train --out a  --steps 4 > b\n"
+    assert small.small == "unbroken train \\\n    --out a  --steps 4 > b\n"
     assert read.flags is None
 
 
