@@ -17,7 +17,8 @@ from pathlib import Path
 PAGES = Path(__file__).parent / "pages"
 _BLOCK = re.compile(r"(?:<!-- (?P<how>parsed|run with): (?P<what>.*?) -->\n)?```bash\n(?P<text>.*?)```", re.DOTALL)
 _TRAINS = re.compile(r"^( *unbroken (?:train|unlearn) (?:\\\n|[^#&|>\n])*)", re.MULTILINE)
-_ENDS = {";", "|", "&", "&&", "||", ">", ">>", "<", "do", "done"}
+_ENDS = {";", "|", "&", "&&", "||", "do", "done"}
+_REDIRECTS = {">", ">>", "<"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,7 @@ class Block:
     @property
     def small(self) -> str:
         """The text with the flags, on what trains."""
-        return re.sub(
-            r"^( *unbroken (?:train|unlearn) (?:\\\n|[^#&|>\n])*)", rf"\1 {self.flags or ''} ", self.text, flags=re.M
-        )
+        return _TRAINS.sub(rf"\1 {self.flags or ''} ", self.text)
 
     def words(self) -> Iterator[list[str]]:
         """The words of each command, as a shell reads them; a comment is none."""
@@ -40,12 +39,14 @@ class Block:
             self.text.replace("\\\n", " ").replace("\n", "\n; "), posix=True, punctuation_chars=";|&<>"
         )
         reader.whitespace_split = True
-        found = list[str]()
+        found, redirected = list[str](), False
         for word in [*reader, ";"]:
             if word in _ENDS:
                 if found:
                     yield found
                 found = []
+            elif word in _REDIRECTS or redirected:
+                redirected = word in _REDIRECTS
             else:
                 found.append(word)
 

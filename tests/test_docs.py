@@ -37,9 +37,8 @@ CHOOSE = (ROOT / "docs" / "pages" / "choose.md").read_text()
 
 
 def test_words_of_a_command_are_read_as_a_shell_reads_them() -> None:
-    block = Block(
-        "a=1 unbroken train --out 'x y' \\\n    --steps 2 | head # note\ntorchrun unbroken eval --chunks 2; ls &\n"
-    )
+    text = "a=1 unbroken train --out 'x y' \\\n    --steps 2 >> log | head # note\n"
+    block = Block(f"{text}torchrun unbroken eval --chunks 2; ls &\n")
     assert list(block.of_unbroken()) == [["train", "--out", "x y", "--steps", "2"], ["eval", "--chunks", "2"]]
     assert [words[0] for words in block.words()] == ["a=1", "head", "torchrun", "ls"]
 
@@ -134,10 +133,9 @@ def test_all_commands_of_a_page_run_in_their_order(page: str, tmp_path: Path) ->
         pytest.skip(f"not installed here: {', '.join(missing)}")
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name, module in (("unbroken", "launch"), ("torchrun", "torch.distributed.run")):
-        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+    for name, words in (("unbroken", "-m launch"), ("torchrun", "-m torch.distributed.run"), ("python", "")):
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
         (tools / name).chmod(stat.S_IRWXU)
-    (tools / "python").symlink_to(sys.executable)
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
