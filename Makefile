@@ -7,11 +7,12 @@ OUT ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test lint types unit bench matrix soak links gpu gpu-dry gpu-wheels clean help
+.PHONY: train test lint types unit docs bench matrix soak links gpu gpu-dry gpu-wheels clean help
 
 help:
 	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
 	@echo "make test    set up, then lint, types and tests"
+	@echo "make docs    build the site of documentation into build/docs, links checked, without a network"
 	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
 	@echo "make matrix  every kind of fault at every point, in a real run each; prints the table (a quarter of an hour)"
 	@echo "make links   every test that trains in real processes, over shared memory and over gloo (half an hour)"
@@ -44,6 +45,9 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f docs/mkdocs.yml
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[deepspeed,torchft,peers]'
