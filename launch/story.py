@@ -16,6 +16,7 @@ from jobs.config import TrainConfig
 from jobs.plan import Plan
 from jobs.registry import KINDS
 from launch.generate import Continuation, continue_text
+from launch.page.files import PAGE
 from launch.pictures import Pictures
 from launch.progress import Display
 from launch.records import check_record
@@ -129,7 +130,10 @@ class Story:
             self._folder.step(record)
             self._display.step(record)
         elif kind == "timeline":
-            self._pictures.timeline(record["lanes"])
+            step = record.get("step")
+            self._pictures.timeline(record["lanes"], step)
+            if step is not None:
+                self._folder.event("timeline", step=step)
         elif kind == "evaluation":
             self._folder.event("evaluation", **record)
             self._display.say(f"step {record['step']}: {_measured(record)}")
@@ -188,4 +192,5 @@ class Story:
             say(f"sample, after {sample.prompt!r}:\n{_printable(sample.text)}")
         if code != STOPPED:
             say(f"model     {out / 'model'}")
+        say(f"report    {out / PAGE}")
         say("pictures  " + "  ".join(str(path) for path in self._pictures.paths))
