@@ -21,7 +21,7 @@ from jobs.plan import Plan
 from launch.devices import count_cuda
 from pipeline.schedule.graph import compiled
 from pipeline.schedule.memory import lane_peaks
-from pipeline.settings import declared, groups
+from pipeline.settings import declared, groups, names_of
 from recovery.coordinator import as_layers
 
 _PACKAGES = ("unbroken", "torch", "transformers", "numpy")
@@ -36,7 +36,7 @@ def describe(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     model = plan.model
     counts = [model.parameter_count(layer) for layer in range(model.num_layers)]
     trained = [model.trained_count(layer) for layer in range(model.num_layers)]
-    known = groups(type(config))
+    known, unset = groups(type(config)), type(config)().resolved()  # as the run's own are kept
     # under roundpipe activations come and go with times, and a host store is what is proved
     peaks = {} if plan.rounds is not None else lane_peaks(compiled(plan.layout.train))
     return {
@@ -46,7 +46,7 @@ def describe(config: TrainConfig, plan: Plan) -> dict[str, Any]:
         "layer_bytes": [_FP32 * (a + _MOMENTS * b) for a, b in zip(counts, trained, strict=True)],
         "peak_activations": {str(place): int(peak) for place, peak in peaks.items()},
         "groups": {group.__name__.removesuffix("Settings"): list(declared(group)) for group in known},
-        "defaults": _plain({name: value for group in known for name, value in declared(group).items()}),
+        "defaults": _plain({name: getattr(unset, name) for name in names_of(type(config))}),
         "environment": environment(0 if config.device == "cpu" else count_cuda()),
     }  # fmt: skip
 

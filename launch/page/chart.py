@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, ClassVar
 
 from launch.page.blocks import Flag
@@ -55,7 +54,7 @@ def chart(
     robust: bool = False,
 ) -> Chart | None:  # fmt: skip
     """A chart of what is finite in `curves`, or None where nothing is. `marks` are (x, number of a loss, words); `zero`
-    begins the axis at 0; `robust` leaves out the wildest hundredth of the values at either end."""
+    begins the axis at 0; `robust` leaves out the wildest hundredth of what is pale at either end."""
     thin = [Curve(c.name, thinned(c.points), c.colour, c.style) for c in curves]
     thin = [c for c in thin if c.points]
     if not thin:
@@ -64,7 +63,7 @@ def chart(
     x_range = min(xs), max(xs)
     room = 0.012 * (x_range[1] - x_range[0]) or 0.5  # a dot at the end is whole
     x_range = x_range[0] - room, x_range[1] + room
-    plot = Plot(0.0, 0.0, WIDE, TALL, x_range, _range([y for c in thin for _, y in c.points], zero, robust))
+    plot = Plot(0.0, 0.0, WIDE, TALL, x_range, _range(thin, zero, robust))
     body = [tooltip(title)]
     body.append(tag("path", d="".join(f"M0 {coord(plot.y(y))}H{WIDE:g}" for y in _ticks(plot.values)), _class="grid"))
     shown = [(plot.x(x), number, words) for x, number, words in marks if x_range[0] <= x <= x_range[1]]
@@ -126,13 +125,13 @@ def _ticks(values: tuple[float, float]) -> list[float]:
     return ticks(*values, 5)
 
 
-def _range(values: Sequence[float], zero: bool, robust: bool) -> tuple[float, float]:
-    values = sorted(values)
-    cut = len(values) // 100 if robust else 0
-    lo, hi = values[cut], values[-1 - cut]
+def _range(curves: Sequence[Curve], zero: bool, robust: bool) -> tuple[float, float]:
+    """The least and the most of the axis. `robust` cuts the noise, which is what is pale, and nothing else."""
+    noise = sorted(y for c in curves for _, y in c.points if c.style == "pale")
+    cut = len(noise) // 100 if robust else 0
+    values = sorted([*noise[cut : len(noise) - cut], *(y for c in curves for _, y in c.points if c.style != "pale")])
+    lo, hi = values[0], values[-1]
     if zero and lo >= 0:
-        if hi > 4 * (middle := median(values)) > 0 and robust:
-            hi = 4 * middle
         return 0.0, hi * 1.06 or 1.0
     room = 0.06 * (hi - lo) or 0.05 * abs(hi) or 1.0
     return lo - room, hi + room

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from statistics import median
 
 from launch.page.blocks import Cell, Section, Sheet, Table, Words
 from launch.page.chart import Curve, chart
@@ -77,7 +78,7 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], found: Sequence[Seq
         reached, share = performance(run.standing), goodput(run, clock, lost).share
         smooth = smoothed(finite(run.standing, "loss"))
         evaluated = finite(run.named("evaluation"), "loss")
-        seconds = sorted(each.seconds for each in lost if each.seconds is not None)
+        seconds = [each.seconds for each in lost if each.seconds is not None]
         state, told = state_of(run)
         rows.append([
             name, Cell(state, told, looks={"done": "good", "failed": "bad", "broken": "bad"}.get(state, "")),
@@ -86,7 +87,7 @@ def _results(runs: Sequence[RunFiles], names: Sequence[str], found: Sequence[Seq
             figure(reached["tokens_per_s"]) if "tokens_per_s" in reached else "",
             f"{100 * reached['mfu']:.1f} %" if "mfu" in reached else "",
             "" if share is None or not run.metrics else f"{100 * share:.1f} %", f"{len(lost):,}",
-            duration(seconds[len(seconds) // 2]) if seconds else "", f"{sum(each.redone for each in lost):,}",
+            duration(median(seconds)) if seconds else "", f"{sum(each.redone for each in lost):,}",
             data_size(peak) if (peak := reached.get("peak_host_bytes")) else "", said_long(clock.total),
         ])  # fmt: skip
     return Table(columns, rows, "The loss is the smoothed one of the last step", frozenset(range(2, len(columns))))

@@ -55,7 +55,7 @@ def losses(run: RunFiles) -> list[Loss]:
     """Every fault, in order."""
     events, commits = sorted(run.events, key=lambda e: e["time"]), sorted(e["time"] for e in run.ledger)
     starts = [e["time"] for e in events if e.get("event") == "started"]
-    layer_bytes = [size if isinstance(size, int | float) else 0 for size in items(run.last("described"), "layer_bytes")]
+    layer_bytes = [number({"size": size}, "size") or 0.0 for size in items(run.last("described"), "layer_bytes")]
     found: list[Loss] = []
     for index, event in enumerate(events):
         if (kind := _KINDS.get(words(event, "event"))) is None:

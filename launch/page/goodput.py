@@ -58,9 +58,8 @@ class Goodput:
 
 def goodput(run: RunFiles, clock: RunClock, found: Sequence[Loss]) -> Goodput:
     """The account of a run's time."""
-    seconds = {(m["step"], m.get("view"), m.get("again")): _seconds(m) for m in run.metrics}
     stands = sum(_seconds(m) for m in run.standing)
-    again = sum(seconds.values()) - stands
+    again = sum(_seconds(m) for m in run.metrics) - stands
     commits = sorted((e["time"], e["step"]) for e in run.ledger)
     took = {m["step"]: _seconds(m) for m in run.metrics}
     first = 0.0

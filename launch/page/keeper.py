@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from launch.page.files import PAGE, RunReader
 from launch.page.follow import draw_page
 
+log = logging.getLogger(__name__)
 FIRST_S = 10.0
 """Seconds until the first page is drawn: a run that is shorter has one at its end alone."""
 _PATIENCE_S = 2.0
@@ -58,7 +60,7 @@ class PageKeeper:
         draw_last(self._folder, self._say)
 
 
-def draw_last(folder: Path, say: Callable[[str], None]) -> None:
+def draw_last(folder: Path, say: Callable[[str], None] = log.warning) -> None:
     """Draw the page of a run that is over; one that cannot be drawn costs the page, and is said."""
     try:
         draw_page(RunReader(folder), running=False)

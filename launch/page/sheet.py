@@ -6,6 +6,7 @@ import base64
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from launch.page.blocks import Bar, Box, Card, Cell, Fold, Picture, Section, Share, Sheet, Strip, Table, Words
 from launch.page.chart import Chart, Curve, chart, flags
@@ -109,7 +110,7 @@ def _cards(run: RunFiles, clock: RunClock, account: Goodput, found: Sequence[Los
         out.append(Card("Goodput", f"{100 * account.share:.1f} %", f"of {said_long(clock.total)}"))
     lost = [each.seconds for each in found if each.seconds is not None]
     redone = sum(each.redone for each in found)
-    note = f"to the next commit, p50 {duration(sorted(lost)[len(lost) // 2])}" if lost else "nothing was lost"
+    note = f"to the next commit, p50 {duration(median(lost))}" if lost else "nothing was lost"
     out.append(Card("Faults", f"{len(found):,}", note + (f", {redone:,} steps again" if redone else "")))
     return out
 
@@ -162,15 +163,17 @@ def _one(run: RunFiles, name: str, title: str, called: str, marks: Marks, colour
 
 
 def _noisy(
-    key: str, title: str, called: str, points: Sequence[tuple[float, float]], marks: Marks, colour: str
-) -> Chart | None:
+    key: str, title: str, called: str, points: Sequence[tuple[float, float]], marks: Marks, colour: str, *,
+    robust: bool = True,
+) -> Chart | None:  # fmt: skip
     curves = [Curve("each step", points, colour, "pale"), Curve(f"{called}, smoothed", smoothed(points), colour)]
-    return chart(key, title, curves, marks, zero=True, short=True, robust=True)
+    return chart(key, title, curves, marks, zero=True, short=True, robust=robust)
 
 
 def _optimizer_charts(run: RunFiles, marks: Marks) -> list[Chart | None]:
     return [
-        _one(run, "grad_norm", "Gradient norm, before clipping", "norm", marks, "c5"),
+        _noisy("norm-chart", "Gradient norm, before clipping", "norm", finite(run.standing, "grad_norm"), marks, "c5",
+               robust=False),
         chart("lr-chart", "Learning rate", [Curve("learning rate", finite(run.standing, "lr"), "c6")], zero=True,
               short=True),
     ]  # fmt: skip
@@ -181,9 +184,11 @@ def _memory(run: RunFiles, marks: Marks) -> list[object]:
     for kind, colour in (("host", "c1"), ("device", "c3")):
         each, total = (finite(run.standing, f"peak_{kind}_bytes{end}") for end in ("", "_sum"))
         if any(value for _, value in each):
-            curves = [Curve("all workers", total, colour, "dashed"), Curve("the largest worker", each, colour)]
-            title = f"Peak {kind} memory" + (" (resident since each began)" if kind == "host" else "")
-            out.append(chart(f"{kind}-chart", title, curves, marks, zero=True, short=True, form=data_size))
+            scale, unit = (30, "GiB") if max(value for _, value in [*each, *total]) >= 1 << 30 else (20, "MiB")
+            every, most = ([(step, value / (1 << scale)) for step, value in line] for line in (total, each))
+            curves = [Curve("all workers", every, colour, "dashed"), Curve("the largest worker", most, colour)]
+            title = f"Peak {kind} memory, {unit}" + (" (resident, since each worker began)" if kind == "host" else "")
+            out.append(chart(f"{kind}-chart", title, curves, marks, zero=True, short=True))
     proved = run.last("described")
     told: list[str] = []
     peaks = inner(proved, "peak_activations")
@@ -242,7 +247,7 @@ def _losses(found: Sequence[Loss]) -> list[object]:
         ])  # fmt: skip
     columns = ("#", "Step", "Worker", "What happened", "Remedy", "Replaced by", "All went on after",
                "To the next commit", "Steps again", "State moved")  # fmt: skip
-    caption = "The step that was cut off is always taken again, and counts; steps again are those that a rollback undid."
+    caption = "The step that was cut off is taken again, and counts; steps again are those that a rollback undid."
     table = Table(columns, rows, caption, frozenset({0, 1, 2, 5, 6, 7, 8, 9}), "loss-")
     if len(rows) <= 30:
         return [table]
