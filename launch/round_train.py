@@ -175,6 +175,7 @@ def _host(
             raise RunFailed(str(error)) from error
         raise
     finally:
+        story.tell_fault()
         folder.close()
         if page is not None:
             page.close()

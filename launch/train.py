@@ -184,6 +184,7 @@ def _follow(
             raise RunFailed(str(error), _code(error)) from error
         raise
     finally:
+        story.tell_fault()
         folder.close()
         if page is not None:
             page.close()

@@ -371,7 +371,7 @@ def _damaged(value: Any, chance: random.Random) -> Any:
 def test_whatever_stands_in_its_files_there_is_a_page(tmp_path: Path) -> None:
     chance = random.Random(18)
     whole(tmp_path)
-    for _ in range(60):
+    for _ in range(30):
         files = {"metrics": METRICS[:30], "events": EVENTS, "ledger": LEDGER[:30]}
         write(tmp_path, **{name: [_damaged(line, chance) for line in lines] for name, lines in files.items()})
         with (tmp_path / "events.jsonl").open("ab") as file:
@@ -467,6 +467,7 @@ def test_a_run_that_is_killed_leaves_a_page_that_says_so(tmp_path: Path, keeper:
     process = keeper._process
     assert process is not None
     assert process.stdin is not None
+    keeper._process = None
     process.stdin.close()  # as the system does for who is killed
     assert process.wait(60) == 0
     assert "it ended without a word" in (tmp_path / "report.html").read_text()

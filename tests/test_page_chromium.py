@@ -68,7 +68,7 @@ def test_a_chart_says_what_is_under_the_pointer_and_zooms(browser: Browser, page
     mouse("mouseMoved", 0.5)
     said = browser.tell("document.querySelector('#loss-chart .readout').textContent")
     assert said.startswith("step 2")
-    assert "each step 7" in said
+    assert "each step 6.95" in said
     assert browser.tell(view) == "0 0 1000 300"
     mouse("mousePressed", 0.25)
     mouse("mouseMoved", 0.5)

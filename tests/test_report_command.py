@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from tests.harness import ROOT
-from tests.test_page import HOSTILE, event, whole, write
+from tests.test_page import HOSTILE, Elements, event, whole, write
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("out", ["", "elsewhere.html"])
@@ -93,7 +95,8 @@ def test_the_page_is_served_and_asks_for_news_while_the_run_goes_on(served: tupl
     status, text, headers = asked(port, "/")
     assert status == 200
     assert "the run goes on" in text
-    assert "connect-src 'self'" in text
+    (policy,) = [m["content"] for m in Elements(text).of("meta") if m.get("http-equiv")]
+    assert "connect-src 'self'" in policy
     assert headers["content-type"] == "text/html; charset=utf-8"
     assert headers["cache-control"] == "no-store"
     state = json.loads(asked(port, "/state")[1])
@@ -106,12 +109,13 @@ def test_the_page_is_served_and_asks_for_news_while_the_run_goes_on(served: tupl
     for _ in range(100):
         if (found := json.loads(asked(port, "/state")[1])) != state:
             break
+        time.sleep(0.05)
     assert found["version"] != state["version"], "the page is drawn anew once something has come"
 
 
 @pytest.mark.parametrize(
     "path", ["/config.toml", "/metrics.jsonl", "/../config.toml", "//etc/passwd", "/report.html/../config.toml",
-             "/%2e%2e/config.toml", "/state?x", "/.lock", "http://127.0.0.1/etc/passwd"],
+             "/%2e%2e/config.toml", "/state?x", "/.lock"],
 )  # fmt: skip
 def test_nothing_else_of_the_disk_is_served(served: tuple[Path, int, object], path: str) -> None:
     assert asked(served[1], path)[:2] == (404, "nothing here\n")
