@@ -160,7 +160,7 @@ class Trainer:
         self.at = Position(self.step + 1, due=True, stopping=stopping, carried=self.job.carried)
         self._report_step(result, time.monotonic() - began)
         if record:
-            self._say({"kind": "timeline", "lanes": self.engine.timeline(result)})
+            self._say({"kind": "timeline", "step": self.step, "lanes": self.engine.timeline(result)})
 
     # ---- what follows a step ----
 

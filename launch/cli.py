@@ -28,6 +28,8 @@ class _Command:
     load: Callable[[], tuple[type, Callable[[Any], Any]]]
     first: str = ""
     """The setting that a word before all flags gives."""
+    many: bool = False
+    """Whether several words do, with `:` between them as in PATH."""
     base: Callable[[], Callable[[Mapping[str, Any]], Mapping[str, Any]]] | None = None
     """Loads what gives settings that come before those asked for, by those."""
 
@@ -156,6 +158,12 @@ def _replay() -> tuple[type, Callable[[Any], Any]]:
     return ReplayConfig, replay
 
 
+def _report() -> tuple[type, Callable[[Any], Any]]:
+    from launch.report_command import ReportConfig, report_command
+
+    return ReportConfig, report_command
+
+
 def _doctor() -> tuple[type, Callable[[Any], Any]]:
     from launch.doctor import DoctorConfig, doctor
 
@@ -174,6 +182,7 @@ COMMANDS = {
     "simulate": _Command("time a schedule without running it", _simulate),
     "plan": _Command("search for routes through a network", _plan),
     "draw": _Command("draw a schedule as SVG, Perfetto trace or text", _draw),
+    "report": _Command("draw the report of a run, or of several compared", _report, first="runs", many=True),
     "doctor": _Command("check versions, devices, cores, store and ports", _doctor),
 }
 
@@ -213,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, function = command.load()
     try:
         try:
-            config = configured(settings, name, _named(command.first, arguments[1:]), command.base)
+            config = configured(settings, name, _named(command, arguments[1:]), command.base)
         except (SystemExit, BrokenPipeError):  # the help has been printed, or its reader has enough
             return _say()
         result = function(config)
@@ -284,11 +293,13 @@ def configured(
     return config_from_dict(settings, {**kept, **asked})
 
 
-def _named(first: str, arguments: list[str]) -> list[str]:
-    """The arguments, the first of which may be a setting without its name."""
-    if not first or not arguments or arguments[0].startswith("-"):
+def _named(command: _Command, arguments: list[str]) -> list[str]:
+    """The arguments, the first of which, or the first few, may be a setting without its name."""
+    flags = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    count = flags if command.many else min(flags, 1)
+    if not command.first or not count:
         return arguments
-    return [f"--{first}={arguments[0]}", *arguments[1:]]
+    return [f"--{command.first}={os.pathsep.join(arguments[:count])}", *arguments[count:]]
 
 
 def _by_owner(settings: type, asked: Mapping[str, Any]) -> type:

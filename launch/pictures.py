@@ -38,13 +38,14 @@ class Pictures:
         self.layout = plan.layout
         """The one in force."""
 
-    def timeline(self, lanes: Lanes) -> None:
-        """timeline.svg and trace.json of a measured iteration; the plan above it uses the measured op times."""
+    def timeline(self, lanes: Lanes, step: int | None = None) -> None:
+        """timeline.svg and trace.json of a measured iteration, the one that took `step`; the plan above it uses the
+        measured op times."""
         measured = measured_timeline(self._config.scheduler, lanes)
-        self._write("timeline.svg", lambda: self._beside_the_plan(measured))
+        self._write("timeline.svg", lambda: self._beside_the_plan(measured, step))
         self._write("trace.json", lambda: json.dumps(perfetto(measured)))
 
-    def _beside_the_plan(self, measured: Timeline) -> str:
+    def _beside_the_plan(self, measured: Timeline, step: int | None) -> str:
         """Raises CostError where an op of the plan was not measured: its stage was lost at the time."""
         config, network, size = self._config, None, 0
         if config.network is not None:
@@ -53,6 +54,7 @@ class Pictures:
         costs = replace(measured_costs(measured), output_bytes=size)
         planned = simulate(self.layout.train, costs, network)
         title = f"{config.scheduler}, {len(planned.workers)} workers, {config.microbatches} microbatches"
+        title += "" if step is None else f", step {step:,}"
         return compare_svg(planned, measured, title=title)
 
     def loss(self) -> None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _PLAIN_EVERY_S = 5.0
+_SPEED_OVER_S = 300.0
+"""Over which the time that is left is reckoned: a step may take a minute."""
 _TOLD = object()
 
 
@@ -35,8 +37,9 @@ class Display:
         self._total = total_steps
         self._live = self.console.is_terminal and not quiet
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
-        columns += (TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self.console, disable=not self._live)
+        columns += (TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, disable=not self._live,
+                             speed_estimate_period=_SPEED_OVER_S)  # fmt: skip
         self._tasks: dict[str, Any] = {}
         self._said = 0.0
 
@@ -57,6 +60,12 @@ class Display:
     def warn(self, text: str) -> None:
         """A line about something that is not as it should be."""
         self.say(text, "yellow")
+
+    def note(self, text: str) -> None:
+        """What is happening now, beside the bar until the next step."""
+        if "training" in self._tasks:
+            with _gone():
+                self._bar.update(self._tasks["training"], note=text)
 
     def preparing(self, what: str, share: float) -> None:
         """Progress of the work before the first step; what is done when it is first heard of is told in one line."""
@@ -82,7 +91,9 @@ class Display:
         if self._live:
             with _gone():
                 if "training" not in self._tasks:
-                    self._tasks["training"] = self._bar.add_task("training", total=self._total, note="")
+                    self._tasks["training"] = self._bar.add_task(
+                        "training", total=self._total, completed=record["step"] - 1, note=""
+                    )  # a run that is resumed has not taken the steps before in no time
                 self._bar.update(self._tasks["training"], completed=record["step"], note=note)
         elif time.monotonic() - self._said > _PLAIN_EVERY_S or record["step"] == self._total:
             self._said = time.monotonic()

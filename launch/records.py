@@ -22,6 +22,7 @@ _FIELDS: dict[str, dict[str, Kind]] = {
     "event": {"event": str},
 }  # fmt: skip
 _OPTIONAL: dict[str, dict[str, Kind]] = {
+    "timeline": {"step": int},
     "step": {"means": dict, **dict.fromkeys(("tflops", "mfu"), float), **dict.fromkeys(PEAK_BYTES, int)},
 }
 """What a record may have besides."""

@@ -24,10 +24,12 @@ from jobs.rounds import Rounds
 from jobs.train import Trainer
 from launch.agent import RunFailed
 from launch.config import to_toml
+from launch.described import describe
 from launch.devices import Devices, device_bytes, find_devices, span_mib
 from launch.forkserver import ForkServer
 from launch.introduction import introduce
 from launch.machine import check_machine
+from launch.page.keeper import PageKeeper
 from launch.pool_worker import pool_worker, run_jobs, store_layout
 from launch.progress import Display
 from launch.resume import kept
@@ -137,6 +139,8 @@ def _host(
     folder = RunFolder(config.out, to_toml(config), view.first_step, config.tensorboard, display.warn)
     folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes,
                  **computes(config, config.workers))  # fmt: skip
+    folder.event("described", step=view.first_step, **describe(config, plan))
+    page = PageKeeper(config.out, display.warn) if KINDS[config.job].trains else None
     story, rounds = Story(config, plan, folder, display), plan.rounds
     torch.set_num_threads(config.threads or default_threads(1))
     jobs, source = run_jobs(config, view.first_step, view.first_sample, view.details["carried"]), view.details["source"]
@@ -171,7 +175,10 @@ def _host(
             raise RunFailed(str(error)) from error
         raise
     finally:
+        story.tell_fault()
         folder.close()
+        if page is not None:
+            page.close()
 
 
 @dataclass(frozen=True)

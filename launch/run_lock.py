@@ -7,8 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-from jobs.config import ConfigError
+import psutil
+
 from pipeline.locks import lock, unlock
+from pipeline.settings import ConfigError
 
 _LOCK = ".lock"
 
@@ -55,3 +57,12 @@ class RunLock:
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def is_at_work(out: Path) -> bool:
+    """Whether a run is at work in a folder, as far as this machine knows. It takes no lock: a run that begins just now
+    would be refused for it."""
+    try:
+        return psutil.pid_exists(int((out / _LOCK).read_text()))
+    except (OSError, ValueError, OverflowError):
+        return False

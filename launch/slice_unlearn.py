@@ -31,6 +31,7 @@ from jobs.unlearn.request import Request
 from jobs.unlearn.select import AUTO, described, require_forgettable, rest_of, select
 from jobs.unlearn.weights import say_generation
 from launch.config import to_toml
+from launch.page.keeper import draw_last
 from launch.resume import kept_values
 from launch.run_folder import read_jsonl, write_whole
 from launch.slices import in_words, publish
@@ -64,6 +65,7 @@ def forget_slices(config: UnlearnConfig, as_json: bool = False, abandon: bool = 
         said: list[str] = []
         known = _drop(run, request, Slices.read(run), said.append)
         request = put_away(config, request, said.append)
+        draw_last(run)
     values, text = told(config, request, said)
     values |= {"stages": {name_of(stage): hash for stage, hash in known.stages.items()}}
     return values, f"{text}\n{in_words(known)}"

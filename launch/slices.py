@@ -46,6 +46,7 @@ from jobs.unlearn.request import require_complete
 from jobs.unlearn.weights import say_generation
 from launch.config import config_from_dict, to_toml
 from launch.forkserver import ForkServer
+from launch.page.keeper import draw_last
 from launch.past import read_ledger
 from launch.resume import kept_values
 from launch.run_folder import read_jsonl, write_whole
@@ -94,6 +95,7 @@ def slices(config: SlicesConfig, as_json: bool = False) -> tuple[dict[str, Any],
                     return code
                 known = _kept(config, known, stage)
             _publish(config, known, source)
+            draw_last(config.out)
         finally:
             claim.release()
     finally:

@@ -16,6 +16,7 @@ from jobs.config import TrainConfig
 from jobs.plan import Plan
 from jobs.registry import KINDS
 from launch.generate import Continuation, continue_text
+from launch.page.files import PAGE
 from launch.pictures import Pictures
 from launch.progress import Display
 from launch.records import check_record
@@ -50,6 +51,16 @@ _SAID = {
 }
 
 
+_TOGETHER = {
+    "detected", "remedy", "rejoined", "taken_over", "redealt", "shrunk", "left", "resized", "rerouted", "resumed",
+    "rolled_back",
+}  # fmt: skip
+"""What is told of one fault, in one line: once the run has gone on, or after this many seconds without that."""
+_PATIENCE_S = 2.0
+_FEWEST_DRAWN = 10
+"""Steps of which a curve still says more than two numbers."""
+
+
 def _printable(text: str) -> str:
     """The text without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
@@ -75,6 +86,8 @@ class Story:
         self._read: dict[int, int] = {}  # worker -> how many of its records
         self._view: int | None = None
         self.step = plan.view.first_step
+        self._fault: list[str] = []
+        self._since = 0.0
         self._began = time.monotonic()
 
     def tick(self, workers: Iterable[int], view: int | None, layout: Layout | None = None) -> None:
@@ -93,6 +106,8 @@ class Story:
                 self._read[worker] = number
             else:
                 self._read.pop(worker, None)
+        if self._fault and time.monotonic() - self._since > _PATIENCE_S:
+            self.tell_fault()
 
     def _take(self, record: dict[str, Any] | WireError, worker: int, number: int) -> None:
         """Handle what stood where a worker reports: it may be none of its records."""
@@ -119,17 +134,33 @@ class Story:
         fields.setdefault("step", self.step)
         self._folder.event(event, **fields)
         if (line := _SAID.get(event)) is not None:
-            self._display.say(_printable(line.format(**fields)), "yellow")
+            told = _printable(line.format(**fields))
+            if event not in _TOGETHER:
+                self._display.warn(told)
+                return
+            self._since = self._since if self._fault else time.monotonic()
+            self._fault.append(told)
+            self._display.note(told)
+
+    def tell_fault(self) -> None:
+        """One line for all that is known of what has been lost, and what was done."""
+        if self._fault:
+            told, self._fault = " \u00b7 ".join(self._fault), []
+            self._display.warn(f"step {self.step}: {told}")
 
     def handle(self, record: dict[str, Any]) -> None:
         """Take one record that a worker, or the host of a pool, has made."""
         kind = record.pop("kind")
         if kind == "step":
+            self.tell_fault()
             self.step = record["step"]
             self._folder.step(record)
             self._display.step(record)
         elif kind == "timeline":
-            self._pictures.timeline(record["lanes"])
+            step = record.get("step")
+            self._pictures.timeline(record["lanes"], step)
+            if step is not None:
+                self._folder.event("timeline", step=step)
         elif kind == "evaluation":
             self._folder.event("evaluation", **record)
             self._display.say(f"step {record['step']}: {_measured(record)}")
@@ -179,7 +210,11 @@ class Story:
                 self._display.console.print_json(json.dumps(summary))
             return
         say = self._display.say
-        say(loss_terminal(self._folder.metrics, width=72, height=12))
+        if (taken := len({line["step"] for line in self._folder.metrics})) >= _FEWEST_DRAWN:
+            say(loss_terminal(self._folder.metrics, width=72, height=12))
+        elif taken:
+            first, last = (self._folder.metrics[at]["loss"] for at in (0, -1))
+            say(f"loss {first:.3f} to {last:.3f} in {taken} steps")
         if summary["held_out_perplexity"] is not None:
             say(f"held-out perplexity {summary['held_out_perplexity']:.2f} after {self.step} steps")
         if speed := performance_text(self._folder.metrics):
@@ -188,4 +223,5 @@ class Story:
             say(f"sample, after {sample.prompt!r}:\n{_printable(sample.text)}")
         if code != STOPPED:
             say(f"model     {out / 'model'}")
+        say(f"report    {out / PAGE}")
         say("pictures  " + "  ".join(str(path) for path in self._pictures.paths))

@@ -19,11 +19,13 @@ from jobs.plan import Plan
 from jobs.registry import KINDS
 from launch.agent import Agent, RunFailed, fail_before_start
 from launch.config import to_toml
+from launch.described import describe
 from launch.devices import Devices, find_devices
 from launch.forecast import forecast
 from launch.forkserver import ForkServer
 from launch.introduction import introduce
 from launch.machine import check_links, check_machine
+from launch.page.keeper import PageKeeper
 from launch.progress import Display
 from launch.resume import kept
 from launch.round_train import train_rounds
@@ -165,6 +167,7 @@ def _follow(
     introduce(config, plan, display)
     folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard, display.warn)
     story = Story(config, plan, folder, display, store)
+    page = PageKeeper(config.out, display.warn) if KINDS[config.job].trains else None
     try:
         coordinator = _coordinator(config, plan, folder, story, display, store, slot)
 
@@ -186,7 +189,10 @@ def _follow(
             raise RunFailed(str(error), _code(error)) from error
         raise
     finally:
+        story.tell_fault()
         folder.close()
+        if page is not None:
+            page.close()
     return code, story
 
 
@@ -201,6 +207,7 @@ def _coordinator(
     """Tell what begins, and publish the first view."""
     folder.event("started", step=plan.view.first_step, workers=config.workers, view=1,
                  **computes(config, slot.workers_here(config.workers)))  # fmt: skip
+    folder.event("described", step=plan.view.first_step, **describe(config, plan))
     for name, reason in plan.notes:
         folder.event("checkpoint_skipped", step=plan.view.first_step, checkpoint=name, reason=reason)
     first, model = replace(plan.view, agents=slot.dealt(config.workers)), plan.model

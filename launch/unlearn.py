@@ -35,6 +35,7 @@ from jobs.unlearn.traces import TraceConfig, traces_of
 from jobs.unlearn.update import TURNS_BACK, UPDATE, apply_again, begin_again
 from launch.config import to_toml
 from launch.first_epoch import take_first_epoch_back
+from launch.page.keeper import draw_last
 from launch.past import Past, read_ledger, read_metrics
 from launch.replay import ReplayConfig, replay
 from launch.resume import kept_values
@@ -99,6 +100,7 @@ def unlearn(config: UnlearnConfig, as_json: bool = False, abandon: bool = False)
             request = commit(config, request, trained)
         said: list[str] = []
         request = put_away(config, request, said.append)
+        draw_last(config.run)
     return told(config, request, said)
 
 

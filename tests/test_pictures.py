@@ -105,3 +105,35 @@ def test_a_reader_of_the_report_that_is_gone_does_not_change_how_the_run_ended(
     monkeypatch.setattr(Console, "print_json", gone)
     told.story.close(STOPPED, as_json=True)
     assert asked
+
+
+def test_one_fault_is_one_line(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    told.put(STEP)
+    told.story.event("detected", worker=1, reason="was killed by SIGKILL")
+    told.story.event("remedy", worker=1, replacement=3, remedy="checkpoint", view=2)
+    assert "SIGKILL" not in told.out.getvalue(), "it is not over yet"
+    resumed = {"step": 1, "view": 2, "seconds": {"view": 0.25}, "restores": [], "woken": 1.0, "there": 0}
+    told.put({"kind": "event", "event": "resumed", "time": 2.0, **resumed})
+    told.put({"kind": "event", "event": "rolled_back", "time": 2.0, "step": 0, "to": "start"})
+    told.put({**STEP, "step": 1, "view": 2})
+    (line,) = [line for line in told.out.getvalue().splitlines() if "SIGKILL" in line]
+    assert line.rstrip() == (
+        "step 0: worker 1 was killed by SIGKILL · worker 3 takes its place: checkpoint · going on from step 1 after "
+        "0.25 s · back to start: 1 steps are run again"
+    )
+    told.story.event("detected", worker=2, reason="was killed by SIGKILL")
+    told.story._since -= 3.0
+    told.story.tick([0], 1)
+    assert "worker 2 was killed" in told.out.getvalue(), "nobody waits for long to hear of it"
+    told.folder.close()
+
+
+def test_a_curve_is_drawn_of_steps_that_make_one(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for step in (1, 2):
+        told.put({**STEP, "step": step, "loss": 4.0 - step})
+    told.folder.close()
+    told.story.close(STOPPED, as_json=False)
+    assert "loss 3.000 to 2.000 in 2 steps" in told.out.getvalue()
+    assert "│" not in told.out.getvalue()

@@ -78,3 +78,15 @@ def test_nothing_is_told_when_an_object_is_to_be_printed() -> None:
         display.preparing("tokens taken from the cache", 1.0)
         display.preparing("tokenising", 0.5)
     assert out.getvalue() == ""
+
+
+def test_a_resumed_run_counts_its_own_steps_for_the_time_that_is_left() -> None:
+    record = {"step": 101, "loss": 1.0, "tokens_per_s": 1.0, "grad_norm": 1.0, "lr": 1.0}
+    out = io.StringIO()
+    with Display(200, console=Console(file=out, force_terminal=True, width=120)) as display:
+        display.step(record)
+        (task,) = display._bar.tasks
+        assert (task.completed, task.speed) == (101, None)
+        display.note("worker 1 was killed by SIGKILL")
+    assert "ETA" in out.getvalue()
+    assert "worker 1 was killed by SIGKILL" in out.getvalue()
