@@ -67,6 +67,18 @@ def _generate() -> tuple[type, Callable[[Any], Any]]:
     return GenerateConfig, generate
 
 
+def _export() -> tuple[type, Callable[[Any], Any]]:
+    from launch.export import ExportConfig, export
+
+    return ExportConfig, export
+
+
+def _clean() -> tuple[type, Callable[[Any], Any]]:
+    from launch.clean import CleanConfig, clean
+
+    return CleanConfig, clean
+
+
 def _simulate() -> tuple[type, Callable[[Any], Any]]:
     from launch.commands import SimulateConfig, simulate_command
 
@@ -171,10 +183,12 @@ COMMANDS = {
     "replay": _Command("run a step of a run again, and compare every bit", _replay, first="run"),
     "eval": _Command("perplexity of an exported model", _evaluate),
     "generate": _Command("sample a continuation from an exported model", _generate),
+    "export": _Command("write a checkpoint as a model directory", _export, first="run"),
     "simulate": _Command("time a schedule without running it", _simulate),
     "plan": _Command("search for routes through a network", _plan),
     "draw": _Command("draw a schedule as SVG, Perfetto trace or text", _draw),
     "doctor": _Command("check versions, devices, cores, store and ports", _doctor),
+    "clean": _Command("remove what runs that are over have left behind", _clean, first="run"),
 }
 
 

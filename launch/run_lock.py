@@ -8,9 +8,14 @@ import shutil
 from pathlib import Path
 
 from jobs.config import ConfigError
-from pipeline.locks import lock, unlock
+from pipeline.locks import holder, lock, unlock
 
 _LOCK = ".lock"
+
+
+def at_work(out: Path) -> int | None:
+    """The process of this machine that has the run in `out`; None where nobody works in it."""
+    return holder(out / _LOCK)
 
 
 class RunLock:
