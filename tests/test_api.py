@@ -58,9 +58,10 @@ def test_records_come_as_steps_do_and_the_result_is_that_of_the_files(
     trained: tuple[unbroken.Run, list[dict[str, Any]], list[str]],
 ) -> None:
     run, records, events = trained
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert [record["step"] for record in run] == [1, 2, 3, 4, 5, 6], "it can be iterated over again"
-    assert {"started", "evaluation", "detected", "remedy", "resumed", "exported"} <= set(events)
+    assert [record["step"] for record in records if record["again"]] == [1, 2, 3], "the rollback has undone them"
+    assert [record["step"] for record in run.records] == [1, 2, 3, 4, 5, 6]
+    assert list(run) == records, "it can be iterated over again"
+    assert {"started", "evaluation", "detected", "rolled_back", "exported"} <= set(events)
     lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if line["event"] == "evaluation"]
     found = run.result()
@@ -89,7 +90,7 @@ def test_a_notebook_shows_the_loss(trained: tuple[unbroken.Run, list[dict[str, A
     found = re.fullmatch(r'<p>.*</p><img alt="[^"]+" src="data:image/svg\+xml;base64,([^"]+)">', shown)
     assert found is not None
     text = "".join(ET.fromstring(base64.b64decode(found[1])).itertext())
-    assert "worker 1 lost: checkfree" in text
+    assert "worker 1 lost: checkpoint" in text
     assert "held out" in text
     assert re.fullmatch(r"<p>.*not started</p>", unbroken.Run(**SMALL)._repr_html_())
 
@@ -102,9 +103,13 @@ def test_the_model_is_evaluated_goes_on_with_a_prompt_and_is_exported(
     text = run.generate("def ", tokens=4, temperature=0)
     assert text.startswith("def ")
     assert run.export(tmp_path / "model") == tmp_path / "model"
-    written, own = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "model", run.folder / "model"))  # fmt: skip
+    own = AutoModelForCausalLM.from_pretrained(run.folder / "model").state_dict()
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     assert all(own[name].equal(tensor) for name, tensor in written.items())
-    for asked, told in (({"sample": 3}, r"^sample .*did you mean samples"), ({"samples": 0}, r"^samples is 0; allowed")):
+    for asked, told in (
+        ({"sample": 3}, r"^sample .*did you mean samples"),
+        ({"samples": 0}, r"^samples is 0; allowed"),
+    ):
         with pytest.raises(unbroken.ConfigError, match=told):
             run.evaluate(**asked)
 
@@ -122,7 +127,7 @@ def test_the_model_is_evaluated_goes_on_with_a_prompt_and_is_exported(
         ({"workers": 4, "replicas": 3}, r"^replicas is 3; allowed: a divisor"),
         ({"data": ["a.txt"]}, r"^data is \['a.txt'\]; allowed: str"),
         ({"json": True}, r"^json is True; allowed: only in the command"),
-        ({"inject": "kill:worker=99,step=1"}, r"worker is 9"),
+        ({"inject": "kill:worker=999,step=1"}, r"worker is 999"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -206,7 +211,7 @@ def test_a_run_goes_on_as_long_as_its_folder_is_held(tmp_path: Path) -> None:
     assert run.running
     with pytest.raises(TimeoutError, match=r"goes on; wait\(\) waits"):
         run.result()
-    with pytest.raises(TimeoutError, match="has not ended within 0.2 s"):
+    with pytest.raises(TimeoutError, match=r"has not ended within 0\.2 s"):
         run.wait(0.2)
     claim.release()
     assert not run.running
@@ -217,7 +222,9 @@ def test_a_run_goes_on_as_long_as_its_folder_is_held(tmp_path: Path) -> None:
 
 def test_a_child_is_asked_to_stop_when_its_parent_is_killed() -> None:
     """By the kernel, with nothing but a pipe: also where the parent is gone before the child looks."""
-    child = "import sys,time; from launch.api.child import stop_with; stop_with(0); print('on', flush=True); time.sleep(60)"
+    child = (
+        "import sys,time; from launch.api.child import stop_with; stop_with(0); print('on', flush=True); time.sleep(60)"
+    )
     for early in (False, True):
         theirs, ours = os.pipe()
         if early:
@@ -243,10 +250,11 @@ def test_a_package_of_the_users_is_refused_by_its_path(tmp_path: Path, name: str
         [sys.executable, "-c", "import unbroken"], cwd=tmp_path, env=environment, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    told = f"ImportError: unbroken: package {name!r} would be taken from '{tmp_path / name}.py', and not from '{ROOT / name}'"
-    assert done.stderr.splitlines()[-1].startswith(told)
+    told = f"package {name!r} would be taken from '{tmp_path / name}.py', and not from '{ROOT / name}'"
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: unbroken: {told}")
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_saves_itself_and_goes_on(tmp_path: Path) -> None:
     run = unbroken.Run(**ENDLESS, out=tmp_path / "run").start()
     for record in run:
@@ -266,11 +274,13 @@ def test_a_run_that_is_stopped_saves_itself_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_ctrl_c_saves_the_run_and_is_raised(tmp_path: Path) -> None:
-    run = unbroken.Run(**ENDLESS, out=tmp_path / "run").start()
+    def interrupt(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    run = unbroken.Run(**ENDLESS, out=tmp_path / "run", on_record=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        for record in run:
-            if record["step"] == 2:
-                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        list(run)
     assert run.result().stopped
     again = unbroken.Run(**ENDLESS, out=tmp_path / "again").start()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -324,10 +334,8 @@ def test_a_run_that_fails_says_its_last_words(tmp_path: Path) -> None:
 def test_a_run_on_rows_forgets(tmp_path: Path) -> None:
     write(authors(3, 0), tmp_path / "library")
     more = {"tokenizer": "auto", "vocabulary": 400, "sequence_length": 96, "lr": 5e-3, "checkpoint_every": 4}
-    run = unbroken.Run(**{**SMALL, **more}, steps=8, out=tmp_path / "run")  # fmt: skip
-    run = unbroken.Run(
-        **{**SMALL, **more, "data": str(tmp_path / "library" / "train.jsonl")}, steps=8, out=tmp_path / "run"
-    )
+    data = str(tmp_path / "library" / "train.jsonl")
+    run = unbroken.Run(**{**SMALL, **more, "data": data}, steps=8, out=tmp_path / "run")
     run.start().wait(100)
     with pytest.raises(unbroken.ConfigError, match="author-099"):
         run.unlearn(forget="author=author-099", method="grad_diff")
