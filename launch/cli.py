@@ -307,14 +307,14 @@ def _named(first: str, arguments: list[str]) -> list[str]:
 
 def _by_owner(settings: type, asked: Mapping[str, Any]) -> type:
     """A dataclass with a field for each group of settings, of which the help is made."""
-    from pipeline.settings import declared, groups
+    from pipeline.settings import declared, tables
 
-    if (found := groups(settings)) == (settings,):
+    if not (found := tables(settings)):
         return settings
     made: list[tuple[str, type, Any]] = []
-    for group in found:
+    for name, group in found.items():
         own = {key: asked[key] for key in declared(group) if key in asked}
-        made.append((group.__name__.removesuffix("Settings").lower(), group, field(default=group(**own))))
+        made.append((name, group, field(default=group(**own))))
     return make_dataclass("Settings", made, frozen=True)
 
 
