@@ -138,6 +138,10 @@ class Cache:
                 "UNBROKEN_CACHE=off to leave the cache as it is"
             ) from error
 
+    def entries(self) -> list[Path]:
+        """Where all that is kept lies."""
+        return [] if self.folder is None else sorted(path for path in self._files() if not path.name.endswith(".tmp"))
+
     def _files(self) -> list[Path]:
         """Entries, and what is being written: a folder that somebody names may hold other things as well."""
         assert self.folder is not None

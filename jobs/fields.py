@@ -15,7 +15,8 @@ class ModelSettings:
     """What is trained, and how it is computed."""
 
     model: str = "llama-2m"
-    """A preset (see `unbroken doctor`), a directory with config.json and safetensors, a config.json, or a GGUF file."""
+    """A preset (see `unbroken doctor`), a directory with config.json and safetensors, the id of one that `hf download`
+    has fetched, a config.json, or a GGUF file."""
     dropout: Annotated[float | None, Within(0, 1, below=True)] = None
     """Dropout probability where the model has dropout (GPT-2); unset keeps the model's own."""
     seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0

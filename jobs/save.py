@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from jobs.engine import Engine, ReportSink
 from jobs.unlearn.weights import say_generation
+from pipeline.model.hub import cached
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Lora, is_adapter, save_adapter
 from pipeline.model.weights import ModelError, Weights, finish_export, write_shard
@@ -143,7 +144,8 @@ def _finish(
         adapters: dict[str, Tensor] = {}
         for file in sorted((unfinished / _ADAPTERS).glob("*.safetensors")):
             adapters |= load_file(file)
-        save_adapter(path.with_name("adapter"), config, adapters, base if Path(base).is_dir() else None)
+        named = Path(base).is_dir() or cached(base) is not None
+        save_adapter(path.with_name("adapter"), config, adapters, base if named else None)
         shutil.rmtree(unfinished / _ADAPTERS)
     weight_map = {tensor: name for vote in votes.values() for tensor, name in vote["shards"].items()}
     weight_map |= _add_rest(model, Path(base), unfinished)

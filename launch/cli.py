@@ -69,6 +69,18 @@ def _generate() -> tuple[type, Callable[[Any], Any]]:
     return GenerateConfig, generate
 
 
+def _export() -> tuple[type, Callable[[Any], Any]]:
+    from launch.export import ExportConfig, export
+
+    return ExportConfig, export
+
+
+def _clean() -> tuple[type, Callable[[Any], Any]]:
+    from launch.clean import CleanConfig, clean
+
+    return CleanConfig, clean
+
+
 def _simulate() -> tuple[type, Callable[[Any], Any]]:
     from launch.commands import SimulateConfig, simulate_command
 
@@ -179,11 +191,13 @@ COMMANDS = {
     "replay": _Command("run a step of a run again, and compare every bit", _replay, first="run"),
     "eval": _Command("perplexity of an exported model", _evaluate),
     "generate": _Command("sample a continuation from an exported model", _generate),
+    "export": _Command("write a checkpoint as a model directory", _export, first="run"),
     "simulate": _Command("time a schedule without running it", _simulate),
     "plan": _Command("search for routes through a network", _plan),
     "draw": _Command("draw a schedule as SVG, Perfetto trace or text", _draw),
     "report": _Command("draw the report of a run, or of several compared", _report, first="runs", many=True),
     "doctor": _Command("check versions, devices, cores, store and ports", _doctor),
+    "clean": _Command("remove what runs that are over have left behind", _clean, first="run"),
 }
 
 
@@ -304,14 +318,14 @@ def _named(command: _Command, arguments: list[str]) -> list[str]:
 
 def _by_owner(settings: type, asked: Mapping[str, Any]) -> type:
     """A dataclass with a field for each group of settings, of which the help is made."""
-    from pipeline.settings import declared, groups
+    from pipeline.settings import declared, tables
 
-    if (found := groups(settings)) == (settings,):
+    if not (found := tables(settings)):
         return settings
     made: list[tuple[str, type, Any]] = []
-    for group in found:
+    for name, group in found.items():
         own = {key: asked[key] for key in declared(group) if key in asked}
-        made.append((group.__name__.removesuffix("Settings").lower(), group, field(default=group(**own))))
+        made.append((name, group, field(default=group(**own))))
     return make_dataclass("Settings", made, frozen=True)
 
 

@@ -12,7 +12,7 @@ import tomli_w
 from pipeline import reading
 from pipeline.names import did_you_mean
 from pipeline.reading import FileError
-from pipeline.settings import ConfigError, names_of
+from pipeline.settings import ConfigError, declared, names_of, require, tables
 
 C = TypeVar("C")
 _FORMERLY = {("links", "sockets"): "gloo"}
@@ -29,7 +29,7 @@ def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     values = _range_of_workers(values)
     hints, names = get_type_hints(cls), [f.name for f in fields(cls)]
     if unknown := sorted(set(values) - set(names)):
-        raise ConfigError(_unknown(unknown, names, values))
+        raise ConfigError(_unknown(unknown, names, values, cls))
     return {name: _convert(name, value, hints[name]) for name, value in values.items()}
 
 
@@ -44,12 +44,13 @@ def _range_of_workers(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "min_workers": int(least), "workers": int(most)}
 
 
-def _unknown(unknown: list[str], names: list[str], values: Mapping[str, Any]) -> str:
-    tables = [name for name in unknown if isinstance(values[name], Mapping)]
-    if tables:
+def _unknown(unknown: list[str], names: list[str], values: Mapping[str, Any], cls: type) -> str:
+    nested = [name for name in unknown if isinstance(values[name], Mapping)]
+    if nested:
+        known = ", ".join(f"[{name}]" for name in tables(cls))
         return (
-            f"{', '.join(tables)}: no such setting; settings stand at the top of the file, and not in a table such as "
-            f"[{tables[0]}]"
+            f"{', '.join(nested)}: no such setting; settings stand at the top of the file, and not in a table such as "
+            f"[{nested[0]}]" + (f", but for those of their groups: {known}" if known else "")
         )
     told = ", ".join(name + did_you_mean(name, names) for name in unknown)
     return f"{told}: no such setting; allowed: {', '.join(sorted(names))}"
@@ -80,13 +81,38 @@ def _is_bool_for_int(value: Any, kind: type) -> bool:
 
 
 def toml_values(path: Path, cls: type) -> dict[str, Any]:
-    """The settings that a TOML file gives, with dashes or underscores in their names. Raises ConfigError naming it."""
+    """The settings that a TOML file gives, with dashes or underscores in their names, at its top or in the table of
+    their group. Raises ConfigError naming it."""
     try:
         values = reading.read_toml(path)
     except FileError as error:
         raise ConfigError(f"config is {str(path)!r}, which {error}") from error
-    named = [(key.replace("-", "_"), value) for key, value in values.items()]
+    named = [(key.replace("-", "_"), value) for key, value in _flat(values, cls)]
     return _fitting(cls, {key: _FORMERLY.get((key, str(value)), value) for key, value in named})
+
+
+def _flat(values: Mapping[str, Any], cls: type) -> list[tuple[str, Any]]:
+    """The same without the tables of groups. Raises ConfigError for what stands in the table of another group, or
+    twice."""
+    known, found = tables(cls), list[tuple[str, Any]]()
+    for name, value in values.items():
+        if name not in known or not isinstance(value, Mapping):
+            found.append((name, value))
+            continue
+        own = declared(known[name])
+        for key in value:
+            theirs = [other for other, group in known.items() if key.replace("-", "_") in declared(group)]
+            require(
+                key.replace("-", "_") in own, f"{name}.{key}", value[key],
+                f"in [{theirs[0]}], or at the top of the file" if theirs else
+                f"{', '.join(own)}{did_you_mean(key, own)}",
+            )  # fmt: skip
+        found += value.items()
+    once = set[str]()
+    for key, value in found:
+        require(key.replace("-", "_") not in once, key, value, "once, at the top of the file or in a table")
+        once.add(key.replace("-", "_"))
+    return found
 
 
 def config_from_toml(path: Path, cls: type[C]) -> C:

@@ -25,6 +25,7 @@ from jobs.config import ConfigError
 from jobs.unlearn.guard import Guard, plain
 from launch.devices import find_devices
 from launch.guarded import guard_bytes, put_on
+from pipeline.model.hub import cached, how_to_have
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import ModelError, Weights
 from pipeline.runtime.offload import Offload, OffloadError, place, skeleton
@@ -77,10 +78,11 @@ class Source:
     @classmethod
     def open(cls, path: Path) -> Source:
         """Raises ConfigError naming the directory when it cannot be read."""
-        directory = plain(path)
+        directory = plain(cached(str(path)) or path)
         if not (directory / "config.json").is_file():
             raise ConfigError(
                 f"model is {str(path)!r}, which has no config.json; allowed: a directory written by a run"
+                + how_to_have(str(path))
             )
         transformers.utils.logging.disable_progress_bar()
         with _named(path):

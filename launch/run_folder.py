@@ -36,6 +36,17 @@ def _marked(event: dict[str, Any]) -> dict[str, Any]:
     return {**event, "label": f"worker {event['worker']} lost: {event['remedy']}"}
 
 
+def pictured(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a picture of the loss shows of the events of a run: evaluations, and losses of workers by their labels."""
+    found = list[dict[str, Any]]()
+    for event in events:
+        if event["event"] == "evaluation" and _has(event, loss=float, perplexity=float):
+            found.append(event)
+        elif event["event"] in _LOSSES and _has(event, worker=int, remedy=str):
+            found.append(_marked(event))
+    return found
+
+
 class RunFolder:
     """The files of one run. A resumed run drops the metrics of steps that it will run again.
 

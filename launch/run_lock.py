@@ -7,12 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
-import psutil
-
-from pipeline.locks import lock, unlock
+from pipeline.locks import holder, lock, unlock
 from pipeline.settings import ConfigError
 
 _LOCK = ".lock"
+
+
+def at_work(out: Path) -> int | None:
+    """The process of this machine that has the run in `out`; None where nobody works in it."""
+    return holder(out / _LOCK)
 
 
 class RunLock:
@@ -57,12 +60,3 @@ class RunLock:
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def is_at_work(out: Path) -> bool:
-    """Whether a run is at work in a folder, as far as this machine knows. It takes no lock: a run that begins just now
-    would be refused for it."""
-    try:
-        return psutil.pid_exists(int((out / _LOCK).read_text()))
-    except (OSError, ValueError, OverflowError):
-        return False

@@ -126,6 +126,12 @@ def groups(settings: type) -> tuple[type, ...]:
     return (settings,) if declared(settings) else found
 
 
+def tables(settings: type) -> dict[str, type]:
+    """Name -> group, for a dataclass of settings that inherits from several: what the help and a file call them."""
+    found = groups(settings)
+    return {} if found == (settings,) else {each.__name__.removesuffix("Settings").lower(): each for each in found}
+
+
 def of_kind(kind: type[_Kind], settings: Any, **more: Any) -> _Kind:
     """Settings as another dataclass of settings, which has all its fields from them but those in `more`."""
     return kind(**{name: getattr(settings, name) for name in names_of(kind) if name not in more}, **more)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config
@@ -24,6 +26,7 @@ from pipeline.model.layered import LayeredModel, ModelError
 from pipeline.model.weights import preset
 from pipeline.schedule.ops import B, F, W
 from pipeline.schedule.verify import verify
+from pipeline.settings import declared, tables
 from recovery import checkpoint
 from recovery.checkpoint import CheckpointError
 from recovery.inject import InjectionError
@@ -150,6 +153,21 @@ def test_a_file_of_settings_is_read_with_dashes_or_underscores(tmp_path: Path) -
     assert isinstance(read.out, Path)
 
 
+def test_a_file_may_have_a_table_for_each_group(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'steps = 9\n[model]\nmodel = "gpt2-tiny"\nmicrobatch-size = 3\n[schedule]\nworkers = 2\n[data]\ndata = "x"'
+    )
+    read = config_from_toml(file, TrainConfig)
+    assert read == TrainConfig(steps=9, model="gpt2-tiny", microbatch_size=3, workers=2, data="x")
+    flat = tomllib.loads(to_toml(CHANGED))
+    grouped = {
+        name: {key: flat[key] for key in declared(group) if key in flat} for name, group in tables(TrainConfig).items()
+    }
+    file.write_text(tomli_w.dumps(grouped))
+    assert config_from_toml(file, TrainConfig) == CHANGED
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -157,6 +175,11 @@ def test_a_file_of_settings_is_read_with_dashes_or_underscores(tmp_path: Path) -
         ("b = 2\na = 1", r"^a, b: no such setting"),
         ("learning-rate = 1", r"^learning_rate \(did you mean lr\?\): no such setting"),
         ("[train]\nworkers = 2", r"^train: no such setting; settings stand at the top of the file, and not in a tab"),
+        ("[train]\nworkers = 2", r"such as \[train\], but for those of their groups: \[schedule\], \[model\], .*"),
+        ("[model]\nworkers = 2", r"^model.workers is 2; allowed: in \[schedule\], or at the top of the file$"),
+        ("[model]\nsede = 2", r"^model.sede is 2; allowed: model, .*recompute \(did you mean seed\?\)$"),
+        ("seed = 1\n[model]\nseed = 2", r"^seed is 2; allowed: once, at the top of the file or in a table$"),
+        ("[model]\nseed = true", r"^seed is True; allowed: int$"),
         ("workers = 2.0", r"^workers is 2.0; allowed: int$"),
         ('workers = "2"', r"^workers is '2'; allowed: int$"),
         ("workers = true", r"^workers is True; allowed: int$"),

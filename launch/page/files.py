@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.run_folder import standing
-from launch.run_lock import is_at_work
+from launch.run_lock import at_work
 from pipeline.reading import FileError, read_json, read_toml
 from pipeline.wire import WireError, parse
 
@@ -165,7 +165,7 @@ class RunReader:
         with suppress(FileError):
             settings = read_toml(self.folder / "config.toml")
         if running is None:
-            running = is_at_work(self.folder)
+            running = at_work(self.folder) is not None
         metrics, events, ledger = (list(each.lines) for each in (self._metrics, self._events, self._ledger))
         return RunFiles(self.folder, metrics, events, ledger, settings, running)
 

@@ -28,6 +28,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Ge
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.model.config import SizeError, check_fields, check_together
+from pipeline.model.hub import cached, how_to_have
 from pipeline.reading import FileError, read_json, read_toml
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -132,9 +133,11 @@ def _config(values: Mapping[str, Any], where: str) -> PreTrainedConfig:
 
 
 def has_weights(model: str) -> bool:
-    """Whether `model`, as `resolve` takes it, brings weights along: it is a directory or a GGUF file."""
+    """Whether `model`, as `resolve` takes it, brings weights along: it is a directory, an id or a GGUF file."""
     path = Path(model)
-    return model not in PRESETS and (path.is_dir() or (path.suffix == ".gguf" and path.is_file()))
+    if model in PRESETS:
+        return False
+    return path.is_dir() or (path.suffix == ".gguf" and path.is_file()) or cached(model) is not None
 
 
 def drawn(model: str) -> bool:
@@ -145,9 +148,10 @@ def drawn(model: str) -> bool:
 def resolve(model: str | Path, cache: Path, *, vocab_size: int | None = None) -> Path | PreTrainedConfig:
     """What `model` names: a directory of safetensors to load, or a config to fill with random weights.
 
-    Accepted are a preset's name, a .json or .toml config file, a directory with config.json and safetensors, and a
-    .gguf file, which is converted once into a directory under `cache`. `vocab_size` replaces that of a config; weights
-    keep their own. Raises ModelError, which says what was looked for and found.
+    Accepted are a preset's name, a .json or .toml config file, a directory with config.json and safetensors, the id of
+    one in the local cache of Hugging Face, and a .gguf file, which is converted once into a directory under `cache`.
+    `vocab_size` replaces that of a config; weights keep their own. Raises ModelError, which says what was looked for
+    and found.
     """
     path = Path(model)
     if str(model) in PRESETS:
@@ -163,10 +167,17 @@ def resolve(model: str | Path, cache: Path, *, vocab_size: int | None = None) ->
         if vocab_size is not None:
             config.vocab_size = vocab_size
         return config
+    if (found := cached(str(model))) is not None:
+        try:
+            read_config(found)
+            Weights(found)
+        except ModelError as error:
+            raise ModelError(f"model {str(model)!r} is not whole: {error}{how_to_have(str(model))}") from error
+        return found
     found = "a file that is none of these" if path.exists() else "nothing at that path"
     raise ModelError(
         f"model {str(model)!r}: found {found}; expected a directory with config.json and safetensors, a .gguf file, "
-        f"a config as .json or .toml (random weights), or one of {', '.join(PRESETS)}"
+        f"a config as .json or .toml (random weights), or one of {', '.join(PRESETS)}{how_to_have(str(model))}"
     )
 
 

@@ -200,6 +200,12 @@ def store_path(out: Path) -> Path:
     return root / f"unbroken-{os.getuid()}-{digest}"
 
 
+def stores(root: Path | None = None) -> list[Path]:
+    """The stores of this user that lie in a folder; unset, in shared memory."""
+    root = _SHARED if root is None else root
+    return sorted(path for path in root.glob(f"unbroken-{os.getuid()}-*") if path.is_file())
+
+
 class HostMemory:
     """A piece of host memory with a name, made by `create` or attached to."""
 
