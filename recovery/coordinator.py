@@ -108,6 +108,12 @@ class Coordinator:
             return Follower(self.store, view.number)
         return Follower(self.store, view.number, seen=lambda outcome: self._planned.stepped(view, outcome))
 
+    def begin_without(self, absent: Sequence[int]) -> None:
+        """Begin with those whose machines are there. The others are awaited, as who comes later is, and no losses."""
+        if absent:
+            self._follower.abort()
+            self._publish(self.recovery.before_training(self.view, tuple(absent)))
+
     def tick(self) -> None:
         """Take note of what has happened since the last call. Raises CannotRestore, or TooManyFailures."""
         committed = self._follower.follow() and self._settled
