@@ -72,7 +72,7 @@ class Agent:
     _unstarted: list[_Unstarted] = field(default_factory=list)
     _spares: dict[int, str] = field(default_factory=dict)  # pid -> the key by which it is called
     _spares_made: int = 0
-    _view: int = 0
+    _view: int = 1
     _awaited: set[int] = field(default_factory=set)
     """Workers that hold nothing yet."""
     _late: set[int] = field(default_factory=set)

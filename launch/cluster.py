@@ -28,6 +28,7 @@ _POLL_S = 0.1
 _LOOK_S = 0.5
 _TRIES = 3
 """Times that one agent may end before a first sign of life: then the next would end the same way."""
+_SILENT_S = 2.0
 _AGAIN_S, _MOST_AGAIN_S = 1.0, 60.0  # doubled every time
 
 
@@ -114,6 +115,8 @@ class Crew:
     """How long an agent may give no sign of life."""
     seats: dict[int, _Seat]
     tell: Callable[..., None] = lambda *_, **__: None
+    gone: Callable[[int], None] = lambda _: None
+    """Is called with the rank of an agent that is lost: so are its workers."""
     _looked: float = -math.inf
     _reason: str = ""
 
@@ -166,9 +169,12 @@ class Crew:
         reason = self.cluster.ended(seat.handle)
         if reason is None and seat.came and now - seat.since > self.silence_s:
             reason = f"has given no sign of life for {self.silence_s:g} s"
-        if reason is None or keys.ended(self.store) is not None:
+        speaks = seat.came and now - seat.since < _SILENT_S  # its node is lost to the cluster, but not to the run
+        if reason is None or speaks or keys.ended(self.store) is not None:
             return
         self._reason = f"agent {rank} {reason}"
+        if seat.came:
+            self.gone(rank)
         self.cluster.end(seat.handle)
         wait_s = 0.0 if seat.came else min(_MOST_AGAIN_S, _AGAIN_S * 2**seat.tries)
         seat.handle, seat.came, seat.tries, seat.due = None, False, seat.tries + (not seat.came), now + wait_s
@@ -192,7 +198,7 @@ class Crew:
                 return absent
             if any(seat.tries >= _TRIES for seat in self.seats.values()):
                 raise RunFailed(f"{self._reason}; {_TRIES} times in a row, before a sign of life")
-            told = f"{found} of {len(agents)} workers have room on the cluster; {self.cluster.room()}"
+            told = f"of {len(agents)} workers {found} have come; {self.cluster.room()}"
             if waited >= most_s:
                 last = f"; the last that happened: {self._reason}" if self._reason else ""
                 raise RunFailed(f"{told}, after {waited:.0f} s; {least} are the fewest{last}", STOPPED)

@@ -1,8 +1,7 @@
 """Ray as the cluster of a run: each agent is an actor, and the actor a process beside it that dies with it.
 
 Ray places an actor where there is room, on another node than the others where it can, and keeps the request open until
-then: an autoscaler sees it. The agent forks its workers from a process without threads, which an actor's is not: so the
-actor starts one, `python -m launch train`, that the operating system ends with it.
+then: an autoscaler sees it.
 """
 
 from __future__ import annotations
@@ -10,47 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
-from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from jobs.config import ConfigError
+from launch.agent_process import AgentProcess
 from launch.cluster import AgentStart
-from launch.slots import PARENT
 
 _END_S = 5.0
-_TOLD_LINES = 20
-_HERE = Path(__file__).resolve().parent.parent
-
-
-class _Agent:
-    """The actor of an agent."""
-
-    def run(self, settings: str, environment: dict[str, str], folder: str) -> tuple[int, str]:
-        """Run an agent to its end: its exit code, and the last that it has said."""
-        paths = [str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch", "train", "--config", "/dev/stdin"],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            cwd=folder if os.path.isdir(folder) else None,
-            env={**os.environ, **environment, PARENT: str(os.getpid()), "PYTHONPATH": os.pathsep.join(paths)},
-        )  # fmt: skip
-        assert child.stdin is not None
-        assert child.stderr is not None
-        with suppress(BrokenPipeError), child.stdin:
-            child.stdin.write(settings)
-        said = deque[str](maxlen=_TOLD_LINES)
-        for line in child.stderr:  # to the actor's own log, too, which Ray keeps
-            sys.stderr.write(line)
-            said.append(line)
-        return child.wait(), "".join(said)
 
 
 class RayCluster:
@@ -70,7 +40,7 @@ class RayCluster:
                 f"cluster is {named!r}, where Ray cannot be reached ({told[0] if told else type(error).__name__}); "
                 "allowed: a cluster that `ray start --head` has begun"
             ) from error
-        self._actor: Any = ray.remote(_Agent)
+        self._actor: Any = ray.remote(AgentProcess)
 
     @property
     def host(self) -> str:

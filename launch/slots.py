@@ -14,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from jobs.config import ConfigError, TrainConfig
+from launch.agent_process import PARENT
 
-_AGENT, PARENT = "UNBROKEN_AGENT", "UNBROKEN_PARENT"
+_AGENT = "UNBROKEN_AGENT"
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ def find_slot(config: TrainConfig, environment: Mapping[str, str] = os.environ) 
     Of several nodes (`config.nodes`) each has an agent, or a torchrun, of its own; all meet at `config.store`. Agents
     that a cluster places are told by `environment_of`.
     """
+    parent = int(environment.get(PARENT, "0"))
     if (told := environment.get(_AGENT)) is not None:
         rank, agents, host, port, prefix = told.split(",", 4)
-        parent = int(environment.get(PARENT, "0"))
         return Slot(int(rank), int(agents), host=host, port=int(port), prefix=prefix, cluster=True, parent=parent)
     if config.cluster:
-        return Slot(0, 1 - (-config.workers // config.agent_workers), port=config.store_port, cluster=True)
+        agents = 1 - (-config.workers // config.agent_workers)
+        return Slot(0, agents, port=config.store_port, cluster=True, parent=parent)
     host, _, port = config.store.rpartition(":") if config.nodes > 1 else ("", "", "0")
     if "TORCHELASTIC_RUN_ID" not in environment and not {"RANK", "MASTER_ADDR"} <= set(environment):
         return Slot(config.node_rank, config.nodes, host=host or "127.0.0.1", port=int(port) or config.store_port)

@@ -78,7 +78,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
     if slot.cluster and slot.coordinates:
         config = on_nodes(config)
     if slot.parent:
-        die_with_parent(slot.parent)
+        die_with_parent(slot.parent, signal.SIGTERM if slot.coordinates else signal.SIGKILL)
     if slot.attempt and any_saved(config.out / "checkpoints"):
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
     workers = slot.workers(config.workers)
@@ -203,7 +203,7 @@ def _follow(
         coordinator = _coordinator(config, plan, folder, story, display, store, slot)
         coordinator.begin_without(absent)
         if crew is not None:
-            crew.tell = story.event
+            crew.tell, crew.gone = story.event, coordinator.machine_gone
 
         def tick() -> None:
             if crew is not None:
