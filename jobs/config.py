@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from jobs.cluster import ClusterSettings
 from jobs.fields import DataSettings, MachineSettings, ModelSettings, OutputSettings
 from pipeline.model.lora import LoraSettings
 from pipeline.model.trained import TrainedSettings
@@ -34,7 +35,7 @@ class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
     SupervisionSettings, ResizeSettings, SnapshotSettings, MachineSettings, InjectionSettings, InterleavedSettings,
     SkipPipeSettings, RoundPipeSettings, LoraSettings, TrainedSettings, CheckFreeSettings, SwappedSettings,
-    RedundantSettings, ShardSettings,
+    RedundantSettings, ShardSettings, ClusterSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 

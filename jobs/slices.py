@@ -78,6 +78,7 @@ class SlicesConfig(SliceSettings, TrainConfig):
         require(self.lora_blocks == EVERY, "lora_blocks", self.lora_blocks, f"{EVERY}: each slice has its own")
         require(has_weights(self.model), "model", self.model, "a model with weights, on which adapters are trained")
         require(self.nodes == 1, "nodes", self.nodes, "1 for a run of slices")
+        require(not self.cluster, "cluster", self.cluster, "nothing for a run of slices")
         require(self.until == 0, "until", self.until, "0 for a run of slices")
         require(
             self.tokenizer in ("auto", "model"), "tokenizer", self.tokenizer,

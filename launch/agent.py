@@ -88,17 +88,20 @@ class Agent:
     _beaten: float = -math.inf
 
     def start(self) -> None:
-        """Fork the workers of the first view, each with the number of its place; or, where there has been an agent of
-        this rank before, those that are awaited in its places: whoever has joined has been started by that one, and may
-        have voted. Raises ConfigError where that agent lives."""
-        newest = self._newest_view() if self._comes_back() else 0
+        """Fork the workers of the first view, each with the number of its place. Where there is a view already, those
+        of its members that nobody has started: whom an agent of this rank before has seen join may live, and may have
+        voted. Raises ConfigError where that agent lives."""
+        comes_back, newest = self._comes_back(), self._newest_view()
         keys.stay(self.store, self.rank)
-        if newest:
-            self._view, view = newest, read_view(self.store, newest)
-            self._start_those(view, view.awaited)
-        else:
+        if not newest:
             for place in self.places:
                 self._start(place, place, 1, joins=False)
+        else:
+            self._view, view = newest, read_view(self.store, newest)
+            for worker in () if comes_back else view.workers:
+                if view.places[worker] == worker and worker in self.places:  # of the first view
+                    self._start(worker, worker, 1, joins=False)
+            self._start_those(view, view.awaited if comes_back else (*view.joined, *view.awaited))
         self._keep_spares()
 
     def _comes_back(self) -> bool:
@@ -148,7 +151,7 @@ class Agent:
             self._fork(one)
 
     def _keep_spares(self) -> None:
-        while len(self._spares) < self.num_spares:
+        while self.places and len(self._spares) < self.num_spares:
             key = keys.spare_key(self.rank, self._spares_made)
             self._spares_made += 1
             payload = self.payload(-1, self.places[0], 1, True)

@@ -1,4 +1,5 @@
-"""Where a process stands among the agents of a run: alone on a machine, or a slot of torchrun; and the run's store."""
+"""Where a process stands among the agents of a run: alone on a machine, a slot of torchrun, or placed by a cluster; and
+the run's store."""
 
 from __future__ import annotations
 
@@ -12,15 +13,19 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from jobs.config import ConfigError, TrainConfig
+from launch.agent_process import PARENT
 from pipeline.runtime.groups import address_towards
 from pipeline.store.client import SealedStore, TokenRefused
 from pipeline.store.handshake import LEAST_BYTES
 from pipeline.store.hosting import StoreProcess
 
+_AGENT = "UNBROKEN_AGENT"
+
 
 @dataclass(frozen=True)
 class Slot:
-    """This agent's place: `rank` among `agents`. Where `torchrun` started them, each has one worker."""
+    """This agent's place: `rank` among `agents`. Where `torchrun` started them, each has one worker; where a `cluster`
+    places them, the one that coordinates has none."""
 
     rank: int = 0
     agents: int = 1
@@ -33,6 +38,9 @@ class Slot:
     prefix: str = "unbroken"
     attempt: int = 0
     """How many times torchrun has started everybody again."""
+    cluster: bool = False
+    parent: int = 0
+    """The process without which this agent must not live on, where there is one."""
 
     @property
     def coordinates(self) -> bool:
@@ -43,13 +51,13 @@ class Slot:
         """The workers that this agent supervises. Raises ConfigError when they cannot be dealt to the agents."""
         if self.torchrun and total != self.agents:
             raise ConfigError(f"workers is {total}; allowed under this torchrun: {self.agents}, one per slot")
-        if total < self.agents:
+        if total < self.agents - self.cluster:
             raise ConfigError(f"workers is {total}; allowed on {self.agents} nodes: {self.agents} or more")
         return [worker for worker, agent in self.dealt(total).items() if agent == self.rank]
 
     def dealt(self, total: int) -> dict[int, int]:
         """Worker -> the rank of its agent: an even share of neighbours each."""
-        return {worker: worker * self.agents // total for worker in range(total)}
+        return {worker: worker * (self.agents - self.cluster) // total + self.cluster for worker in range(total)}
 
     def local_index(self, worker: int, total: int) -> int:
         """The worker's number among those of its machine: which device it takes."""
@@ -63,8 +71,16 @@ class Slot:
 def find_slot(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> Slot:
     """The slot that torchrun's environment variables describe, or the whole machine where they are not set.
 
-    Of several nodes (`config.nodes`) each has an agent, or a torchrun, of its own; all meet at `config.store`.
+    Of several nodes (`config.nodes`) each has an agent, or a torchrun, of its own; all meet at `config.store`. Agents
+    that a cluster places are told by `environment_of`.
     """
+    parent = int(environment.get(PARENT, "0"))
+    if (told := environment.get(_AGENT)) is not None:
+        rank, agents, host, port, prefix = told.split(",", 4)
+        return Slot(int(rank), int(agents), host=host, port=int(port), prefix=prefix, cluster=True, parent=parent)
+    if config.cluster:
+        agents = 1 - (-config.workers // config.agent_workers)
+        return Slot(0, agents, port=config.store_port, cluster=True, parent=parent)
     host, _, port = config.store.rpartition(":") if config.nodes > 1 else ("", "", "0")
     if "TORCHELASTIC_RUN_ID" not in environment and not {"RANK", "MASTER_ADDR"} <= set(environment):
         return Slot(config.node_rank, config.nodes, host=host or "127.0.0.1", port=int(port) or config.store_port)
@@ -109,6 +125,11 @@ class StoreHandle:
         """Leave the store; whoever hosts it ends it."""
         if self.process is not None:
             self.process.close()
+
+
+def environment_of(slot: Slot, handle: StoreHandle) -> dict[str, str]:
+    """The environment variable by which `find_slot` knows an agent that a cluster places. Who starts it adds PARENT."""
+    return {_AGENT: f"{slot.rank},{slot.agents},{handle.host},{handle.port},{handle.prefix}"}
 
 
 def open_store(slot: Slot, timeout_s: float = 60.0, token: bytes | None = None) -> StoreHandle:

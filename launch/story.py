@@ -46,6 +46,8 @@ _SAID = {
     "rolled_back": "back to {to}: {steps_lost} steps are run again",
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
+    "agent_lost": "agent {agent} {reason}; the cluster is asked for another",
+    "agent_came": "agent {agent} has come",
     "picture_failed": "{path} is not drawn: {error}",
     "unreadable": "something in the store is not of this run, and is left aside: {error}",
 }

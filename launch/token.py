@@ -69,10 +69,13 @@ def _long_enough(token: bytes, name: str, what: str) -> bytes:
     return token
 
 
-def leave_token(config: TrainConfig, token: bytes, agents: int) -> None:
-    """Have it in the run folder, whole and ours alone, where other agents look for it there. Raises ConfigError."""
+def leave_token(config: TrainConfig, token: bytes, agents: int, placed: bool = False) -> None:
+    """Have it in the run folder, whole and ours alone, where other agents look for it there; `placed` by a cluster,
+    they have no environment of their own. Raises ConfigError."""
     path = config.out / _FILE
-    if agents == 1 or config.token_file is not None or os.environ.get(VARIABLE) or path.exists():
+    if agents == 1 or config.token_file is not None or (os.environ.get(VARIABLE) and not placed):
+        return
+    if path.exists() and read_token(path, _FILE) == token:
         return
     temporary = path.with_name(f".{_FILE}.{os.getpid()}")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,11 +19,12 @@ from jobs.config import TrainConfig
 from jobs.plan import Plan
 from jobs.registry import KINDS
 from launch.agent import Agent, RunFailed, fail_before_start
+from launch.cluster import Crew, connect, on_nodes
 from launch.config import to_toml
 from launch.described import describe
 from launch.devices import Devices, find_devices
 from launch.forecast import forecast
-from launch.forkserver import ForkServer
+from launch.forkserver import ForkServer, die_with_parent
 from launch.introduction import introduce
 from launch.machine import check_links, check_machine
 from launch.page.keeper import PageKeeper
@@ -76,17 +78,24 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
     if config.scheduler == "roundpipe":
         return train_rounds(config, as_json, signals, prepared)
     slot = find_slot(config)
+    if slot.cluster and slot.coordinates:
+        config = on_nodes(config)
+    if slot.parent:
+        die_with_parent(slot.parent, signal.SIGTERM if slot.coordinates else signal.SIGKILL)
     if slot.attempt and any_saved(config.out / "checkpoints"):
         config = replace(config, resume=True)  # torchrun has started everybody again: go on
     workers = slot.workers(config.workers)
-    check_machine(config, slot.workers_here(config.workers))
-    check_links(config)
-    devices = find_devices(config.device, slot.workers_here(config.workers))
+    if workers:
+        check_machine(config, slot.workers_here(config.workers))
+        check_links(config)
+    devices = find_devices(config.device, slot.workers_here(config.workers)) if workers else Devices(0, nccl=False)
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)
     forkserver = ForkServer(worker_main)  # forked now: nothing below has started a thread yet
     handle = None
     try:
+        if slot.cluster and slot.coordinates:
+            return _lead(config, slot, forkserver, as_json, signals, prepared)
         handle = open_store(slot, token=find_token(config, slot.rank, slot.agents))
         payload = partial(_payload, config, slot, handle, devices)
         agent = Agent(slot.rank, forkserver, handle.store, workers, payload, config.spares)
@@ -97,7 +106,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
         try:
             agent.start()
             if slot.coordinates:
-                return _coordinate(config, agent, handle, slot, as_json, signals, prepared)
+                return _coordinate(config, agent, handle, slot, as_json, signals, prepared, None)
             signals.trains(agent.asked_to_stop)
             try:
                 code = agent.supervise(lambda: None)
@@ -115,6 +124,33 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
         forkserver.close()
         if handle is not None:
             handle.close()
+
+
+def _lead(
+    config: TrainConfig, slot: Slot, forkserver: ForkServer, as_json: bool, signals: Stopping, prepared: bool
+) -> int:
+    """A run whose agents a cluster places: this process hosts the store and coordinates, and has no workers."""
+    token, handle = find_token(config, slot.rank, slot.agents), None
+    cluster = connect(config)
+    try:
+        handle = open_store(replace(slot, host=cluster.host), token=token)
+        crew = Crew.of(config, slot, cluster, handle)
+    except BaseException:
+        cluster.close([])
+        if handle is not None:
+            handle.close()
+        raise
+    try:
+        agent = Agent(slot.rank, forkserver, handle.store, [], lambda *_: {})
+        if config.preempt_signal != "none":
+            signal.signal(getattr(signal, config.preempt_signal), lambda number, _: signals(number))
+            signal.signal(TAKES_BACK[config.preempt_signal], signal.SIG_IGN)
+        agent.start()
+        crew.ask()
+        return _coordinate(config, agent, handle, slot, as_json, signals, prepared, crew)
+    finally:
+        crew.close()
+        handle.close()
 
 
 def _payload(
@@ -140,20 +176,26 @@ def _payload(
 
 
 def _coordinate(
-    config: TrainConfig, agent: Agent, handle: StoreHandle, slot: Slot, as_json: bool, signals: Stopping, prepared: bool
-) -> int:
-    claim, store = RunLock(config.out), handle.store
+    config: TrainConfig, agent: Agent, handle: StoreHandle, slot: Slot, as_json: bool, signals: Stopping,
+    prepared: bool, crew: Crew | None,
+) -> int:  # fmt: skip
+    claim, store, absent = RunLock(config.out), handle.store, ()
     with Display(config.last_step, quiet=as_json) as display:
         try:
-            leave_token(config, handle.token, slot.agents)
+            leave_token(config, handle.token, slot.agents, placed=slot.cluster)
             plan = KINDS[config.job].plan(config, display.preparing, kept(config), prepared)
+            if crew is not None:
+                most_s = config.cluster_wait + config.wait
+                absent = crew.await_first(
+                    slot.dealt(config.workers), config.min_workers, config.cluster_wait, most_s, display.warn
+                )
             signals.trains(agent.asked_to_stop)
         except BaseException as error:
             fail_before_start(store, error)
             claim.undo()
             raise
         try:
-            code, story = _follow(config, plan, display, agent, store, slot, signals)
+            code, story = _follow(config, plan, display, agent, store, slot, signals, crew, absent)
         finally:
             claim.release()
     story.close(code, as_json)
@@ -161,8 +203,9 @@ def _coordinate(
 
 
 def _follow(
-    config: TrainConfig, plan: Plan, display: Display, agent: Agent, store: dist.Store, slot: Slot, signals: Stopping
-) -> tuple[int, Story]:
+    config: TrainConfig, plan: Plan, display: Display, agent: Agent, store: dist.Store, slot: Slot, signals: Stopping,
+    crew: Crew | None, absent: Sequence[int],
+) -> tuple[int, Story]:  # fmt: skip
     """The run from its first view to its end."""
     introduce(config, plan, display)
     folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard, display.warn)
@@ -170,8 +213,13 @@ def _follow(
     page = PageKeeper(config.out, display.warn) if KINDS[config.job].trains else None
     try:
         coordinator = _coordinator(config, plan, folder, story, display, store, slot)
+        coordinator.begin_without(absent)
+        if crew is not None:
+            crew.tell, crew.gone = story.event, coordinator.machine_gone
 
         def tick() -> None:
+            if crew is not None:
+                crew.tick()
             coordinator.tick()
             story.tick(coordinator.view.workers, coordinator.valid, coordinator.layout)
 
@@ -226,7 +274,8 @@ def _coordinator(
 def _await_agents(coordinator: Coordinator, store: dist.Store) -> None:
     """The store stays until all agents that live have seen the end."""
     deadline = time.monotonic() + _LAST_S
-    while (
-        not all(keys.has_confirmed(store, agent) for agent in coordinator.alive - {0}) and time.monotonic() < deadline
+    came = {agent for agent in coordinator.alive - {0} if keys.read_agent(store, agent) is not None}
+    while not all(keys.has_confirmed(store, agent) for agent in coordinator.alive & came) and (
+        time.monotonic() < deadline
     ):
         time.sleep(0.05)

@@ -29,6 +29,7 @@ from recovery.keys import (
     newest_loss,
     read_complaint,
     read_loss,
+    report_loss,
     stop_asked,
 )
 from recovery.losses import LIMIT, STOPPING_LIMIT, Losses
@@ -107,6 +108,18 @@ class Coordinator:
         if self.recovery.resize is None:  # nobody asks how fast who is
             return Follower(self.store, view.number)
         return Follower(self.store, view.number, seen=lambda outcome: self._planned.stepped(view, outcome))
+
+    def begin_without(self, absent: Sequence[int]) -> None:
+        """Begin with those whose machines are there. The others are awaited, as who comes later is, and no losses."""
+        if absent:
+            self._follower.abort()
+            self._publish(self.recovery.before_training(self.view, tuple(absent)))
+
+    def machine_gone(self, agent: int) -> None:
+        """Somebody knows that a machine is gone, before its silence would say so: its workers are lost."""
+        for worker in self.view.workers:
+            if self.view.agents[self.view.places[worker]] == agent:
+                report_loss(self.store, worker, "was on a machine that is gone")
 
     def tick(self) -> None:
         """Take note of what has happened since the last call. Raises CannotRestore, or TooManyFailures."""

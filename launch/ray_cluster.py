@@ -1,0 +1,102 @@
+"""Ray as the cluster of a run: each agent is an actor, and the actor a process beside it that dies with it.
+
+Ray places an actor where there is room, on another node than the others where it can, and keeps the request open until
+then: an autoscaler sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from jobs.config import ConfigError
+from launch.agent_process import AgentProcess
+from launch.cluster import AgentStart
+
+_END_S = 5.0
+
+
+class RayCluster:
+    """A cluster of Ray, by its address; "" is the one that RAY_ADDRESS names, or that runs here, or a new one.
+
+    Raises ConfigError where there is none.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            with _signals_kept():  # a cluster that begins here would end this process by its own handlers
+                ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            told = str(error).strip().splitlines()
+            named = address or os.environ.get("RAY_ADDRESS") or "ray"
+            raise ConfigError(
+                f"cluster is {named!r}, where Ray cannot be reached ({told[0] if told else type(error).__name__}); "
+                "allowed: a cluster that `ray start --head` has begun"
+            ) from error
+        self._actor: Any = ray.remote(AgentProcess)
+
+    @property
+    def host(self) -> str:
+        """The address of this machine, as the nodes reach it."""
+        return ray.util.get_node_ip_address()
+
+    def start(self, what: AgentStart) -> tuple[Any, Any]:
+        """Ask for the actor of an agent."""
+        takes = {"num_cpus": what.cpus, "num_gpus": what.gpus, "scheduling_strategy": "SPREAD"}
+        actor = self._actor.options(**takes, max_restarts=0).remote()
+        return actor, actor.run.remote(what.settings, dict(what.environment), what.folder)
+
+    def ended(self, handle: tuple[Any, Any]) -> str | None:
+        """Why an agent has ended, if it has."""
+        ready, _ = ray.wait([handle[1]], timeout=0)
+        if not ready:
+            return None
+        try:
+            code, said = ray.get(ready[0])
+        except RayError as error:
+            return f"was lost by Ray: {_line(error)}"
+        last = said.strip().splitlines()
+        return f"has ended with exit code {code}{f': {last[-1]}' if last else ''}"
+
+    def end(self, handle: tuple[Any, Any]) -> None:
+        """End an actor, and with it its agent."""
+        with suppress(RayError, ValueError):
+            ray.kill(handle[0])
+
+    def room(self) -> str:
+        """What the cluster has, for a person."""
+        whole, free = ray.cluster_resources(), ray.available_resources()
+        kinds = [f"{free.get(kind, 0):g} of {whole.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU") if kind in whole]
+        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+        return f"its {nodes} nodes have {', '.join(kinds) or 'neither CPUs nor GPUs'} free"
+
+    def close(self, handles: Collection[tuple[Any, Any]]) -> None:
+        """End all agents, who have a moment for it, and leave the cluster."""
+        with suppress(RayError):
+            ray.wait([run for _, run in handles], num_returns=len(handles), timeout=_END_S) if handles else None
+        for handle in handles:
+            self.end(handle)
+        ray.shutdown()
+
+
+def _line(error: Exception) -> str:
+    """The line of an error that says why: Ray writes it last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "The actor" in line or "node" in line), lines[0] if lines else "")
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
