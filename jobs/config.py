@@ -13,7 +13,7 @@ from pipeline.model.weights import has_weights
 from pipeline.settings import ConfigError as ConfigError
 from pipeline.settings import check_groups
 from pipeline.settings import require as require
-from pipeline.state.optimizer import OptimizerConfig, OptimizerSettings
+from pipeline.state.optimizer import MUON_MOMENTUM, OptimizerConfig, OptimizerSettings
 from pipeline.state.shard import ShardSettings
 from recovery.checkfree import CheckFreeSettings
 from recovery.inject import Fault, Ground, InjectionSettings, Rate, parse_faults
@@ -102,9 +102,11 @@ class TrainConfig(
         assert known.warmup is not None
         assert known.clip is not None
         assert known.optimizer is not None
+        momentum = (MUON_MOMENTUM if known.optimizer == "muon" else 0.0) if self.momentum is None else self.momentum
         return OptimizerConfig(
             known.lr, self.steps, known.warmup, self.min_lr_ratio, (self.beta1, self.beta2), self.eps,
-            self.weight_decay, known.clip, self.cpu_adam, known.optimizer,
+            self.weight_decay, known.clip, self.cpu_adam, known.optimizer, self.lr_schedule, self.lr_decay_share,
+            momentum,
         )  # fmt: skip
 
     def faults(self, stages: int | None = None) -> tuple[Fault | Rate, ...]:

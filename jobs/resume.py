@@ -20,7 +20,7 @@ FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_
 NUMBERS = (
     "samples_per_step", "sequence_length", "seed", "dtype", "optimizer", "lr", "warmup", "min_lr_ratio", "weight_decay",
     "beta1", "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async", "gradient_dtype",
-    "exact_sums", "pack",
+    "exact_sums", "pack", "lr_schedule", "lr_decay_share", "momentum",
 )  # fmt: skip
 OF_THE_DATA = (
     "data", "pack", "text_field", "max_tokens", "held_out", "sequence_length", "seed", "tokenizer", "vocabulary",
