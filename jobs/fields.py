@@ -26,7 +26,7 @@ class ModelSettings:
     """End this start of the run after so many of its steps, with a checkpoint and the model as of then; 0 goes on to
     --steps. The learning rate is that of the whole run, which --resume goes on with."""
     microbatch_size: Annotated[int, Within(1, 65536)] = 4
-    """Samples per microbatch."""
+    """Samples per microbatch: what others call the batch size per device, or the micro or local batch size."""
     sequence_length: Annotated[int, Within(1, 2**24)] = 128
     """Tokens per sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -14,7 +14,8 @@ from jobs.config import ConfigError, TrainConfig
 from pipeline.settings import names_of
 
 OF_THE_START = frozenset({
-    "resume", "change", "until", "inject", "out", "nodes", "node_rank", "store", "store_port",
+    "resume", "change", "until", "inject", "out", "nodes", "node_rank", "store", "store_port", "grad_accumulation",
+    "global_batch",
 })  # fmt: skip
 FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets", "lora_blocks", "trained")
 NUMBERS = (

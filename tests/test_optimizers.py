@@ -154,7 +154,7 @@ def test_a_state_that_was_loaded_goes_on_bit_for_bit_and_one_of_another_optimize
 # ---- whole runs ----
 
 
-@pytest.mark.parametrize("name", ["muon", *(pytest.param(name, marks=pytest.mark.long) for name in ("momentum", "sgd"))])
+@pytest.mark.parametrize("name", [n if n == "muon" else pytest.param(n, marks=pytest.mark.long) for n in OTHERS])
 def test_workers_and_pools_train_as_torch_does(forkserver: ForkServer, tmp_path: Path, name: str) -> None:
     config = TrainConfig(
         workers=2, microbatches=4, microbatch_size=2, sequence_length=16, steps=3, warmup=0, weight_decay=0.3,
