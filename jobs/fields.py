@@ -54,7 +54,8 @@ class DataSettings:
     data: str | None = None
     """`stdlib` (the sources of Python's standard library), files of text or JSON, globs, or hf:NAME for a dataset. JSON
     with prompt and completion, question and answer, or messages is rows, of which the answers are learned. Unset, it is
-    stdlib where weights begin at random; weights that were trained before need to be told."""
+    stdlib where weights begin at random; weights that were trained before need to be told. Several, each with a weight
+    (a.jsonl:0.7 b.txt:0.3, or a table in TOML), are a mixture: of samples, in exact shares."""
     text_field: str = "text"
     """The field of a JSON object or of a dataset's row that holds the text."""
     tokenizer: str = "auto"
@@ -68,7 +69,7 @@ class DataSettings:
     pack: bool = False
     """Of rows of questions and answers, have as many in a sample as fit: none of them sees another."""
     max_tokens: Annotated[int, Within(0, 10**12)] = 4_000_000
-    """Tokens of the corpus that are used at most; 0 for all."""
+    """Tokens of the corpus that are used at most, of each source of a mixture its share; 0 for all."""
 
 
 @dataclass(frozen=True)
