@@ -161,7 +161,7 @@ def _count(worker: int | None = 2, **keys: int) -> Callable[[Moved], object]:
 
 
 def _no_moments(moved: Moved) -> None:
-    moved.taken._optimizer.state[next(iter(moved.taken.parameters.values()))].clear()
+    moved.taken._optimizers[0].state[next(iter(moved.taken.parameters.values()))].clear()
 
 
 def _moments_of_another(moved: Moved) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
+from jobs.batch import BatchSettings, microbatches_of
 from jobs.cluster import ClusterSettings
 from jobs.fields import DataSettings, MachineSettings, ModelSettings, OutputSettings
 from pipeline.model.lora import LoraSettings
@@ -14,7 +16,7 @@ from pipeline.model.weights import has_weights
 from pipeline.settings import ConfigError as ConfigError
 from pipeline.settings import check_groups
 from pipeline.settings import require as require
-from pipeline.state.optimizer import OptimizerConfig, OptimizerSettings
+from pipeline.state.optimizer import MUON_MOMENTUM, OptimizerConfig, OptimizerSettings
 from pipeline.state.shard import ShardSettings
 from recovery.checkfree import CheckFreeSettings
 from recovery.inject import Fault, Ground, InjectionSettings, Rate, parse_faults
@@ -35,7 +37,7 @@ class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
     SupervisionSettings, ResizeSettings, SnapshotSettings, MachineSettings, InjectionSettings, InterleavedSettings,
     SkipPipeSettings, RoundPipeSettings, LoraSettings, TrainedSettings, CheckFreeSettings, SwappedSettings,
-    RedundantSettings, ShardSettings, ClusterSettings,
+    RedundantSettings, ShardSettings, ClusterSettings, BatchSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 
@@ -82,12 +84,13 @@ class TrainConfig(
         return self.until or self.steps
 
     def resolved(self) -> TrainConfig:
-        """The same with the settings filled in that are unset and follow from others: what a run is kept with."""
+        """The same with the settings filled in that are unset and follow from others: what a run is kept with. Raises
+        ConfigError where two ways to say the global batch disagree."""
         trained = has_weights(self.model)
         lr = (2e-4 if self.lora_rank else 2e-5) if trained else 2e-3
         partly = (self.lora_rank > 0 or bool(self.patterns())) and self.scheduler != "roundpipe"
         return replace(
-            self,
+            self.with_batch({} if self.microbatches == TrainConfig.microbatches else {"microbatches"}),
             recovery="exact" if partly and self.recovery == "auto" else self.recovery,
             lr=lr if self.lr is None else self.lr,
             warmup=min(20, -(-self.steps // 10)) if self.warmup is None else self.warmup,
@@ -96,6 +99,12 @@ class TrainConfig(
             clip=1.0 if self.clip is None else self.clip,
         )
 
+    def with_batch(self, asked: Collection[str]) -> Self:
+        """The same with the global batch in microbatches, however it was said; `asked` are the settings that somebody
+        has given. Raises ConfigError where two of them disagree."""
+        count = microbatches_of(self, self.replicas, self.microbatch_size, self.microbatches, "microbatches" in asked)
+        return replace(self, microbatches=count, grad_accumulation=0, global_batch=0)
+
     def optimizer_config(self) -> OptimizerConfig:
         """The part that the optimizer reads."""
         known = self.resolved()
@@ -103,9 +112,11 @@ class TrainConfig(
         assert known.warmup is not None
         assert known.clip is not None
         assert known.optimizer is not None
+        momentum = (MUON_MOMENTUM if known.optimizer == "muon" else 0.0) if self.momentum is None else self.momentum
         return OptimizerConfig(
             known.lr, self.steps, known.warmup, self.min_lr_ratio, (self.beta1, self.beta2), self.eps,
-            self.weight_decay, known.clip, self.cpu_adam, known.optimizer,
+            self.weight_decay, known.clip, self.cpu_adam, known.optimizer, self.lr_schedule, self.lr_decay_share,
+            momentum,
         )  # fmt: skip
 
     def faults(self, stages: int | None = None) -> tuple[Fault | Rate, ...]:

@@ -27,7 +27,7 @@ class ModelSettings:
     """End this start of the run after so many of its steps, with a checkpoint and the model as of then; 0 goes on to
     --steps. The learning rate is that of the whole run, which --resume goes on with."""
     microbatch_size: Annotated[int, Within(1, 65536)] = 4
-    """Samples per microbatch."""
+    """Samples per microbatch: what others call the batch size per device, or the micro or local batch size."""
     sequence_length: Annotated[int, Within(1, 2**24)] = 128
     """Tokens per sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,7 +55,8 @@ class DataSettings:
     data: str | None = None
     """`stdlib` (the sources of Python's standard library), files of text or JSON, globs, or hf:NAME for a dataset. JSON
     with prompt and completion, question and answer, or messages is rows, of which the answers are learned. Unset, it is
-    stdlib where weights begin at random; weights that were trained before need to be told."""
+    stdlib where weights begin at random; weights that were trained before need to be told. Several, each with a weight
+    (a.jsonl:0.7 b.txt:0.3, or a table in TOML), are a mixture: of samples, in exact shares."""
     text_field: str = "text"
     """The field of a JSON object or of a dataset's row that holds the text."""
     tokenizer: str = "auto"
@@ -69,7 +70,7 @@ class DataSettings:
     pack: bool = False
     """Of rows of questions and answers, have as many in a sample as fit: none of them sees another."""
     max_tokens: Annotated[int, Within(0, 10**12)] = 4_000_000
-    """Tokens of the corpus that are used at most; 0 for all."""
+    """Tokens of the corpus that are used at most, of each source of a mixture its share; 0 for all."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from jobs.files import CorpusError
+from jobs.mixture import MIXTURE
 from jobs.row_data import ROWS, RowDataset, RowInfo, Said, Sample
 from jobs.text_rows import TextRows
 
@@ -81,4 +83,9 @@ class Forgettable(Protocol):
 
 def open_forgettable(folder: Path) -> Forgettable:
     """The rows, or the documents, of a prepared dataset. Raises CorpusError."""
+    if (folder / MIXTURE).is_file():
+        raise CorpusError(
+            f"{str(folder)!r} holds a mixture of several sources, of which nothing can be forgotten yet; allowed: a "
+            "run whose data have no weights"
+        )
     return RowDataset.open(folder) if (folder / ROWS).is_file() else TextRows.open(folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,10 @@ class RunJob(Job, Protocol):
 
     def next_sample(self, step: int, /) -> int:
         """The first sample id that steps before `step` did not take."""
+        ...
+
+    def sources(self, step: int, /) -> dict[str, int]:
+        """How many samples of a step are from each source of a mixture; nothing where there is one source."""
         ...
 
     @property
@@ -79,6 +84,8 @@ class SampledJob:
     first_step: int = 0
     first_sample: int = 0
     limit: int | None = None
+    source: Callable[[int], str] | None = None
+    """What a sample is from, by its id, where there are several sources."""
 
     def sample_ids(self, step: int, microbatch: int) -> tuple[int, ...]:
         """The global ids of a microbatch's samples."""
@@ -89,6 +96,14 @@ class SampledJob:
     def next_sample(self, step: int) -> int:
         """See RunJob."""
         return self.first_sample + (step - self.first_step) * self.microbatches * self.size
+
+    def sources(self, step: int) -> dict[str, int]:
+        """See RunJob."""
+        if self.source is None:
+            return {}
+        return dict(
+            sorted(Counter(map(self.source, range(self.next_sample(step), self.next_sample(step + 1)))).items())
+        )
 
     @property
     def carried(self) -> dict[str, Any]:

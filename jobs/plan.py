@@ -16,19 +16,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from jobs.cache import Cache, user_folder
 from jobs.config import ConfigError, TrainConfig, require
-from jobs.corpus import TEXT_FIELD, Corpus, documents
-from jobs.data import Dataset
+from jobs.corpus import TEXT_FIELD, Corpus
 from jobs.early import check_early, set_dropout, tokenizer_kind
+from jobs.mixture import Mixture, plain_spec
 from jobs.network import read_network
 from jobs.pipelines import layer_costs, plan_layout
-from jobs.prepare import HELD_OUT, prepare
+from jobs.prepare_data import Preparation, Prepared, Text, open_data
 from jobs.remarks import remarks
 from jobs.resizing import make_planner, resize_problem
 from jobs.resume import check_resumed, other_data
 from jobs.rounds import Rounds, plan_rounds
-from jobs.row_data import ROWS, RowDataset
-from jobs.row_prepare import prepare_rows
-from jobs.rows import RowTexts, read_rows
 from jobs.space import check_space, space_needed
 from jobs.tokenizer import TOKENIZERS, build_tokenizer
 from jobs.unlearn.guard import require_plain
@@ -39,7 +36,6 @@ from pipeline.model.trained import ALL
 from pipeline.model.weights import PRESETS, drawn, read_config, resolve
 from pipeline.schedule.layout import Layout
 from recovery import checkpoint
-from recovery.forgotten import forgotten_digests
 from recovery.generation import read_generation
 from recovery.membership import View
 from recovery.reroute import Planner
@@ -65,7 +61,7 @@ class Plan:
     resize: Resize | None = None
 
 
-def evaluation_samples(config: TrainConfig, dataset: Dataset | RowDataset) -> int:
+def evaluation_samples(config: TrainConfig, dataset: Prepared) -> int:
     """Held-out samples of one evaluation: those asked for, or as many as there are."""
     return min(config.evaluate_samples, dataset.num_held_out)
 
@@ -77,7 +73,7 @@ class Material:
 
     model: LayeredModel
     source: Path | None
-    dataset: Dataset | RowDataset
+    dataset: Prepared
 
 
 def make_plan(
@@ -168,13 +164,8 @@ def _made(
         config = replace(config, vocabulary=len(build_tokenizer(kind, 0, ())))
     largest = check_early(config, model_config, source)
     _tell_space(config, found, largest)  # before text is read, which may take long
-    rows = read_rows(config.data or "")
-    texts = () if rows is None else [RowTexts(rows)]
-    corpus = (
-        Corpus(texts, config.data or "", config.text_field)
-        if texts
-        else documents(config.data or "", text_field=config.text_field, tell=said.append)
-    )
+    text = Text.read(plain_spec(config.data or ""), config.text_field, said.append)
+    rows, corpus = text.rows, text.corpus
     require(rows is None or config.text_field == TEXT_FIELD, "text_field", config.text_field, "unset for rows")
     require(rows is not None or config.held_out != 0, "held_out", config.held_out, "above 0 for text")
     require(rows is not None or not config.pack, "pack", config.pack, "unset for text, which is always packed")
@@ -199,17 +190,10 @@ def _made(
 
     if rows is not None:
         said.append(f"{len(rows):,} rows: the answers are learned{', several in a sample' if config.pack else ''}")
-        dataset = prepare_rows(
-            rows, tokenizer, config.sequence_length, config.held_out or 0.0, out / "data", config.seed,
-            pack=config.pack, samples_per_step=config.samples_per_step, forgotten=forgotten_digests(out),
-            progress=progress, accept=same_data,
-        )  # fmt: skip
-    else:
-        dataset = prepare(
-            corpus, tokenizer, config.sequence_length, config.held_out or HELD_OUT, out / "data", config.seed,
-            max_tokens=config.max_tokens or None, samples_per_step=config.samples_per_step, progress=progress,
-            accept=same_data, cache=cache, forgotten=forgotten_digests(out),
-        )  # fmt: skip
+    dataset = Preparation(config, tokenizer, cache, progress, same_data).run(text)
+    if isinstance(dataset, Mixture):
+        shares = ", ".join(f"{source.count} of {source.spec}" for source in dataset.sources)
+        said.append(f"a mixture: of every {dataset.window} samples {shares}")
     if found.path is None:
         tokenizer.save_pretrained(out / "tokenizer")
         model_config.save_pretrained(out / "model-config")
@@ -305,7 +289,6 @@ def model_fingerprint(model_config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in sorted(fields.items()) if key not in ignored and not key.startswith("_")}
 
 
-def open_dataset(out: Path) -> Dataset | RowDataset:
-    """The tokens that `make_plan` prepared in a run folder, of text or of rows. Raises CorpusError."""
-    rows = (out / "data" / ROWS).is_file()
-    return RowDataset.open(out / "data") if rows else Dataset.open(out / "data")
+def open_dataset(out: Path) -> Prepared:
+    """The tokens that `make_plan` prepared in a run folder, of text, of rows or of a mixture. Raises CorpusError."""
+    return open_data(out / "data")

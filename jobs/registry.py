@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from jobs.config import TrainConfig
 from jobs.engine import Engine
 from jobs.job import RunJob, Start
+from jobs.mixture import Mixture
 from jobs.plan import Plan, evaluation_samples, make_plan, open_dataset
 from jobs.row_data import RowDataset
 from jobs.row_job import RowJob
@@ -29,12 +30,13 @@ def text_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
     evaluated, size = evaluation_samples(config, dataset), config.microbatch_size
     train: dict[str, Any] = {
         "microbatches": config.microbatches, "size": size, "first_step": start.step, "first_sample": start.sample,
+        "source": dataset.source_of if isinstance(dataset, Mixture) else None,
     }  # fmt: skip
     held_out: dict[str, Any] = {
         "microbatches": start.at_once or -(-evaluated // size), "size": size, "limit": evaluated
     }  # fmt: skip
     length = config.sequence_length
-    if isinstance(dataset, RowDataset):
+    if isinstance(dataset, RowDataset) or (isinstance(dataset, Mixture) and dataset.rows):
         counted, packed = dataset.num_labels, dataset.pack
         return {
             TRAIN: RowJob(dataset.train_sample, length, counted, packed, **train),

@@ -15,13 +15,13 @@ from pipeline.settings import names_of
 
 OF_THE_START = frozenset({
     "resume", "change", "until", "inject", "out", "nodes", "node_rank", "store", "store_port", "token_file", "cluster",
-    "agent_workers", "agent_cpus", "cluster_wait",
+    "agent_workers", "agent_cpus", "cluster_wait", "grad_accumulation", "global_batch",
 })  # fmt: skip
 FIXED = ("tokenizer", "vocabulary", "dropout", "lora_rank", "lora_alpha", "lora_targets", "lora_blocks", "trained")
 NUMBERS = (
     "samples_per_step", "sequence_length", "seed", "dtype", "optimizer", "lr", "warmup", "min_lr_ratio", "weight_decay",
     "beta1", "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async", "gradient_dtype",
-    "exact_sums", "pack",
+    "exact_sums", "pack", "lr_schedule", "lr_decay_share", "momentum",
 )  # fmt: skip
 OF_THE_DATA = (
     "data", "pack", "text_field", "max_tokens", "held_out", "sequence_length", "seed", "tokenizer", "vocabulary",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,13 @@ def space_needed(
     layers = range(model.num_layers)
     numbers = sum(map(model.parameter_count, layers))
     trained = sum(map(model.trained_count, layers))
-    copies = 2 if config.optimizer_config().moments else 0  # both moments
-    copies += config.optimizer_async  # and the weights that are one step behind
+    optimizer, shapes = config.optimizer_config(), {layer: model.shapes(layer) for layer in layers}
+    copies = sum(  # the moments, and the weights that are one step behind
+        math.prod(shape := shapes[n][key])
+        * (config.optimizer_async + optimizer.num_moments(len(shape), n in model.blocks))
+        for n in layers
+        for key in model.trainable(n)
+    )
     every, left = config.checkpoint_every, config.last_step - first_step
     last = config.last_step - 1
     coming = int(left > 0) + (last // every - first_step // every if every and left > 0 else 0)
@@ -69,7 +75,7 @@ def space_needed(
     taken = config.max_tokens if most_tokens is None else min(config.max_tokens, most_tokens)
     tokens = width * taken if config.max_tokens else None
     return Space(
-        _FP32 * (numbers + copies * trained) + _HEADER * model.num_layers,
+        _FP32 * (numbers + copies) + _HEADER * model.num_layers,
         new,
         _FP32 * (numbers + (trained if model.lora else 0)),
         tokens if first_step == 0 else 0,

@@ -235,6 +235,7 @@ class Trainer:
                 "tokens_per_s": result.tokens / max(seconds, 1e-9), "grad_norm": result.grad_norm, "lr": result.lr,
                 "first_sample": self.job.next_sample(self.step - 1), "samples": self.config.samples_per_step,
                 **({"means": dict(result.means)} if len(result.means) > 1 else {}), **self.engine.about(),
+                **({"sources": sources} if (sources := self.job.sources(self.step - 1)) else {}),
                 **self._speed(result, seconds), **result.memory,
             }
         )  # fmt: skip

@@ -304,7 +304,8 @@ def configured(
         from launch.resume import kept_values
 
         kept = kept_values(Path(asked.get("out", settings().out)))
-    return config_from_dict(settings, {**kept, **asked})
+    config = config_from_dict(settings, {**kept, **asked})
+    return config.with_batch(asked) if hasattr(config, "with_batch") else config
 
 
 def _named(command: _Command, arguments: list[str]) -> list[str]:

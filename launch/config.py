@@ -26,7 +26,7 @@ def config_from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
 
 def _fitting(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as the fields of `cls` hold them. Raises ConfigError for one that has no field, or does not fit."""
-    values = _range_of_workers(values)
+    values = _mixture(_range_of_workers(values))
     hints, names = get_type_hints(cls), [f.name for f in fields(cls)]
     if unknown := sorted(set(values) - set(names)):
         raise ConfigError(_unknown(unknown, names, values, cls))
@@ -42,6 +42,16 @@ def _range_of_workers(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not (least.isdecimal() and most.isdecimal() and int(least[:9]) > 0):
         raise ConfigError(f"workers is {given!r:.40}; allowed: a whole number, or MIN:MAX with MIN of 1 or more")
     return {**values, "min_workers": int(least), "workers": int(most)}
+
+
+def _mixture(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`data` as a table of weights, or a list, as it is written on the command line."""
+    data = values.get("data")
+    if isinstance(data, list) and data and all(isinstance(each, str) for each in data):
+        return {**values, "data": ",".join(data)}
+    if isinstance(data, Mapping) and data and all(isinstance(w, int | float) for w in data.values()):
+        return {**values, "data": ",".join(f"{source}:{weight:.12g}" for source, weight in data.items())}
+    return values
 
 
 def _unknown(unknown: list[str], names: list[str], values: Mapping[str, Any], cls: type) -> str:

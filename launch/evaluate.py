@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from jobs.config import TrainConfig
 from jobs.corpus import TEXT_FIELD, documents
 from jobs.data import META, Dataset
+from jobs.mixture import MIXTURE, Mixture
 from jobs.plan import evaluation_samples
 from jobs.prepare import blocks
-from jobs.row_data import ROWS
+from jobs.prepare_data import open_data
 from jobs.text import inputs_of, token_loss
 from launch.commands import Result
 from launch.inference import InferenceSettings, Source, ready
@@ -74,7 +75,7 @@ def evaluate(config: EvalConfig) -> Result:
     check_groups(config)
     source = Source.open(config.model)
     run = config.model.resolve().parent
-    found = (run / "data" / META).is_file()
+    found = any((run / "data" / name).is_file() for name in (META, MIXTURE))
     if config.data == HELD_OUT and not found:
         raise ConfigError(
             f"data is {HELD_OUT!r}, but model {str(config.model)!r} does not lie in a run folder: "
@@ -107,12 +108,15 @@ def evaluate(config: EvalConfig) -> Result:
 
 def _held_out(config: EvalConfig, run: Path, vocabulary: int) -> _Text:
     """The samples on which the run evaluates."""
+    data = open_data(run / "data")
+    parts = data.parts if isinstance(data, Mixture) else (data,)
+    texts = [part for part in parts if isinstance(part, Dataset)]
     require(
-        not (run / "data" / ROWS).is_file(), "data", HELD_OUT,
+        len(texts) == len(parts), "data", HELD_OUT,
         f"files of text: the run in {str(run)!r} is on rows, whose answers it measures while it trains",
     )  # fmt: skip
-    dataset = Dataset.open(run / "data")
-    length, highest = dataset.sequence_length, int(dataset.tokens[: dataset.held_out_tokens].max())
+    highest = max(int(part.tokens[: part.held_out_tokens].max()) for part in texts)
+    length = texts[0].sequence_length
     require(
         config.sequence_length in (None, length), "sequence_length", config.sequence_length,
         f"{length}, as the held-out samples of the run in {str(run)!r} have, or nothing",
@@ -126,10 +130,10 @@ def _held_out(config: EvalConfig, run: Path, vocabulary: int) -> _Text:
         f"the one that the run in {str(run)!r} has exported; this one knows {vocabulary} tokens, not number {highest}",
     )  # fmt: skip
     asked = TrainConfig(evaluate_samples=config.samples or _evaluated(run))
-    count = evaluation_samples(asked, dataset)
-    whose = f"spread over the {dataset.num_held_out} that the run in {str(run)!r} has held out"
-    samples = map(dataset.held_out_spread(count), range(count))
-    return _Text(HELD_OUT, whose, length, samples, dataset.end_token)
+    count = evaluation_samples(asked, data)
+    whose = f"spread over the {data.num_held_out} that the run in {str(run)!r} has held out"
+    samples: Any = map(data.held_out_spread(count), range(count))
+    return _Text(HELD_OUT, whose, length, samples, texts[0].end_token)
 
 
 def _evaluated(run: Path) -> int:

@@ -67,6 +67,7 @@ def store_layout(config: TrainConfig, model: LayeredModel, cut: Cut, blocks: int
     return StoreLayout(
         model, cut, config.microbatches, config.microbatch_size, config.sequence_length, blocks, config.optimizer_async,
         compute=getattr(torch, config.dtype), gradients=getattr(torch, config.gradient_dtype),
+        optimizer=config.optimizer_config(),
     )  # fmt: skip
 
 

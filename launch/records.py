@@ -23,8 +23,10 @@ _FIELDS: dict[str, dict[str, Kind]] = {
 }  # fmt: skip
 _OPTIONAL: dict[str, dict[str, Kind]] = {
     "timeline": {"step": int},
-    "step": {"means": dict, **dict.fromkeys(("tflops", "mfu"), float), **dict.fromkeys(PEAK_BYTES, int)},
-}
+    "step": {
+        "means": dict, "sources": dict, **dict.fromkeys(("tflops", "mfu"), float), **dict.fromkeys(PEAK_BYTES, int),
+    },
+}  # fmt: skip
 """What a record may have besides."""
 _EVENTS: dict[str, dict[str, Kind]] = {
     "fault": {"worker": int, "step": int, "fault": str, "at": str},
@@ -66,6 +68,9 @@ def check_record(record: dict[str, Any], steps: int) -> dict[str, Any]:
         found["seconds"] = _seconds(found["seconds"], f"the seconds of {what}")
     if found.get("means"):
         found["means"] = _seconds(found["means"], f"the means of {what}")
+    if "sources" in found:
+        kinds = dict.fromkeys(found["sources"], int)
+        found["sources"] = _counted(checked(found["sources"], f"the sources of {what}", **kinds), what)
     if "restores" in found:
         _check_restores(found["restores"])
     if "lanes" in found:
@@ -92,6 +97,14 @@ def _seconds(seconds: dict[str, Any], what: str) -> dict[str, float]:
     for name, value in found.items():
         _check_finite(value, f"{name} of {what}")
     return found
+
+
+def _counted(sources: dict[str, Any], what: str) -> dict[str, int]:
+    """Source -> how many samples of a step are from it."""
+    for name, count in sources.items():
+        if not 0 < count <= _MOST:
+            raise WireError(f"{count} samples of {what} are from {name!r:.80}; expected 1 to {_MOST}")
+    return sources
 
 
 def _check_restores(restores: list[Any]) -> None:

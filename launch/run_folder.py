@@ -23,9 +23,10 @@ MEASURED = ("means", "tflops", "mfu", *PEAK_BYTES)
 workers together (pipeline/model/flops.py), and their share of what the devices could do; the most resident memory that
 a worker has had since it began, and the sum over workers, in which pages that they share count more than once; and the
 same of device memory, since the step before."""
-LEDGER = ("step", "view", "first_sample", "samples", "version")
+LEDGER = ("step", "view", "first_sample", "samples", "version", "sources")
 """Which samples a committed step was made of: `samples` global ids from `first_sample` on. `version`, under roundpipe,
-is how many updates the weights had seen that every unit of the step has read."""
+is how many updates the weights had seen that every unit of the step has read. `sources`, of a mixture, counts the
+samples from each source."""
 
 
 _LOSSES = ("remedy", "taken_over", "redealt", "shrunk")

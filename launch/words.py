@@ -16,7 +16,7 @@ from pipeline.settings import ConfigError
 def given(settings: type, words: Sequence[str]) -> dict[str, Any]:
     """Setting -> value, of those that the words give. Raises ConfigError for what is no flag, or lacks its value."""
     hints, found = get_type_hints(settings), dict[str, Any]()
-    left = iter(words)
+    left = iter(_joined(words))
     for word in left:
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
@@ -30,6 +30,18 @@ def given(settings: type, words: Sequence[str]) -> dict[str, Any]:
             found[plain] = plain == name
         else:
             raise ConfigError(f"{flag}: no such flag{did_you_mean(name, hints, '--')}; --help lists all")
+    return found
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words, in which those that follow `--data` are one, with commas: 'a.txt:0.7' 'b.txt:0.3'."""
+    found: list[str] = []
+    for at, word in enumerate(words):
+        several = found[-2:-1] == ["--data"] and not word.startswith("--")
+        if several and at and not words[at - 1].startswith("--"):
+            found[-1] += f",{word}"
+        else:
+            found.append(word)
     return found
 
 

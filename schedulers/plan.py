@@ -45,7 +45,8 @@ class ScheduleSettings:
     """gpipe, one_f_one_b, interleaved, zero_bubble, balanced (shares layers between neighbours), skippipe (partial
     routes through the slow links of --network), or roundpipe (workers that hold nothing, state in host memory)."""
     microbatches: Annotated[int, Within(1, 65536)] = 8
-    """Microbatches per step, over all replicas."""
+    """Microbatches per step, over all replicas, whose gradients are added up: global batch = microbatches x
+    microbatch_size. See also --grad-accumulation and --global-batch."""
     ends: Literal["auto", "in-line", "home", "apart"] = "auto"
     """Where the embedding and the head go: in-line with the blocks, the head home to the first worker, or both apart
     from the blocks on a worker of their own (--scheduler one_f_one_b); auto is in-line unless --recovery needs more."""

@@ -53,7 +53,7 @@ from pipeline.schedule.layout import EVALUATE, TRAIN
 from pipeline.schedule.ops import Route
 from pipeline.state.host_optimizer import HostOptimizer
 from pipeline.state.host_store import HostStore, store_path
-from pipeline.state.optimizer import decay_groups, learning_rate
+from pipeline.state.optimizer import OptimizerConfig, decay_groups, learning_rate
 from pipeline.store.hosting import StoreThread
 from recovery.commit import READY
 from recovery.member import Member
@@ -398,7 +398,7 @@ def plain_training(
     config: TrainConfig, model_config: PreTrainedConfig, device: str = "cpu", routes: Sequence[Route] = (),
     behind: bool = False,
 ) -> Outcome:  # fmt: skip
-    """The same training with transformers and torch in this process: full model, full batch, one AdamW.
+    """The same training with transformers and torch in this process: full model, full batch, one optimizer.
 
     With `routes`, by microbatch, only the blocks that a route visits are run, in its order, and the gradient of a
     block is divided by the tokens that have visited it. With `behind`, gradients are those of the weights before the
@@ -426,7 +426,7 @@ def plain_training(
     model.to(device).train()
     job, settings = make_job(config, model_config.vocab_size), config.optimizer_config()
     named = {standard[n]: p for n, p in model.named_parameters() if p.requires_grad}
-    adamw = torch.optim.AdamW(decay_groups(named, settings.weight_decay), betas=settings.betas, eps=settings.eps)  # type: ignore[arg-type]
+    optimizers = _plain_optimizers(named, settings)
     tokens = config.samples_per_step * config.sequence_length
     outcome = Outcome([], [], {}, {})
     older = {n: p.detach().clone() for n, p in named.items()}
@@ -452,14 +452,28 @@ def plain_training(
                 if parameter.grad is not None:
                     parameter.grad *= len(routes) / visits
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or float("inf"))
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        adamw.step()
-        adamw.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            optimizer.step()
+            optimizer.zero_grad()
         outcome.losses.append(total)
         outcome.norms.append(float(norm))
     outcome.weights = {n: p.detach().cpu() for n, p in named.items()}
     return outcome
+
+
+def _plain_optimizers(named: dict[str, torch.nn.Parameter], settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """torch's own, over the whole model."""
+    if settings.optimizer == "sgd":
+        return [torch.optim.SGD(named.values(), lr=settings.lr, momentum=settings.momentum)]
+    muon = {n: p for n, p in named.items() if settings.optimizer == "muon" and p.dim() == 2 and ".layers." in n}
+    groups: Any = decay_groups({n: p for n, p in named.items() if n not in muon}, settings.weight_decay)
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)]
+    if muon:
+        how: Any = {"weight_decay": settings.weight_decay, "momentum": settings.momentum}
+        found.append(torch.optim.Muon(muon.values(), adjust_lr_fn="match_rms_adamw", **how))
+    return found
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class Crowd:
         self.store, self.cluster, self.told = dist.HashStore(), Pretended(), list[tuple[str, dict[str, Any]]]()
         self.config = replace(CONFIG, **changes)
         self.slot = find_slot(self.config, {})
-        handle = StoreHandle(self.store, "10.0.0.1", 4711, "unbroken")
+        handle = StoreHandle(self.store, "10.0.0.1", 4711, "unbroken", b"t" * 32)
         self.crew = Crew.of(self.config, self.slot, self.cluster, handle)
         self.crew.tell = lambda event, **fields: self.told.append((event, fields))
         self.crew.ask()
@@ -130,7 +130,7 @@ def test_who_coordinates_has_no_workers_and_agents_have_neighbours() -> None:
 
 def test_an_agent_knows_its_place_by_what_it_was_started_with() -> None:
     slot = replace(find_slot(CONFIG, {}), rank=2)
-    handle = StoreHandle(dist.HashStore(), "10.0.0.1", 4711, "unbroken")
+    handle = StoreHandle(dist.HashStore(), "10.0.0.1", 4711, "unbroken", b"t" * 32)
     found = find_slot(CONFIG, {**environment_of(slot, handle), PARENT: "77"})
     assert found == Slot(2, 3, host="10.0.0.1", port=4711, prefix="unbroken", cluster=True, parent=77)
     assert not found.coordinates
@@ -145,10 +145,12 @@ def test_a_node_is_told_all_that_depends_on_the_machine_where_the_run_was_starte
     (tmp_path / "settings.toml").write_text(crowd.cluster.asked[0].settings)
     assert config_from_toml(tmp_path / "settings.toml", TrainConfig) == crowd.config
     assert [(each.rank, each.cpus, each.gpus) for each in crowd.cluster.asked] == [(1, 6.0, 0), (2, 6.0, 0)]
-    monkeypatch.setenv("UNBROKEN_TOKEN_FILE", "here")
+    monkeypatch.setenv("UNBROKEN_CACHE", "here")
+    monkeypatch.setenv("UNBROKEN_TOKEN", "t" * 32)
     other = Crowd(monkeypatch, device="cuda")
     assert [each.gpus for each in other.cluster.asked] == [2, 2]
-    assert other.cluster.asked[0].environment["UNBROKEN_TOKEN_FILE"] == "here"
+    assert other.cluster.asked[0].environment["UNBROKEN_CACHE"] == "here"
+    assert "UNBROKEN_TOKEN" not in other.cluster.asked[0].environment
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,18 +99,17 @@ def test_recomputing_leaves_the_inputs_of_blocks_alone() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_is_what_a_store_holds(name: str, spans: list[Span], trained: tuple[str, ...], optimizer: str) -> None:
     model = LayeredModel(CONFIGS[name], trained=trained)
-    store = ResidentStore(
-        model, spans, OptimizerConfig(optimizer=optimizer), seed=0, device=torch.device("cpu")
-    )  # fmt: skip
+    config = OptimizerConfig(optimizer=optimizer, momentum=0.5 if optimizer == "muon" else 0.0)
+    store = ResidentStore(model, spans, config, seed=0, device=torch.device("cpu"))
     held: list[Tensor] = [p for module in store.modules.values() for p in module.parameters()]
     held += store.gradients.values()
     for each in store.states.values():
         held += [t for n in each.parameters for k, t in each.moments(n).items() if k != "step"]
-    assert state_bytes(model, spans, optimizer) == unique_bytes(held, [])
+    assert state_bytes(model, spans, config) == unique_bytes(held, [])
     assert (
         not model.tied
         or spans == [(0, 6)]
-        or optimizer == "sgd"
+        or optimizer != "adamw"
         or state_bytes(model, spans) <= sum(model.state_bytes(layer) for span in spans for layer in range(*span))
     )
 

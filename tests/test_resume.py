@@ -39,9 +39,9 @@ def test_every_setting_is_of_one_kind() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NUMBERS if name != "samples_per_step"])
 def test_a_number_of_the_run_is_changed_only_by_who_says_so(name: str) -> None:
-    before = TrainConfig(lr=0.002, warmup=20, optimizer="adamw", clip=1.0)
+    before = TrainConfig(lr=0.002, warmup=20, optimizer="adamw", clip=1.0, momentum=0.9)
     value = getattr(before, name)
-    words = {"dtype": "bfloat16", "gradient_dtype": "bfloat16", "optimizer": "sgd"}
+    words = {"dtype": "bfloat16", "gradient_dtype": "bfloat16", "optimizer": "sgd", "lr_schedule": "linear"}
     other = words[name] if name in words else not value if isinstance(value, bool) else value + 1
     now = replace(before, resume=True, **{name: other})
     with pytest.raises(

@@ -23,6 +23,7 @@ from torch import Tensor
 from jobs.config import TrainConfig
 from jobs.data import Dataset
 from jobs.job import RunJob
+from jobs.mixture import Mixture
 from jobs.plan import open_dataset
 from jobs.row_data import RowDataset, Sample
 from jobs.row_job import RowJob
@@ -86,6 +87,10 @@ class FirstGradientsJob:
         """See RunJob."""
         return self.job.next_sample(step)
 
+    def sources(self, step: int) -> dict[str, int]:
+        """See RunJob."""
+        return {}
+
     def batch(self, step: int, microbatch: int, needs: Needs) -> Batch:
         """See pipeline.runtime.batch.Job."""
         found = self.job.batch(step, microbatch, needs)
@@ -146,7 +151,9 @@ def first_gradients_jobs(config: FirstGradientsConfig, jobs: dict[str, RunJob]) 
     train = jobs[TRAIN]
     assert isinstance(train, RowJob | TextJob)
     erased = RowDataset.open(config.erased) if isinstance(train, RowJob) else Dataset.open(config.erased)
-    job = FirstGradientsJob(train, open_dataset(config.out), erased, config.gradients, config.wanted)
+    data = open_dataset(config.out)
+    assert not isinstance(data, Mixture)  # of which nothing can be forgotten
+    job = FirstGradientsJob(train, data, erased, config.gradients, config.wanted)
     return {**jobs, TRAIN: job}
 
 

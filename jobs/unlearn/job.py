@@ -44,6 +44,10 @@ class UnlearnJob:
         """See RunJob."""
         return self.ids.next_sample(step)
 
+    def sources(self, step: int) -> dict[str, int]:
+        """See RunJob."""
+        return {}
+
     def kind_of(self, step: int, microbatch: int) -> tuple[str, int]:
         """Of which kind a microbatch is, and how many of that kind there were before it."""
         before, place = divmod(step * self.microbatches + microbatch, len(self.method.kinds))

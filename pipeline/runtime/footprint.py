@@ -39,11 +39,12 @@ from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import Bound, Held, Sizes, bounds
 from pipeline.schedule.layout import Excerpt
 from pipeline.schedule.ops import COMPUTE, B, F, I, Key, Op, R, Schedule, Span, W
-from pipeline.state.optimizer import MOMENTS, OptimizerConfig
+from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 
 Links = Literal["shm", "gloo"]
 """What messages go through: all of them through the same."""
+_ADAMW = OptimizerConfig()
 _BUFFERS = 2
 """Per link: the one that is posted, and a sent one that has left while the thread that lets go of it is about to."""
 
@@ -82,7 +83,7 @@ class SpanBytes:
 
 
 def footprints(
-    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, optimizer: str = "adamw",
+    model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, optimizer: OptimizerConfig = _ADAMW,
     links: Links = "shm",
 ) -> dict[int, Footprint]:  # fmt: skip
     """Worker -> its bytes at most, whatever the times and the network, under a lowered schedule of resident workers.
@@ -123,13 +124,12 @@ def num_slots(bound: Bound) -> int:
     return sum(max(KEPT, most) for most in bound.slots.values())
 
 
-def state_bytes(model: LayeredModel, spans: Iterable[Span], optimizer: str = "adamw") -> int:
-    """What a worker keeps for `spans` from step to step, in fp32: weights, and of what is trained gradients and AdamW's
-    two moments. A weight that both ends of the model share counts once."""
-    kept = 2 + sum(kind != "step" for kind in MOMENTS[optimizer])
+def state_bytes(model: LayeredModel, spans: Iterable[Span], optimizer: OptimizerConfig = _ADAMW) -> int:
+    """What a worker keeps for `spans` from step to step, in fp32: weights, and of what is trained gradients and the
+    optimizer's moments. A weight that both ends of the model share counts once."""
     sizes = {
-        (None if name in model.tied_keys else span, name): (kept if name in model.differentiated(layer) else 1)
-        * math.prod(shape)
+        (None if name in model.tied_keys else span, name): math.prod(shape)
+        * (2 + optimizer.num_moments(len(shape), layer in model.blocks) if name in model.differentiated(layer) else 1)
         for span in spans
         for layer in range(*span)
         for name, shape in model.shapes(layer).items()

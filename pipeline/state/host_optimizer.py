@@ -1,4 +1,4 @@
-"""The optimizer beside the pipeline: a thread of the host that sums gradient blocks and applies AdamW, layer by layer.
+"""The optimizer beside the pipeline: a thread of the host that sums gradient blocks and applies them, layer by layer.
 
 Blocks of one layer are added in the order of their rounds, whoever computed them and whenever they came, so the sum is
 the same to the last bit for every number of workers and after every failure. A layer's weights get a version with every
@@ -56,13 +56,15 @@ class HostOptimizer(LayerStates):
         trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
         first = names.index(trained[0]) if trained else 0
         assert tuple(names[first : first + len(trained)]) == trained, f"state {spec.name} is not in one piece"
+        block = spec.owner in self.model.blocks
+        kept = {key: self.config.kinds(len(shapes[key]), block) for key in trained}
         at, end = (sum(math.prod(shapes[n]) for n in names[:place]) for place in (first, first + len(trained)))
         state = LayerState(
             spec.name, {key: nn.Parameter(self.store[f"param/{key}"]) for key in trained}, self.config,
             frozen={key: self.store[f"param/{key}"] for key in frozen},
             gradient=self.store[f"grad/{spec.owner}"][at:end],
-            moments={key: {kind: self.store[f"{kind}/{key}"] for kind in ("exp_avg", "exp_avg_sq")} for key in trained},
-            masks=None if self._masks is None else read_masks(self._masks, spec),
+            moments={key: {k: self.store[f"{k}/{key}"] for k in kinds if k != "step"} for key, kinds in kept.items()},
+            masks=None if self._masks is None else read_masks(self._masks, spec), block=block,
         )  # fmt: skip
         state.pull = None if self.model.lora is None else self.model.lora.pull
         return state

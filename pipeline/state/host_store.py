@@ -14,7 +14,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
@@ -27,6 +27,7 @@ from pipeline.locks import lock, unlock
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.ops import Span
 from pipeline.schedule.work_units import Cut
+from pipeline.state.optimizer import OptimizerConfig
 
 ALIGN = 64
 """Bytes: a cache line, and what vector loads want."""
@@ -71,6 +72,7 @@ class StoreLayout:
     behind: bool = False
     compute: torch.dtype = torch.float32
     gradients: torch.dtype = torch.float32
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
@@ -117,18 +119,19 @@ class StoreLayout:
 
         model, layers = self.model, range(self.model.num_layers)
         owned = {key: model.shapes(layer)[key] for layer in layers for key in model.keys(layer)}
-        trained = [key for layer in layers for key in model.trainable(layer)]
-        for kind in ("exp_avg", "exp_avg_sq"):
-            for key in trained:
-                place(f"{kind}/{key}", owned[key])
+        trained = {key: layer for layer in layers for key in model.trainable(layer)}
+        for key, layer in trained.items():
+            for kind in self.optimizer.kinds(len(owned[key]), layer in model.blocks):
+                if kind != "step":
+                    place(f"{kind}/{key}", owned[key])
         for layer in layers:
             place(f"grad/{layer}", (self.gradient_size((layer, layer + 1)),))
         for key in owned:
             if torch.float32 not in self._in[key]:
                 place(f"param/{key}", owned[key])
         found[_TRAVELS] = at, (), torch.uint8  # from here on, what is copied to and from devices
-        read = {f"read{side}": trained for side in (0, 1) if self.behind}
-        for kind, keys in {"param": list(owned), **read}.items():
+        read = {f"read{side}": list(trained) for side in (0, 1) if self.behind}
+        for kind, keys in {"param": owned, **read}.items():
             place(f"version/{kind}", (model.num_layers,), torch.int64)
             for key in keys:
                 for dtype in self._in[key]:

@@ -1,7 +1,7 @@
 """The state of a layer, the unit in which state is kept, sent, saved and restored.
 
-    weights, AdamW's moments and step counts (SGD has none), the scale of the learning rate; the committed step that all
-    of this is of (`version`), and the generation of the run.
+    weights, the optimizer's moments and step counts, the scale of the learning rate; the committed step that all of
+    this is of (`version`), and the generation of the run.
 
 A weight that several layers share is a state of its own. Gradients lie beside it, in one flat vector, which may be a
 part of a larger one: what is summed over replicas at once lies together.
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from pipeline.model.layered import LayeredModel
 from pipeline.state.checksum import checksum
-from pipeline.state.cpu_adam import make_adamw
+from pipeline.state.make_optimizer import make_optimizers
 from pipeline.state.masks import Masks, mask_gradients, put_back
-from pipeline.state.optimizer import OptimizerConfig, decay_groups
-
-MOMENT_KEYS = ("step/", "exp_avg/", "exp_avg_sq/")
+from pipeline.state.optimizer import OptimizerConfig
 
 
 class StateChanged(RuntimeError):
@@ -38,12 +36,13 @@ class LayerState:
     def __init__(
         self, name: str, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, *,
         frozen: Mapping[str, Tensor] | None = None, gradient: Tensor | None = None,
-        moments: Mapping[str, Mapping[str, Tensor]] | None = None, masks: Masks | None = None,
+        moments: Mapping[str, Mapping[str, Tensor]] | None = None, masks: Masks | None = None, block: bool = False,
     ) -> None:  # fmt: skip
-        """`gradient` [all elements, in order] and `moments` (name -> exp_avg, exp_avg_sq) are used where they lie, if
-        they are given, and are made otherwise; all of them begin as zeros. With `masks`, nothing else is updated: not
-        by a gradient, and not by weight decay."""
+        """`gradient` [all elements, in order] and `moments` (name -> kind) are used where they lie, if they are given,
+        and are made otherwise; all of them begin as zeros. With `masks`, nothing else is updated: not by a gradient,
+        and not by weight decay. `block`: the weights are those of a decoder block, which Muon takes."""
         self.name, self.parameters, self.frozen, self.config = name, dict(parameters), dict(frozen or {}), config
+        self.block = block
         device = next(iter((*self.parameters.values(), *self.frozen.values()))).device
         self.masks = None if masks is None else {name: mask.to(device) for name, mask in masks.items()}
         self.lr_scale = torch.ones(())  # on the host, which alone reads it
@@ -53,26 +52,13 @@ class LayerState:
         """Adds to the gradient, once it is scaled, what no loss of a microbatch gives."""
         self._seal: Tensor | None = None
         self.bind(torch.zeros(self.size, dtype=torch.float32, device=device) if gradient is None else gradient)
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
         if self.parameters:
             self._begin(moments)
 
     def _begin(self, moments: Mapping[str, Mapping[str, Tensor]] | None) -> None:
-        """Have an optimizer and moments."""
-        config = self.config
-        if config.optimizer == "sgd":
-            self._optimizer = torch.optim.SGD(self.parameters.values(), lr=config.lr)
-            return
-        self._optimizer = make_adamw(
-            decay_groups(self.parameters, config.weight_decay), config.implementation, lr=config.lr,
-            betas=config.betas, eps=config.eps,
-        )  # fmt: skip
-        for key, parameter in self.parameters.items():  # there from the start: one form before and after step 1
-            given = {} if moments is None else moments[key]
-            self._optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{kind: given.get(kind, torch.zeros_like(parameter)) for kind in ("exp_avg", "exp_avg_sq")},
-            }
+        """Have optimizers and moments."""
+        self._optimizers = make_optimizers(self.parameters, self.config, self.block, moments)
 
     @property
     def size(self) -> int:
@@ -98,16 +84,17 @@ class LayerState:
         StateChanged for a sealed state that is not what it was."""
         self.require_intact()
         self.unseal()
-        if self._optimizer is not None:
+        if self._optimizers:
             self._mask()
             if scale != 1.0:
                 self.gradient.mul_(scale)
             if self.pull is not None:
                 self.pull(self.parameters)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr * float(self.lr_scale)
             before = self._before()
-            self._optimizer.step()
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * float(self.lr_scale)
+                optimizer.step()
             self._put_back(before)
             self.gradient.zero_()
         self.version += 1
@@ -135,21 +122,25 @@ class LayerState:
         self.unseal()
         self.lr_scale.fill_(1.0)
         if self.parameters:
-            self._forget()
+            self._forget(self.parameters)
 
-    def _forget(self) -> None:
-        for name in self.parameters:
+    def _forget(self, names: Iterable[str]) -> None:
+        """No moments of these parameters."""
+        for name in names:
             for tensor in self.moments(name).values():
                 tensor.zero_()
 
     # ---- what it consists of ----
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """AdamW's `step`, `exp_avg` and `exp_avg_sq` of the parameter called `name`: the tensors themselves. SGD has
-        none."""
-        assert self._optimizer is not None
-        kept = self._optimizer.state[self.parameters[name]]
-        return {kind: kept[kind] for kind in self.config.moments if kind in kept}
+        """What the optimizer keeps of the parameter called `name`, by kind: the tensors themselves. AdamW has `step`,
+        `exp_avg` and `exp_avg_sq`, momentum `momentum_buffer`; plain SGD has nothing."""
+        parameter = self.parameters[name]
+        kept = next((each.state[parameter] for each in self._optimizers if parameter in each.state), {})
+        return {kind: kept[kind] for kind in self._kinds(name)}
+
+    def _kinds(self, name: str) -> tuple[str, ...]:
+        return self.config.kinds(self.parameters[name].dim(), self.block)
 
     def weights(self) -> dict[str, Tensor]:
         """Full name -> weight, trained or not."""
@@ -160,7 +151,7 @@ class LayerState:
         return {**self.parameters, **self.frozen}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, not copied: `param/NAME`; of what is trained `step/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, and
+        """All of it, not copied: `param/NAME`; of what is trained its moments, such as `exp_avg/NAME`, and
         `lr_scale/NAME` once, of the first."""
         found = {f"param/{name}": tensor for name, tensor in self.weights().items()}
         for place, name in enumerate(self.parameters):
@@ -173,19 +164,20 @@ class LayerState:
         """Those of `tensors`, in its order."""
         found = [f"param/{name}" for name in (*self.parameters, *self.frozen)]
         for place, name in enumerate(self.parameters):
-            found += [f"{kind}/{name}" for kind in self.config.moments]
+            found += [f"{kind}/{name}" for kind in self._kinds(name)]
             found += [f"lr_scale/{name}"] if place == 0 else []
         return found
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a state given by `tensors` in; where it is of SGD, moments begin anew. Raises KeyError for a missing
-        tensor, RuntimeError for a shape."""
+        """Copy a state given by `tensors` in. A parameter that has none of its moments there, which another optimizer
+        has trained, begins with new ones. Raises KeyError for a missing tensor, RuntimeError for a shape."""
         wanted = self.keys()
-        if not any(key.startswith(MOMENT_KEYS) for key in tensors):
-            wanted = [key for key in wanted if not key.startswith(MOMENT_KEYS)]
-            if self.parameters:
-                self._forget()
+        for name in self.parameters:
+            mine = {f"{kind}/{name}" for kind in self._kinds(name)}
+            if mine and mine.isdisjoint(tensors):
+                wanted = [key for key in wanted if key not in mine]
+                self._forget((name,))
         given = {key: tensors[key] for key in wanted if key in tensors or not key.startswith("lr_scale/")}
         if len(given) < len(wanted):  # an older checkpoint has one scale for both states of a layer
             self.lr_scale.fill_(1.0)

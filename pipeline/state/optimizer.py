@@ -1,24 +1,25 @@
-"""The optimizer's settings: warm-up and cosine, AdamW's decay for matrices alone, clipping by the norm over the whole
-model. Plain gradient steps (SGD) keep nothing from step to step beside the weights.
+"""The optimizer's settings: the learning rate over the steps, clipping by the norm over the whole model, decay for
+matrices alone, and what each optimizer keeps of a parameter from step to step.
 
-Every layer has an optimizer of its own (`layer_state.py`), so that a layer can be moved, rebuilt with fresh moments or
-given another learning rate without touching its neighbours.
+Every layer has optimizers of its own (`layer_state.py`, `make_optimizer.py`), so that a layer can be moved, rebuilt
+with fresh moments or given another learning rate without touching its neighbours.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from torch import nn
 
 from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_known
+from pipeline.state.lr_schedule import SHAPES
 
-OPTIMIZERS = ("adamw", "sgd")
-MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ()}
-"""What an optimizer keeps of each parameter."""
+OPTIMIZERS = ("adamw", "sgd", "muon")
+ADAMW, MOMENTUM = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+"""What AdamW, and what momentum, keep of a parameter."""
+MUON_MOMENTUM = 0.95
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,26 @@ class OptimizerSettings:
     """The optimizer, and the learning rate."""
 
     optimizer: str | None = None
-    """adamw, or sgd: gradient times learning rate, with no moments and no decay. Unset, adamw, or what a method of
+    """adamw; muon (momentum made orthogonal for the matrices of the blocks, AdamW for all else, one learning rate for
+    both); or sgd: gradient, or momentum, times learning rate, with no decay. Unset, adamw, or what a method of
     unlearning asks for."""
     lr: Annotated[float | None, Within(0, 100, above=True)] = None
     """Peak learning rate. Unset, it is 2e-3 where weights begin at random; 2e-5 for weights that were trained
     before, as Llama 2 was fine-tuned (arXiv 2307.09288, section 3.1); 2e-4 for adapters on these, as in QLoRA
     (2305.14314)."""
     warmup: Annotated[int | None, Within(0, MOST_STEPS)] = None
-    """Steps of linear warm-up; a cosine follows. Unset, a tenth of --steps, and 20 at most."""
+    """Steps of linear warm-up; --lr-schedule follows. Unset, a tenth of --steps, and 20 at most."""
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """How the learning rate goes after the warm-up: half a cosine or a line down to the last step, wsd (the peak, then
+    a line over the last --lr-decay-share of all steps), or the peak to the end."""
+    lr_decay_share: Annotated[float, Within(0, 1, above=True)] = 0.2
+    """The share of --steps over which wsd decays."""
     min_lr_ratio: Annotated[float, Within(0, 1)] = 0.1
-    """Where the cosine ends, as a share of --lr."""
+    """Where the decay ends, as a share of --lr."""
+    momentum: Annotated[float | None, Within(0, 1, below=True)] = None
+    """That of muon and sgd. Unset, it is 0.95 under muon, and sgd has none."""
     weight_decay: Annotated[float, Within(0, 100)] = 0.1
-    """AdamW's decay of matrices; norms and biases do not decay."""
+    """Decay of matrices under adamw and muon; norms and biases do not decay."""
     beta1: Annotated[float, Within(0, 1, below=True)] = 0.9
     """AdamW's first moment decay."""
     beta2: Annotated[float, Within(0, 1, below=True)] = 0.95
@@ -56,9 +65,13 @@ class OptimizerSettings:
         anyway."""
         if self.optimizer is not None:
             require_known("optimizer", self.optimizer, OPTIMIZERS)
-        if self.optimizer == "sgd":
-            require(run.scheduler != "roundpipe", "optimizer", "sgd", "adamw under scheduler roundpipe")
-            require(not run.shard_optimizer, "optimizer", "sgd", "adamw with shard_optimizer: sgd has nothing to share")
+        if self.optimizer in ("sgd", "muon"):
+            require(
+                not run.shard_optimizer, "optimizer", self.optimizer,
+                "adamw with shard_optimizer: the moments of others are not cut into ranges",
+            )  # fmt: skip
+        else:
+            require(self.momentum is None, "momentum", self.momentum, "unset under optimizer adamw: see beta1")
         require(
             not self.exact_sums or run.scheduler != "roundpipe", "exact_sums", self.exact_sums,
             "False under scheduler roundpipe, whose sums do not depend on the workers",
@@ -67,7 +80,9 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), or SGD, under a linear warm-up and a cosine decay."""
+    """An optimizer under a schedule: AdamW (Loshchilov and Hutter, arXiv 1711.05101), SGD, or Muon (Jordan et al.,
+    an optimizer for hidden layers in neural networks, 2024), with the scale of updates that lets one learning rate
+    serve it and AdamW (2502.16982, section 2.2)."""
 
     lr: float = 1e-3
     total_steps: int = 100
@@ -80,20 +95,28 @@ class OptimizerConfig:
     implementation: str = "torch"
     """"torch" or, for weights in host memory, "deepspeed": whose AdamW."""
     optimizer: str = "adamw"
+    schedule: str = "cosine"
+    decay_share: float = 0.2
+    momentum: float = 0.0
 
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """What is kept of each parameter."""
-        return MOMENTS[self.optimizer]
+    def kinds(self, num_dims: int, block: bool) -> tuple[str, ...]:
+        """What is kept of a parameter with so many dimensions, of a decoder block or not."""
+        if self.optimizer == "sgd":
+            return MOMENTUM if self.momentum else ()
+        return MOMENTUM if self.optimizer == "muon" and block and num_dims == 2 else ADAMW
+
+    def num_moments(self, num_dims: int, block: bool) -> int:
+        """How many of them have a number for each of the parameter."""
+        return sum(kind != "step" for kind in self.kinds(num_dims, block))
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate of 0-based `step`: lr (step + 1) / warmup, then half a cosine from lr to lr * min_lr_ratio."""
+    """The rate of 0-based `step`: lr (step + 1) / warmup, then from lr to lr * min_lr_ratio as the schedule goes."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
     floor = config.lr * config.min_lr_ratio
-    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    left = SHAPES[config.schedule](step, config.warmup_steps, config.total_steps, config.decay_share)
+    return floor + (config.lr - floor) * left
 
 
 def clip_factor(norm: float, limit: float) -> float:

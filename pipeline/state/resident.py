@@ -144,7 +144,8 @@ class ResidentStore(LayerStates):
     def _made(self, spec: NamedState, weights: Mapping[str, nn.Parameter], part: str) -> LayerState:
         """A new state of a part; who keeps a share of the part keeps one of the moments."""
         trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
-        make = partial(ShardedState, share=self.shares[part]) if part in self.shares else LayerState
+        whole = partial(LayerState, block=spec.owner in self.model.blocks)
+        make = partial(ShardedState, share=self.shares[part]) if part in self.shares else whole
         state = make(
             spec.name, {name: weights[name] for name in trained}, self.config,
             frozen={name: weights[name].detach() for name in frozen},

@@ -119,9 +119,12 @@ class ShardedState(LayerState):
         super().drop()
         self._bits = self._aside = None
 
-    def _forget(self) -> None:
-        for tensor in (*self._kept.values(), *self._steps.values()):
-            tensor.zero_()
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._steps[name].zero_()
+            for block in (block for block in self._blocks if block.name == name):
+                for kept in self._kept.values():
+                    block.kept(kept).zero_()
 
     # ---- what it consists of ----
 

@@ -62,6 +62,9 @@ class SimJob:
     def next_sample(self, step: int) -> int:
         return step * 8
 
+    def sources(self, step: int) -> dict[str, int]:
+        return {}
+
     def prepare(self, engine: Any, step: int) -> None:
         assert self.carried["steps"] == step, f"step {step} is prepared by a job that carries {self.carried}"
 
