@@ -106,10 +106,11 @@ def _flat(values: Mapping[str, Any], cls: type) -> list[tuple[str, Any]]:
     twice."""
     known, found = tables(cls), list[tuple[str, Any]]()
     for name, value in values.items():
-        if name not in known or not isinstance(value, Mapping):
+        own = declared(known[name]) if name in known else ()
+        sources = name == "data" and isinstance(value, Mapping) and {key.replace("-", "_") for key in value}.isdisjoint(own)
+        if not own or sources or not isinstance(value, Mapping):  # [data] may have settings, or sources by weight
             found.append((name, value))
             continue
-        own = declared(known[name])
         for key in value:
             theirs = [other for other, group in known.items() if key.replace("-", "_") in declared(group)]
             require(
