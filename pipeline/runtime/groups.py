@@ -180,7 +180,7 @@ class GroupBuilder:
             raise ValueError(f"worker {self.worker} asked for group {name!r} of {list(members)}; it must be a member")
         rank, size, store = list(members).index(self.worker), len(members), dist.PrefixStore(name, self.store)
         if rank == 0:
-            store.set("key", secrets.token_bytes(32))
+            store.set("key", secrets.token_hex(32))
         self._meet(store, name, members)
         if backend == "nccl":
             nccl = dist.ProcessGroupNCCL.Options()
