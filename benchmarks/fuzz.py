@@ -2,13 +2,14 @@
 
     python benchmarks/fuzz.py --out benchmarks/results
 
-Three runs, each calm first and then under attack for as long as it lasts: workers with sockets between them (`--links
-gloo`) of which one is killed on the way, so that groups are built anew meanwhile; the same with shared memory; and a
-pool. Ports are those at which any process of the run listens, found again twice a second; Unix sockets by their names.
-The stranger has no token. It says random bytes, half of a handshake, whole ones under a token of its own with sealed
-frames behind, what torch's own store would understand, and the numbers by which gloo tells its connections apart; many
-of its connections stay open. A run is harmed unless it ends with 0, the losses of the calm one to the last bit, and a
-ledger of every step once.
+Four runs, each calm first and then under attack for as long as it lasts: workers with sockets between them (`--links
+gloo`) of which one is killed on the way, so that groups are built anew meanwhile; the same with shared memory; a pool;
+and one whose store gets 40,000 connections as fast as they go, of which each says half a handshake. Ports are those at
+which any process of the run listens, found again twice a second; Unix sockets by their names. The stranger has no
+token. It says random bytes, half of a handshake, whole ones under a token of its own with sealed frames behind, what
+torch's own store would understand, and the numbers by which gloo tells its connections apart; many of its connections
+stay open. A run is harmed unless it ends with 0, the losses of the calm one to the last bit, and a ledger of every step
+once.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ from pipeline.store.handshake import HELLO, NONCE_BYTES, PROOF_BYTES, Secrets
 from pipeline.store.table import Op
 
 KILLED = ["--workers", "4", "--replicas", "2", "--exact-sums", "--inject", "kill:worker=2,step=40,at=backward"]
+FLOOD = "a flood of half messages at the store"
 RUNS = {
     "sockets, a worker killed": [*KILLED, "--links", "gloo"],
     "shared memory, a worker killed": KILLED,
     "a pool": ["--scheduler", "roundpipe", "--workers", "2"],
+    FLOOD: ["--workers", "2"],
 }
 UNHARMED = "unharmed: exit code 0, the calm run's losses to the last bit, ledger whole"
-HELD, UNDER_WAY, DEADLINE_S = 2_000, 512, 600.0
+HELD, UNDER_WAY, BURST, DEADLINE_S = 2_000, 512, 2_000, 600.0
 
 
 def flags(out: Path, steps: int, more: list[str]) -> list[str]:
@@ -113,6 +116,20 @@ class Stranger:
         self._selector.register(end, selectors.EVENT_WRITE, (what, said, time.monotonic()))
         self._under_way += 1
 
+    def flood(self, at: Any, count: int) -> None:
+        """So many connections that each say half a handshake; the newest stay open."""
+        what = "the store"
+        self.ports.setdefault(what, set()).add(at)
+        for _ in range(count):
+            self.tried[what] += 1
+            self.kinds["half a handshake"] += 1
+            with suppress(OSError):
+                self._held.append(socket.create_connection(at, timeout=5))
+                self.let_in[what] += 1
+                self.sent[what] += self._held[-1].send(HELLO + bytes(self._chance.randrange(NONCE_BYTES)))
+            while len(self._held) > HELD:
+                self._held.popleft().close()
+
     def go_on(self) -> None:
         """Say what is to be said where a connection is there; give up those that are not let in."""
         for key, _ in self._selector.select(0.005 if self._under_way >= UNDER_WAY else 0.0):
@@ -174,8 +191,10 @@ def listeners(pid: int) -> list[tuple[str, Any, int]]:
     return found
 
 
-def run(forkserver: ForkServer, folder: Path, arguments: list[str], stranger: Stranger | None) -> dict[str, Any]:
-    """One run to its end, under attack or not."""
+def run(
+    forkserver: ForkServer, folder: Path, arguments: list[str], stranger: Stranger | None, flood: int = 0
+) -> dict[str, Any]:
+    """One run to its end, under attack or not; `flood`: by so many connections at its store, and nothing else."""
     out, log, began = folder / "run", folder / "log", time.monotonic()
     pid = forkserver.start({"arguments": [*arguments], "log": str(log)})
     ended, targets, looked = None, list[tuple[str, Any, int]](), 0.0
@@ -186,6 +205,12 @@ def run(forkserver: ForkServer, folder: Path, arguments: list[str], stranger: St
                 continue
             if time.monotonic() - looked > 0.5:
                 targets, looked = listeners(pid), time.monotonic()
+                if flood:
+                    stores = [at for what, at, _ in targets if what == "the store"]
+                    targets = []
+                    if stores and (out / "metrics.jsonl").exists():
+                        stranger.flood(stores[0], min(flood, BURST))
+                        flood, looked = flood - min(flood, BURST), 0.0
             for _ in range(32):
                 if targets and not stranger.busy:
                     stranger.attack(*stranger._chance.choice(targets))
@@ -221,7 +246,7 @@ def measure(steps: int, seed: int, names: list[str], advance: Any) -> dict[str, 
             calm = run(forkserver, folder, arguments, None)
             advance(number + 0.4)
             try:
-                attacked = run(forkserver, folder, arguments, stranger)
+                attacked = run(forkserver, folder, arguments, stranger, 40_000 if name == FLOOD else 0)
             finally:
                 stranger.close()
             whole = attacked["steps"] == list(range(1, steps + 1)) and attacked["samples"] == calm["samples"]
