@@ -129,6 +129,8 @@ def said_long(seconds: float) -> str:
     seconds = max(0.0, seconds)
     if seconds < 90:
         return duration(seconds) if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     minutes, hours = round(seconds / 60), seconds / 3600
     return f"{minutes} min" if minutes < 90 else f"{int(hours)} h {round(60 * (hours % 1)):02d} min"
 
@@ -215,7 +217,7 @@ def _strip(run: RunFiles, clock: RunClock, found: Sequence[Loss]) -> Strip | Non
         ended = f", then it {stay.ended}" if stay.ended else ""
         title = f"worker {stay.worker}: {said_long(stay.start)} to {said_long(stay.end)}{held}{ended}"
         text = f"worker {stay.worker}" + (f" · layers {stay.layers}" if stay.layers else "")
-        boxes.append(Box(stay.lane, 100 * stay.start / total, 100 * (stay.end - stay.start) / total, text, title,
+        boxes.append(Box(stay.worker, stay.lane, 100 * stay.start / total, 100 * (stay.end - stay.start) / total, text, title,
                          stay.ended not in ("", "left")))  # fmt: skip
     bands = [
         (100 * clock.at(a) / total, 100 * (clock.at(b) - clock.at(a)) / total, f"no commit for {duration(b - a)}")
@@ -224,7 +226,7 @@ def _strip(run: RunFiles, clock: RunClock, found: Sequence[Loss]) -> Strip | Non
     marks = [(clock.at(loss.at), number, _told(loss)) for number, loss in enumerate(found, 1)]
     at = [(100 * second / total, said_long(second)) for second in ticks(0.0, total, 6)]
     lanes = 1 + max((stay.lane for stay in here), default=0)
-    caption = f"{len({stay.worker for stay in here})} workers in {lanes} lanes, {said_long(total)}"
+    caption = f"{len({stay.worker for stay in here})} worker(s) in {lanes} lane(s), {said_long(total)}"
     if lanes > _MOST_LANES:
         caption += f"; the first {_MOST_LANES} lanes are shown"
     return Strip(min(lanes, _MOST_LANES), boxes, bands, at, flags(marks, total), caption)
