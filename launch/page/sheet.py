@@ -217,8 +217,8 @@ def _strip(run: RunFiles, clock: RunClock, found: Sequence[Loss]) -> Strip | Non
         ended = f", then it {stay.ended}" if stay.ended else ""
         title = f"worker {stay.worker}: {said_long(stay.start)} to {said_long(stay.end)}{held}{ended}"
         text = f"worker {stay.worker}" + (f" · layers {stay.layers}" if stay.layers else "")
-        boxes.append(Box(stay.worker, stay.lane, 100 * stay.start / total, 100 * (stay.end - stay.start) / total, text, title,
-                         stay.ended not in ("", "left")))  # fmt: skip
+        left, width = (100 * second / total for second in (stay.start, stay.end - stay.start))
+        boxes.append(Box(stay.worker, stay.lane, left, width, text, title, stay.ended not in ("", "left")))
     bands = [
         (100 * clock.at(a) / total, 100 * (clock.at(b) - clock.at(a)) / total, f"no commit for {duration(b - a)}")
         for a, b in in_recovery(found)
