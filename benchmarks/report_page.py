@@ -109,8 +109,8 @@ def main() -> None:
               f"{1e3 * each['next_s']:.0f} ms of CPU, {each['bytes'] / 1024:.0f} KiB")  # fmt: skip
     for each in found["beside"]:
         share, memory = 100 * each["share"], each["resident_bytes"] / 2**20
-        print(f"beside a run of {each['steps_before']:,} steps, {each['seconds']:.0f} s: {share:.2f} % of a core (goal: "
-              f"below {100 * GOAL:.1f} %), {each['pages']} pages, {memory:.0f} MiB")  # fmt: skip
+        print(f"beside a run of {each['steps_before']:,} steps, {each['seconds']:.0f} s: {share:.2f} % of a core "
+              f"(goal: below {100 * GOAL:.1f} %), {each['pages']} pages, {memory:.0f} MiB")  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "report-page.json").write_text(json.dumps(found, indent=1) + "\n")
 
