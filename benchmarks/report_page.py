@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    found = {"drawing": drawing(LENGTHS), "beside": [beside(arguments.seconds, steps) for steps in (20, 20_000)],
+    found = {"drawing": drawing(LENGTHS), "beside": [beside(arguments.seconds, steps) for steps in (20, 2_000)],
              "goal_share": GOAL}  # fmt: skip
     for each in found["drawing"]:
         print(f"{each['steps']:>7,} steps: first page {1e3 * each['first_s']:.0f} ms, each later one "
