@@ -89,7 +89,7 @@ class Story:
         self._view: int | None = None
         self.step = plan.view.first_step
         self._fault: list[str] = []
-        self._since = 0.0
+        self._since, self._lost_at = 0.0, 0
         self._began = time.monotonic()
 
     def tick(self, workers: Iterable[int], view: int | None, layout: Layout | None = None) -> None:
@@ -140,7 +140,8 @@ class Story:
             if event not in _TOGETHER:
                 self._display.warn(told)
                 return
-            self._since = self._since if self._fault else time.monotonic()
+            if not self._fault:
+                self._since, self._lost_at = time.monotonic(), fields["step"]
             self._fault.append(told)
             self._display.note(told)
 
@@ -148,7 +149,7 @@ class Story:
         """One line for all that is known of what has been lost, and what was done."""
         if self._fault:
             told, self._fault = " \u00b7 ".join(self._fault), []
-            self._display.warn(f"step {self.step}: {told}")
+            self._display.warn(f"step {self._lost_at}: {told}")
 
     def handle(self, record: dict[str, Any]) -> None:
         """Take one record that a worker, or the host of a pool, has made."""

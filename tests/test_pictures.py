@@ -119,7 +119,7 @@ def test_one_fault_is_one_line(tmp_path: Path) -> None:
     told.put({**STEP, "step": 1, "view": 2})
     (line,) = [line for line in told.out.getvalue().splitlines() if "SIGKILL" in line]
     assert line.rstrip() == (
-        "step 0: worker 1 was killed by SIGKILL · worker 3 takes its place: checkpoint · going on from step 1 after "
+        "step 1: worker 1 was killed by SIGKILL · worker 3 takes its place: checkpoint · going on from step 1 after "
         "0.25 s · back to start: 1 steps are run again"
     )
     told.story.event("detected", worker=2, reason="was killed by SIGKILL")

@@ -337,7 +337,7 @@ def reference(launcher: Launcher) -> Run:
 def test_a_run_folder_holds_all_that_a_run_leaves(reference: Run) -> None:
     assert sorted(p.name for p in reference.out.iterdir()) == [
         "certificates", "checkpoints", "config.toml", "data", "events.jsonl", "ledger.jsonl", "loss.svg",
-        "metrics.jsonl", "model", "model-config", "timeline.svg", "tokenizer", "trace.json",
+        "metrics.jsonl", "model", "model-config", "report.html", "timeline.svg", "tokenizer", "trace.json",
     ]  # fmt: skip
     assert not [p for p in reference.out.rglob("*") if p.suffix in (".tmp", ".partial")]
     config = config_from_toml(reference.out / "config.toml", TrainConfig)

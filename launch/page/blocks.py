@@ -82,6 +82,7 @@ class Bar:
 class Box:
     """A worker's stay in a strip: `left` and `width` in percent, on a lane."""
 
+    worker: int
     lane: int
     left: float
     width: float

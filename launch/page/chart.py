@@ -15,7 +15,7 @@ from pipeline.drawing.plot import Plot, Point
 from pipeline.drawing.svg import coord, figure, tag, ticks, tooltip
 
 WIDE, TALL = 1000.0, 300.0
-_COLUMNS = 700
+_COLUMNS = 400
 """Columns of a plane in which a curve has two points at most."""
 _ROOM = 2.6
 """Percent of the width that a flag takes."""
@@ -111,6 +111,7 @@ def thinned(points: Sequence[Point], columns: int = _COLUMNS) -> list[Point]:
             held[column] = point, pair[1]
         elif point[1] > pair[1][1]:
             held[column] = pair[0], point
+    held[columns] = found[-1], found[-1]  # where the run is now
     return [point for pair in held.values() for point in sorted({*pair})]
 
 

@@ -27,6 +27,7 @@ _MOST = 10**15
 _MOST_FILE = 4 << 20
 """Bytes of a JSON file that the report reads whole."""
 PAGE = "report.html"
+_NUMBERS = (int, float)
 
 
 def number(line: Any, name: str) -> float | None:
@@ -193,8 +194,8 @@ def as_text(value: Any) -> str:
 def finite(lines: Iterable[Line], name: str) -> list[tuple[float, float]]:
     """(step, value) of the lines that have both, ascending; of a step that was taken again, the last."""
     found: dict[float, float] = {}
-    for line in lines:
-        step, value = number(line, "step"), number(line, name)
-        if step is not None and value is not None:
+    for line in lines:  # whose numbers were looked at when they were read
+        step, value = line.get("step"), line.get(name)
+        if type(step) in _NUMBERS and type(value) in _NUMBERS:
             found[step] = value
     return sorted(found.items())

@@ -15,6 +15,8 @@ from launch.page.follow import draw_page
 log = logging.getLogger(__name__)
 FIRST_S = 10.0
 """Seconds until the first page is drawn: a run that is shorter has one at its end alone."""
+_BYTES_PER_S = 30_000
+"""A run that goes on from far has much to be read, and that is put off until it is a small share of its time."""
 _PATIENCE_S = 2.0
 _ROOT = str(Path(__file__).parents[2])
 _BEGIN = """
@@ -37,6 +39,8 @@ class PageKeeper:
     def __init__(self, folder: Path, say: Callable[[str], None], first_s: float = FIRST_S) -> None:
         self._folder, self._say = folder, say
         self._process: subprocess.Popen[bytes] | None = None
+        there = sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+        first_s += there / _BYTES_PER_S
         command = [sys.executable, "-P", "-c", _BEGIN, _ROOT, str(folder.resolve()), str(first_s)]
         with suppress(OSError):  # without it there is a page at the end
             self._process = subprocess.Popen(

@@ -16,12 +16,14 @@ from launch.page.goodput import AGAIN, FIRST_STEP, RECOVERY, REST, STANDS, Goodp
 from launch.page.made_of import made_of
 from launch.page.workers import stays
 from launch.report import performance, smoothed
-from pipeline.drawing.svg import data_size, duration, figure, ticks
+from pipeline.drawing.svg import data_size, duration, figure
 
 _COLOURS = {STANDS: "good", AGAIN: "bad", RECOVERY: "warn", FIRST_STEP: "c2", REST: "quiet"}
 _MOST_PICTURE = 3 << 20
 """Bytes of a picture that still goes into the page."""
 _MOST_LANES = 64
+_APART_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400, 604800)
+"""Seconds between two marks of time."""
 
 
 def sheet(run: RunFiles, now: float | None = None) -> Sheet:
@@ -129,6 +131,8 @@ def said_long(seconds: float) -> str:
     seconds = max(0.0, seconds)
     if seconds < 90:
         return duration(seconds) if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 600 and seconds % 60 >= 1:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
     minutes, hours = round(seconds / 60), seconds / 3600
     return f"{minutes} min" if minutes < 90 else f"{int(hours)} h {round(60 * (hours % 1)):02d} min"
 
@@ -215,16 +219,17 @@ def _strip(run: RunFiles, clock: RunClock, found: Sequence[Loss]) -> Strip | Non
         ended = f", then it {stay.ended}" if stay.ended else ""
         title = f"worker {stay.worker}: {said_long(stay.start)} to {said_long(stay.end)}{held}{ended}"
         text = f"worker {stay.worker}" + (f" · layers {stay.layers}" if stay.layers else "")
-        boxes.append(Box(stay.lane, 100 * stay.start / total, 100 * (stay.end - stay.start) / total, text, title,
-                         stay.ended not in ("", "left")))  # fmt: skip
+        left, width = (100 * second / total for second in (stay.start, stay.end - stay.start))
+        boxes.append(Box(stay.worker, stay.lane, left, width, text, title, stay.ended not in ("", "left")))
     bands = [
         (100 * clock.at(a) / total, 100 * (clock.at(b) - clock.at(a)) / total, f"no commit for {duration(b - a)}")
         for a, b in in_recovery(found)
     ]
     marks = [(clock.at(loss.at), number, _told(loss)) for number, loss in enumerate(found, 1)]
-    at = [(100 * second / total, said_long(second)) for second in ticks(0.0, total, 6)]
+    apart = next((step for step in _APART_S if total / step <= 7), total)
+    at = [(100 * apart * n / total, said_long(apart * n)) for n in range(int(total / apart) + 1)]
     lanes = 1 + max((stay.lane for stay in here), default=0)
-    caption = f"{len({stay.worker for stay in here})} workers in {lanes} lanes, {said_long(total)}"
+    caption = f"{len({stay.worker for stay in here})} worker(s) in {lanes} lane(s), {said_long(total)}"
     if lanes > _MOST_LANES:
         caption += f"; the first {_MOST_LANES} lanes are shown"
     return Strip(min(lanes, _MOST_LANES), boxes, bands, at, flags(marks, total), caption)

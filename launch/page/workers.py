@@ -79,9 +79,8 @@ def stays(run: RunFiles, clock: RunClock) -> list[Stay]:
                 watch.goes(worker, at, "")
             watch.lane_of, watch.place_of, watch.view = {}, {}, 1
             watch.layers = _first_layers(events, event["time"])
-            if "host_bytes" not in event:  # the workers of a pool say themselves that they are there
-                for worker in range(min(whole(event, "workers"), 1 << 14)):
-                    watch.comes(worker, at)
+            for worker in range(min(whole(event, "workers"), 1 << 14)):
+                watch.comes(worker, at)
         elif name == "joined":
             watch.comes(whole(event, "worker"), at)
         elif name == "detected":
