@@ -27,7 +27,7 @@ print(json.dumps({"at": unbroken.__file__, "steps": steps, "loss": run.evaluate(
                   "held_out": run.result().held_out_loss, "text": run.generate("def ", tokens=4)}))
 """
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(500)]
 
 
 def build(kind: str, source: Path, into: Path) -> Path:

@@ -254,18 +254,19 @@ class Run:
         out unless `data` says otherwise. Raises ConfigError and its like."""
         return evaluate(checked(EvalConfig, {"model": self.folder / "model", **settings, "json": True}))[0]
 
-    @takes(GenerateConfig)
-    def generate(self, prompt: str, **settings: Any) -> str:
-        """What the exported model goes on with after a prompt, in this process: `unbroken generate`. Raises ConfigError
-        and its like."""
-        asked = {"model": self.folder / "model", **settings, "prompt": prompt, "json": True}
+    def generate(
+        self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0, **settings: Any
+    ) -> str:
+        """What the exported model goes on with after a prompt, in this process: `unbroken generate`, with all of its
+        settings. Raises ConfigError and its like."""
+        own = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
+        asked = {"model": self.folder / "model", **settings, **own, "json": True}
         return str(generate(checked(GenerateConfig, asked))[0]["text"])
 
-    @takes(ExportConfig)
-    def export(self, out: str | Path, **settings: Any) -> Path:
-        """Write the newest checkpoint as a model directory that transformers loads, whether the run has ended or goes
-        on: `unbroken export`. Raises ConfigError, CheckpointError and ModelError."""
-        return Path(export(checked(ExportConfig, {"run": self.folder, **settings, "out": out}))[0]["model"])
+    def export(self, out: str | Path, step: int | None = None) -> Path:
+        """Write the newest checkpoint, or that of a step, as a model directory that transformers loads, whether the run
+        has ended or goes on: `unbroken export`. Raises ConfigError, CheckpointError and ModelError."""
+        return Path(export(checked(ExportConfig, {"run": self.folder, "step": step, "out": out}))[0]["model"])
 
 
 def load(folder: str | Path, *, on_record: Told | None = None, on_event: Told | None = None) -> Run:
