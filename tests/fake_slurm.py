@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 FOLDER = Path(os.environ["FAKE_SLURM"])
-LONGEST_S = 120.0
+LONGEST_S = 240.0
 
 
 def say(text: str) -> None:
@@ -36,14 +36,17 @@ def sbatch(script: str, *arguments: str) -> int:
     for restart in range(5):
         say(f"start {restart}")
         (FOLDER / "requeued").unlink(missing_ok=True)
-        batch = subprocess.Popen(["bash", script, *arguments], env={**environment, "SLURM_RESTART_COUNT": str(restart)})
+        batch = subprocess.Popen(
+            ["bash", script, *arguments], env={**environment, "SLURM_RESTART_COUNT": str(restart)},
+            start_new_session=True,
+        )  # fmt: skip
         deadline = time.monotonic() + LONGEST_S
         while batch.poll() is None:
             if (FOLDER / "notice").exists() and (FOLDER / "began").exists() and options["signal"] == "B:USR1@60":
                 (FOLDER / "notice").unlink()
                 batch.send_signal(signal.SIGUSR1)
             if time.monotonic() > deadline:
-                batch.kill()
+                os.killpg(batch.pid, signal.SIGKILL)
             time.sleep(0.01)
         say(f"end {batch.returncode}")
         if not (FOLDER / "requeued").exists() or "requeue" not in options:

@@ -243,7 +243,7 @@ def test_the_dockerfile_copies_all_packages_and_nothing_that_is_not_there() -> N
 @pytest.mark.timeout(300)
 def test_a_real_run_under_slurm_is_saved_at_the_notice_and_ends_after_it(bench: Bench, tmp_path: Path) -> None:
     bench.really()
-    flags = settings(bench.out, "--steps", "400")
+    flags = settings(bench.out, "--steps", "120")
     flags = [word for word in flags[1:] if word not in ("--out", str(bench.out))]
     run = subprocess.Popen(
         ["sbatch", str(SCRIPTS / "slurm.sbatch"), *flags], env={**bench.environment, "FAKE_NODES": "2"},
@@ -254,7 +254,7 @@ def test_a_real_run_under_slurm_is_saved_at_the_notice_and_ends_after_it(bench: 
     (bench.folder / "began").touch()
     assert run.wait(200) == 0
     assert bench.slurm == ["start 0", "requeue 4242", "end 75", "start 1", "end 0"]
-    assert [m["step"] for m in metrics(bench.out)] == list(range(1, 401))
+    assert [m["step"] for m in metrics(bench.out)] == list(range(1, 121))
     assert events(bench.out, "stopped")
 
 
