@@ -165,12 +165,17 @@ def main() -> int:
         print(json.dumps(whole))
     else:
         table = Table(title="seconds from SIGKILL of a node, and from the start of a new one: p50 / most")
-        for column in ("", *names):
+        for column in ("", "measured", *names):
             table.add_column(column, justify="right")
         for name in rows:
             cells = [f"{v['p50']:.3g} / {v['most']:.3g}" if (v := told[name].get(key)) else "" for key in names]
-            table.add_row(name, *cells)
-        Console(width=160).print(table)
+            done = sum("error" not in each for each in rows[name])
+            table.add_row(name, f"{done} of {options.rounds}", *cells)
+        console = Console(width=180)
+        console.print(table)
+        for name, found in rows.items():
+            for each in (each for each in found if "error" in each):
+                console.print(f"{name}, load {each['load']}: {each['error'][:300]}", highlight=False, markup=False)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "ray-elastic.json").write_text(json.dumps(whole, indent=1) + "\n")
