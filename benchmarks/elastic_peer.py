@@ -126,8 +126,8 @@ def serve_store(folder: Path) -> None:
 class Family(recovery_peers.Family):
     """The processes of a peer."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, str(HERE / "elastic_peers.py"))
+    def __init__(self, folder: Path, script: str = "elastic_peers.py") -> None:
+        super().__init__(folder, str(HERE / script))
         # what a peer starts by itself imports from here too
         self.environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 

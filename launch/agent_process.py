@@ -49,6 +49,10 @@ def run_process(
 class AgentProcess:
     """What an actor of a cluster is."""
 
+    def where(self) -> str:
+        """The name of its machine."""
+        return os.uname().nodename
+
     def run(self, settings: str, environment: dict[str, str], folder: str) -> tuple[int, str]:
         """Run an agent, which forks workers: from a process without threads, as that of an actor is not."""
         return run_process(settings, environment, folder, subprocess.DEVNULL)

@@ -29,7 +29,7 @@ _POLL_S = 0.1
 _LOOK_S = 0.5
 _TRIES = 3
 """Times that one agent may end before a first sign of life: then the next would end the same way."""
-_SILENT_S = 2.0
+_SILENT_S, _START_S = 2.0, 120.0
 _AGAIN_S, _MOST_AGAIN_S = 1.0, 60.0  # doubled every time
 
 
@@ -55,6 +55,10 @@ class Cluster(Protocol):
 
     def start(self, what: AgentStart) -> Any:
         """Ask for an agent; it may come at any time. Returns a handle."""
+        ...
+
+    def where(self, handle: Any) -> str | None:
+        """The node on which an agent has been placed, if it has."""
         ...
 
     def ended(self, handle: Any) -> str | None:
@@ -167,7 +171,7 @@ class Crew:
             seat.sign, seat.since = sign, now
             if not seat.came:
                 seat.came, seat.tries = True, 0
-                self.tell("agent_came", agent=rank)
+                self.tell("agent_came", agent=rank, node=self.cluster.where(seat.handle))
         reason = self.cluster.ended(seat.handle)
         if reason is None and seat.came and now - seat.since > self.silence_s:
             reason = f"has given no sign of life for {self.silence_s:g} s"
@@ -182,11 +186,18 @@ class Crew:
         seat.handle, seat.came, seat.tries, seat.due = None, False, seat.tries + (not seat.came), now + wait_s
         self.tell("agent_lost", agent=rank, reason=reason)
 
+    @property
+    def _coming(self) -> bool:
+        """Whether somebody has been placed, and is being started."""
+        seats = (seat for seat in self.seats.values() if seat.handle is not None and not seat.came)
+        return any(self.cluster.where(seat.handle) is not None for seat in seats)
+
     def await_first(
         self, agents: Mapping[int, int], least: int, begin_s: float, most_s: float, say: Callable[[str], None]
     ) -> tuple[int, ...]:
         """Wait until a run can begin: with all, or from `begin_s` seconds on with `least` workers. `agents` has the
-        rank of the agent of each worker. Returns the workers whose agents have not come.
+        rank of the agent of each worker. Who has been placed by then has some time to start. Returns the workers whose
+        agents have not come.
 
         Raises RunFailed after `most_s` seconds (with STOPPED: later there may be room), or when an agent has ended
         again and again before a first sign of life.
@@ -196,12 +207,13 @@ class Crew:
             self.tick()
             absent = tuple(sorted(worker for worker, rank in agents.items() if rank not in self.here))
             waited, found = time.monotonic() - began, len(agents) - len(absent)
-            if not absent or (waited >= begin_s and found >= least):
+            late = waited >= begin_s and not (self._coming and waited < begin_s + _START_S)
+            if not absent or (late and found >= least):
                 return absent
             if any(seat.tries >= _TRIES for seat in self.seats.values()):
                 raise RunFailed(f"{self._reason}; {_TRIES} times in a row, before a sign of life")
             told = f"of {len(agents)} workers {found} have come; {self.cluster.room()}"
-            if waited >= most_s:
+            if late and waited >= most_s:
                 last = f"; the last that happened: {self._reason}" if self._reason else ""
                 raise RunFailed(f"{told}, after {waited:.0f} s; {least} are the fewest{last}", STOPPED)
             if waited > 5.0 and not said:

@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
@@ -21,6 +21,14 @@ from launch.agent_process import AgentProcess
 from launch.cluster import AgentStart
 
 _END_S = 5.0
+
+
+class _Handle(NamedTuple):
+    """An actor, and what it will have answered: its node, and how its agent has ended."""
+
+    actor: Any
+    where: Any
+    run: Any
 
 
 class RayCluster:
@@ -47,15 +55,22 @@ class RayCluster:
         """The address of this machine, as the nodes reach it."""
         return ray.util.get_node_ip_address()
 
-    def start(self, what: AgentStart) -> tuple[Any, Any]:
+    def start(self, what: AgentStart) -> _Handle:
         """Ask for the actor of an agent."""
         takes = {"num_cpus": what.cpus, "num_gpus": what.gpus, "scheduling_strategy": "SPREAD"}
         actor = self._actor.options(**takes, max_restarts=0).remote()
-        return actor, actor.run.remote(what.settings, dict(what.environment), what.folder)
+        where = actor.where.remote()  # answered before it runs
+        return _Handle(actor, where, actor.run.remote(what.settings, dict(what.environment), what.folder))
 
-    def ended(self, handle: tuple[Any, Any]) -> str | None:
+    def where(self, handle: _Handle) -> str | None:
+        """The node on which an agent has been placed, if it has."""
+        with suppress(RayError):
+            return ray.get(handle.where, timeout=0)
+        return None
+
+    def ended(self, handle: _Handle) -> str | None:
         """Why an agent has ended, if it has."""
-        ready, _ = ray.wait([handle[1]], timeout=0)
+        ready, _ = ray.wait([handle.run], timeout=0)
         if not ready:
             return None
         try:
@@ -65,10 +80,10 @@ class RayCluster:
         last = said.strip().splitlines()
         return f"has ended with exit code {code}{f': {last[-1]}' if last else ''}"
 
-    def end(self, handle: tuple[Any, Any]) -> None:
+    def end(self, handle: _Handle) -> None:
         """End an actor, and with it its agent."""
         with suppress(RayError, ValueError):
-            ray.kill(handle[0])
+            ray.kill(handle.actor)
 
     def room(self) -> str:
         """What the cluster has, for a person."""
@@ -77,10 +92,11 @@ class RayCluster:
         nodes = sum(bool(node["Alive"]) for node in ray.nodes())
         return f"its {nodes} nodes have {', '.join(kinds) or 'neither CPUs nor GPUs'} free"
 
-    def close(self, handles: Collection[tuple[Any, Any]]) -> None:
+    def close(self, handles: Collection[_Handle]) -> None:
         """End all agents, who have a moment for it, and leave the cluster."""
         with suppress(RayError):
-            ray.wait([run for _, run in handles], num_returns=len(handles), timeout=_END_S) if handles else None
+            if runs := [handle.run for handle in handles]:
+                ray.wait(runs, num_returns=len(runs), timeout=_END_S)
         for handle in handles:
             self.end(handle)
         ray.shutdown()

@@ -47,7 +47,7 @@ _SAID = {
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
     "agent_lost": "agent {agent} {reason}; the cluster is asked for another",
-    "agent_came": "agent {agent} has come",
+    "agent_came": "agent {agent} has come, on {node}",
     "picture_failed": "{path} is not drawn: {error}",
     "unreadable": "something in the store is not of this run, and is left aside: {error}",
 }

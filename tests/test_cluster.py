@@ -37,10 +37,14 @@ class Pretended:
 
     def __init__(self) -> None:
         self.asked, self.ended_, self.killed, self.closed = list[AgentStart](), dict[int, str](), list[int](), False
+        self.placed = set[int]()
 
     def start(self, what: AgentStart) -> int:
         self.asked.append(what)
         return len(self.asked) - 1
+
+    def where(self, handle: int) -> str | None:
+        return "node" if handle in self.placed else None
 
     def ended(self, handle: int) -> str | None:
         return self.ended_.get(handle)
@@ -228,6 +232,16 @@ def test_a_run_begins_without_those_who_have_not_come(crowd: Crowd) -> None:
     crowd.living = {2}
     assert first(crowd) == (0, 1)
     assert 1060.0 <= crowd.now < 1061.0
+
+
+def test_who_has_been_placed_has_time_to_start(crowd: Crowd) -> None:
+    crowd.living, crowd.cluster.placed = {2}, {0, 1}
+    assert first(crowd) == (0, 1)
+    assert 1180.0 <= crowd.now < 1181.0
+    crowd.living = {1, 2}
+    assert first(crowd) == ()
+    crowd.pass_(1.0)
+    assert ("agent_came", {"agent": 1, "node": "node"}) in crowd.told
 
 
 def test_too_few_are_waited_for_and_then_the_run_is_for_later(crowd: Crowd) -> None:

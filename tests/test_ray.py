@@ -167,7 +167,7 @@ def test_a_node_is_killed_in_a_step_and_another_one_comes_bitwise_the_calm_run(
 def test_a_run_begins_with_the_nodes_that_are_there_and_uses_one_that_comes(short: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with nodes(short, 1) as cluster:
-        run = cluster.train(out, *COPIES, "1:2", "--steps", "100000", "--cluster-wait", "2")
+        run = cluster.train(out, *COPIES, "1:2", "--steps", "100000", "--cluster-wait", "2", "--wait", "120")
         until(run, lambda: steps(out) >= 5)
         assert [e["workers"] for e in happened(out, "resized")] == [1]
         cluster.add()
@@ -183,7 +183,7 @@ def test_a_run_begins_with_the_nodes_that_are_there_and_uses_one_that_comes(shor
 @pytest.mark.timeout(500)
 def test_a_cluster_without_room_is_for_later_and_says_what_it_has(short: Path, tmp_path: Path) -> None:
     with nodes(short, 1) as cluster:
-        run = cluster.train(tmp_path / "run", *COPIES, "2:2", "--cluster-wait", "15")
+        run = cluster.train(tmp_path / "run", *COPIES, "2:2", "--cluster-wait", "40")
         said = run.communicate(timeout=200)[0]
         assert run.returncode == 75, said
         assert "of 2 workers 1 have come; its 2 nodes have 0 of 1 CPUs free" in said
