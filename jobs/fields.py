@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings import MOST_STEPS, RunShape, Within, require
+from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_known
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,34 @@ class OutputSettings:
     """Steps between evaluations on held-out text; 0 evaluates only at the end."""
     evaluate_samples: Annotated[int, Within(1, 1_000_000)] = 64
     """Held-out samples per evaluation."""
+    patience: Annotated[int, Within(0, MOST_STEPS)] = 0
+    """End the run, whole, after so many evaluations in a row whose held-out loss was no lower than the lowest before; 0
+    goes on to --steps."""
+    export_every: Annotated[int, Within(0, MOST_STEPS)] = 0
+    """Steps between models that are written to exports/step-NUMBER/model, for transformers to load; 0 writes the one at
+    the end alone."""
+    track: str = ""
+    """Where metrics and events go too: some of tensorboard, wandb and mlflow, with commas; each needs the extra of its
+    name. Their own settings come from their own environment, such as WANDB_MODE and MLFLOW_TRACKING_URI."""
     tensorboard: bool = False
-    """Write TensorBoard event files too (needs the tensorboard extra)."""
+    """The same as --track tensorboard."""
     sample_tokens: Annotated[int, Within(0, 65536)] = 60
     """Tokens of the continuation that is sampled at the end; 0 for none."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of those that are asked for, each once."""
+        asked = [name.strip() for name in self.track.split(",") if name.strip()]
+        return tuple(dict.fromkeys([*asked, *(["tensorboard"] if self.tensorboard else [])]))
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for a tracker that is none, and for a patience that nothing tries."""
+        for name in self.trackers:
+            require_known("track", name, TRACKERS)
+        require(
+            not self.patience or self.evaluate_every > 0, "patience", self.patience,
+            "0 with evaluate_every 0: nothing is evaluated before the end",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

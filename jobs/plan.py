@@ -146,6 +146,7 @@ def planned(
             "job": config.job,
             "flops": ModelFlops.of(model, config.microbatch_size, config.sequence_length).as_json(),
             "carried": None if found.manifest is None else found.manifest["extra"].get("job"),
+            "watched": {} if found.manifest is None else found.manifest["extra"].get("watched", {}),
         },
     )
     notes = tuple((path.name, reason) for path, reason in found.skipped)

@@ -45,6 +45,8 @@ _SAID = {
     "rolled_back": "back to {to}: {steps_lost} steps are run again",
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
+    "export_failed": "no model at step {step}: {error}; training goes on",
+    "early_stop": "no held-out loss below {best:.4f} in {evaluations} evaluations: the run ends at step {step}",
     "picture_failed": "{path} is not drawn: {error}",
     "unreadable": "something in the store is not of this run, and is left aside: {error}",
 }
