@@ -17,7 +17,8 @@ class ModelSettings:
     """What is trained, and how it is computed."""
 
     model: str = "llama-2m"
-    """A preset (see `unbroken doctor`), a directory with config.json and safetensors, a config.json, or a GGUF file."""
+    """A preset (see `unbroken doctor`), a directory with config.json and safetensors or with a distributed checkpoint
+    of PyTorch (DCP), a config.json, or a GGUF file."""
     dropout: Annotated[float | None, Within(0, 1, below=True)] = None
     """Dropout probability where the model has dropout (GPT-2); unset keeps the model's own."""
     seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
@@ -70,6 +71,8 @@ class DataSettings:
     rows of questions and answers: then those that are trained on are evaluated."""
     pack: bool = False
     """Of rows of questions and answers, have as many in a sample as fit: none of them sees another."""
+    document_mask: bool = False
+    """Of packed text, have no token see another document of its sample: attention and positions begin anew in each."""
     max_tokens: Annotated[int, Within(0, 10**12)] = 4_000_000
     """Tokens of the corpus that are used at most, of each source of a mixture its share; 0 for all."""
 
