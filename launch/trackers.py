@@ -71,6 +71,7 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+        import_module("wandb").teardown()  # the process of its own that it has started
 
 
 class MLflow:
