@@ -21,7 +21,7 @@ from recovery.membership import MembershipError
 class Position:
     """Where training stands: equal on all workers of a view. `step` counts the committed steps, `due` says that what
     follows a step is still to do, `stopping` that the run is to save itself and stop, `again` that the step under way
-    is run again, because its loss was not finite."""
+    is run again, because its loss was not finite. `watched` is what --patience has seen (see jobs.patience)."""
 
     step: int = 0
     due: bool = False
@@ -29,12 +29,13 @@ class Position:
     again: bool = False
     carried: dict[str, Any] = field(default_factory=dict)
     """What the job carries from step to step (JSON)."""
+    watched: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """What another worker has told. Raises MembershipError for what is no position."""
         try:
-            kinds = {"step": int, "due": bool, "stopping": bool, "again": bool, "carried": dict}
+            kinds = {"step": int, "due": bool, "stopping": bool, "again": bool, "carried": dict, "watched": dict}
             return cls(**checked(values, "a position", **kinds))
         except WireError as error:
             raise MembershipError(str(error)) from error

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings import MOST_STEPS, RunShape, Within, require
+from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_known
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,8 @@ class ModelSettings:
     """What is trained, and how it is computed."""
 
     model: str = "llama-2m"
-    """A preset (see `unbroken doctor`), a directory with config.json and safetensors, the id of one that `hf download`
-    has fetched, a config.json, or a GGUF file."""
+    """A preset (see `unbroken doctor`), a directory with config.json and safetensors or with a distributed checkpoint
+    of PyTorch (DCP), the id of one that `hf download` has fetched, a config.json, or a GGUF file."""
     dropout: Annotated[float | None, Within(0, 1, below=True)] = None
     """Dropout probability where the model has dropout (GPT-2); unset keeps the model's own."""
     seed: Annotated[int, Within(-(2**63), 2**63 - 1)] = 0
@@ -69,6 +71,8 @@ class DataSettings:
     rows of questions and answers: then those that are trained on are evaluated."""
     pack: bool = False
     """Of rows of questions and answers, have as many in a sample as fit: none of them sees another."""
+    document_mask: bool = False
+    """Of packed text, have no token see another document of its sample: attention and positions begin anew in each."""
     max_tokens: Annotated[int, Within(0, 10**12)] = 4_000_000
     """Tokens of the corpus that are used at most, of each source of a mixture its share; 0 for all."""
 
@@ -91,10 +95,34 @@ class OutputSettings:
     """Steps between evaluations on held-out text; 0 evaluates only at the end."""
     evaluate_samples: Annotated[int, Within(1, 1_000_000)] = 64
     """Held-out samples per evaluation."""
+    patience: Annotated[int, Within(0, MOST_STEPS)] = 0
+    """End the run, whole, after so many evaluations in a row whose held-out loss was no lower than the lowest before; 0
+    goes on to --steps."""
+    export_every: Annotated[int, Within(0, MOST_STEPS)] = 0
+    """Steps between models that are written to exports/step-NUMBER/model, for transformers to load; 0 writes the one at
+    the end alone."""
+    track: str = ""
+    """Where metrics and events go too: some of tensorboard, wandb and mlflow, with commas; each needs the extra of its
+    name. Their own settings come from their own environment, such as WANDB_MODE and MLFLOW_TRACKING_URI."""
     tensorboard: bool = False
-    """Write TensorBoard event files too (needs the tensorboard extra)."""
+    """The same as --track tensorboard."""
     sample_tokens: Annotated[int, Within(0, 65536)] = 60
     """Tokens of the continuation that is sampled at the end; 0 for none."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of those that are asked for, each once."""
+        asked = [name.strip() for name in self.track.split(",") if name.strip()]
+        return tuple(dict.fromkeys([*asked, *(["tensorboard"] if self.tensorboard else [])]))
+
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError for a tracker that is none, and for a patience that nothing tries."""
+        for name in self.trackers:
+            require_known("track", name, TRACKERS)
+        require(
+            not self.patience or self.evaluate_every > 0, "patience", self.patience,
+            "0 with evaluate_every 0: nothing is evaluated before the end",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from jobs.cache import Cache, user_folder
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.corpus import TEXT_FIELD, Corpus
+from jobs.dcp import is_dcp, load_dcp
 from jobs.early import check_early, set_dropout, tokenizer_kind
 from jobs.mixture import Mixture, plain_spec
 from jobs.network import read_network
@@ -146,6 +147,7 @@ def planned(
             "job": config.job,
             "flops": ModelFlops.of(model, config.microbatch_size, config.sequence_length).as_json(),
             "carried": None if found.manifest is None else found.manifest["extra"].get("job"),
+            "watched": {} if found.manifest is None else found.manifest["extra"].get("watched", {}),
         },
     )
     notes = tuple((path.name, reason) for path, reason in found.skipped)
@@ -168,6 +170,7 @@ def _made(
     rows, corpus = text.rows, text.corpus
     require(rows is None or config.text_field == TEXT_FIELD, "text_field", config.text_field, "unset for rows")
     require(rows is not None or config.held_out != 0, "held_out", config.held_out, "above 0 for text")
+    require(rows is None or not config.document_mask, "document_mask", True, "unset for rows, which pack keeps apart")
     require(rows is not None or not config.pack, "pack", config.pack, "unset for text, which is always packed")
     said.append(_tell_space(config, found, largest, corpus.most_tokens))
     cache = Cache(user_folder(), lambda line: progress(line, 1.0))
@@ -255,7 +258,9 @@ def find_start(config: TrainConfig) -> checkpoint.Found:
 
 def find_model(config: TrainConfig) -> tuple[PreTrainedConfig, Path | None]:
     """The model's shape, and the directory of its weights if it has any. Raises ModelError."""
-    found = resolve(config.model, config.out / "converted")
+    path = Path(config.model)
+    model = load_dcp(path, config.out / "converted") if is_dcp(path) else config.model
+    found = resolve(model, config.out / "converted")
     return (read_config(found), found) if isinstance(found, Path) else (found, None)
 
 

@@ -45,8 +45,8 @@ def text_jobs(config: TrainConfig, start: Start) -> dict[str, RunJob]:
 
     end, whole = dataset.end_token, None if dataset.blank else (lambda _: length)
     return {
-        TRAIN: TextJob(dataset.train_sample, length, dataset.num_labels, end, **train),
-        EVALUATE: TextJob(dataset.held_out_spread(evaluated), length, whole, end, **held_out),
+        TRAIN: TextJob(dataset.train_sample, length, dataset.num_labels, end, config.document_mask, **train),
+        EVALUATE: TextJob(dataset.held_out_spread(evaluated), length, whole, end, config.document_mask, **held_out),
     }
 
 

@@ -81,7 +81,8 @@ def settings_of(run: TrainConfig, asked: Asked, tied: bool, step: int, resume: b
         model=asked.model or run.model, recovery=run.recovery if _swaps(run) else recovery, ends=_ends(run, tied),
         min_workers=0, spares=0, snapshot="off", shard_optimizer=run.shard_optimizer and replicas > 1,
         network=run.network if scheduler == "skippipe" else None,
-        evaluate_every=0, sample_tokens=0, tensorboard=False, until=step, resume=resume, out=out, inject="",
+        evaluate_every=0, sample_tokens=0, tensorboard=False, track="", patience=0, export_every=0, until=step,
+        resume=resume, out=out, inject="",
     )  # fmt: skip
     check_sums(run, now, tied)
     now.validate()

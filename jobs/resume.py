@@ -22,6 +22,7 @@ NUMBERS = (
     "samples_per_step", "sequence_length", "seed", "dtype", "optimizer", "lr", "warmup", "min_lr_ratio", "weight_decay",
     "beta1", "beta2", "eps", "clip", "skip", "swaps", "full_every", "optimizer_async", "gradient_dtype",
     "exact_sums", "pack", "lr_schedule", "lr_decay_share", "momentum",
+    "document_mask",
 )  # fmt: skip
 OF_THE_DATA = (
     "data", "pack", "text_field", "max_tokens", "held_out", "sequence_length", "seed", "tokenizer", "vocabulary",

@@ -25,11 +25,13 @@ class Space:
     model: int
     tokens: int | None
     known: bool = False
+    exports: int = 0
+    """How many models are written beside the one at the end."""
 
     @property
     def state(self) -> int:
         """What is not tokens."""
-        return self.checkpoints * self.checkpoint + self.model
+        return self.checkpoints * self.checkpoint + (1 + self.exports) * self.model
 
     @property
     def total(self) -> int:
@@ -37,7 +39,7 @@ class Space:
         return self.state + (self.tokens or 0 if self.known else 0)
 
     def __str__(self) -> str:
-        parts = [f"the model {in_words(self.model)}"]
+        parts = [f"the model {in_words(self.model)}" + (f", {self.exports} more of it" if self.exports else "")]
         if self.checkpoints:
             several = "s" if self.checkpoints > 1 else ""
             parts = [f"{self.checkpoints} checkpoint{several} of {in_words(self.checkpoint)}", *parts]
@@ -80,6 +82,7 @@ def space_needed(
         _FP32 * (numbers + (trained if model.lora else 0)),
         tokens if first_step == 0 else 0,
         known=most_tokens is not None,
+        exports=last // each - first_step // each if (each := config.export_every) and left > 0 else 0,
     )
 
 

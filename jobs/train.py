@@ -16,9 +16,11 @@ from typing import Any
 from jobs.config import TrainConfig
 from jobs.engine import Engine, Position, ReportSink
 from jobs.job import RunJob
+from jobs.patience import is_over, known, seen
 from jobs.plan import identity, model_fingerprint
 from jobs.save import export, save
 from pipeline.exit_codes import STOPPED
+from pipeline.model.weights import ModelError
 from pipeline.runtime.step_commit import NonFiniteLoss
 from pipeline.runtime.worker import StepResult
 from recovery.checkpoint import CheckpointError, read_manifest
@@ -46,6 +48,8 @@ class Trainer:
     """What comes before the first step. Interrupted anywhere, it is done again."""
     trains: bool = True
     """Whether there is more to the run than that."""
+    watched: dict[str, Any] = field(default_factory=dict)
+    """What --patience has seen before."""
     at: Position = field(default_factory=Position)
     _began: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] | None = None
@@ -59,7 +63,7 @@ class Trainer:
     def run(self) -> int:
         """Train to the last step; returns the exit code 0, or STOPPED after a save."""
         self._began = self.job.carried
-        self.at = Position(self.first_step, due=self.evaluate_first, carried=self._began)
+        self.at = Position(self.first_step, due=self.evaluate_first, carried=self._began, watched=self.watched)
         while True:
             try:
                 self._entered(self.engine.enter(self.at, self.last))
@@ -74,7 +78,8 @@ class Trainer:
         # where all were lost, nobody knows but the checkpoint that they went back to
         self.at = Position.from_json({**asdict(self.at), **joined.position})
         if joined.view.rollback is not None:
-            self.at = replace(self.at, carried=self._carried_at(joined.view.rollback))
+            carried, watched = self._carried_at(joined.view.rollback)
+            self.at = replace(self.at, carried=carried, watched=watched)
         self.job.restore(self.at.carried)
         self.last = joined.last
         if self.last is not None and self.last["step"] == self.step:
@@ -95,11 +100,12 @@ class Trainer:
             if joined.view.rollback is not None:
                 self._event("rolled_back", step=self.step, to=Path(joined.view.rollback).name)
 
-    def _carried_at(self, rollback: str) -> dict[str, Any]:
-        """What the job carried where the run goes back to. Raises CheckpointError."""
+    def _carried_at(self, rollback: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the job carried, and patience had seen, where the run goes back to. Raises CheckpointError."""
         if rollback == START:
-            return self._began
-        return dict(read_manifest(Path(rollback))["extra"].get("job", {}))
+            return self._began, self.watched
+        extra = read_manifest(Path(rollback))["extra"]
+        return dict(extra.get("job", {})), dict(extra.get("watched", {}))
 
     def _train(self) -> int:
         if self.step == self.first_step:
@@ -108,12 +114,14 @@ class Trainer:
             return self._end_before()
         config, drawn = self.config, min(self.first_step + 2, self.config.last_step - 1)
         while True:
-            ends = (self.at.stopping or self.step >= config.last_step) and not self.engine.ahead
+            whole = self.step >= config.last_step or is_over(self.at.watched, config.patience)
+            ends = (self.at.stopping or whole) and not self.engine.ahead
             if ends and self.engine.missing():
                 self._await_missing()  # what is saved at the end is whole
             if self.at.due and not self.engine.ahead:
                 self._after()
-            if ends and self.step < config.last_step:
+                continue  # it may have ended the run
+            if ends and not whole:
                 self._say({"kind": "stopped", "step": self.step})
                 return STOPPED
             if ends:
@@ -157,7 +165,7 @@ class Trainer:
             return
         stopping = any(wish.get("stop") is True for wish in result.wishes.values())
         self.job.committed(self.step, result.means)
-        self.at = Position(self.step + 1, due=True, stopping=stopping, carried=self.job.carried)
+        self.at = Position(self.step + 1, True, stopping, carried=self.job.carried, watched=self.at.watched)
         self._report_step(result, time.monotonic() - began)
         if record:
             self._say({"kind": "timeline", "step": self.step, "lanes": self.engine.timeline(result)})
@@ -171,24 +179,39 @@ class Trainer:
         saved = last or (not first and config.checkpoint_every > 0 and done % config.checkpoint_every == 0)
         return evaluated, saved
 
+    def _exports(self, done: int) -> bool:
+        """Whether a model is to be written once `done` steps are committed, beside the one at the end."""
+        every = self.config.export_every
+        return every > 0 and done % every == 0 and self.first_step < done < self.config.last_step
+
     def _pauses_after(self, done: int) -> bool:
         """Whether something is to follow the step that makes it `done`, which wants the state as of then."""
-        return any(self._follows(done)) or self.at.stopping or self.stop_asked()
+        return any((*self._follows(done), self._exports(done))) or self.at.stopping or self.stop_asked()
 
     def _after(self) -> None:
         """What follows a committed step. Interrupted anywhere, it is done again from its start."""
         done, stopping = self.step, self.at.stopping
         evaluated, saved = self._follows(done)
         self.engine.rest()
+        watched, over = self.at.watched, False
         if evaluated and not stopping:
-            self._evaluate(done)
-        if saved or stopping:
-            whole = self._save(done)
+            watched = seen(watched, self._evaluate(done))
+            over = is_over(watched, self.config.patience)
+        if over:
+            best, since = known(watched)
+            self._event("early_stop", step=done, best=best, evaluations=since)
+            if self.engine.missing():
+                self._await_missing()
+        if self._exports(done) and not over:
+            self._export_at(done)
+        if saved or stopping or over:
+            whole = self._save(done, watched)
             if stopping and done < self.config.last_step and not whole:
                 raise CheckpointError(f"asked to stop at step {done}, but could not save")
-        self.at = replace(self.at, due=False)
+        self.at = replace(self.at, due=False, watched=watched)
 
-    def _evaluate(self, done: int) -> None:
+    def _evaluate(self, done: int) -> float:
+        """Tell the held-out loss, and return it: the same on all."""
         try:
             result = self.engine.evaluate()
         except NonFiniteLoss as error:
@@ -196,15 +219,17 @@ class Trainer:
         perplexity = math.exp(min(result.loss, 700.0))
         found = {"loss": result.loss, "perplexity": perplexity, "means": dict(result.means)}
         self._say({"kind": "evaluation", "step": done, **found})
+        return result.loss
 
-    def _save(self, done: int) -> bool:
+    def _save(self, done: int, watched: dict[str, Any]) -> bool:
         """Write a checkpoint; whether it is whole."""
         error, config = None, self.config
         if missing := self.engine.missing():
             error = f"layers {missing} are being rebuilt"
         if error is None:
             about = {
-                "next_sample": self.job.next_sample(done), "job": self.job.carried, **identity(config),
+                "next_sample": self.job.next_sample(done), "job": self.job.carried, "watched": watched,
+                **identity(config),
                 "model": model_fingerprint(self.engine.states.model.config), "data": self.data_fingerprint,
             }  # fmt: skip
             error = save(self.engine, config.out / "checkpoints", done, about, config.keep, self.reports)
@@ -216,7 +241,21 @@ class Trainer:
         self.engine.rest()
         path = self.config.out / "model"
         export(self.engine, path, self.config.out / "tokenizer", self.config.model)
-        self._event("exported", step=self.config.last_step, path=str(path))
+        self._event("exported", step=self.step, path=str(path))
+        self.engine.gather({})
+
+    def _export_at(self, done: int) -> None:
+        """The model as of now, beside that of the end; a disk that fails costs this model, not the run."""
+        path, error = self.config.out / "exports" / f"step-{done:08d}" / "model", None
+        if missing := self.engine.missing():
+            error = f"layers {missing} are being rebuilt"
+        else:
+            try:
+                export(self.engine, path, self.config.out / "tokenizer", self.config.model)
+            except (OSError, ModelError) as problem:
+                error = str(problem)
+        told: dict[str, Any] = {"path": str(path)} if error is None else {"error": error}
+        self._event("exported" if error is None else "export_failed", step=done, **told)
         self.engine.gather({})
 
     # ---- what is seen ----

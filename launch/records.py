@@ -36,6 +36,8 @@ _EVENTS: dict[str, dict[str, Kind]] = {
     "checkpoint": {"step": int},
     "checkpoint_failed": {"step": int, "error": str},
     "exported": {"step": int, "path": str},
+    "export_failed": {"step": int, "error": str},
+    "early_stop": {"step": int, "best": float, "evaluations": int},
 }  # fmt: skip
 """The events that workers report; all others are the coordinator's own."""
 

@@ -37,6 +37,7 @@ from launch.run_folder import RunFolder
 from launch.run_lock import RunLock
 from launch.signals import Stopping
 from launch.story import Story
+from launch.trackers import Trackers
 from launch.warm import warm_up
 from launch.worker_main import computes, default_threads
 from pipeline.model.flops import ModelFlops
@@ -136,7 +137,8 @@ def _host(
     introduce(config, plan, display)
     display.say(f"host memory: {store.layout.num_bytes / 2**30:.2f} GiB in {store.path}")
     view = plan.view
-    folder = RunFolder(config.out, to_toml(config), view.first_step, config.tensorboard, display.warn)
+    trackers = Trackers(config, asdict(config), display.warn) if config.trackers else None
+    folder = RunFolder(config.out, to_toml(config), view.first_step, trackers, display.warn)
     folder.event("started", step=view.first_step, workers=config.workers, host_bytes=store.layout.num_bytes,
                  **computes(config, config.workers))  # fmt: skip
     folder.event("described", step=view.first_step, **describe(config, plan))
@@ -157,7 +159,7 @@ def _host(
                 config, engine, jobs[TRAIN], KINDS[config.job].data(config), _HostReports(story, folder),
                 stop.is_set, view.first_step, evaluate_first=source is not None and not view.checkpoint,
                 before=partial(KINDS[config.job].before, jobs=jobs, first_step=view.first_step),
-                trains=KINDS[config.job].trains,
+                trains=KINDS[config.job].trains, watched=view.details["watched"],
             )  # fmt: skip
             if view.checkpoint is not None:
                 load_checkpoint(optimizer, Path(view.checkpoint), view.generation)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.journal import Journal
+from launch.trackers import Trackers
 from pipeline.runtime.peak_memory import PEAK_BYTES
 from pipeline.wire import Kind, WireError, checked, parse
 
@@ -56,10 +57,10 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, config_toml: str, first_step: int, tensorboard: bool = False,
+        self, path: Path, config_toml: str, first_step: int, trackers: Trackers | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.path, self._say = path, say
+        self.path, self._say, self._trackers = path, say, trackers
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "config.toml", config_toml)
         metrics = read_jsonl(path / "metrics.jsonl", step=int, view=int, loss=float)
@@ -78,11 +79,6 @@ class RunFolder:
         self.evaluations = [e for e in held_out if _has(e, loss=float, perplexity=float)]
         self.marks = [_marked(e) for e in losses if _has(e, worker=int, remedy=str)]
         self._files = {name: Journal(path / f"{name}.jsonl") for name in ("metrics", "events", "ledger")}
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # an extra: imported only when asked for
-
-            self._board = SummaryWriter(str(path / "tensorboard"))
 
     def step(self, record: dict[str, Any]) -> None:
         """Keep the metrics of a committed step."""
@@ -101,8 +97,8 @@ class RunFolder:
         if metrics["step"] in self._in_ledger:  # what came after it the last time is undone with it
             self._in_ledger = {step for step in self._in_ledger if step < metrics["step"]}
         self._in_ledger.add(metrics["step"])
-        plotted = ("loss", "tokens_per_s", "grad_norm", "lr", *MEASURED[1:])
-        self._plot({name: metrics[name] for name in plotted if name in metrics}, metrics["step"])
+        if self._trackers is not None:
+            self._trackers.step(metrics)
 
     def save_ledger(self, step: int) -> str:
         """Have the ledger on the disk, with every step up to `step` in it; why it is not, or ""."""
@@ -117,12 +113,13 @@ class RunFolder:
         line = {"time": fields.pop("time", time.time()), "event": event, **fields}
         if event == "evaluation":
             self.evaluations.append(line)
-            self._plot({"held_out_loss": fields["loss"]}, fields["step"])
         if event in _LOSSES:
             self.marks.append(_marked(line))
         if event == "rolled_back":  # the lines of steps that are undone do not stand for those that are to come
             self._in_ledger = {step for step in self._in_ledger if step <= line["step"]}
         self._append("events", line)
+        if self._trackers is not None:
+            self._trackers.event(event, fields)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if (file := self._files.get(name)) is None:  # the run has ended: what comes now is said, and not kept
@@ -134,17 +131,6 @@ class RunFolder:
         elif before and not file.waiting:
             self._say(f"{file.path.name} is written again, and whole")
 
-    def _plot(self, values: dict[str, float], step: int) -> None:
-        """TensorBoard's points; where they cannot be written there are none any more."""
-        if self._board is None:
-            return
-        try:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-        except (OSError, RuntimeError) as error:
-            self._say(f"the TensorBoard files cannot be written: {error}; training goes on without them")
-            self._board = None
-
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
@@ -152,8 +138,8 @@ class RunFolder:
             if file.waiting:
                 self._say(f"{file.waiting}: its last lines are lost")
         self._files = {}
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -48,6 +48,8 @@ _SAID = {
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
     "agent_lost": "agent {agent} {reason}; the cluster is asked for another",
     "agent_came": "agent {agent} has come, on {node}",
+    "export_failed": "no model at step {step}: {error}; training goes on",
+    "early_stop": "no held-out loss below {best:.4f} in {evaluations} evaluations: the run ends at step {step}",
     "picture_failed": "{path} is not drawn: {error}",
     "unreadable": "something in the store is not of this run, and is left aside: {error}",
 }

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from launch.signals import NotStarted, Stopping, stopping
 from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
 from launch.token import find_token, leave_token
+from launch.trackers import Trackers, require_trackers
 from launch.warm import warm_up
 from launch.worker_main import computes, default_threads, worker_main
 from pipeline.exit_codes import ERROR, STOPPED, exit_code
@@ -75,6 +76,7 @@ def train(config: TrainConfig, as_json: bool = False, prepared: bool = False) ->
 
 def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool) -> int:
     config.validate()
+    require_trackers(config)
     if config.scheduler == "roundpipe":
         return train_rounds(config, as_json, signals, prepared)
     slot = find_slot(config)
@@ -208,7 +210,8 @@ def _follow(
 ) -> tuple[int, Story]:  # fmt: skip
     """The run from its first view to its end."""
     introduce(config, plan, display)
-    folder = RunFolder(config.out, to_toml(config), plan.view.first_step, config.tensorboard, display.warn)
+    trackers = Trackers(config, asdict(config), display.warn) if config.trackers else None
+    folder = RunFolder(config.out, to_toml(config), plan.view.first_step, trackers, display.warn)
     story = Story(config, plan, folder, display, store)
     page = PageKeeper(config.out, display.warn) if KINDS[config.job].trains else None
     try:

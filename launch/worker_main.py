@@ -150,6 +150,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
             evaluate_first=view.details["source"] is not None and view.checkpoint is None,
             before=partial(KINDS[config.job].before, jobs=jobs, first_step=view.first_step),
             trains=KINDS[config.job].trains,
+            watched=view.details["watched"],
         )
         if config.min_workers and config.migration_mib and not payload["nccl"]:
             own = partial(connect, payload["store"], 60.0)

@@ -128,7 +128,7 @@ def put_away(config: UnlearnConfig, request: Request, tell: Tell) -> Request:
             tell(f"removed from the cache: {path}")
     for old in retire(run, request.generation, config.old_checkpoints):
         tell(f"{'fenced' if config.old_checkpoints == 'fence' else 'shredded'}: {old}")
-    for name in ("model", "adapter", "replays"):
+    for name in ("model", "adapter", "replays", "exports"):
         if name != "model" or (folder / "model").is_dir():
             shred_folder(run / name)
     if (folder / "model").is_dir():
