@@ -107,8 +107,10 @@ def _flat(values: Mapping[str, Any], cls: type) -> list[tuple[str, Any]]:
     known, found = tables(cls), list[tuple[str, Any]]()
     for name, value in values.items():
         own = declared(known[name]) if name in known else ()
-        sources = name == "data" and isinstance(value, Mapping) and {key.replace("-", "_") for key in value}.isdisjoint(own)
-        if not own or sources or not isinstance(value, Mapping):  # [data] may have settings, or sources by weight
+        nested = isinstance(value, Mapping) and bool(own)
+        if nested and name == "data":  # settings, or sources by weight
+            nested = not {key.replace("-", "_") for key in value}.isdisjoint(own)
+        if not nested:
             found.append((name, value))
             continue
         for key in value:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from launch.run_folder import standing
 from launch.run_lock import at_work
@@ -197,5 +197,5 @@ def finite(lines: Iterable[Line], name: str) -> list[tuple[float, float]]:
     for line in lines:  # whose numbers were looked at when they were read
         step, value = line.get("step"), line.get(name)
         if type(step) in _NUMBERS and type(value) in _NUMBERS:
-            found[step] = value
+            found[cast(float, step)] = cast(float, value)
     return sorted(found.items())
