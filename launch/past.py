@@ -68,7 +68,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
     """The lines of ledger.jsonl that stand."""
-    kinds = dict.fromkeys(set(LEDGER) - {"version"}, int)
+    kinds = dict.fromkeys(set(LEDGER) - {"version", "sources"}, int)
     return standing(read_jsonl(folder / "ledger.jsonl", **kinds))
 
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.journal import Journal
-from launch.trackers import Trackers
 from pipeline.runtime.peak_memory import PEAK_BYTES
 from pipeline.wire import Kind, WireError, checked, parse
+
+if TYPE_CHECKING:  # it reads the settings of all owners, torch among them; many who read a folder need neither
+    from launch.trackers import Trackers
 
 METRICS = ("step", "loss", "tokens", "tokens_per_s", "grad_norm", "lr", "view")
 """Of a committed step; `again` comes with them: how often the step had been taken before a rollback undid it."""

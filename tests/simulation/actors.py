@@ -81,10 +81,11 @@ class SimTrainer(Trainer):
 
     run_of: Actors
 
-    def _evaluate(self, done: int) -> None:
+    def _evaluate(self, done: int) -> float:
         self.engine.evaluate()
+        return 0.0
 
-    def _save(self, done: int) -> bool:
+    def _save(self, done: int, watched: dict[str, Any]) -> bool:
         worker = self.engine.worker  # type: ignore[attr-defined]
         mine = {name: [s.version, float(s.value)] for name, s in worker.store.states.items()}
         votes = self.engine.gather({"states": mine})
@@ -96,8 +97,8 @@ class SimTrainer(Trainer):
         votes = self.engine.gather({"error": error})
         return not any(vote["error"] for vote in votes.values())
 
-    def _carried_at(self, rollback: str) -> dict[str, Any]:
-        return {"steps": 0 if rollback == START else int(Path(rollback).name.removeprefix("step-"))}
+    def _carried_at(self, rollback: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"steps": 0 if rollback == START else int(Path(rollback).name.removeprefix("step-"))}, {}
 
     def _export(self) -> None:
         worker = self.engine.worker  # type: ignore[attr-defined]
