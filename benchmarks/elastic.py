@@ -96,7 +96,7 @@ class Machines:
 
     def workers(self) -> list[psutil.Process]:
         """Those of machine 0, in order of their start."""
-        (warm,) = [p for p in psutil.Process(self.running[0]).children() if p.children()]  # and not the store
+        warm = min(psutil.Process(self.running[0]).children(), key=psutil.Process.create_time)
         return sorted(warm.children(), key=lambda process: process.create_time())
 
     def lines(self, name: str) -> list[dict[str, Any]]:

@@ -143,7 +143,7 @@ def recoveries(
     """Kill a worker in one of `places`, wait until the run has gone on, and say how long that took; and again. Pids are
     read from the process tree, in the order of worker ids."""
     run.until(lambda: run.last_step() >= warm_steps)
-    (warm,) = [p for p in psutil.Process(run.process.pid).children() if p.children()]  # and not the store
+    warm = min(psutil.Process(run.process.pid).children(), key=psutil.Process.create_time)
     at = dict(enumerate(sorted(child.pid for child in warm.children())))  # place -> pid; a spare comes last
     spare = at.pop(max(at)) if "--spares" in flags else 0
     while True:

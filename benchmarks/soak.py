@@ -35,7 +35,7 @@ FLAGS = ["--workers", "6", "--replicas", "2", "--model", "llama-tiny", "--checkp
 
 
 def workers(run: Run) -> list[psutil.Process]:
-    (warm,) = [p for p in psutil.Process(run.process.pid).children() if p.children()]  # and not the store
+    warm = min(psutil.Process(run.process.pid).children(), key=psutil.Process.create_time)
     return warm.children()
 
 
@@ -71,7 +71,7 @@ def soak(minutes: float, every_s: float, seed: int, advance: Any) -> dict[str, A
     with Run(folder, FLAGS) as run:
         run.until(lambda: run.last_step() >= 10)
         agent = psutil.Process(run.process.pid)
-        (warm,) = [child for child in agent.children() if child.children()]
+        warm = min(agent.children(), key=psutil.Process.create_time)
         began, kills = time.monotonic(), 0
         open_before = {p.pid: (p.num_fds(), p.num_threads()) for p in (agent, warm)}
         eldest = {p.pid: p.num_fds() for p in workers(run)}

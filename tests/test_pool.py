@@ -306,7 +306,7 @@ def test_the_end_of_the_forkserver_ends_the_run_by_name(forkserver: ForkServer, 
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
-        (warm,) = psutil.Process(started.pid).children()
+        warm = min(psutil.Process(started.pid).children(), key=psutil.Process.create_time)
         warm.kill()
         ended = started.wait()
     assert ended.code == 1, ended.output

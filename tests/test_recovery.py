@@ -435,7 +435,7 @@ def _await_steps(out: Path, step: int) -> None:
 def _workers(pid: int, out: Path, step: int) -> list[int]:
     """The pids of the workers, in the order of their ids, once `step` steps are committed."""
     _await_steps(out, step)
-    (warm,) = [child for child in psutil.Process(pid).children() if child.children()]  # and not the store
+    warm = min(psutil.Process(pid).children(), key=psutil.Process.create_time)  # then who draws the report
     most = int(Path("/proc/sys/kernel/pid_max").read_text())
     return sorted((child.pid for child in warm.children()), key=lambda pid: (pid - warm.pid) % most)  # pids begin anew
 
