@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, function = command.load()
     try:
         try:
-            config = configured(settings, name, _named(command, arguments[1:]), command.base)
+            config = configured(settings, name, named(command, arguments[1:]), command.base)
         except (SystemExit, BrokenPipeError):  # the help has been printed, or its reader has enough
             return _say()
         result = function(config)
@@ -308,7 +308,7 @@ def configured(
     return config.with_batch(asked) if hasattr(config, "with_batch") else config
 
 
-def _named(command: _Command, arguments: list[str]) -> list[str]:
+def named(command: _Command, arguments: list[str]) -> list[str]:
     """The arguments, the first of which, or the first few, may be a setting without its name."""
     flags = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     count = flags if command.many else min(flags, 1)

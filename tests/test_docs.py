@@ -19,7 +19,7 @@ from docs.pictures import IMAGES, commands, drawn
 from docs.reference import FOLDER
 from docs.reference import pages as reference
 from jobs.config import ConfigError, TrainConfig
-from launch.cli import COMMANDS, main
+from launch.cli import COMMANDS, main, named
 from launch.config import config_from_dict
 from launch.words import given
 from pipeline.settings import check_bounds, names_of
@@ -70,9 +70,7 @@ def _configured(words: list[str], before: dict[Path, dict[str, Any]]) -> None:
     name, flags = words[0], words[1:]
     if name.startswith("--"):
         return
-    settings, first = COMMANDS[name].load()[0], COMMANDS[name].first
-    if first and flags and not flags[0].startswith("-"):
-        flags = [f"--{first}={flags[0]}", *flags[1:]]
+    settings, flags = COMMANDS[name].load()[0], named(COMMANDS[name], flags)
     asked = given(settings, [flag for flag in flags if flag != "--help"])
     kept = before.get(Path(asked.get("out", "runs/default")), {}) if name == "train" and asked.get("resume") else {}
     config = config_from_dict(settings, {**kept, **asked})
