@@ -1,13 +1,15 @@
-"""`unbroken export RUN --out DIR`: a checkpoint of a run as a model directory, of whichever step, while the run goes on
-or after it. Adapters are merged into the weights, as at the end of a run."""
+"""`unbroken export RUN --out DIR`: a checkpoint of a run as a model, of whichever step, while the run goes on or after
+it. Adapters are merged into the weights, as at the end of a run."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from jobs.config import ConfigError, TrainConfig
+from jobs.dcp import save_dcp
 from jobs.unlearn.guard import is_guarded
 from jobs.unlearn.request import require_complete
 from jobs.unlearn.weights import begin_with, say_generation
@@ -23,7 +25,7 @@ from recovery.generation import read_generation
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a checkpoint as a model directory, which AutoModelForCausalLM.from_pretrained loads."""
+    """Write a checkpoint as a model directory, which AutoModelForCausalLM.from_pretrained loads, or for PyTorch."""
 
     run: Path = Path("runs/default")
     """The run folder, or one of the checkpoints in it."""
@@ -31,6 +33,8 @@ class ExportConfig:
     """The model directory that is written; it must not be there, or be empty."""
     step: Annotated[int | None, Within(0, MOST_STEPS)] = None
     """Of which step; unset, the newest checkpoint that is whole."""
+    to: Literal["transformers", "dcp"] = "transformers"
+    """The form: a model directory of transformers, or a distributed checkpoint of PyTorch under the same names."""
     json: bool = False
     """Print one JSON object."""
 
@@ -46,11 +50,23 @@ def export(config: ExportConfig) -> Result:
     )  # fmt: skip
     settings, generation = TrainConfig(**kept_values(run)), read_generation(run)
     model = LayeredModel(read_config(run / "model-config"), lora=settings.lora(), trained=settings.patterns())
-    begin_with(model, saved, out, run / "tokenizer")
-    if generation:
-        say_generation(out, generation)
+    made = out if config.to == "transformers" else out.with_name(f".{out.name}.transformers")
+    try:
+        begin_with(model, saved, made, run / "tokenizer")
+        if generation:
+            say_generation(made, generation)
+        if made != out:
+            if out.is_dir():
+                out.rmdir()  # empty
+            save_dcp(made, out)
+    finally:
+        if made != out:
+            shutil.rmtree(made, ignore_errors=True)
     step = int(checkpoint.read_manifest(saved)["extra"]["step"])
-    values = {"model": str(out), "run": str(run), "checkpoint": str(saved), "step": step, "generation": generation}
+    values = {
+        "model": str(out), "form": config.to, "run": str(run), "checkpoint": str(saved), "step": step,
+        "generation": generation,
+    }  # fmt: skip
     return values, f"model     {out}, of step {step} of {str(run)!r}"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from jobs.config import TrainConfig
+from jobs.dcp import is_dcp, load_dcp
 from jobs.tokenizer import build_tokenizer
 from launch.config import to_toml
 from launch.export import ExportConfig, export
@@ -116,3 +117,13 @@ def test_what_is_no_run_or_no_place_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=told):
             export(ExportConfig(**{"run": run, "out": tmp_path / "out", **asked}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_goes_out_for_pytorch_and_comes_back(tmp_path: Path) -> None:
+    model = lay_out(tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    values, _ = export(ExportConfig(tmp_path / "run", tmp_path / "out", step=4, to="dcp"))
+    assert values["form"] == "dcp"
+    assert is_dcp(tmp_path / "out")
+    assert torch.allclose(logits(load_dcp(tmp_path / "out", tmp_path / "back")), expected(model, 4), atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out", "run"]
