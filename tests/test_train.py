@@ -365,7 +365,8 @@ def test_metrics_tell_of_every_step(reference: Run) -> None:
 
 def test_events_tell_of_start_checkpoints_evaluations_and_export(reference: Run) -> None:
     assert [(e["event"], e["step"]) for e in reference.events] == [
-        ("started", 0), ("evaluation", 3), ("checkpoint", 3), ("evaluation", 6), ("checkpoint", 6), ("exported", 6),
+        ("started", 0), ("described", 0), ("evaluation", 3), ("checkpoint", 3), ("evaluation", 6), ("checkpoint", 6),
+        ("exported", 6),
     ]  # fmt: skip
     assert [e["time"] for e in reference.events] == sorted(e["time"] for e in reference.events)
     for event in reference.named("evaluation"):
@@ -786,7 +787,7 @@ def test_a_death_ends_the_run_with_its_name_and_leaves_nothing_running(
     running = launcher.start(**ENDLESS, replicas=replicas, deadline=2.0)
     running.until_step(2)
     processes = running.processes()
-    assert len(processes) == 4, "the agent, the forkserver and two workers"
+    assert len(processes) == 6, "the agent, the store, who draws the report, the forkserver and two workers"
     fault(running)
     run = running.finish(PROMPT_S)
     assert run.code == 1
