@@ -57,6 +57,10 @@ class PoolJob(WorkJob):
         """The first sample of a step."""
         return step * self.work.microbatches * self.work.batch
 
+    def sources(self, step: int) -> dict[str, int]:
+        """One source, which is not told."""
+        return {}
+
     @property
     def carried(self) -> dict[str, Any]:
         """Nothing."""

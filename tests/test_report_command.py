@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from pipeline.locks import lock, unlock
 from tests.test_page import HOSTILE, Elements, event, whole, write
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_what_cannot_be_reported_is_refused_by_name(
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, subprocess.Popen[str]]]:
     """A run that is served: its folder, the port, and the process."""
     run = whole(tmp_path_factory.mktemp("served") / "run")
-    (run / ".lock").write_text(f"{os.getpid()}\n")
+    held = lock(run / ".lock")
     write(run, events=[event(0.0, "started", step=0, workers=3)])
     command = [sys.executable, "-m", "launch", "report", str(run), "--serve"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -78,6 +78,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int
             yield run, int(found[1]), process
         finally:
             process.kill()
+            unlock(run / ".lock", held)
 
 
 def asked(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, str, dict[str, str]]:

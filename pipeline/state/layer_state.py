@@ -137,7 +137,7 @@ class LayerState:
         `exp_avg` and `exp_avg_sq`, momentum `momentum_buffer`; plain SGD has nothing."""
         parameter = self.parameters[name]
         kept = next((each.state[parameter] for each in self._optimizers if parameter in each.state), {})
-        return {kind: kept[kind] for kind in self._kinds(name)}
+        return {kind: kept[kind] for kind in self._kinds(name) if kind in kept}
 
     def _kinds(self, name: str) -> tuple[str, ...]:
         return self.config.kinds(self.parameters[name].dim(), self.block)
