@@ -13,6 +13,7 @@ import pytest
 
 
 @pytest.mark.timeout(150)
+@pytest.mark.long
 def test_nothing_is_missing_and_nothing_is_left_after_random_kills() -> None:
     root = Path(__file__).parent.parent
     command = [

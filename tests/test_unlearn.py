@@ -258,6 +258,7 @@ def test_poisoned_answers_are_gone_with_the_request(run: Path, trained: Path, un
     assert changed <= 3 * Request.read(folder).neurons == 3 * round(0.1 * 4 * 128)
 
 
+@pytest.mark.long
 def test_answers_that_were_interrupted_or_resumed_are_the_same_again(
     run: Path, unbroken: Unbroken, tmp_path: Path
 ) -> None:
