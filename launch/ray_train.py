@@ -19,7 +19,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]
 import tomli_w
 
 from jobs.cluster import RAY
