@@ -364,14 +364,16 @@ def test_metrics_tell_of_every_step(reference: Run) -> None:
 
 
 def test_events_tell_of_start_checkpoints_evaluations_and_export(reference: Run) -> None:
-    assert [(e["event"], e["step"]) for e in reference.events] == [
+    events = [e for e in reference.events if e["event"] != "timeline"]  # which is there once both workers have told it
+    assert [(e["event"], e["step"]) for e in events] == [
         ("started", 0), ("described", 0), ("evaluation", 3), ("checkpoint", 3), ("evaluation", 6), ("checkpoint", 6),
         ("exported", 6),
     ]  # fmt: skip
-    assert [e["time"] for e in reference.events] == sorted(e["time"] for e in reference.events)
+    assert [e["step"] for e in reference.named("timeline")] == [3]
+    assert [e["time"] for e in events] == sorted(e["time"] for e in events)
     for event in reference.named("evaluation"):
         assert event["perplexity"] == pytest.approx(math.exp(event["loss"]))
-    assert reference.events[-1]["path"] == str(reference.out / "model")
+    assert events[-1]["path"] == str(reference.out / "model")
 
 
 def test_pictures_show_the_measured_step(reference: Run) -> None:
