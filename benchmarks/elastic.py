@@ -44,6 +44,7 @@ from safetensors.torch import load_file
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
 from benchmarks.elastic_peers import chosen, peers  # noqa: E402
+from benchmarks.processes import warm_parent  # noqa: E402
 from benchmarks.runs import command, finished  # noqa: E402
 from benchmarks.utilisation import cpu_peak, middle, of_run  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
@@ -96,8 +97,7 @@ class Machines:
 
     def workers(self) -> list[psutil.Process]:
         """Those of machine 0, in order of their start."""
-        warm = min(psutil.Process(self.running[0]).children(), key=psutil.Process.create_time)
-        return sorted(warm.children(), key=lambda process: process.create_time())
+        return sorted(warm_parent(self.running[0]).children(), key=lambda process: process.create_time())
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         path = self.out / f"{name}.jsonl"

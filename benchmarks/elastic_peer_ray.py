@@ -14,7 +14,8 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,19 @@ def raylets(folder: Path) -> list[psutil.Process]:
 
 
 def ray_train(family: Family, chance: random.Random, tuned: bool) -> Iterator[Row]:
-    """Kill one of two nodes with its worker, wait for a commit without it, then with a new one; and again."""
-    commits = Commits(family.folder)
+    """Ray Train, whose nodes are killed and added."""
     family.start("ray-driver", tuned)
+    yield from turns(family, Commits(family.folder), chance, partial(raylets, family.folder))
+
+
+def turns(
+    family: Family, commits: Commits, chance: random.Random, find: Callable[[], list[psutil.Process]]
+) -> Iterator[Row]:
+    """Kill one of two nodes, which `find` finds, with its worker; wait for a commit without it, then with a new one;
+    and so on."""
     until_warm(family, commits, NODES)
     while True:
-        nodes = raylets(family.folder)
-        if len(nodes) != NODES:
+        if len(nodes := find()) != NODES:
             raise PeerError(f"{len(nodes)} nodes train; expected {NODES}")
         killed = kill_all(chance.choice(nodes))
         shrunk = changed(family, commits, killed, NODES - 1, DEADLINE_S)

@@ -35,8 +35,8 @@ from rich.table import Table
 if __name__ == "__main__":  # else recovery.py here would hide the package of that name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.elastic_peer import Commits, Family, Line, Row, changed, kill_all, row, samples, until_warm
-from benchmarks.elastic_peer_ray import DEADLINE_S, NODE, NODES, driver, ray_train
+from benchmarks.elastic_peer import Commits, Family, Line, Row, samples
+from benchmarks.elastic_peer_ray import NODE, NODES, driver, ray_train, turns
 from benchmarks.elastic_peers import INSTALL, spread, version
 from benchmarks.recovery_peers import PeerError
 from launch.forkserver import die_with_parent
@@ -96,17 +96,8 @@ def raylets() -> list[psutil.Process]:
 
 def ours(family: Family, chance: random.Random) -> Iterator[Row]:
     """As `elastic_peer_ray.ray_train`."""
-    commits = OurCommits(family.folder)
     family.start("ours-driver")
-    until_warm(family, commits, NODES)
-    while True:
-        if len(nodes := raylets()) != NODES:
-            raise PeerError(f"{len(nodes)} nodes train; expected {NODES}")
-        killed = kill_all(chance.choice(nodes))
-        shrunk = changed(family, commits, killed, NODES - 1, DEADLINE_S)
-        started = time.time()
-        (family.folder / "add").touch()
-        yield row(shrunk, changed(family, commits, started, NODES, DEADLINE_S))
+    yield from turns(family, OurCommits(family.folder), chance, raylets)
 
 
 def measure(name: str, chance: random.Random) -> dict[str, Any]:

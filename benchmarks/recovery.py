@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from processes import warm_parent
 from recovery_peers import PEERS, measure_peer
 from rich.console import Console
 from rich.markup import escape
@@ -143,7 +144,7 @@ def recoveries(
     """Kill a worker in one of `places`, wait until the run has gone on, and say how long that took; and again. Pids are
     read from the process tree, in the order of worker ids."""
     run.until(lambda: run.last_step() >= warm_steps)
-    warm = min(psutil.Process(run.process.pid).children(), key=psutil.Process.create_time)
+    warm = warm_parent(run.process.pid)
     at = dict(enumerate(sorted(child.pid for child in warm.children())))  # place -> pid; a spare comes last
     spare = at.pop(max(at)) if "--spares" in flags else 0
     while True:

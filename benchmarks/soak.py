@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from processes import warm_parent
 from rich.console import Console
 from rich.progress import Progress
 
@@ -35,8 +36,7 @@ FLAGS = ["--workers", "6", "--replicas", "2", "--model", "llama-tiny", "--checkp
 
 
 def workers(run: Run) -> list[psutil.Process]:
-    warm = min(psutil.Process(run.process.pid).children(), key=psutil.Process.create_time)
-    return warm.children()
+    return warm_parent(run.process.pid).children()
 
 
 def hit(run: Run, chance: random.Random) -> int:
@@ -71,7 +71,7 @@ def soak(minutes: float, every_s: float, seed: int, advance: Any) -> dict[str, A
     with Run(folder, FLAGS) as run:
         run.until(lambda: run.last_step() >= 10)
         agent = psutil.Process(run.process.pid)
-        warm = min(agent.children(), key=psutil.Process.create_time)
+        warm = warm_parent(agent.pid)
         began, kills = time.monotonic(), 0
         open_before = {p.pid: (p.num_fds(), p.num_threads()) for p in (agent, warm)}
         eldest = {p.pid: p.num_fds() for p in workers(run)}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from launch.journal import Journal
 from pipeline.runtime.peak_memory import PEAK_BYTES
@@ -173,6 +173,18 @@ def read_jsonl(path: Path, **kinds: Kind) -> list[dict[str, Any]]:
             if _has(line := parse(text, path.name), **kinds):
                 lines.append(line)
     return lines
+
+
+def lines_after(file: BinaryIO, at: int, name: str) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects in the lines of a JSONL file that have come whole after so many bytes, without damaged ones; and
+    the byte where the next line begins. Raises OSError."""
+    file.seek(at)
+    whole, newline, _ = file.read().rpartition(b"\n")
+    found: list[dict[str, Any]] = []
+    for text in whole.splitlines():
+        with suppress(WireError):
+            found.append(parse(text, name))
+    return found, at + len(whole) + len(newline)
 
 
 def _has(line: dict[str, Any], **kinds: Kind) -> bool:

@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.processes import warm_parent
 from jobs.config import TrainConfig
 from launch.forkserver import ForkServer
 from pipeline.model.flops import ModelFlops
@@ -306,8 +306,7 @@ def test_the_end_of_the_forkserver_ends_the_run_by_name(forkserver: ForkServer, 
         metrics = tmp_path / "run" / "metrics.jsonl"
         while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
-        warm = min(psutil.Process(started.pid).children(), key=psutil.Process.create_time)
-        warm.kill()
+        warm_parent(started.pid).kill()
         ended = started.wait()
     assert ended.code == 1, ended.output
     assert "the forkserver has ended unexpectedly" in ended.output

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.processes import warm_parent
 from jobs.data import Dataset
 from launch.forkserver import ForkServer
 from pipeline.model.weights import preset
@@ -435,7 +436,7 @@ def _await_steps(out: Path, step: int) -> None:
 def _workers(pid: int, out: Path, step: int) -> list[int]:
     """The pids of the workers, in the order of their ids, once `step` steps are committed."""
     _await_steps(out, step)
-    warm = min(psutil.Process(pid).children(), key=psutil.Process.create_time)  # then who draws the report
+    warm = warm_parent(pid)
     most = int(Path("/proc/sys/kernel/pid_max").read_text())
     return sorted((child.pid for child in warm.children()), key=lambda pid: (pid - warm.pid) % most)  # pids begin anew
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.wire import WireError, parse
+from launch.run_folder import lines_after
 
 Identity = tuple[int, int]
 """Device and inode of a file: another one once it was written anew."""
@@ -34,13 +33,7 @@ class Lines:
             return []
         try:
             with self._path.open("rb") as file:
-                file.seek(self._at)
-                whole, newline, _ = file.read().rpartition(b"\n")
+                found, self._at = lines_after(file, self._at, self._path.name)
         except OSError:
             return []
-        self._at += len(whole) + len(newline)
-        found = list[dict[str, Any]]()
-        for line in whole.splitlines():
-            with suppress(WireError):
-                found.append(parse(line, self._path.name))
         return found

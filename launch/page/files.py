@@ -16,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from launch.run_folder import standing
+from launch.run_folder import lines_after, standing
 from launch.run_lock import at_work
 from pipeline.reading import FileError, read_json, read_toml
-from pipeline.wire import WireError, parse
 
 Line = Mapping[str, Any]
 _MOST = 10**15
@@ -86,18 +85,15 @@ class Lines:
                 found = os.fstat(file.fileno())
                 if found.st_ino != self._file or found.st_size < self.read:
                     self.lines, self.read, self._file = [], 0, found.st_ino
-                file.seek(self.read)
-                text = file.read(found.st_size - self.read)
+                came, end = lines_after(file, self.read, self.path.name)
         except OSError:
             return False
-        text = text[: text.rfind(b"\n") + 1]  # the last line may be half there
-        self.read += len(text)
-        for each in text.splitlines():
-            with suppress(WireError):
-                line = {name: value for name, value in parse(each, self.path.name).items() if _fits(value)}
-                if all(number(line, name) is not None for name in self.needs):
-                    self.lines.append(line)
-        return bool(text)
+        for each in came:
+            line = {name: value for name, value in each.items() if _fits(value)}
+            if all(number(line, name) is not None for name in self.needs):
+                self.lines.append(line)
+        read, self.read = self.read, end
+        return end > read
 
 
 @dataclass(frozen=True)
