@@ -177,9 +177,11 @@ def read_jsonl(path: Path, **kinds: Kind) -> list[dict[str, Any]]:
 
 def lines_after(file: BinaryIO, at: int, name: str) -> tuple[list[dict[str, Any]], int]:
     """The JSON objects in the lines of a JSONL file that have come whole after so many bytes, without damaged ones; and
-    the byte where the next line begins. Raises OSError."""
+    the byte where the next line begins. Raises OSError. What is no file (a device, a pipe) has no lines: it may have no
+    end."""
+    size = os.fstat(file.fileno()).st_size  # 0 of what is no file: read to its end, /dev/full fills the memory
     file.seek(at)
-    whole, newline, _ = file.read().rpartition(b"\n")
+    whole, newline, _ = file.read(max(0, size - at)).rpartition(b"\n")
     found: list[dict[str, Any]] = []
     for text in whole.splitlines():
         with suppress(WireError):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jobs.config import TrainConfig
 from launch.journal import Journal
 from launch.progress import Display
-from launch.run_folder import METRICS, RunFolder, read_jsonl, standing
+from launch.run_folder import METRICS, RunFolder, lines_after, read_jsonl, standing
 from launch.story import Story
 from launch.worker_main import Reports
 from recovery import keys
@@ -194,3 +194,9 @@ def test_steps_that_are_taken_again_are_marked_and_the_last_one_stands(tmp_path:
     again.step(record(3, 1))
     again.close()
     assert [m["again"] for m in again.metrics] == [0, 0, 1, 0], "a step that a resumed run takes is new to it"
+
+
+def test_a_device_in_the_place_of_a_file_has_no_lines() -> None:
+    """/dev/zero gives bytes for ever: who reads it to its end is ended by the kernel, and was the driver of a run."""
+    with open("/dev/zero", "rb", buffering=0) as file:
+        assert lines_after(file, 0, "events.jsonl") == ([], 0)
