@@ -17,20 +17,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jobs.files import ALLOWED, CorpusError, TextFile
+from jobs.files import ALLOWED, CorpusError
 from jobs.json_documents import field_text, open_json
+from jobs.pieces import Texts, pieces
+from jobs.text_file import TextFile
 
 TEXT_FIELD = "text"
 """The field that holds the text unless another is asked for."""
 _NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-
-
-class Texts(Protocol):
-    """What readers of text need: a Corpus, or a list of strings."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> str: ...
 
 
 class TextSource(Texts, Protocol):
@@ -77,6 +71,11 @@ class Corpus:
             raise IndexError(f"document {index} of {len(self)}")
         source, place = self._place(index)
         return source[place]
+
+    def pieces(self, index: int, /) -> Iterator[tuple[str, float]]:
+        """See jobs.pieces."""
+        source, place = self._place(index)
+        return pieces(source, place)
 
     def about(self, index: int) -> tuple[str, Mapping[str, str]]:
         """What document `index` is called, such as the name of a module or PATH:LINE, and its fields."""

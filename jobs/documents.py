@@ -6,7 +6,6 @@ the same text has the same one, whatever it is called and however it is spaced. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
@@ -18,7 +17,7 @@ from jobs.corpus import Corpus
 from jobs.data import META
 from jobs.files import CorpusError
 from jobs.row_data import RowInfo
-from jobs.rows import normal
+from jobs.text_hashes import digests
 
 DOCUMENTS = "documents.jsonl"
 PLACES = np.dtype([("number", "<i8"), ("start", "<i8"), ("end", "<i8"), ("digest", "S16")])
@@ -29,7 +28,7 @@ _PIECE = 1 << 16
 
 def digest_of(text: str) -> str:
     """What a document says, however it is called: a hash [32 hex digits]."""
-    return hashlib.blake2b(json.dumps([normal(text)]).encode(), digest_size=16).hexdigest()
+    return digests([text])[1]
 
 
 def places_of(

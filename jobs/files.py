@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,25 +40,3 @@ def decode(path: Path, data: bytes, start: int = 0) -> str:
 def not_utf8(path: Path, byte: int, offset: int) -> CorpusError:
     """What is said of a byte that is no UTF-8."""
     return CorpusError(f"{str(path)!r} is not UTF-8: byte {byte:#04x} at offset {offset}; allowed: text in UTF-8")
-
-
-class TextFile:
-    """A file that is one document, or none if it is empty: called `name` and known by `fields`, or by its path. Raises
-    CorpusError, for its bytes when they are read."""
-
-    has_fields = False
-
-    def __init__(self, path: Path, name: str = "", fields: Mapping[str, str] | None = None) -> None:
-        self._path = path
-        self._about = name or str(path), fields or {"file": str(path)}
-        with readable(path):
-            self.num_bytes = path.stat().st_size
-
-    def __len__(self) -> int:
-        return int(self.num_bytes > 0)
-
-    def __getitem__(self, index: int, /) -> str:
-        return decode(self._path, read(self._path)).removeprefix("\ufeff")
-
-    def about(self, index: int, /) -> tuple[str, Mapping[str, str]]:
-        return self._about

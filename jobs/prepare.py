@@ -23,18 +23,18 @@ from transformers import PreTrainedTokenizerBase
 
 from jobs import token_cache
 from jobs.cache import Cache
-from jobs.corpus import Corpus, Texts, permutation
+from jobs.corpus import Corpus, permutation
 from jobs.data import FORMAT, META, TOKENS, Dataset
 from jobs.dataset_files import blank, publish, write_lines
-from jobs.documents import DOCUMENTS, blank_spans, digest_of, has_forgotten, infos_of, places_of
+from jobs.documents import DOCUMENTS, blank_spans, has_forgotten, infos_of, places_of
 from jobs.files import CorpusError
+from jobs.pieces import Texts, cut, pieces
 from jobs.row_data import RowInfo
-from jobs.text_hashes import chain, digest
+from jobs.text_hashes import chain, document_digests
 from pipeline.model.rng import derive
 
 HELD_OUT = 0.02
 """The share of a text that is held out unless another is asked for."""
-_PIECE = 1 << 20
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)."""
@@ -47,27 +47,31 @@ def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_le
     """Successive samples [sequence + 1] int64 of the texts, in order, joined by the end token, cut as in a Dataset."""
     left = np.zeros(0, dtype=np.int64)
     for text in texts:
-        for ids, _ in _encode(text, tokenizer):
+        for ids, _ in _encode(cut(text), tokenizer):
             left = np.concatenate([left, ids])
             while len(left) > sequence_length:
                 yield left[: sequence_length + 1]
                 left = left[sequence_length:]
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, float]]:
-    """The tokens of a document, the end token last, in pieces of about a megabyte, and the share of it that is done.
+def _encode(
+    document: Iterable[tuple[str, float]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, float]]:
+    """The tokens of the pieces of a document, the end token last, and the share of it that is done.
 
     Text that spells a special token is text. Blank documents have no tokens. One call per piece: a batched call would
     start a thread pool in a process that may fork.
     """
-    start = 0 if text.strip() else len(text)
-    while start < len(text):
-        end = start + _PIECE
-        end = len(text) if end >= len(text) else (text.rfind("\n", start, end) + 1 or end)
-        encoded = tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
-        start = end
-        yield np.array([*ids, tokenizer.eos_token_id] if end == len(text) else ids, dtype=np.int64), end / len(text)
+    begun, waiting = False, list[tuple[str, float]]()
+    for piece in document:
+        begun = begun or bool(piece[0].strip())
+        waiting.append(piece)
+        for text, share in waiting if begun else ():
+            encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+            yield np.array([*ids, tokenizer.eos_token_id] if share == 1 else ids, dtype=np.int64), share
+        if begun:
+            waiting.clear()
 
 
 # ---- tokens to disk ----
@@ -203,12 +207,11 @@ def _write(
     limit = max_tokens or sys.maxsize
     with path.open("wb") as file:
         for number, index in enumerate(order):
-            text = corpus[int(index)]
             taken.starts.append(taken.num_tokens)
-            taken.digests.append(digest(text))
-            content = digest_of(text)
+            letters, content = document_digests(corpus, int(index))
+            taken.digests.append(letters)
             taken.contents.append(bytes.fromhex(content))
-            for ids, share in _encode(text, tokenizer):
+            for ids, share in _encode(pieces(corpus, int(index)), tokenizer):
                 ids = ids[: limit - taken.num_tokens]
                 ids = np.full_like(ids, tokenizer.eos_token_id) if content in forgotten else ids
                 file.write(ids.astype(taken.dtype).tobytes())  # tofile would hide the reason of a failure
@@ -256,7 +259,7 @@ def _is_current(
             return False
     except CorpusError:
         return False
-    return meta["text"] == chain(digest(corpus[int(i)]) for i in order[: meta["read"]])
+    return meta["text"] == chain(document_digests(corpus, int(i))[0] for i in order[: meta["read"]])
 
 
 # ---- hashes ----

@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+from jobs.pieces import Texts, pieces
+from jobs.rows import normal
 
 
-def digest(text: str) -> int:
-    """Of a document, to the letter: 64 bits."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def document_digests(texts: Texts, index: int) -> tuple[int, str]:
+    """Of a document of `texts`, which is read in pieces: see `digests`."""
+    return digests(piece for piece, _ in pieces(texts, index))
+
+
+def digests(document: Iterable[str]) -> tuple[int, str]:
+    """Of a document in pieces: a hash of it to the letter, 64 bits; and one of what it says, however it is spaced, as
+    that of a row [32 hex digits]."""
+    letters, said, between = hashlib.blake2b(digest_size=8), hashlib.blake2b(b'["', digest_size=16), ""
+    for words in _whole_words(document, letters.update):
+        if text := normal(words):  # of words that are whole each is normal by itself
+            said.update(json.dumps(between + text)[1:-1].encode())
+            between = " "
+    said.update(b'"]')
+    return int.from_bytes(letters.digest(), "little"), said.hexdigest()
+
+
+def _whole_words(document: Iterable[str], seen: Callable[[bytes], object]) -> Iterator[str]:
+    """The same text in pieces that end after white space, where there is any; `seen` is given what was read."""
+    held = list[str]()
+    for piece in document:
+        seen(piece.encode())
+        last = "" if piece[-1:].isspace() else (piece.rsplit(None, 1) or [""])[-1]
+        if len(last) < len(piece):
+            yield "".join([*held, piece[: len(piece) - len(last)]])
+            held.clear()
+        held.append(last)
+    yield "".join(held)
 
 
 def chain(digests: Iterable[int]) -> str:

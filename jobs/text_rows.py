@@ -21,9 +21,9 @@ import numpy as np
 
 from jobs.data import META, Dataset
 from jobs.documents import digest_of, open_documents
-from jobs.files import TextFile
 from jobs.json_documents import open_json
 from jobs.row_data import RowInfo, Said, Sample
+from jobs.text_file import TextFile
 from pipeline.runtime.batch import IGNORED
 
 

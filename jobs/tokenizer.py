@@ -17,8 +17,9 @@ from tokenizers import Regex, Tokenizer, __version__, decoders, models, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jobs.cache import Cache
-from jobs.corpus import Texts, permutation
+from jobs.corpus import permutation
 from jobs.files import CorpusError
+from jobs.pieces import Texts, pieces
 from pipeline.names import did_you_mean
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -106,8 +107,13 @@ def _sample(texts: Texts) -> list[str]:
     """Whole documents of the corpus in an order that is always the same, up to the sample's size."""
     left, sample = _SAMPLE_CHARACTERS, list[str]()
     for index in permutation(len(texts), key=0):
-        sample.append(texts[int(index)][:left])
-        left -= len(sample[-1])
+        taken = list[str]()
+        for piece, _ in pieces(texts, int(index)):
+            taken.append(piece[:left])
+            left -= len(taken[-1])
+            if not left:
+                break
+        sample.append("".join(taken))
         if not left:
             break
     if left == _SAMPLE_CHARACTERS:

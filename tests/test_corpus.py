@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,8 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import jobs.pieces
+import jobs.text_file
 from jobs.corpus import CorpusError, documents, permutation, standard_library
+from jobs.rows import normal
+from jobs.text_hashes import digests
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
@@ -421,3 +428,28 @@ def test_permutation_is_a_keyed_shuffle_that_never_changes():
 
 PINNED = [3, 5, 2, 7, 0, 6, 1, 4]
 """What 8 and key 1 gave when this was written: a resumed run relies on it."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab \n\t\u00a0\u0301\u00e9\U0001f600"), max_size=80), size=st.integers(1, 9),
+    read=st.integers(1, 7),
+)  # fmt: skip
+def test_a_text_is_cut_alike_in_memory_and_in_a_file_and_its_digests_do_not_depend_on_that(
+    text: str, size: int, read: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (path := tmp_path_factory.mktemp("text") / "a.txt").write_bytes(f"\ufeff{text}".encode())
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (jobs.pieces, jobs.text_file):
+            patch.setattr(module, "PIECE", size)
+        patch.setattr(jobs.text_file, "_BYTES", read)
+        found = [piece for piece, _ in jobs.pieces.cut(text)]
+        assert "".join(found) == text
+        assert all(0 < len(piece) <= size for piece in found) or found == [""]
+        assert all(piece.endswith("\n") or "\n" not in piece for piece in found[:-1])
+        pieces = list(jobs.text_file.TextFile(path).pieces(0))
+        assert [piece for piece, _ in pieces] == found
+        assert [share == 1 for _, share in pieces] == [False] * (len(found) - 1) + [True]
+    said = hashlib.blake2b(json.dumps([normal(text)]).encode(), digest_size=16).hexdigest()
+    letters = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    assert digests(found) == digests([text]) == (int.from_bytes(letters, "little"), said)

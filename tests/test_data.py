@@ -8,6 +8,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def test_text_that_spells_a_special_token_is_text(tmp_path: Path):
 
 
 def test_long_documents_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jobs.prepare._PIECE", 50)
+    monkeypatch.setattr("jobs.pieces.PIECE", 50)
+    monkeypatch.setattr("jobs.text_file.PIECE", 50)
     text = "".join(f"line {i} {'é' * (i % 70)}\n" for i in range(200)) + "x" * 170
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     pieces: list[int] = []
@@ -336,3 +338,16 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path):
 
 def test_a_real_tokenizer_type_is_expected(tmp_path: Path):
     assert isinstance(BYTES, PreTrainedTokenizerBase)
+
+
+def test_a_large_file_of_text_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("PIECE", "_BYTES"):
+        monkeypatch.setattr(f"jobs.text_file.{name}", 1 << 14)
+    (tmp_path / "a.txt").write_text("so much text in a line, all of it in one document\n" * 60_000)  # 3 MB
+    tracemalloc.start()
+    try:
+        made = make(tmp_path, str(tmp_path / "a.txt"), max_tokens=10_000)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    assert made.num_train + made.num_held_out > 1_200
