@@ -8,22 +8,22 @@ from typing import Any
 
 
 class Goodput:
-    """Of one start of a run. `useful` is the time of the steps that stand, each the first time that it was taken; all
-    else since the first of them began is evaluations, checkpoints, recovery and steps that are taken again."""
+    """Of one start of a run, as the report counts it (launch/page/goodput.py): the share of the time since then that
+    made steps which stand. All else is start-up, evaluation, saving, recovery, and steps that were undone."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now, self._began = now, None
-        self.lost_steps, self.recovery_s, self._useful = 0, 0.0, 0.0
+        self._now, self._began = now, now()
+        self.lost_steps, self.recovery_s = 0, 0.0
+        self._useful, self._standing = 0.0, dict[int, float]()
+        """Step -> seconds, ascending."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """A step was committed; `metrics` are those of metrics.jsonl."""
-        seconds = metrics["tokens"] / max(metrics["tokens_per_s"], 1e-9)
-        if self._began is None:
-            self._began = self._now() - seconds
-        if metrics["again"]:
+        """A step was committed, which undoes those from it on; `metrics` are those of metrics.jsonl."""
+        while self._standing and next(reversed(self._standing)) >= metrics["step"]:
+            self._useful -= self._standing.popitem()[1]
             self.lost_steps += 1
-        else:
-            self._useful += seconds
+        self._standing[metrics["step"]] = metrics["tokens"] / max(metrics["tokens_per_s"], 1e-9)
+        self._useful += self._standing[metrics["step"]]
 
     def event(self, event: str, fields: Mapping[str, Any]) -> None:
         """Something happened; `fields` are those of events.jsonl."""
@@ -32,6 +32,6 @@ class Goodput:
 
     def values(self) -> dict[str, float]:
         """`goodput` from 0 to 1, `lost_steps`, `recovery_s`."""
-        elapsed = 0.0 if self._began is None else self._now() - self._began
-        share = min(1.0, self._useful / elapsed) if elapsed > 0 else 1.0
+        elapsed = self._now() - self._began
+        share = min(1.0, self._useful / elapsed) if elapsed > 0 else 0.0
         return {"goodput": share, "lost_steps": float(self.lost_steps), "recovery_s": self.recovery_s}

@@ -15,6 +15,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -378,3 +379,22 @@ def test_all_code_of_the_page_is_code_and_its_names_are_there() -> None:
     asked = set(re.findall(r"\brun\.(\w+)", PAGE))
     assert asked <= set(dir(unbroken.Run)) | {"config", "folder"}
     assert set(re.findall(r"\bunbroken\.([A-Za-z]\w*)", PAGE)) <= set(unbroken.__all__)
+
+
+def test_ray_train_is_there_where_ray_is_and_says_what_is_missing_where_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "launch.ray_train", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"^unbroken.ray_train needs Ray; pip install 'unbroken\[ray\]'$"):
+        from unbroken import ray_train as missing  # noqa: F401
+    monkeypatch.setitem(sys.modules, "launch.ray_train", SimpleNamespace(ray_train=tell))  # type: ignore[arg-type]
+    from unbroken import ray_train
+
+    assert ray_train is tell
+    with pytest.raises(ImportError, match="cannot import name 'raytrain'"):
+        from unbroken import raytrain  # type: ignore[attr-defined]  # noqa: F401
+
+
+def tell() -> None:
+    """Stands for ray_train."""

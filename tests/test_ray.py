@@ -199,7 +199,7 @@ def test_a_script_of_ray_train_s_trains_with_a_scaling_config(short: Path, tmp_p
     numbers = {n: int(v) for n, v in given.items() if v.isdecimal()}
     given = {**given, **numbers, "deadline": 30.0, "steps": 6, "exact_sums": True}
     script = (
-        "import ray\nfrom launch.ray_train import ray_train\n"
+        "import ray\nfrom unbroken import ray_train\n"
         "class Scaling: num_workers, use_gpu, resources_per_worker = (1, 2), False, {'CPU': 1}\n"
         f"ray.init()\nresult = ray_train(Scaling, **{given!r})\n"
         "assert result.metrics['step'] == 6 and result.metrics['held_out_loss'] > 0, result\n"

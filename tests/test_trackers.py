@@ -13,6 +13,8 @@ import pytest
 from jobs.config import ConfigError, TrainConfig
 from launch import trackers
 from launch.goodput import Goodput
+from launch.page.files import RunFiles
+from launch.page.goodput import RunClock, goodput
 from launch.run_folder import RunFolder
 from launch.trackers import Trackers, require_trackers
 
@@ -92,13 +94,18 @@ def test_a_tracker_that_fails_costs_a_warning_and_its_own_points(
 def test_goodput_is_the_share_of_time_of_steps_that_stand() -> None:
     clock = SimpleNamespace(now=10.0)
     found = Goodput(lambda: clock.now)
-    assert found.values() == {"goodput": 1.0, "lost_steps": 0.0, "recovery_s": 0.0}
-    for second, again in ((12.0, 0), (14.0, 0), (17.0, 1), (20.0, 0)):  # steps of two seconds; one is run again
-        clock.now = second
-        found.step({"tokens": 100, "tokens_per_s": 50.0, "again": again})
+    assert found.values() == {"goodput": 0.0, "lost_steps": 0.0, "recovery_s": 0.0}
+    steps = ((14.0, 1, 2), (16.0, 2, 2), (18.0, 3, 2), (22.0, 2, 3), (25.0, 3, 2))  # two are undone
+    for clock.now, step, seconds in steps:
+        found.step({"step": step, "tokens": 100, "tokens_per_s": 100 / seconds})
     found.event("resumed", {"seconds": {"rendezvous": 0.3, "total": 0.7}})
     found.event("checkpoint", {})
-    assert found.values() == {"goodput": pytest.approx(6 / 10), "lost_steps": 1.0, "recovery_s": 0.7}
+    assert found.values() == {"goodput": pytest.approx((2 + 3 + 2) / 15), "lost_steps": 2.0, "recovery_s": 0.7}
+    metrics = [{"step": step, "tokens": 100, "tokens_per_s": 100 / seconds} for _, step, seconds in steps]
+    ledger = [{"step": step, "time": time} for time, step, _ in steps]
+    events = [{"event": "started", "time": 10.0, "step": 0}]
+    run = RunFiles(Path("run"), metrics, events, ledger, {}, running=True)
+    assert goodput(run, RunClock.of(run), ()).share == pytest.approx(found.values()["goodput"]), "as the report has it"
 
 
 def test_a_package_that_is_missing_or_unknown_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

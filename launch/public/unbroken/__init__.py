@@ -13,6 +13,7 @@ of plain names that belong to it are ours.
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 
 def _refuse_foreign() -> None:
@@ -37,4 +38,20 @@ from launch.api.result import Result  # noqa: E402
 from launch.api.run import Run, load  # noqa: E402
 from pipeline.settings import ConfigError  # noqa: E402
 
+if TYPE_CHECKING:
+    from launch.ray_train import ray_train as ray_train
+
 __all__ = ["ConfigError", "Result", "Run", "RunFailed", "load"]
+"""And `ray_train`, where Ray is installed: to import it imports Ray."""
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ray_train":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from launch.ray_train import ray_train
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ImportError("unbroken.ray_train needs Ray; pip install 'unbroken[ray]'", name="ray") from error
+    return ray_train
