@@ -52,6 +52,11 @@ class Stopping:
         if self._asked:  # what was raised then came up in code that lets nothing through
             raise NotStarted
 
+    @property
+    def too_early(self) -> bool:
+        """Whether the run was asked to stop before there was anything to save."""
+        return self._asked and self._handle == self._end
+
     def over(self) -> None:
         """All is saved: nothing that a signal could ask for is left."""
         self._handle = _ignore
@@ -63,9 +68,15 @@ def _ignore(_: int) -> None:
 
 @contextmanager
 def stopping() -> Iterator[Stopping]:
-    """Inside, STOP does what the Stopping says at the moment."""
+    """Inside, STOP does what the Stopping says at the moment. Raises NotStarted for an error that code of others has
+    made of it."""
     with stop_signals(found := Stopping()):
-        yield found
+        try:
+            yield found
+        except Exception as error:
+            if found.too_early:
+                raise NotStarted from error
+            raise
 
 
 @contextmanager

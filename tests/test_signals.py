@@ -87,3 +87,26 @@ def test_what_can_be_skipped_ends_and_nothing_else_does() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("it went on")
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("handled", [True, False])
+def test_what_code_of_others_makes_of_a_signal_is_the_signal_still(handled: bool) -> None:
+    """transformers gives its own error for whatever goes wrong while it builds a model."""
+
+    def build() -> None:
+        try:
+            if handled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyError("gpt3")
+        except BaseException as error:
+            raise ValueError("a model that cannot be built") from error
+
+    def late() -> None:
+        with stopping() as found:
+            found.trains(lambda _: None)  # there is something to save
+            build()
+
+    with pytest.raises(NotStarted if handled else ValueError), stopping():
+        build()
+    with pytest.raises(ValueError, match="cannot be built"):
+        late()
