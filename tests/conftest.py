@@ -78,14 +78,29 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every process that a test starts has ended, and its shared memory is gone, when the test is over."""
-    before, shared = {p.pid for p in psutil.Process().children(recursive=True)}, _shared_memory()
+    before, shared = _descendants(), _shared_memory()
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-    _, alive = psutil.wait_procs(left, timeout=3)
-    assert not alive, f"processes left behind: {alive}"
+    if _descendants() - before:
+        left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+        _, alive = psutil.wait_procs(left, timeout=3)
+        assert not alive, f"processes left behind: {alive}"
     if left := _shared_memory() - shared - _of_others(tmp_path_factory.getbasetemp()):
         time.sleep(0.5)  # another run beside this one may just have made it, and not locked it yet
         assert not left & _shared_memory(), f"shared memory left behind: {left}"
+
+
+def _descendants() -> set[int]:
+    """The processes that come from this one. To find them, psutil looks at every process of the machine."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return {process.pid for process in psutil.Process().children(recursive=True)}
+    found, waiting = set[int](), [os.getpid()]
+    while waiting:
+        for task in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children = [int(pid) for pid in task.read_text().split()]
+                found.update(children)
+                waiting += children
+    return found
 
 
 def _of_others(base: Path) -> set[str]:
@@ -106,7 +121,9 @@ def _shared_memory() -> set[str]:
             continue
         with contextlib.suppress(FileNotFoundError):
             found[path.name] = path.stat().st_ino
+    if not found:
+        return set()
     locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]  # later: a file is locked once made
     holders = {int(words[5].split(":")[2]): int(words[4]) for words in locks if words[1] == "FLOCK"}
-    ours = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    ours = {os.getpid(), *_descendants()}
     return {name for name, inode in found.items() if holders.get(inode, os.getpid()) in ours}

@@ -107,7 +107,10 @@ _CALM: list[Outcome] = []
 """The run without a fault, made once."""
 
 
-@pytest.mark.parametrize("fault", ["kill:worker=1,step=3,at=backward", "nan:worker=1,step=3,at=backward"])
+@pytest.mark.parametrize(
+    "fault",
+    ["kill:worker=1,step=3,at=backward", pytest.param("nan:worker=1,step=3,at=backward", marks=pytest.mark.long)],
+)
 def test_a_fault_changes_no_bit(forkserver: ForkServer, tmp_path: Path, fault: str) -> None:
     hurt = run_pool(forkserver, config(workers=2, rule="round_robin", inject=fault), MODELS["llama"], tmp_path / "hurt")
     assert {"detected", "not_finite"} & {event["event"] for event in hurt.details[0]["events"]}
@@ -215,7 +218,7 @@ def whole(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-@pytest.mark.parametrize("kind", ["whole", "piped"])
+@pytest.mark.parametrize("kind", ["whole", pytest.param("piped", marks=pytest.mark.long)])
 def test_what_is_exported_is_what_peft_computes(request: pytest.FixtureRequest, kind: str) -> None:
     whole: Path = request.getfixturevalue(kind)
     shape = read_config(whole / "model-config")

@@ -27,10 +27,10 @@ def calm(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> We
 @pytest.mark.parametrize(
     ("row", "at", "verdict"),
     [
-        ("segfault", "copy", "correct"),
+        pytest.param("segfault", "copy", "correct", marks=pytest.mark.long),
         ("gil", "snapshot", "correct"),
         ("flip-other-lost", "backward", "correct"),
-        ("nan-in-a-save", "optimizer", "named"),
+        pytest.param("nan-in-a-save", "optimizer", "named", marks=pytest.mark.long),
     ],
 )
 def test_a_cell(forkserver: ForkServer, calm: Weights, tmp_path: Path, row: str, at: str, verdict: str) -> None:

@@ -201,7 +201,7 @@ def test_no_more_layers_are_on_the_device_than_allowed(models: Path, case: str, 
     assert sum(seen.values()) == given == offload.placement.weight_bytes
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2", "mistral window"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", pytest.param("gemma2", marks=pytest.mark.long), "mistral window"])
 def test_the_limit_holds_for_all_that_is_made(models: Path, case: str) -> None:
     """Every storage that an operator makes is counted: buffers, activations, caches, masks, what sampling takes."""
     folder, _ = made(models, case)

@@ -98,7 +98,7 @@ def test_one_step_behind_equals_a_delayed_reference(forkserver: ForkServer, tmp_
 POINTS = ("order", "upload", "uploaded", "forward", "backward", "commit", "committed")
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("behind", [pytest.param(False, marks=pytest.mark.long), True])
 def test_killed_workers_change_no_bit(forkserver: ForkServer, tmp_path: Path, behind: bool) -> None:
     """One at every point of its work, each in a step of its own; the later ones have taken the places of others."""
     kills = ";".join(f"kill:worker={w},step={3 * w + 1},at={at}" for w, at in enumerate(POINTS))
@@ -181,7 +181,7 @@ def test_bfloat16_and_many_small_spans(forkserver: ForkServer, tmp_path: Path) -
     assert held_out[-1]["loss"] > 0
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_weights_and_hidden_states_travel_narrow_and_change_no_bit(
     forkserver: ForkServer, tmp_path: Path, workers: int
 ) -> None:

@@ -340,6 +340,13 @@ PLACES = {
              ("commit", 1), ("optimizer", 1)],
     "kfade": [("gradient", 1), ("backward", 1), ("fit", 1), ("backward", 1), ("solve", 1), ("commit", 1)],
 }  # fmt: skip
+CHOSEN = [
+    ("ofmu", "gradient", 7),
+    ("ofmu", "moved", 5),
+    ("ofmu", "commit", 1),
+    ("kfade", "fit", 1),
+    ("kfade", "solve", 1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +360,11 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor
 
 @pytest.mark.parametrize(
     ("name", "point", "times", "worker"),
-    [(name, *place, at % 4) for name, places in PLACES.items() for at, place in enumerate(places)],
+    [
+        pytest.param(name, *place, at % 4, marks=() if (name, *place) in CHOSEN else pytest.mark.long)
+        for name, places in PLACES.items()
+        for at, place in enumerate(places)
+    ],
 )
 def test_a_worker_lost_in_any_question_is_made_good_bitwise(
     tmp_path: Path, calm: dict[str, dict[str, Tensor]], name: str, point: str, times: int, worker: int

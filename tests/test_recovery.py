@@ -146,7 +146,7 @@ def test_rollbacks_replay_to_the_same_weights(forkserver: ForkServer, calm: dict
     assert same_weights(out, calm["line"])
 
 
-@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("worker", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_the_embedding_and_the_head_come_back_bit_for_bit(
     forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path, worker: int
 ) -> None:
@@ -166,11 +166,16 @@ def test_the_embedding_and_the_head_come_back_bit_for_bit(
     ("fault", "more", "detected"),
     [
         ("stop:worker=1,step=7,at=backward", ["--heartbeat", "2"], "has given no sign of life for 2 s"),
-        ("exception:worker=1,step=7,at=forward", [], "InjectedFault: injected at forward of step 7"),
-        ("nan:worker=1,step=7,at=backward;slow:worker=1,step=9,factor=4", [], None),
-        ("kill:worker=1,step=7;kill:worker=0,step=7,at=recovery", [], "was killed by SIGKILL"),
-        ("kill:worker=1,step=7;kill:worker=4,step=0,at=join", [], "was killed by SIGKILL"),
         ("kill:worker=1,step=7;kill:worker=2,step=0,at=recovery;kill:worker=5,step=0,at=join", [], "SIGKILL"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)  # the matrix has them too
+            for case in (
+                ("exception:worker=1,step=7,at=forward", [], "InjectedFault: injected at forward of step 7"),
+                ("nan:worker=1,step=7,at=backward;slow:worker=1,step=9,factor=4", [], None),
+                ("kill:worker=1,step=7;kill:worker=0,step=7,at=recovery", [], "was killed by SIGKILL"),
+                ("kill:worker=1,step=7;kill:worker=4,step=0,at=join", [], "was killed by SIGKILL"),
+            )
+        ),
     ],
 )
 def test_every_fault_ends_in_the_weights_of_the_run_without_it(
@@ -187,7 +192,7 @@ def test_every_fault_ends_in_the_weights_of_the_run_without_it(
     assert same_weights(out, calm["line"])
 
 
-@pytest.mark.parametrize(("at", "worker"), [("forward", 0), ("commit", 3)])
+@pytest.mark.parametrize(("at", "worker"), [pytest.param("forward", 0, marks=pytest.mark.long), ("commit", 3)])
 def test_redundancy_takes_over_without_waiting_and_nothing_of_the_run_changes(
     forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path, at: str, worker: int
 ) -> None:
@@ -270,8 +275,8 @@ def test_two_at_once_from_outside(forkserver: ForkServer, calm: dict[str, Path],
 @pytest.mark.parametrize(
     ("blocks", "torchrun"),
     [
-        (4, False),
         (8, False),
+        pytest.param(4, False, marks=pytest.mark.long),
         pytest.param(6, False, marks=pytest.mark.long),
         pytest.param(4, True, marks=pytest.mark.long),
     ],

@@ -56,9 +56,7 @@ def calm(
     return {skip: root / skip for skip in ("0", "0.25")}
 
 
-@pytest.mark.parametrize(
-    "at", [at if at in ("backward", "commit") else pytest.param(at, marks=pytest.mark.long) for at in POINTS]
-)
+@pytest.mark.parametrize("at", [at if at == "backward" else pytest.param(at, marks=pytest.mark.long) for at in POINTS])
 def test_a_replica_takes_over_and_the_loss_is_that_of_the_calm_run(
     forkserver: ForkServer, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
 ) -> None:
@@ -76,7 +74,9 @@ def test_a_replica_takes_over_and_the_loss_is_that_of_the_calm_run(
     assert relative_difference(exported(out), exported(calm["0"])) < 1e-4
 
 
-@pytest.mark.parametrize("at", ["forward", pytest.param("backward", marks=pytest.mark.long), "commit"])
+@pytest.mark.parametrize(
+    "at", ["forward", *(pytest.param(at, marks=pytest.mark.long) for at in ("backward", "commit"))]
+)
 def test_the_last_holder_of_a_stage_is_passed_by_until_it_is_rebuilt(
     forkserver: ForkServer, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, at: str
 ) -> None:
@@ -104,7 +104,7 @@ def test_both_replicas_of_a_stage_and_a_node_of_the_first(
     every_step_counts_once(out)
 
 
-@pytest.mark.parametrize("workers", [(0, 1), (5,)])
+@pytest.mark.parametrize("workers", [(0, 1), pytest.param((5,), marks=pytest.mark.long)])
 def test_what_no_route_can_pass_by_comes_back_from_a_checkpoint(
     forkserver: ForkServer, network: Path, model: Path, calm: dict[str, Path], tmp_path: Path, workers: tuple[int, ...]
 ) -> None:

@@ -21,12 +21,12 @@ from tests.test_recovery import POINTS, events, same_weights
     ("workers", "replicas", "model", "changes"),
     [
         (2, 2, "gpt2", {"clip": 0.05}),
-        (4, 2, "gpt2", {"exact_sums": True}),
-        (4, 2, "llama", {"clip": 0.0}),
         (3, 3, "llama", {"clip": 0.05, "exact_sums": True, "microbatches": 3}),
-        (6, 3, "gpt2", {"clip": 0.05, "snapshot": "neighbour", "microbatches": 3}),
-        (4, 2, "llama", {"scheduler": "interleaved", "microbatches": 4}),
         (4, 2, "gpt2", {"scheduler": "balanced", "dtype": "bfloat16"}),
+        pytest.param(4, 2, "gpt2", {"exact_sums": True}, marks=pytest.mark.long),
+        pytest.param(4, 2, "llama", {"clip": 0.0}, marks=pytest.mark.long),
+        pytest.param(6, 3, "gpt2", {"clip": 0.05, "snapshot": "neighbour", "microbatches": 3}, marks=pytest.mark.long),
+        pytest.param(4, 2, "llama", {"scheduler": "interleaved", "microbatches": 4}, marks=pytest.mark.long),
     ],
 )  # fmt: skip
 def test_workers_that_share_are_bitwise_those_that_do_not(

@@ -68,7 +68,12 @@ def use(link: SharedLink, box: Mailbox, point: str) -> list[Tensor]:
     return kept
 
 
-@pytest.mark.parametrize("point", POINTS)
+MOST_TELLING = ("during the copy", "after the message", "before a grant", "it is let go")
+
+
+@pytest.mark.parametrize(
+    "point", [each if each in MOST_TELLING else pytest.param(each, marks=pytest.mark.long) for each in POINTS]
+)
 def test_who_is_left_sees_the_loss_and_nothing_torn_and_has_its_memory_back(forkserver: ForkServer, point: str) -> None:
     before = memory()
     pid, end = meet(forkserver, point)

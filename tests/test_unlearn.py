@@ -193,24 +193,11 @@ def calm(forkserver: ForkServer, trained: Path, tmp_path_factory: pytest.TempPat
     [
         ("npo", (), (*READING, "kill:stage=0,step=2,at=forward", "kill:stage=1,step=3,at=commit")),
         (
-            "npo",
-            ("--scheduler", "roundpipe"),
-            ("kill:worker=0,step=0,at=reference", "kill:worker=1,step=3,at=backward"),
-        ),
-        ("kl_min", (), READING),
-        ("pdu", ("--dual-warmup", "0"), ("kill:stage=1,step=4,at=backward",)),
-        (
             "rmu",
             ("--layer", "1", "--trained", "*.layers.[01].mlp.down_proj.weight"),
             (*READING, "kill:stage=0,step=4,at=optimizer"),
         ),
         ("npo", ("--workers", "2:3", "--exact-sums"), ("kill:worker=1,step=3,at=backward",)),
-        (
-            "npo",
-            ("--neurons", "0.05", "--neighbours", "2", "--forgotten-below", "0.001"),
-            ("kill:stage=0,step=2,at=optimizer", "kill:stage=1,step=3,at=commit"),
-        ),
-        ("grpo", (*ANSWERS, "--scheduler", "roundpipe"), ("kill:worker=1,step=5,at=forward",)),
         (
             "kfade",
             ("--lr", "0.02", "--steps", "4"),
@@ -221,10 +208,28 @@ def calm(forkserver: ForkServer, trained: Path, tmp_path_factory: pytest.TempPat
                 "kill:stage=1,step=3,at=commit",
             ),
         ),
-        (
-            "ofmu",
-            ("--steps", "4", "--ascents", "1", "--workers", "2:3", "--exact-sums", "--lr", "0.02"),
-            ("kill:worker=1,step=2,at=moved",),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (
+                    "npo",
+                    ("--scheduler", "roundpipe"),
+                    ("kill:worker=0,step=0,at=reference", "kill:worker=1,step=3,at=backward"),
+                ),
+                ("kl_min", (), READING),
+                ("pdu", ("--dual-warmup", "0"), ("kill:stage=1,step=4,at=backward",)),
+                (
+                    "npo",
+                    ("--neurons", "0.05", "--neighbours", "2", "--forgotten-below", "0.001"),
+                    ("kill:stage=0,step=2,at=optimizer", "kill:stage=1,step=3,at=commit"),
+                ),
+                ("grpo", (*ANSWERS, "--scheduler", "roundpipe"), ("kill:worker=1,step=5,at=forward",)),
+                (
+                    "ofmu",
+                    ("--steps", "4", "--ascents", "1", "--workers", "2:3", "--exact-sums", "--lr", "0.02"),
+                    ("kill:worker=1,step=2,at=moved",),
+                ),
+            )
         ),
     ],
 )
@@ -303,7 +308,9 @@ def test_the_model_writes_its_own_traces_once(run: Path, library: Path, unbroken
     assert "nothing that was forgotten is left" in unbroken("audit", run).output
 
 
-@pytest.mark.parametrize("method", ["pdu", "kl_min", "grpo"])
+@pytest.mark.parametrize(
+    "method", ["kl_min", *(pytest.param(name, marks=pytest.mark.long) for name in ("pdu", "grpo"))]
+)
 def test_the_pool_minimises_the_same(run: Path, unbroken: Unbroken, tmp_path: Path, method: str) -> None:
     """With the dual variable, the distributions of the model before, and answers, which its workers cannot know by
     themselves."""
