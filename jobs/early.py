@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.pipelines import find_routes, require_layers
 from jobs.rounds import require_room
+from pipeline.model.compiled import lacking
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import PRESETS
 
@@ -45,6 +47,7 @@ def check_early(config: TrainConfig, model_config: PreTrainedConfig, source: Pat
         f"at most {longest} for model {config.model}",
     )  # fmt: skip
     model = LayeredModel(model_config, lora=config.lora(), trained=config.patterns())
+    check_compile(config, model)
     if config.scheduler == "roundpipe":
         ends = 0 if not own else 1  # which depend on the tokenizer
         require_room(config, model, range(ends, model.num_layers - ends))
@@ -53,6 +56,18 @@ def check_early(config: TrainConfig, model_config: PreTrainedConfig, source: Pat
     else:
         require_layers(config, model.num_layers)
     return model
+
+
+def check_compile(config: TrainConfig, model: LayeredModel) -> None:
+    """Raise ConfigError where blocks are to be compiled that cannot be."""
+    if not config.compile:
+        return
+    allowed = "unset"
+    require(not model.has_dropout, "compile", True, f"{allowed}: the model has dropout, which is keyed by sample")
+    require(not config.is_procedure, "compile", True, f"{allowed}: the method looks into the blocks")
+    kind = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    missing = lacking(kind)
+    require(not missing, "compile", True, f"{allowed}, since {missing} is not here")
 
 
 def set_dropout(model_config: PreTrainedConfig, config: TrainConfig) -> None:

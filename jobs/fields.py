@@ -44,6 +44,9 @@ class ModelSettings:
     every worker has a device of its own: its threads."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile decoder blocks (torch.compile): steps are faster, every worker starts later. Weight gradients are then
+    computed with the backward pass, also in schedules that put them off (zero_bubble, balanced)."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError where a start of the run would end after the run itself."""

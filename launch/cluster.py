@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -51,6 +51,10 @@ class Cluster(Protocol):
     @property
     def host(self) -> str:
         """The address of this machine, as its nodes reach it."""
+        ...
+
+    def reserve(self, agents: Sequence[AgentStart]) -> None:
+        """Have these agents placed all at once or not at all, on nodes of their own where that can be."""
         ...
 
     def start(self, what: AgentStart) -> Any:
@@ -120,6 +124,8 @@ class Crew:
     """How long an agent may give no sign of life."""
     seats: dict[int, _Seat]
     tell: Callable[..., None] = lambda *_, **__: None
+    together: int = 0
+    """Agents, the first ones, without which the run cannot begin: none of them takes room that others could use."""
     gone: Callable[[int], None] = lambda _: None
     """Is called with the rank of an agent that is lost: so are its workers."""
     _looked: float = -math.inf
@@ -128,7 +134,7 @@ class Crew:
     @classmethod
     def of(cls, config: TrainConfig, slot: Slot, cluster: Cluster, handle: StoreHandle) -> Crew:
         """The crew of a run, of which nobody has been asked for yet."""
-        seats = dict[int, _Seat]()
+        seats, together, workers_before = dict[int, _Seat](), 0, 0
         known = (name for name in os.environ if name.startswith("UNBROKEN_"))
         environment = {name: os.environ[name] for name in known if name != VARIABLE}  # that they read in the run folder
         text = to_toml(config)
@@ -137,10 +143,13 @@ class Crew:
             told = {**environment, **environment_of(own, handle)}
             gpus = workers if config.device == "cuda" else 0
             seats[rank] = _Seat(AgentStart(rank, text, told, os.getcwd(), workers * config.agent_cpus, gpus))
-        return cls(cluster, handle.store, config.heartbeat, seats)
+            together += workers_before < config.min_workers
+            workers_before += workers
+        return cls(cluster, handle.store, config.heartbeat, seats, together=together)
 
     def ask(self) -> None:
         """Ask for all of them."""
+        self.cluster.reserve([seat.start for seat in self.seats.values()][: self.together])
         for seat in self.seats.values():
             self._ask(seat)
 

@@ -87,7 +87,7 @@ def make_worker(
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None,
         deadline_s=2 * config.deadline,  # the host, who knows whom all wait for, comes first
-        peak_tflops=config.peak_tflops,
+        compiled=config.compile, peak_tflops=config.peak_tflops,
     )  # fmt: skip
     named: dict[str, Job] = dict(jobs)
     worker = StatelessWorker(id, store, named, settings, channel, chunk=CHUNK)

@@ -1,7 +1,8 @@
 """Ray as the cluster of a run: each agent is an actor, and the actor a process beside it that dies with it.
 
-Ray places an actor where there is room, on another node than the others where it can, and keeps the request open until
-then: an autoscaler sees it.
+Agents without which the run cannot begin are placed all or none, in a placement group: two runs that want more than
+there is do not hold half of it each. The others are placed where there is room, on another node than the others where
+it can be. Requests stay open until then: an autoscaler sees them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import ray  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+from ray.util.placement_group import (  # pyright: ignore[reportMissingImports]
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]
+    PlacementGroupSchedulingStrategy,
+)
 
 from jobs.config import ConfigError
 from launch.agent_process import AgentProcess
@@ -49,15 +57,26 @@ class RayCluster:
                 "allowed: a cluster that `ray start --head` has begun"
             ) from error
         self._actor: Any = ray.remote(AgentProcess)
+        self._group: Any = None
+        self._bundles = dict[int, int]()
 
     @property
     def host(self) -> str:
         """The address of this machine, as the nodes reach it."""
         return ray.util.get_node_ip_address()
 
+    def reserve(self, agents: Sequence[AgentStart]) -> None:
+        """A placement group, with a bundle for each agent: a bundle whose node is lost is placed again by Ray."""
+        bundles = [{kind: n for kind, n in (("CPU", a.cpus), ("GPU", a.gpus)) if n} for a in agents]
+        self._group = placement_group(bundles, strategy="SPREAD")
+        self._bundles = {agent.rank: at for at, agent in enumerate(agents)}
+
     def start(self, what: AgentStart) -> _Handle:
-        """Ask for the actor of an agent."""
-        takes = {"num_cpus": what.cpus, "num_gpus": what.gpus, "scheduling_strategy": "SPREAD"}
+        """Ask for the actor of an agent, in its bundle where it has one."""
+        place: Any = "SPREAD"
+        if (at := self._bundles.get(what.rank)) is not None:
+            place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=at)
+        takes = {"num_cpus": what.cpus, "num_gpus": what.gpus, "scheduling_strategy": place}
         actor = self._actor.options(**takes, max_restarts=0).remote()
         where = actor.where.remote()  # answered before it runs
         return _Handle(actor, where, actor.run.remote(what.settings, dict(what.environment), what.folder))
@@ -99,6 +118,9 @@ class RayCluster:
                 ray.wait(runs, num_returns=len(runs), timeout=_END_S)
         for handle in handles:
             self.end(handle)
+        if self._group is not None:
+            with suppress(RayError):
+                remove_placement_group(self._group)
         ray.shutdown()
 
 

@@ -10,14 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.config import TrainConfig
+from pipeline.model.compiled import prepare
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import PRESETS, preset, read_config
 
 
 def warm_up(config: TrainConfig) -> None:
-    """Import the model's code (and that of adapters, if it has some). Starts no thread, and raises nothing: what is
-    wrong with the model is told by who plans."""
+    """Import the model's code, and that of adapters and the compiler where they are used. Starts no thread, and raises
+    nothing: what is wrong with the model is told by who plans."""
     with suppress(Exception):
+        if config.compile:
+            prepare()
         path = Path(config.model)
         if config.model in PRESETS:
             LayeredModel(preset(config.model), lora=config.lora(), trained=config.patterns())

@@ -203,7 +203,7 @@ def build_member(
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,
         2 * config.deadline,  # the coordinator, who knows whom all wait for, comes first
-        config.peak_tflops,
+        config.compile, config.peak_tflops,
     )  # fmt: skip
     transport, backend = Transport(worker_id), "nccl" if payload["nccl"] else "gloo"
     reducer = Reducer(worker_id, held.summed, timeout_s=settings.deadline_s, backend=backend)

@@ -22,6 +22,7 @@ _ELSEWHERE = {
     "model_max_length",
     "dtype": "precision bf16 fp16 mixed_precision torch_dtype",
     "recompute": "gradient_checkpointing activation_checkpointing recompute_activations",
+    "compile": "torch_compile use_compile compile_model",
     "model": "model_name_or_path model_name checkpoint pretrained hf_path",
     "data": "dataset dataset_name train_file train_data data_path data_dir",
     "tokenizer": "tokenizer_name tokenizer_path tokenizer_type",

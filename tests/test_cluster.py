@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ class Pretended:
     def __init__(self) -> None:
         self.asked, self.ended_, self.killed, self.closed = list[AgentStart](), dict[int, str](), list[int](), False
         self.placed = set[int]()
+
+    def reserve(self, agents: Sequence[AgentStart]) -> None:
+        assert not self.asked, "before anybody is asked for"
+        self.reserved = [agent.rank for agent in agents]
 
     def start(self, what: AgentStart) -> int:
         self.asked.append(what)
@@ -164,6 +168,15 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # ---- who comes and goes ----
+
+
+@pytest.mark.parametrize(("least", "ranks"), [(1, [1]), (2, [1]), (3, [1, 2])])
+def test_agents_without_which_the_run_cannot_begin_are_placed_together(
+    monkeypatch: pytest.MonkeyPatch, least: int, ranks: list[int]
+) -> None:
+    crowd = Crowd(monkeypatch, min_workers=least)
+    assert crowd.cluster.reserved == ranks
+    assert crowd.ranks == [1, 2]
 
 
 def test_who_is_lost_is_asked_for_again_under_its_rank(crowd: Crowd) -> None:

@@ -181,12 +181,16 @@ def test_a_run_begins_with_the_nodes_that_are_there_and_uses_one_that_comes(shor
 
 @pytest.mark.long
 @pytest.mark.timeout(500)
-def test_a_cluster_without_room_is_for_later_and_says_what_it_has(short: Path, tmp_path: Path) -> None:
+def test_a_cluster_without_room_is_for_later_and_the_run_holds_none_of_it(short: Path, tmp_path: Path) -> None:
     with nodes(short, 1) as cluster:
-        run = cluster.train(tmp_path / "run", *COPIES, "2:2", "--cluster-wait", "40")
+        run = cluster.train(tmp_path / "run", *COPIES, "2:2", "--cluster-wait", "60")
+        other = cluster.train(tmp_path / "other", "--workers", "1:1", "--steps", "4")
+        said = other.communicate(timeout=110)[0]
+        assert other.returncode == 0, said
+        assert run.poll() is None
         said = run.communicate(timeout=200)[0]
         assert run.returncode == 75, said
-        assert "of 2 workers 1 have come; its 2 nodes have 0 of 1 CPUs free" in said
+        assert "of 2 workers 0 have come; its 2 nodes have 1 of 1 CPUs free" in said
         assert not (tmp_path / "run").exists(), "it leaves nothing"
         assert no_agent_is_left(tmp_path)
 

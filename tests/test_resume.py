@@ -22,7 +22,7 @@ from tests.harness import Command, run_command
 FREE = {
     "peak_tflops",
     "workers", "replicas", "scheduler", "search_moves", "at_once", "rule", "cpu_adam", "span_mib", "chunks", "steps",
-    "device", "threads", "recompute", "ends", "model", "checkpoint_every", "keep", "evaluate_every",
+    "device", "threads", "recompute", "compile", "ends", "model", "checkpoint_every", "keep", "evaluate_every",
     "evaluate_samples", "tensorboard", "sample_tokens", "recovery", "checkfree_weights", "heartbeat", "spares",
     "max_failures", "network", "links", "deadline", "min_workers", "cooldown", "wait", "preempt_signal", "grace",
     "snapshot", "shift", "migration_mib", "max_preemptions", "shard_optimizer",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from pipeline.model.compiled import run_compiled
 from pipeline.model.families import SLIDING
 from pipeline.model.rng import RngKey, keyed_dropout
 from pipeline.model.weights import ModelError
@@ -54,13 +55,15 @@ class SpanModule(nn.Module):
 
     def forward(
         self, x: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        rng: RngKey | None = None, recompute: bool = False, taps: dict[int, Tensor] | None = None,
+        rng: RngKey | None = None, recompute: bool = False, compiled: bool = False,
+        taps: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Ids [batch, sequence] if the span holds layer 0, else hidden [batch, sequence, hidden] -> hidden, or logits.
 
         `attention_mask` [batch, sequence] is 1 for tokens and 0 for padding. `position_ids` [batch or 1, sequence]
         that start again inside a row, without a mask, separate packed samples. In training, a model with dropout
-        needs `rng`. With `recompute`, decoder blocks keep their input only and run again in the backward pass.
+        needs `rng`. With `recompute`, decoder blocks keep their input only and run again in the backward pass; with
+        `compiled`, they go through torch.compile.
         `taps` has layers of the span as keys and receives what goes into them. Under autocast hidden states have its
         dtype between layers, wherever a span ends: so they cross links in it, and results do not depend on the cut.
         Raises ModelError.
@@ -85,7 +88,8 @@ class SpanModule(nn.Module):
                 run = partial(module, position_ids=places)
             elif is_block:
                 inputs = inputs or self._block_inputs(x, attention_mask, position_ids, places)
-                run = partial(module, **inputs(layer))
+                inner = inputs(layer)
+                run = partial(run_compiled, module, inner) if compiled else partial(module, **inner)
             else:
                 run = module
             keyed = partial(_run_keyed, run, rng if drops else None, layer)

@@ -25,6 +25,7 @@ class Settings:
     autocast: torch.dtype | None = None
     recompute: bool = False
     deadline_s: float = 300.0
+    compiled: bool = False
     peak_tflops: float | None = None
     """What the device could do at most, where a person has stated it."""
 
@@ -52,8 +53,8 @@ def compute(
     SpanModule."""
     with torch.autocast(settings.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
         y = module(
-            x, attention_mask=batch.get("attention_mask"), position_ids=batch.get("position_ids"),
-            recompute=recompute, taps=taps, rng=RngKey(settings.seed, step, batch.sample_ids),
+            x, attention_mask=batch.get("attention_mask"), position_ids=batch.get("position_ids"), recompute=recompute,
+            compiled=settings.compiled, taps=taps, rng=RngKey(settings.seed, step, batch.sample_ids),
         )  # fmt: skip
     if module.span[1] < module.model.num_layers:
         return Output(y)

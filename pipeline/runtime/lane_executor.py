@@ -140,7 +140,8 @@ class LaneExecutor:
         self.sums: dict[int, Mapping[str, Tensor]] = {}
         self.batches: dict[int, Batch] = {}
         ops = lane.ops
-        self.split = {op[1:3] for op in ops if op.kind == W} if not self.settings.recompute else set()
+        at_once = self.settings.recompute or self.settings.compiled  # B does all, and W finds nothing left
+        self.split = set() if at_once else {op[1:3] for op in ops if op.kind == W}
         self.needs = lane_needs(lane.model, ops)
         counts = Counter(_POINTS[op.kind] for op in ops if op.kind in _POINTS)
         self.middle = {point: n // 2 + 1 for point, n in counts.items()}
