@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
     from hypothesis import settings
 
-    import launch.unlearn  # noqa: F401  (what every command imports)
+    import launch.page.draw
+    import launch.unlearn  # what every command imports
     from jobs.config import TrainConfig
     from launch.forkserver import ForkServer
     from launch.warm import warm_up
@@ -48,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("tests")
     for model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
         warm_up(TrainConfig(model=model, lora_rank=int(model == "llama-tiny")))  # so that peft is there as well
+    launch.page.draw._template()  # else each run compiles it anew
     config.stash[_FORKSERVER] = ForkServer(entry)
 
 

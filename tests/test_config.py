@@ -177,7 +177,7 @@ def test_a_file_may_have_a_table_for_each_group(tmp_path: Path) -> None:
         ("[train]\nworkers = 2", r"^train: no such setting; settings stand at the top of the file, and not in a tab"),
         ("[train]\nworkers = 2", r"such as \[train\], but for those of their groups: \[schedule\], \[model\], .*"),
         ("[model]\nworkers = 2", r"^model.workers is 2; allowed: in \[schedule\], or at the top of the file$"),
-        ("[model]\nsede = 2", r"^model.sede is 2; allowed: model, .*recompute \(did you mean seed\?\)$"),
+        ("[model]\nsede = 2", r"^model.sede is 2; allowed: model, .*compile \(did you mean seed\?\)$"),
         ("seed = 1\n[model]\nseed = 2", r"^seed is 2; allowed: once, at the top of the file or in a table$"),
         ("[model]\nseed = true", r"^seed is True; allowed: int$"),
         ("workers = 2.0", r"^workers is 2.0; allowed: int$"),

@@ -28,7 +28,7 @@ from tests.test_recovery import (
 )
 
 BETWEEN = 30  # losses; a worker that is started is there after some twenty
-SHORT = 80  # where nobody is awaited
+SHORT = 50  # where nobody is awaited
 SMALL = ["--checkpoint-every", "50", "--replicas", "2", "--exact-sums", "--workers"]
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_shrinks_at_any_point_of_a_step_and_grows_is_bitwise_the_calm
 def test_with_nobody_let_in_it_goes_on_smaller_and_with_nothing_lost(
     forkserver: ForkServer, calm: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    kills = "kill:worker=3,step=30,at=commit;kill:worker=0,step=60,at=forward"
+    kills = "kill:worker=3,step=12,at=commit;kill:worker=0,step=30,at=forward"
     out = tmp_path / "run"
     flags = [*SMALL, "2:4", "--steps", str(SHORT), "--cooldown", "3600", "--recovery", "checkpoint"]
     train(forkserver, out, *flags, "--inject", kills)
@@ -104,7 +104,7 @@ def test_layers_leave_a_worker_that_is_slow_and_the_run_is_bitwise_the_calm_run(
     forkserver: ForkServer, calm: Callable[[int], Path], tmp_path: Path
 ) -> None:
     flags = [*SMALL, "3:3", "--replicas", "1", "--steps", str(SHORT), "--cooldown", "0"]
-    train(forkserver, out := tmp_path / "run", *flags, "--inject", "slow:worker=1,step=20,factor=6")
+    train(forkserver, out := tmp_path / "run", *flags, "--inject", "slow:worker=1,step=10,factor=6")
     shifted = events(out, "shifted")
     assert "1" in shifted[0]["speeds"], shifted
     held = {place: len(spans) and sum(int(s.split(":")[1]) - int(s.split(":")[0]) for s in spans)
@@ -117,7 +117,7 @@ def test_layers_leave_a_worker_that_is_slow_and_the_run_is_bitwise_the_calm_run(
 def test_too_few_workers_save_themselves_and_the_run_is_resumed(
     forkserver: ForkServer, calm: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    kills = "kill:worker=3,step=20,at=backward;kill:worker=0,step=30,at=forward"
+    kills = "kill:worker=3,step=12,at=backward;kill:worker=0,step=22,at=forward"
     out = tmp_path / "run"
     flags = [*SMALL, "3:4", "--steps", str(SHORT), "--cooldown", "3600"]
     done = run_command(forkserver, out.with_suffix(".log"), *settings(out, *flags, "--inject", kills))

@@ -28,7 +28,7 @@ def calm(forkserver: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> We
     ("row", "at", "verdict"),
     [
         pytest.param("segfault", "copy", "correct", marks=pytest.mark.long),
-        ("gil", "snapshot", "correct"),
+        pytest.param("gil", "snapshot", "correct", marks=pytest.mark.long),
         ("flip-other-lost", "backward", "correct"),
         pytest.param("nan-in-a-save", "optimizer", "named", marks=pytest.mark.long),
     ],

@@ -211,9 +211,9 @@ def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(
     forkserver: ForkServer, tmp_path: Path
 ) -> None:
     """Twice, the second time the one that took over; the replacement of a replacement; two replicas."""
-    flags = ["--workers", "4", "--replicas", "2", "--steps", "72"]
+    flags = ["--workers", "4", "--replicas", "2", "--steps", "60"]
     train(forkserver, calm := tmp_path / "calm", *flags)
-    faults = "kill:worker=1,step=7;kill:worker=0,step=27,at=reduce;kill:worker=4,step=47,at=forward"
+    faults = "kill:worker=1,step=7;kill:worker=0,step=25,at=reduce;kill:worker=4,step=43,at=forward"
     train(forkserver, out := tmp_path / "run", *flags, "--recovery", "redundant", "--inject", faults)
     assert [event["worker"] for event in events(out, "taken_over")] == [1, 0, 4]
     assert [(e["worker"], e["replacement"], e["remedy"]) for e in events(out, "rejoined")] == [
@@ -221,7 +221,7 @@ def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(
     ]  # fmt: skip
     steps = [event["step"] for event in events(out, "resumed")]
     assert steps[0] < steps[1], "nobody went on before the replacement was there"
-    assert [line["step"] for line in metrics(out)] == list(range(1, 73))
+    assert [line["step"] for line in metrics(out)] == list(range(1, 61))
     assert same_weights(out, calm)
 
 

@@ -117,6 +117,7 @@ def test_what_no_route_can_pass_by_comes_back_from_a_checkpoint(
     assert ours[-1] == pytest.approx(theirs[-1], abs=2e-5)
 
 
+@pytest.mark.long
 def test_a_replacement_that_dies_as_it_joins(
     forkserver: ForkServer, network: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -212,6 +212,6 @@ class Links(RuleBasedStateMachine):
         self.slots_are_no_more_than_needed()
 
 
-Links.TestCase.settings = settings(max_examples=15, stateful_step_count=30, phases=[Phase.generate])
+Links.TestCase.settings = settings(max_examples=8, stateful_step_count=30, phases=[Phase.generate])
 """To shrink a failure takes longer than a test may."""
 test_links = Links.TestCase

@@ -554,10 +554,10 @@ CHOSEN = [
     pytest.param(name, marks=() if name in ("gpt2 with dropout", "tied, head apart", "bfloat16") else pytest.mark.long)
     for name in VARIANTS
 ]
-"""Of what all of them show, a part; those whose run is made for another test are there in any case."""
+"""Of what all of them show, a part."""
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CHOSEN)
 def test_a_run_learns(runs: Callable[[str], Run], variant: str) -> None:
     run = runs(variant)
     assert len(run.losses) == STEPS
@@ -619,10 +619,11 @@ def test_what_was_not_seen_is_said_in_the_events_too(launcher: Launcher, referen
 @pytest.mark.parametrize(
     "links",
     [
-        {"latency_s": [[0, 0.01], [0.01, 0]], "bandwidth": [[None, 1e6], [1e6, None]]},
-        {"hop_s": [[0, 0.02], [0.02, 0]]},
+        pytest.param(
+            {"latency_s": [[0, 0.01], [0.01, 0]], "bandwidth": [[None, 1e6], [1e6, None]]}, id="latency and bandwidth"
+        ),
+        pytest.param({"hop_s": [[0, 0.02], [0.02, 0]]}, id="hops", marks=pytest.mark.long),
     ],
-    ids=["latency and bandwidth", "hops"],
 )
 def test_slow_links_slow_a_run_down_as_simulated_and_change_no_bit(
     launcher: Launcher, reference: Run, links: dict[str, Any]
@@ -673,7 +674,15 @@ def _terminate_one(running: Running) -> None:
     running.workers()[-1].terminate()
 
 
-@pytest.mark.parametrize("ask", [_terminate, _terminate_all, _interrupt_all, _terminate_one], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        _terminate,
+        _interrupt_all,
+        *(pytest.param(ask, marks=pytest.mark.long) for ask in (_terminate_all, _terminate_one)),
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on_later(
     launcher: Launcher, ask: Callable[[Running], None]
 ) -> None:
@@ -715,7 +724,9 @@ def _tell_one_worker_and_kill_it(running: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask", [_hang_up, _terminate_and_kill_who_was_told, _tell_one_worker_and_kill_it], ids=lambda f: f.__name__
+    "ask",
+    [_hang_up, _tell_one_worker_and_kill_it, pytest.param(_terminate_and_kill_who_was_told, marks=pytest.mark.long)],
+    ids=lambda f: f.__name__,
 )
 def test_to_be_stopped_is_a_state_of_the_run(launcher: Launcher, ask: Callable[[Running], None]) -> None:
     running = launcher.start(**{**ENDLESS, "recovery": "checkpoint", "checkpoint_every": 2})
