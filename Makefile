@@ -7,7 +7,7 @@ OUT ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test lint types unit docs bench matrix soak links gpu gpu-dry gpu-wheels clean help
+.PHONY: train test lint types unit docs bench matrix ray soak links gpu gpu-dry gpu-wheels clean help
 
 help:
 	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench   the measurements behind the figures in the README (needs the peers; long)"
 	@echo "make matrix  every kind of fault at every point, in a real run each; prints the table (a quarter of an hour)"
 	@echo "make links   every test that trains in real processes, over shared memory and over gloo (half an hour)"
+	@echo "make ray     set Ray up and run on a cluster of several raylets, one of which is killed (5 minutes)"
 	@echo "make soak    the layouts that the tests leave out, the matrix, then half an hour of training under random kills"
 	@echo "make gpu     what one GPU shows, in 8 minutes (uses the environment if it is set up, else PYTHON as it is)"
 	@echo "make gpu-dry the same script on the CPU with tiny shapes, in under a minute"
@@ -88,6 +89,11 @@ PROCESSES := $(addprefix tests/test_, $(addsuffix .py, commit defaults elastic e
 
 links: $(STAMP)
 	for links in shm gloo; do UNBROKEN_LINKS=$$links $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PROCESSES) $(ARGS) || exit 1; done
+
+# On a real cluster of several raylets on this machine, one of which is killed.
+ray: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/test_ray.py tests/test_ray_train.py -m 'long or not long' $(ARGS)
 
 soak: links
 	$(BIN)/python -m pytest -m long

@@ -60,7 +60,8 @@ class Nodes:
 def nodes(folder: Path, count: int, **head: Any) -> Iterator[Nodes]:
     """A cluster in a folder with a short name, as its sockets need one; all its processes end with the block."""
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(ROOT), "RAY_JOB_STOP_WAIT_TIME_S": "60"}  # fmt: skip
+                   "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch' / 'public'}",
+                   "RAY_JOB_STOP_WAIT_TIME_S": "60"}  # fmt: skip
     before = dict(os.environ)
     os.environ |= environment
     cluster = None
