@@ -153,7 +153,8 @@ def picture(found: Found) -> str:
     for rate in range(3):
         left = _LEFT + rate * (_WIDE + _GAP)
         body += _panel(found, rate, left, last, (low, high), summary["target"])
-        faults = max((row["faults"] for row in summary["rows"] if row["rate"] == rate), default=0)
+        inner = (row for row in summary["rows"] if row["rate"] == rate and row["arm"] == "checkfree")
+        faults = next((row["faults"] for row in inner), 0)
         title = f"the paper's {rates[rate]:.0%}: {faults} stages lost in {found['seeds']} runs"
         body.append(text(left, _TOP - 10, title, font_weight="600", font_size=11))
     x, y = _LEFT, _TOP + _HIGH + 52

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from jobs.config import TrainConfig
 from pipeline.model.layered import LayeredModel
+from pipeline.runtime.footprint import state_bytes
 from pipeline.schedule.layout import Layout
 from recovery.remedy import CannotRestore
 from recovery.resize import SpeedPlanner
@@ -17,7 +18,8 @@ _KEPT = 4096  # layouts: a table of what each loss leads to, and of what came be
 
 def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[float], evaluated: int) -> ResizeProblem:
     """What is known of a job before it runs; `evaluated` are the samples of an evaluation."""
-    held = [float(model.state_bytes(layer)) for layer in range(model.num_layers)]
+    optimizer = config.optimizer_config()
+    held = [float(state_bytes(model, [(layer, layer + 1)], optimizer)) for layer in range(model.num_layers)]
     return ResizeProblem(
         config.scheduler, layer_costs, config.microbatches, -(-evaluated // config.microbatch_size), config.replicas,
         config.chunks, held, config.snapshot == "neighbour", config.exact_sums and model.tied,

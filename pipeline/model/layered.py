@@ -209,12 +209,6 @@ class LayeredModel:
         """Bytes of fp32 weights that a worker with this layer alone holds, a tied head's copy included."""
         return 4 * sum(math.prod(shape) for shape in self.shapes(layer).values())
 
-    def state_bytes(self, layer: int) -> int:
-        """Bytes in fp32 that a worker keeps for this layer from step to step: weights, and of what is trained the
-        gradient and two moments, a tied head's copy included."""
-        shapes = self.shapes(layer)
-        return self.parameter_bytes(layer) + 3 * 4 * sum(math.prod(shapes[name]) for name in self.differentiated(layer))
-
     def full_name(self, path: str, local: str) -> str:
         """The state-dict name of parameter `local` of the module at `path`; a tied head's is the embedding's."""
         name = f"{path}.{local}" if self.lora is None else plain_name(f"{path}.{local}")
