@@ -14,6 +14,7 @@ from launch.page.draw import page
 from launch.page.files import PAGE, RunReader, is_run
 from launch.page.serve import HOST, Drawn, PageServer
 from launch.page.sheet import sheet
+from launch.png import require_png, write_pngs
 from launch.run_folder import write_whole
 from launch.signals import stop_signals
 from pipeline.settings import ConfigError, Within, check_bounds, require
@@ -35,6 +36,8 @@ class ReportConfig:
     """Serve the page on 127.0.0.1 instead, drawn anew while the run goes on, until Ctrl-C."""
     port: Annotated[int, Within(0, 65535)] = 0
     """The port to serve on; 0 takes a free one."""
+    png: bool = False
+    """Write a PNG beside every picture (SVG) of the runs, too; needs the extra `png` (resvg)."""
     json: bool = False
     """Print one JSON object."""
 
@@ -71,6 +74,9 @@ def report_command(config: ReportConfig) -> tuple[dict[str, Any], str] | int:
         )
     require(not (config.serve and config.out), "out", str(config.out), "unset with --serve, which writes no file")
     require(config.serve or not config.port, "port", config.port, "0 without --serve")
+    require(not (config.png and config.serve), "png", True, "unset with --serve, which writes no file")
+    if config.png:
+        require_png()
     pages = _Pages(folders, served=config.serve)
     if config.serve:
         return _serve(pages, config)
@@ -79,7 +85,9 @@ def report_command(config: ReportConfig) -> tuple[dict[str, Any], str] | int:
         write_whole(out, pages.draw()[0])
     except OSError as error:
         raise ConfigError(f"out is {str(out)!r}, which cannot be written: {error.strerror}") from error
-    return {"out": str(out), "runs": list(map(str, folders))}, f"wrote {out}"
+    pngs = [str(png) for folder in folders for png in write_pngs(folder)] if config.png else []
+    told = "".join(f", {png}" for png in pngs)
+    return {"out": str(out), "runs": list(map(str, folders)), "png": pngs}, f"wrote {out}{told}"
 
 
 def _serve(pages: _Pages, config: ReportConfig) -> int:

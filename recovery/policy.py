@@ -215,7 +215,7 @@ class Recovery:
             return f"{self.meanwhile}, without waiting for anybody"
         if after.rollback is not None:
             return CHECKPOINT
-        return "+".join(sorted({move.remedy for move in after.moves}))
+        return "+".join(sorted({move.remedy for move in after.moves})) or "the others have all that it holds"
 
     def _tried(self, worker: int) -> View:
         """`after_loss` of a run that has saved itself."""

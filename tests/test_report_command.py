@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -16,7 +17,10 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.png import require_png
+from launch.report import loss_svg
 from pipeline.locks import lock, unlock
+from pipeline.settings import ConfigError
 from tests.test_page import HOSTILE, Elements, event, whole, write
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +33,7 @@ def test_the_page_of_a_run_is_written_where_it_was_asked_for(
     run = whole(tmp_path / "run")
     path = tmp_path / out if out else run / "report.html"
     assert main(["report", str(run), *(["--out", str(path)] if out else []), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(path), "runs": [str(run)]}
+    assert json.loads(capsys.readouterr().out) == {"out": str(path), "runs": [str(run)], "png": []}
     assert "done: all 40 steps" in path.read_text()
 
 
@@ -42,6 +46,35 @@ def test_several_runs_are_compared_on_one_page(
     assert "a · b" in (tmp_path / "comparison.html").read_text()
 
 
+def test_pictures_have_pngs_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        require_png()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    run = whole(tmp_path / "run")
+    (run / "loss.svg").write_text(loss_svg([{"step": step, "loss": 4 - step / 9} for step in range(9)]))
+    assert main(["report", str(run), "--png", "--json"]) == 0
+    (path,) = json.loads(capsys.readouterr().out)["png"]
+    data = Path(path).read_bytes()
+    assert Path(path) == run / "loss.png"
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    drawn = re.search(r'width="(\d+)" height="(\d+)"', (run / "loss.svg").read_text())
+    assert drawn is not None
+    assert struct.unpack(">II", data[16:24]) == tuple(2 * int(each) for each in drawn.groups()), "sharp on any screen"
+    (run / "loss.svg").write_text("no picture")
+    assert main(["report", str(run), "--png"]) == 2
+    assert "loss.svg' has no PNG: " in capsys.readouterr().err
+    textless = '<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"><desc>{}</desc></svg>'
+    monkeypatch.setattr("launch.png._PROBE", textless)
+    assert main(["report", str(run), "--png"]) == 2
+    assert "png is True; allowed: unset on a machine without fonts" in capsys.readouterr().err
+    monkeypatch.setattr("launch.png.find_spec", lambda name: None)
+    assert main(["report", str(run), "--png"]) == 2
+    assert "png is True; allowed: unset without its package; pip install 'unbroken[png]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -50,6 +83,7 @@ def test_several_runs_are_compared_on_one_page(
         (["run", "--port", "80"], "port is 80; allowed: 0 without --serve"),
         (["run", "--port", "65536"], "port is 65536; allowed: 0 to 65535"),
         (["run", "--serve", "--out", "x"], "out is 'x'; allowed: unset with --serve, which writes no file"),
+        (["run", "--serve", "--png"], "png is True; allowed: unset with --serve, which writes no file"),
         (["run", "--out", "no/x"], "out is 'no/x', which cannot be written: No such file or directory"),
     ],
 )
