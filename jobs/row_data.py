@@ -9,7 +9,7 @@ others where they were.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
@@ -38,6 +38,20 @@ class Sample:
     """The token after each of input_ids; IGNORED in prompts, padding and rows that were forgotten."""
     position_ids: np.ndarray | None = None
     """Of packed rows, each of which begins again at 0, as does the padding."""
+
+    @classmethod
+    def of(cls, ids: np.ndarray, answer: int) -> Sample:
+        """A row alone, whose answer begins at token `answer` > 0."""
+        labels = ids[1:].copy()
+        labels[: answer - 1] = IGNORED
+        return cls(ids[:-1], labels)
+
+    def apart(self) -> Iterator[Sample]:
+        """What lies in it, each by itself, without that of which no label counts."""
+        first = np.zeros(1, np.int64) if self.position_ids is None else np.flatnonzero(self.position_ids == 0)
+        for start, end in zip(first, [*first[1:], len(self.labels)], strict=True):
+            if (self.labels[start:end] != IGNORED).any():
+                yield Sample(self.input_ids[start:end], self.labels[start:end])
 
 
 @dataclass(frozen=True)
@@ -228,11 +242,11 @@ class RowDataset:
         input_ids, labels = np.full(size, self.end_token, np.int64), np.full(size, IGNORED, np.int64)
         positions = np.zeros(size, np.int64)
         for row in (self.rows[index] for index in indices):
-            ids = self.tokens[row.start : row.end].astype(np.int64)
-            after = at + len(ids) - 1
-            input_ids[at:after], positions[at:after] = ids[:-1], np.arange(len(ids) - 1)
+            one = Sample.of(self.tokens[row.start : row.end].astype(np.int64), row.answer - row.start)
+            after = at + len(one.labels)
+            input_ids[at:after], positions[at:after] = one.input_ids, np.arange(len(one.labels))
             if not row.blank:
-                labels[at + row.answer - row.start - 1 : after] = ids[row.answer - row.start :]
+                labels[at:after] = one.labels
             at = after
         positions[at:] = np.arange(size - at)
         return Sample(input_ids, labels, positions if self.pack else None)

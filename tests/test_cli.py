@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,9 @@ from transformers import AutoModelForCausalLM
 from jobs.corpus import documents
 from jobs.data import Dataset
 from jobs.prepare import blocks, prepare
+from jobs.row_data import RowDataset
+from jobs.row_prepare import Encoded, prepare_rows
+from jobs.rows import Row, read_rows
 from jobs.tokenizer import build_tokenizer
 from launch.cli import COMMANDS, main
 from pipeline.model.families import FAMILIES
@@ -39,6 +43,9 @@ from pipeline.schedule.verify import verify
 from schedulers import PLANNERS
 
 ROOT = Path(__file__).parents[1]
+
+
+BYTES = build_tokenizer("bytes", 0, ())
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -604,6 +611,84 @@ def test_eval_takes_the_held_out_samples_of_the_run(
     code, out, _ = told(capsys, "eval", "--model", ".")
     assert code == 0
     assert f"3 samples of 16 tokens, spread over the {data.num_held_out} that the run in '{run}' has held out" in out
+
+
+def mean_loss(model: Any, pairs: Iterable[tuple[Any, Any]]) -> float:
+    """Of inputs and labels [tokens] each, by themselves."""
+    total, count = 0.0, 0
+    for ids, labels in pairs:
+        ids, labels = (torch.from_numpy(np.array(each, np.int64)) for each in (ids, labels))
+        with torch.no_grad():
+            total += float(cross_entropy(model(ids[None]).logits[0], labels, reduction="sum", ignore_index=-100))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def test_documents_that_a_run_keeps_apart_are_scored_by_themselves(
+    capsys: pytest.CaptureFixture[str], models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "llama-tiny", tmp_path / "run" / "model")
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"{n} is {n * n}."}) + "\n" for n in range(60)))
+    prepare(documents(str(tmp_path / "short.jsonl")), BYTES, 32, 0.5, tmp_path / "run" / "data", 0)
+    data, model = Dataset.open(tmp_path / "run" / "data"), AutoModelForCausalLM.from_pretrained(models / "llama-tiny")
+
+    def pieces() -> Iterator[tuple[Any, Any]]:
+        for sample in map(data.held_out_spread(6), range(6)):
+            starts = [0, *(at + 1 for at in np.flatnonzero(sample[:-2] == data.end_token)), 32]
+            for start, end in itertools.pairwise(starts):
+                yield sample[start:end], sample[start + 1 : end + 1]
+
+    losses = {}
+    for mask in (True, False):
+        (tmp_path / "run" / "config.toml").write_text(f"evaluate_samples = 6\ndocument_mask = {str(mask).lower()}\n")
+        losses[mask] = report(capsys, "eval", "--model", tmp_path / "run" / "model")["loss"]
+    assert losses[True] == pytest.approx(mean_loss(model.eval(), pieces()), abs=1e-5)
+    assert abs(losses[True] - losses[False]) > 1e-4
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_of_rows_the_answers_are_scored(
+    capsys: pytest.CaptureFixture[str], models: Path, tmp_path: Path, pack: bool
+) -> None:
+    shutil.copytree(models / "llama-tiny", tmp_path / "run" / "model")
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * n}."} for n in range(40)]
+    (path := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_rows(str(path))
+    assert found is not None
+    prepare_rows(found, BYTES, 256, 0.25, tmp_path / "run" / "data", 0, pack=pack)
+    (tmp_path / "run" / "config.toml").write_text("evaluate_samples = 100\n")
+    data = RowDataset.open(tmp_path / "run" / "data")
+    model = AutoModelForCausalLM.from_pretrained(models / "llama-tiny")
+
+    def of(rows: Iterable[Row]) -> Iterator[tuple[Any, Any]]:
+        for row in rows:
+            one = Encoded.of(row, BYTES)
+            yield one.ids[:-1], [-100] * (one.answer - 1) + list(one.ids[one.answer :])
+
+    held = {info.id for info in data.rows if info.held_out}
+    scored = report(capsys, "eval", "--model", tmp_path / "run" / "model")
+    assert len(held) == 10
+    assert scored["samples"] == data.num_held_out == (10 if not pack else scored["samples"])
+    assert (scored["samples"] < 10) == pack
+    assert scored["loss"] == pytest.approx(mean_loss(model.eval(), of(r for r in found if r.id in held)), abs=1e-5)
+    scored = report(capsys, "eval", "--model", tmp_path / "run" / "model", "--data", path, "--samples", "7")
+    assert scored["loss"] == pytest.approx(mean_loss(model, of(found[:7])), abs=1e-5)
+    longest = max(len(Encoded.of(row, BYTES).ids) - 1 for row in found[:7])
+    assert scored["scored"] == f"7 samples of {longest} tokens, the answers of the first 7 rows of '{path}'"
+    code, _, err = told(
+        capsys,
+        "eval",
+        "--model",
+        tmp_path / "run" / "model",
+        "--data",
+        path,
+        "--samples",
+        "7",
+        "--sequence-length",
+        "9",
+    )
+    assert code == 2
+    assert f"sequence_length is 9; allowed: {longest} or more, which the longest of the rows has" in err
 
 
 def test_other_text_can_be_scored_beside_a_run(capsys: pytest.CaptureFixture[str], run: Path, corpus: Path) -> None:
