@@ -83,7 +83,7 @@ bench: $(STAMP)
 matrix: $(STAMP)
 	$(BIN)/python benchmarks/matrix.py --out benchmarks/results
 
-PROCESSES := $(addprefix tests/test_, $(addsuffix .py, commit defaults elastic exact_sum footprint guarding links lora \
+PROCESSES := $(addprefix tests/test_, $(addsuffix .py, commit compiled defaults elastic exact_sum footprint guarding links lora \
 	masks matrix parity recovery replay reroute resume rng rollout s3t shard_runs skip_engine skippipe slot_kills soak \
 	space train trained unlearn unlearn_parity unlearn_text))
 
@@ -97,6 +97,7 @@ ray: $(STAMP)
 
 soak: links
 	$(BIN)/python -m pytest -m long
+	UNBROKEN_LINKS=gloo $(BIN)/python -m pytest -m long $(PROCESSES)
 	$(BIN)/python benchmarks/soak_links.py --out benchmarks/results
 	$(BIN)/python -m tests.simulation --seeds 100000
 	$(BIN)/python benchmarks/matrix.py --out benchmarks/results

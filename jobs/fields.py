@@ -45,8 +45,9 @@ class ModelSettings:
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     compile: bool = False
-    """Compile decoder blocks (torch.compile): steps are faster, every worker starts later. Weight gradients are then
-    computed with the backward pass, also in schedules that put them off (zero_bubble, balanced)."""
+    """Compile decoder blocks (torch.compile): it pays where activations are kept, and every worker starts seconds
+    later. Weight gradients are then computed with the backward pass, also in schedules that put them off (zero_bubble,
+    balanced)."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError where a start of the run would end after the run itself."""

@@ -28,9 +28,9 @@ from jobs.data import FORMAT, META, TOKENS, Dataset
 from jobs.dataset_files import blank, publish, write_lines
 from jobs.documents import DOCUMENTS, blank_spans, has_forgotten, infos_of, places_of
 from jobs.files import CorpusError
-from jobs.pieces import Texts, cut, pieces
+from jobs.pieces import Texts, pieces
 from jobs.row_data import RowInfo
-from jobs.text_hashes import chain, document_digests
+from jobs.text_hashes import Letters, chain, document_digests
 from pipeline.model.rng import derive
 
 HELD_OUT = 0.02
@@ -43,11 +43,11 @@ Progress = Callable[[str, float], None]
 # ---- text to tokens ----
 
 
-def blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[np.ndarray]:
+def blocks(texts: Texts, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[np.ndarray]:
     """Successive samples [sequence + 1] int64 of the texts, in order, joined by the end token, cut as in a Dataset."""
     left = np.zeros(0, dtype=np.int64)
-    for text in texts:
-        for ids, _ in _encode(cut(text), tokenizer):
+    for index in range(len(texts)):
+        for ids, _ in _encode(pieces(texts, index), tokenizer):
             left = np.concatenate([left, ids])
             while len(left) > sequence_length:
                 yield left[: sequence_length + 1]
@@ -211,7 +211,8 @@ def _write(
             letters, content = document_digests(corpus, int(index))
             taken.digests.append(letters)
             taken.contents.append(bytes.fromhex(content))
-            for ids, share in _encode(pieces(corpus, int(index)), tokenizer):
+            again = Letters()
+            for ids, share in _encode(again.through(pieces(corpus, int(index))), tokenizer):
                 ids = ids[: limit - taken.num_tokens]
                 ids = np.full_like(ids, tokenizer.eos_token_id) if content in forgotten else ids
                 file.write(ids.astype(taken.dtype).tobytes())  # tofile would hide the reason of a failure
@@ -219,6 +220,9 @@ def _write(
                 report("tokenising", 0.99 * max((number + share) / len(order), taken.num_tokens / limit))
                 if taken.num_tokens == limit:
                     break
+            else:
+                if again.digest != letters:
+                    raise CorpusError(f"document {index} of the data has changed while it was read; read it again")
             if taken.num_tokens == limit:
                 break
         file.flush()

@@ -57,6 +57,10 @@ class Cluster(Protocol):
         """Have these agents placed all at once or not at all, on nodes of their own where that can be."""
         ...
 
+    def reserved(self) -> bool:
+        """Whether they have been placed."""
+        ...
+
     def start(self, what: AgentStart) -> Any:
         """Ask for an agent; it may come at any time. Returns a handle."""
         ...
@@ -125,7 +129,8 @@ class Crew:
     seats: dict[int, _Seat]
     tell: Callable[..., None] = lambda *_, **__: None
     together: int = 0
-    """Agents, the first ones, without which the run cannot begin: none of them takes room that others could use."""
+    """Agents, the first ones, without which the run cannot begin. The others are asked for once these have been placed:
+    else they would hold room in which the run cannot begin, and which these may need."""
     gone: Callable[[int], None] = lambda _: None
     """Is called with the rank of an agent that is lost: so are its workers."""
     _looked: float = -math.inf
@@ -148,9 +153,10 @@ class Crew:
         return cls(cluster, handle.store, config.heartbeat, seats, together=together)
 
     def ask(self) -> None:
-        """Ask for all of them."""
-        self.cluster.reserve([seat.start for seat in self.seats.values()][: self.together])
-        for seat in self.seats.values():
+        """Ask for those without which the run cannot begin; `tick` asks for the others."""
+        first = list(self.seats.values())[: self.together]
+        self.cluster.reserve([seat.start for seat in first])
+        for seat in first:
             self._ask(seat)
 
     @property
@@ -164,9 +170,9 @@ class Crew:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
-        for rank, seat in self.seats.items():
+        for place, (rank, seat) in enumerate(self.seats.items()):
             if seat.handle is None:
-                if now >= seat.due:
+                if now >= seat.due and (place < self.together or self.cluster.reserved()):
                     self._ask(seat)
                 continue
             self._look(rank, seat, now)

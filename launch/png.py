@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,9 @@ def write_pngs(folder: Path) -> list[Path]:
         png = path.with_suffix(".png")
         try:
             drawn = resvg.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), background="white", zoom=_ZOOM)
-            png.write_bytes(bytes(drawn))
+            unfinished = png.with_suffix(".png.tmp")
+            unfinished.write_bytes(bytes(drawn))
+            os.replace(unfinished, png)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{str(path)!r} has no PNG: {error}") from error
         found.append(png)

@@ -58,6 +58,7 @@ class RayCluster:
             ) from error
         self._actor: Any = ray.remote(AgentProcess)
         self._group: Any = None
+        self._placed: Any = None
         self._bundles = dict[int, int]()
 
     @property
@@ -69,7 +70,13 @@ class RayCluster:
         """A placement group, with a bundle for each agent: a bundle whose node is lost is placed again by Ray."""
         bundles = [{kind: n for kind, n in (("CPU", a.cpus), ("GPU", a.gpus)) if n} for a in agents]
         self._group = placement_group(bundles, strategy="SPREAD")
-        self._bundles = {agent.rank: at for at, agent in enumerate(agents)}
+        self._bundles, self._placed = {agent.rank: at for at, agent in enumerate(agents)}, self._group.ready()
+
+    def reserved(self) -> bool:
+        """Whether the placement group has been placed once."""
+        if self._placed is not None and ray.wait([self._placed], timeout=0)[0]:
+            self._placed = None
+        return self._placed is None
 
     def start(self, what: AgentStart) -> _Handle:
         """Ask for the actor of an agent, in its bundle where it has one."""

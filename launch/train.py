@@ -193,7 +193,7 @@ def _coordinate(
                 )
             signals.trains(agent.asked_to_stop)
         except BaseException as error:
-            fail_before_start(store, error)
+            fail_before_start(store, NotStarted() if signals.too_early else error)
             claim.undo()
             raise
         try:

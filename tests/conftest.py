@@ -97,11 +97,12 @@ def _descendants() -> set[int]:
         return {process.pid for process in psutil.Process().children(recursive=True)}
     found, waiting = set[int](), [os.getpid()]
     while waiting:
-        for task in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                children = [int(pid) for pid in task.read_text().split()]
-                found.update(children)
-                waiting += children
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for task in Path(f"/proc/{waiting.pop()}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    children = [int(pid) for pid in (task / "children").read_text().split()]
+                    found.update(children)
+                    waiting += children
     return found
 
 

@@ -37,11 +37,14 @@ class Pretended:
 
     def __init__(self) -> None:
         self.asked, self.ended_, self.killed, self.closed = list[AgentStart](), dict[int, str](), list[int](), False
-        self.placed = set[int]()
+        self.placed, self.room_for_first = set[int](), True
 
     def reserve(self, agents: Sequence[AgentStart]) -> None:
         assert not self.asked, "before anybody is asked for"
-        self.reserved = [agent.rank for agent in agents]
+        self.first = [agent.rank for agent in agents]
+
+    def reserved(self) -> bool:
+        return self.room_for_first
 
     def start(self, what: AgentStart) -> int:
         self.asked.append(what)
@@ -66,7 +69,7 @@ class Pretended:
 class Crowd:
     """A crew on it, whose clock ticks as the test wants."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, begun: bool = True, **changes: Any) -> None:
         self.now = 1000.0
         monkeypatch.setattr(clusters.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(clusters.time, "sleep", self.sleep)
@@ -77,6 +80,8 @@ class Crowd:
         self.crew = Crew.of(self.config, self.slot, self.cluster, handle)
         self.crew.tell = lambda event, **fields: self.told.append((event, fields))
         self.crew.ask()
+        if begun:
+            self.crew.tick()
         self.beats, self.living, self.gone = 0, set[int](), list[int]()
         self.crew.gone = self.gone.append
 
@@ -174,8 +179,16 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 def test_agents_without_which_the_run_cannot_begin_are_placed_together(
     monkeypatch: pytest.MonkeyPatch, least: int, ranks: list[int]
 ) -> None:
-    crowd = Crowd(monkeypatch, min_workers=least)
-    assert crowd.cluster.reserved == ranks
+    crowd = Crowd(monkeypatch, begun=False, min_workers=least)
+    assert crowd.cluster.first == crowd.ranks == ranks
+    crowd.cluster.room_for_first = False
+    for _ in range(3):
+        crowd.now += 5
+        crowd.crew.tick()
+    assert crowd.ranks == ranks, "who could be done without takes no room of theirs"
+    crowd.cluster.room_for_first = True
+    crowd.now += 5
+    crowd.crew.tick()
     assert crowd.ranks == [1, 2]
 
 

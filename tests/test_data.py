@@ -351,3 +351,19 @@ def test_a_large_file_of_text_is_not_held_in_memory(tmp_path: Path, monkeypatch:
     finally:
         tracemalloc.stop()
     assert made.num_train + made.num_held_out > 1_200
+
+
+def test_a_document_that_changes_while_it_is_read_is_refused(tmp_path: Path):
+    class Changing(list[str]):
+        """A text that is another one each time."""
+
+        def __getitem__(self, index: Any) -> Any:
+            self[:] = [each + "x" for each in self]
+            return super().__getitem__(index)
+
+    text = documents(corpus(tmp_path))
+    text._sources = [Changing(["a text that grows " * 40])]  # type: ignore[list-item]
+    text._ends = [1]
+    with pytest.raises(CorpusError, match="document 0 of the data has changed while it was read"):
+        make(tmp_path, corpus=text)
+    assert not list((tmp_path / "data").iterdir())

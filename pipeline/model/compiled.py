@@ -55,6 +55,6 @@ def lacking(kind: str) -> str:
     builder, errors = import_module("torch._inductor.cpp_builder"), import_module("torch._inductor.exc")
     try:
         builder.get_cpp_compiler()
-    except errors.InvalidCxxCompiler:
+    except (errors.InvalidCxxCompiler, OSError):
         return "a C++ compiler (g++, or what CXX names)"
     return ""
