@@ -62,14 +62,13 @@ def check_compile(config: TrainConfig, model: LayeredModel) -> None:
     """Raise ConfigError where blocks are to be compiled that cannot be."""
     if not config.compile:
         return
-    allowed = "unset"
-    require(not model.has_dropout, "compile", True, f"{allowed}: the model has dropout, which is keyed by sample")
-    require(not config.is_procedure, "compile", True, f"{allowed}: the method looks into the blocks")
+    require(not model.has_dropout, "compile", True, "unset: the model has dropout, which is keyed by sample")
+    require(not config.is_procedure, "compile", True, "unset: the method looks into the blocks")
     if config.cluster:  # no worker is here: one that cannot compile ends the run by name
         return
     kind = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     missing = lacking(kind)
-    require(not missing, "compile", True, f"{allowed}, since {missing} is not here")
+    require(not missing, "compile", True, f"unset, since {missing} is not here")
 
 
 def set_dropout(model_config: PreTrainedConfig, config: TrainConfig) -> None:

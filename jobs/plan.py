@@ -18,7 +18,7 @@ from jobs.cache import Cache, user_folder
 from jobs.config import ConfigError, TrainConfig, require
 from jobs.corpus import TEXT_FIELD, Corpus
 from jobs.dcp import is_dcp, load_dcp
-from jobs.early import check_compile, check_early, set_dropout, tokenizer_kind
+from jobs.early import check_early, set_dropout, tokenizer_kind
 from jobs.mixture import Mixture, plain_spec
 from jobs.network import read_network
 from jobs.pipelines import layer_costs, plan_layout
@@ -113,7 +113,6 @@ def planned(
     """The layout of a job whose model and data are known, and the first view. `source` has the weights that it begins
     with, if they are not random; `found` is where it goes on from; `evaluated` counts the samples of an evaluation.
     Raises ConfigError, PartitionError."""
-    check_compile(config, model)
     first_step = first_sample = 0
     if found.manifest is not None:
         first_step, first_sample = (int(found.manifest["extra"][name]) for name in ("step", "next_sample"))

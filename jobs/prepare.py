@@ -30,7 +30,7 @@ from jobs.documents import DOCUMENTS, blank_spans, has_forgotten, infos_of, plac
 from jobs.files import CorpusError
 from jobs.pieces import Texts, pieces
 from jobs.row_data import RowInfo
-from jobs.text_hashes import Letters, chain, document_digests
+from jobs.text_hashes import Letters, chain, document_digests, letters_of
 from pipeline.model.rng import derive
 
 HELD_OUT = 0.02
@@ -263,7 +263,7 @@ def _is_current(
             return False
     except CorpusError:
         return False
-    return meta["text"] == chain(document_digests(corpus, int(i))[0] for i in order[: meta["read"]])
+    return meta["text"] == chain(letters_of(corpus, int(i)) for i in order[: meta["read"]])
 
 
 # ---- hashes ----

@@ -32,6 +32,14 @@ class Letters:
         return int.from_bytes(self._hash.digest(), "little")
 
 
+def letters_of(texts: Texts, index: int) -> int:
+    """The first of `document_digests` alone, which takes a small part of the time of both."""
+    seen = Letters()
+    for text, _ in pieces(texts, index):
+        seen.add(text)
+    return seen.digest
+
+
 def document_digests(texts: Texts, index: int) -> tuple[int, str]:
     """Of a document of `texts`, which is read in pieces: see `digests`."""
     return digests(piece for piece, _ in pieces(texts, index))

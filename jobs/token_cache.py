@@ -23,7 +23,7 @@ from jobs.cache import Cache
 from jobs.data import FORMAT
 from jobs.documents import PLACES, digests_of
 from jobs.pieces import Texts
-from jobs.text_hashes import chain, document_digests
+from jobs.text_hashes import chain, letters_of
 
 _KIND = "tokens"
 _WITH_PLACES = 1
@@ -52,7 +52,7 @@ def take(
     names = [re.fullmatch(rf"{key}-(\d+)-[0-9a-f]+", name) for name in cache.keys(_KIND, key)]
     reads = {name[0]: int(name[1]) for name in names if name is not None}
     for name in sorted(reads, key=lambda name: reads[name]):
-        digests.extend(document_digests(corpus, int(index))[0] for index in order[len(digests) : reads[name]])
+        digests.extend(letters_of(corpus, int(index)) for index in order[len(digests) : reads[name]])
         if name == f"{key}-{reads[name]}-{chain(digests)}":
             with path.open("w+b") as file:
                 meta = cache.take(_KIND, name, file)

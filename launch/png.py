@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline.settings import ConfigError, require
+from recovery.disk import write_flushed
 
 _ZOOM = 2
 """Pixels for each of the picture's, for screens that have many."""
@@ -32,9 +32,7 @@ def write_pngs(folder: Path) -> list[Path]:
         png = path.with_suffix(".png")
         try:
             drawn = resvg.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), background="white", zoom=_ZOOM)
-            unfinished = png.with_suffix(".png.tmp")
-            unfinished.write_bytes(bytes(drawn))
-            os.replace(unfinished, png)
+            write_flushed(png, bytes(drawn))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{str(path)!r} has no PNG: {error}") from error
         found.append(png)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs.documents import DOCUMENTS
+from jobs.early import check_compile
 from jobs.pipelines import require_layers
 from jobs.plan import Plan, Progress, find_start, planned
 from jobs.resume import check_resumed
@@ -32,6 +33,7 @@ def make_unlearn_plan(
         said.append(f"changed since the last start: {', '.join(changed)}")
     shape = read_config(config.out / "model-config")
     model = config.computed(shape)
+    check_compile(config, model)
     if config.scheduler not in ("roundpipe", "skippipe"):
         require_layers(config, model.num_layers)
     text = (config.run / "data" / DOCUMENTS).is_file()
