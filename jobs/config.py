@@ -23,6 +23,7 @@ from recovery.inject import Fault, Ground, InjectionSettings, Rate, parse_faults
 from recovery.losses import SupervisionSettings
 from recovery.policy import RecoverySettings
 from recovery.redundant import RedundantSettings
+from recovery.rehearse import RehearseSettings
 from recovery.resize import ResizeSettings
 from recovery.snapshot import SnapshotSettings
 from schedulers.interleaved import InterleavedSettings
@@ -37,7 +38,7 @@ class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
     SupervisionSettings, ResizeSettings, SnapshotSettings, MachineSettings, InjectionSettings, InterleavedSettings,
     SkipPipeSettings, RoundPipeSettings, LoraSettings, TrainedSettings, CheckFreeSettings, SwappedSettings,
-    RedundantSettings, ShardSettings, ClusterSettings, BatchSettings,
+    RedundantSettings, RehearseSettings, ShardSettings, ClusterSettings, BatchSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 

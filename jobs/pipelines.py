@@ -82,7 +82,7 @@ def where_ends_go(config: TrainConfig) -> Ends:
     """Where the embedding and the head are placed: apart from the blocks where stages are to be alike (CheckFree)."""
     if config.min_workers:  # the layouts of all sizes are in-line
         return "in-line"
-    alike = config.recovery == "checkfree+" or (config.recovery == "checkfree" and config.stages > 3)
+    alike = config.recovery == "checkfree+" or (config.recovery in ("checkfree", "rehearse") and config.stages > 3)
     if config.ends == "auto":
         return "apart" if alike and config.scheduler == "one_f_one_b" else "in-line"
     return config.ends

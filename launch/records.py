@@ -32,6 +32,11 @@ _EVENTS: dict[str, dict[str, Kind]] = {
     "fault": {"worker": int, "step": int, "fault": str, "at": str},
     "resumed": {"step": int, "view": int, "seconds": dict, "restores": list, "woken": float, "there": int},
     "rolled_back": {"step": int, "to": str},
+    "rehearsed": {
+        "worker": int, "span": str, "start": str, "tokens": int, "error_before": float, "error_after": float,
+        "took": float,
+    },
+    "not_rehearsed": {"worker": int, "span": str, "reason": str},
     "not_finite": {"step": int, "error": str},
     "checkpoint": {"step": int},
     "checkpoint_failed": {"step": int, "error": str},

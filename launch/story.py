@@ -43,6 +43,9 @@ _SAID = {
     "rerouted": "its microbatches take other routes; worker {replacement} is being started",
     "resumed": "going on from step {step} after {seconds[total]:.2f} s",
     "link": "worker {worker} {reason}; nobody is lost: links are built anew",
+    "rehearsed": "span {span}, from {start}, was fitted to {tokens:,} tokens in {took:.1f} s: relative error "
+    "{error_after:.3f}, from {error_before:.3f}",
+    "not_rehearsed": "span {span} was not fitted: {reason}",
     "rolled_back": "back to {to}: {steps_lost} steps are run again",
     "not_finite": "{error}; it is run again",
     "checkpoint_failed": "no checkpoint at step {step}: {error}; training goes on",
@@ -57,7 +60,7 @@ _SAID = {
 
 _TOGETHER = {
     "detected", "remedy", "rejoined", "taken_over", "redealt", "shrunk", "left", "resized", "rerouted", "resumed",
-    "rolled_back",
+    "rolled_back", "rehearsed", "not_rehearsed",
 }  # fmt: skip
 """What is told of one fault, in one line: once the run has gone on, or after this many seconds without that."""
 _PATIENCE_S = 2.0

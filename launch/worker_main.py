@@ -32,6 +32,7 @@ from pipeline.model.flops import ModelFlops
 from pipeline.model.layered import LayeredModel
 from pipeline.model.lora import Adapters
 from pipeline.model.weights import ModelError, read_config
+from pipeline.runtime.batch import Needs
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
 from pipeline.runtime.peak_flops import Capability
@@ -55,7 +56,8 @@ from recovery.lifeline import Lifeline
 from recovery.member import Member, Watcher
 from recovery.membership import EVICTED, Evicted, MembershipError, View, await_view, read_layout, read_view
 from recovery.migration import Migration
-from recovery.policy import remedies
+from recovery.policy import POLICIES, remedies
+from recovery.rehearse import Rehearsal, boundary_bytes
 from recovery.restore import load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -137,6 +139,12 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
         jobs = make_jobs(config, Start(view.first_step, view.first_sample, carried=view.details["carried"]))
         member.keys = partial(sample_keys, config.seed, jobs[TRAIN])
+        if "rehearse" in POLICIES[config.recovery]:
+            member.worker.boundaries.limit = boundary_bytes(config, member.worker.store.model)
+        member.rehearsal = Rehearsal(
+            partial(jobs[TRAIN].batch, needs=Needs.NOTHING),
+            lambda told: reports.put({"kind": "event", "worker": worker_id, **told}),
+        )
         flops = ModelFlops.from_json(view.details["flops"])
         engine = PipelineEngine(member, jobs, number, joins, config.full_every, flops)
         trainer = Trainer(

@@ -31,7 +31,7 @@ class Average:
     """The mean of both neighbours. `weights` is one of WEIGHTS."""
 
     name = "checkfree"
-    carries: Literal["state", "weights"] = "weights"
+    carries: Literal["state", "weights", "pairs"] = "weights"
     lr_scale = LR_SCALE
 
     def __init__(self, weights: str = "norm") -> None:

@@ -33,6 +33,7 @@ from recovery.keys import Beat, ask_to_stop, beat, complain, read_migration, sto
 from recovery.lifeline import Lifeline
 from recovery.membership import Evicted, MembershipError, Move, View, await_view, parts_of, read_layout, read_view
 from recovery.migration import Migration, Plan
+from recovery.rehearse import Rehearsal
 from recovery.remedy import Remedy, states_of
 from recovery.restore import restore, roll_back
 from recovery.shards import with_ranges
@@ -76,6 +77,8 @@ class Member:
     """Where the run saves."""
     keys: Callable[[int], Mapping[str, Any]] = lambda step: {}
     """What a worker counts samples and draws random numbers by at a step: the same on all, or the view is refused."""
+    rehearsal: Rehearsal | None = None
+    """What rebuilds a stage from what its neighbours know of it."""
     migration: Migration | None = None
     """What moves in the background before a view, if anything does."""
     capability: Capability = UNKNOWN
@@ -161,15 +164,17 @@ class Member:
             worker.spare.clear()  # it was computed with other weights
         if view.rollback is not None:
             where["step"] = step = roll_back(worker, view, self.checkpoints)
+            worker.boundaries.clear()
             known = {}
         else:
-            restore(worker, view, self.communicator, self.remedies, known, step, there)
+            restore(worker, view, self.communicator, self.remedies, known, step, there, self.rehearsal)
         self._check_states(view, step)
         times["restored"] = time.monotonic()
         self._certify(view, parts, before, step)
         times["certified"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
+        worker.boundaries.enter(view.generation)
         self.view, self.assignment = view, mine
         return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()},
                       sum(map(len, there.values())), found["peak_flops"])  # fmt: skip

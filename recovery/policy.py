@@ -15,6 +15,7 @@ from recovery.checkfree import Average
 from recovery.checkfree_plus import Twin
 from recovery.checkpoint import Found, Verifier
 from recovery.membership import START, Move, View, next_view
+from recovery.rehearse import Rehearse
 from recovery.remedy import CannotRestore, Loss, Remedy, has, losses
 from recovery.replica import Replica
 from recovery.reroute import Planner
@@ -28,6 +29,7 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
     "replica": ("replica",),
     "checkfree": ("replica", "checkfree"),
     "checkfree+": ("replica", "checkfree+", "checkfree"),
+    "rehearse": ("replica", "rehearse", "checkfree"),
     REDUNDANT: (REDUNDANT, "replica", CHECKPOINT),
     "copy": ("replica", "copy"),
     "random": ("replica", "random"),
@@ -46,7 +48,7 @@ class RecoverySettings:
 
     recovery: str = "auto"
     """What brings the state of a lost worker back: auto, exact (a copy, else a checkpoint: never an approximation),
-    replica, checkfree, checkfree+, redundant, copy, random, checkpoint, or none."""
+    replica, rehearse, checkfree, checkfree+, redundant, copy, random, checkpoint, or none."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for a name that is none."""
@@ -55,7 +57,8 @@ class RecoverySettings:
 
 def remedies(weights: str = "norm") -> dict[str, Remedy]:
     """Every remedy that works part by part, by name; `weights` as in `checkfree.WEIGHTS`."""
-    return {remedy.name: remedy for remedy in (Replica(), Average(weights), Twin(), Copy(), Random(), Shards())}
+    every = Replica(), Rehearse(weights), Average(weights), Twin(), Copy(), Random(), Shards()
+    return {remedy.name: remedy for remedy in every}
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,9 @@ class Remedy(Protocol):
     """One way to bring a span back."""
 
     name: str
-    carries: Literal["state", "weights"]
-    """What the sources send: weights with optimizer state, or weights alone."""
+    carries: Literal["state", "weights", "pairs"]
+    """What the sources send: weights with optimizer state, weights alone, or what they have of the span's inputs and
+    outputs, and weights."""
 
     def plan(self, loss: Loss) -> Move:
         """Whose state is needed. Raises CannotRestore."""

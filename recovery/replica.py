@@ -13,7 +13,7 @@ class Replica:
     """The state of a replica, bit for bit."""
 
     name = "replica"
-    carries: Literal["state", "weights"] = "state"
+    carries: Literal["state", "weights", "pairs"] = "state"
     lr_scale = 1.0
 
     def plan(self, loss: Loss) -> Move:

@@ -24,6 +24,7 @@ from pipeline.state.source import Source, SourceRefused
 from recovery import checkpoint
 from recovery.communicator import Communicator
 from recovery.membership import START, Move, View, part_name
+from recovery.rehearse import SIDES, Rehearsal, give, take
 from recovery.remedy import Remedy, states_of
 
 
@@ -34,7 +35,7 @@ def matching(layers: Sequence[int], source: Sequence[int]) -> list[int]:
 
 def restore(
     worker: Worker, view: View, communicator: Communicator, remedies: Mapping[str, Remedy], norms: Mapping[str, float],
-    step: int, there: Mapping[int, Collection[str]] | None = None,
+    step: int, there: Mapping[int, Collection[str]] | None = None, rehearsal: Rehearsal | None = None,
 ) -> None:  # fmt: skip
     """This worker's part in the moves of `view`, in which `step` steps are committed: to send, to receive, or
     nothing. `there` are the states, by worker, that have moved beforehand. Raises LinkError, and SourceRefused for a
@@ -59,7 +60,7 @@ def restore(
                     groups[place] = communicator.builder.build(names[place], pair)
                     communicator.carrying[names[place]] = pair, groups[place]
                 if each.worker == worker.id:
-                    _take(worker, view, each, groups, remedies[each.remedy], norms, step, skip)
+                    _take(worker, view, each, groups, remedies[each.remedy], norms, step, skip, rehearsal)
                 else:
                     _give(worker, each, groups, remedies[each.remedy], skip)
         finally:
@@ -71,8 +72,7 @@ def _sent(worker: Worker, each: Move, part: str) -> list[LayerState]:
     """What a source sends of its `part`: a state for each of the lost part, from the layer in the same place."""
     if part == each.part:
         return worker.store.states_of(part)
-    last = worker.store.model.num_layers - 1
-    blocks = [layer for layer in range(*parse_span(part)) if 0 < layer < last]
+    blocks = _blocks(worker, part)
     found = {state.name: state for state in worker.store.states_of(part)}
     return [found[str(layer)] for layer in matching(range(*parse_span(each.part)), blocks)]
 
@@ -85,6 +85,10 @@ def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:
 
 def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remedy, skip: Collection[str]) -> None:
     """Layer by layer, and within a layer in the order in which they are taken."""
+    if remedy.carries == "pairs":
+        for place, group in groups.items():
+            give(worker, group, SIDES[place], parse_span(each.part), _patience(worker))
+    groups = {place: group for place, group in groups.items() if _resembles(worker, each, each.sources[place][1])}
     for states in zip(*(_sent(worker, each, each.sources[place][1]) for place in groups), strict=True):
         if states and states[0].name in skip:
             continue
@@ -100,24 +104,51 @@ def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remed
 @torch.no_grad()
 def _take(
     worker: Worker, view: View, each: Move, groups: Mapping[int, Group], remedy: Remedy, norms: Mapping[str, float],
-    step: int, skip: Collection[str],
+    step: int, skip: Collection[str], rehearsal: Rehearsal | None,
 ) -> None:  # fmt: skip
     """Who takes may be a source as well, without a group: then it has a neighbour of what it lacks."""
     mine = worker.store.states_of(each.part)
     if not each.sources:
         _start_again(worker, view, mine)
-    if remedy.carries == "weights":
+    if remedy.carries != "state":
         for state in mine:  # an earlier remedy may have been interrupted, and have left a part of its state
             state.begin_anew()
             state.lr_scale.fill_(remedy.lr_scale)
-    weights = [_norm(worker, part, norms) for _, part in each.sources]
-    own = {n: _sent(worker, each, part) for n, (_, part) in enumerate(each.sources) if n not in groups}
+    if remedy.carries == "pairs":
+        assert rehearsal is not None, "who can take a place knows its batches"
+        span = parse_span(each.part)
+        sides = [
+            take(worker, groups[place], span, view.generation, _patience(worker))
+            if place in groups
+            else worker.boundaries.of(side, span)
+            for place, side in enumerate(SIDES)
+        ]
+        pairs = rehearsal.pairs(sides[0], sides[1], worker.settings.device)
+
+        def mean() -> bool:
+            return _combine(worker, view, each, groups, remedy, norms, step, skip)
+
+        rehearsal.rebuild(worker, span, pairs, mean)
+        stamp(mine, step, view.generation)
+        return
+    _combine(worker, view, each, groups, remedy, norms, step, skip)
+
+
+def _combine(
+    worker: Worker, view: View, each: Move, groups: Mapping[int, Group], remedy: Remedy, norms: Mapping[str, float],
+    step: int, skip: Collection[str],
+) -> bool:  # fmt: skip
+    """Receive what the sources have, layer by layer, and make the lost part of it; says whether there was anything."""
+    mine = worker.store.states_of(each.part)
+    sources = [source for source in enumerate(each.sources) if _resembles(worker, each, source[1][1])]
+    weights = [_norm(worker, part, norms) for _, (_, part) in sources]
+    own = {place: _sent(worker, each, part) for place, (_, part) in sources if place not in groups}
     for number, state in enumerate(mine):
         if state.name in skip:
             continue
         wanted = _carried(state, remedy.carries)
         found: list[dict[str, Tensor]] = []
-        for place, (source, part) in enumerate(each.sources):
+        for place, (source, part) in sources:
             if place in own:
                 have = _carried(own[place][number], remedy.carries)
                 found.append(dict(zip(wanted, (tensor.clone() for tensor in have.values()), strict=True)))
@@ -136,6 +167,18 @@ def _take(
             found.append(unpacked(flat, wanted))
         state.put(remedy.combine(found, weights) or {})
         stamp((state,), step, view.generation)
+    return bool(sources)
+
+
+def _resembles(worker: Worker, each: Move, part: str) -> bool:
+    """Whether a source has layers like those that are lost: the same part, or a decoder block."""
+    return part == each.part or bool(_blocks(worker, part))
+
+
+def _blocks(worker: Worker, part: str) -> list[int]:
+    """The decoder blocks of a span."""
+    last = worker.store.model.num_layers - 1
+    return [layer for layer in range(*parse_span(part)) if 0 < layer < last]
 
 
 def _norm(worker: Worker, part: str, norms: Mapping[str, float]) -> float:

@@ -25,7 +25,7 @@ class Shards:
     """From the replicas next to the lost one, bit for bit."""
 
     name = SHARDS
-    carries: Literal["state", "weights"] = "state"
+    carries: Literal["state", "weights", "pairs"] = "state"
     lr_scale = 1.0
 
     def plan(self, loss: Loss) -> Move:

@@ -165,5 +165,5 @@ def test_who_builds_a_large_model_is_seen_to_come_on() -> None:
 
 
 def test_a_remedy_that_is_not_known_is_named() -> None:
-    with pytest.raises(LinkError, match="view 3 names the remedy 'magic'; known: replica, checkfree"):
+    with pytest.raises(LinkError, match="view 3 names the remedy 'magic'; known: replica, rehearse, checkfree"):
         take(joiner(), "magic")

@@ -29,6 +29,8 @@ class Family:
     into_neurons: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """What of a block computes the neurons of its MLP, one output each, and what reads them, one input each."""
     out_of_neurons: str = "mlp.down_proj"
+    out_of_attention: str | None = "self_attn.o_proj"
+    """What gives the other thing that a block adds; None where what these two give is normalised before it is added."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -39,10 +41,11 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(
         tokens="transformer.wte", positions="transformer.wpe", dropout="transformer.drop", blocks="transformer.h",
         norm="transformer.ln_f", rotary=None, into_neurons=("mlp.c_fc",), out_of_neurons="mlp.c_proj",
+        out_of_attention="attn.c_proj",
     ),
     "gemma": Family(),
-    "gemma2": Family(window="by layer", attentions=("eager",)),
-    "gemma3_text": Family(window="by layer", rotary_by_type=True),
+    "gemma2": Family(window="by layer", attentions=("eager",), out_of_attention=None),
+    "gemma3_text": Family(window="by layer", rotary_by_type=True, out_of_attention=None),
 }  # fmt: skip
 """Supported families by `model_type`."""
 

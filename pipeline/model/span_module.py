@@ -101,6 +101,13 @@ class SpanModule(nn.Module):
                 x = x.to(between)
         return x
 
+    def block(
+        self, layer: int, x: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """One decoder block of the span alone, as `forward` runs it in evaluation."""
+        places = torch.arange(x.shape[1], device=x.device)[None] if position_ids is None else position_ids
+        return self.layers[str(layer)](x, **self._block_inputs(x, attention_mask, position_ids, places)(layer))
+
     def _block_inputs(
         self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, places: Tensor
     ) -> Callable[[int], dict[str, Any]]:

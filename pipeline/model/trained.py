@@ -16,7 +16,7 @@ from pipeline.names import did_you_mean
 from pipeline.settings import RunShape, require
 
 ALL = "all"
-_AVERAGES = ("checkfree", "checkfree+", "copy", "random")
+_AVERAGES = ("rehearse", "checkfree", "checkfree+", "copy", "random")
 
 
 @dataclass(frozen=True)

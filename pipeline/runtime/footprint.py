@@ -38,7 +38,7 @@ from pipeline.runtime.transport import HEADER_BYTES, span_bytes
 from pipeline.schedule.graph import compiled
 from pipeline.schedule.holdings import Bound, Held, Sizes, bounds
 from pipeline.schedule.layout import Excerpt
-from pipeline.schedule.ops import COMPUTE, B, F, I, Key, Op, R, Schedule, Span, W
+from pipeline.schedule.ops import COMPUTE, RECV, SEND, B, F, I, Key, Op, R, Schedule, Span, W
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 
@@ -61,10 +61,12 @@ class Footprint:
     """At the fullest moment of the lane."""
     most: Held
     """Of each kind by itself, at whatever moment."""
+    boundaries: int = 0
+    """Hidden states that are kept in case a neighbour is lost, see `boundaries.py`."""
 
     @property
     def total(self) -> float:
-        return self.state + self.tokens + self.held.total
+        return self.state + self.tokens + self.held.total + self.boundaries
 
     @property
     def activations_alone(self) -> float:
@@ -84,12 +86,12 @@ class SpanBytes:
 
 def footprints(
     model: LayeredModel, schedule: Schedule, job: Job, settings: Settings, optimizer: OptimizerConfig = _ADAMW,
-    links: Links = "shm",
+    links: Links = "shm", boundary: int = 0,
 ) -> dict[int, Footprint]:  # fmt: skip
     """Worker -> its bytes at most, whatever the times and the network, under a lowered schedule of resident workers.
 
-    All microbatches are taken to be of the size of the first one of step 0. The vectors of a step that is a procedure
-    are not in it.
+    `boundary` is the limit of `Boundaries`. All microbatches are taken to be of the size of the first one of step 0.
+    The vectors of a step that is a procedure are not in it.
     Raises ValueError where outputs cross workers and no SEND says when.
     """
     samples, sequence = job.batch(0, 0, Needs.INPUT)["input_ids"].shape
@@ -110,8 +112,18 @@ def footprints(
         kept = sum(batches[needs] for needs in lane_needs(model, lane).values())
         posted = num_slots(bound) * slot if shared else bound.most.posted
         fullest, most = replace(bound.fullest, posted=posted), replace(bound.most, posted=posted)
-        found[worker] = Footprint(state_bytes(model, held, optimizer), kept, fullest, most)
+        found[worker] = Footprint(
+            state_bytes(model, held, optimizer), kept, fullest, most, boundary * num_boundaries(lane)
+        )
     return found
+
+
+def num_boundaries(lane: Iterable[Op]) -> int:
+    """Between how many spans and its neighbours a lane moves hidden states forward: sides that are kept."""
+    crossing = (
+        (op.kind, op.of.span) for op in lane if op.kind in (SEND, RECV) and op.of is not None and op.of.kind == F
+    )
+    return len(set(crossing))
 
 
 def slot_bytes(size: int) -> int:

@@ -22,6 +22,7 @@ from pipeline.model.backward import WeightGradients, defer_weights
 from pipeline.model.layered import LayeredModel
 from pipeline.model.span_module import SpanModule
 from pipeline.runtime.batch import Batch, Job, Needs
+from pipeline.runtime.boundaries import Boundaries, Passage
 from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.device_time import Clock, Mark
 from pipeline.runtime.probe import Probe, Unprobed
@@ -81,6 +82,9 @@ class Lane:
     spare: Spare = field(default_factory=dict)
     counted: Callable[[Span], None] = lambda _: None
     """Told when a microbatch's part of the gradient of a span has been added."""
+    view: int = 0
+    boundaries: Boundaries | None = None
+    """Where what crosses links on its way forward is kept, in case the span beside is lost."""
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -276,12 +280,21 @@ class LaneExecutor:
 
     def send(self, op: Op) -> None:
         assert op.of is not None
-        self.lane.links.send(op.of, op.peer, self.values.pop(op.of[:3]))
+        tensor = self.values.pop(op.of[:3])
+        self.lane.links.send(op.of, op.peer, tensor)
+        if op.of.kind == F and self.lane.boundaries is not None:
+            route = self.routes[op.of.microbatch].forward
+            self.lane.boundaries.keep("into", route[route.index(op.of.span) + 1], self.passage(op.of), tensor)
 
     def receive(self, op: Op) -> None:
         assert op.of is not None
         tensor = self.lane.links.receive(op.of, op.peer, self.lane.deadline)
-        self.values[op.of[:3]] = tensor.to(self.settings.device, non_blocking=True)
+        self.values[op.of[:3]] = tensor = tensor.to(self.settings.device, non_blocking=True)
+        if op.of.kind == F and self.lane.boundaries is not None:
+            self.lane.boundaries.keep("out of", op.of.span, self.passage(op.of), tensor)
+
+    def passage(self, op: Op) -> Passage:
+        return Passage(self.lane.view, self.lane.step, op.microbatch)
 
     def reduce(self, op: Op) -> None:
         self.lane.reduce(op.span)

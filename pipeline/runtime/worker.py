@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.batch import Job
+from pipeline.runtime.boundaries import Boundaries
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.device_time import Mark, read_back
 from pipeline.runtime.lane_executor import Lane, LaneExecutor, LaneResult, Spare
@@ -80,6 +81,7 @@ class Worker:
     norms: Mapping[str, float] = field(default_factory=dict)
     workers: Mapping[int, int] = field(default_factory=dict)
     spare: Spare = field(default_factory=dict)
+    boundaries: Boundaries = field(default_factory=Boundaries)
     applied: Callable[[LayerState, float, float], None] = lambda *_: None
     """Called before the gradient of a state, times a scale, is applied at a learning rate."""
 
@@ -90,6 +92,8 @@ class Worker:
         is lost or the step deadline passes, NonFiniteLoss on every worker alike, and whatever the model raises.
         """
         lane = self.lane(excerpt, job, step)
+        if lane.excerpt.trains and self.boundaries.limit:
+            lane = replace(lane, view=self.transport.view, boundaries=self.boundaries)
         self.store.train(lane.excerpt.trains)
         for old in [key for key in self.spare if key[0] != step]:
             del self.spare[old]

@@ -1,0 +1,217 @@
+"""Fit a run of decoder blocks to what went in and what came out, in closed form, from back to front of nothing.
+
+A block adds two things to the hidden state: what its attention gives and what its MLP gives. Each is a linear map, the
+output projection, of features. The features of blocks that know nothing are good enough: projection after projection,
+in the order of the forward, is fitted by ridge regression so that it adds its share of what is still missing,
+1 / (projections left), to what came before (a greedy fit, as in boosting; Friedman 2001, section 4.2). So 2 L small
+linear systems take the place of gradient descent through L blocks.
+
+What a projection is fitted to is weighed, token by token, by 1 / rms(y): a hidden state is normalised before it is
+used, so what counts is a relative error, yet the few tokens of an enormous norm which attention rests on (the massive
+activations of arXiv 2402.17762) must come out enormous, and with the square of it they would not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.layered import LayeredModel
+from pipeline.model.span_module import SpanModule
+
+RIDGE = 1e-3
+"""Times the mean of the diagonal of the features' second moments."""
+WITHHELD = 8
+"""One pair of so many is for judging, not for fitting."""
+PER_FEATURE = 16
+"""Tokens for each feature of the widest projection: more of them gain little."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One microbatch through the blocks: `x` and `y` [batch, sequence, hidden], and what else the blocks are given."""
+
+    x: Tensor
+    y: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`tokens` fitted to, and the error (see `relative_error`) on others, `before` and `after`; they are equal where
+    what was there was better, and was left."""
+
+    tokens: int
+    before: float
+    after: float
+
+
+def linear_outputs(module: SpanModule) -> bool:
+    """Whether what blocks add is linear in their output projections, all of which are trained."""
+    family, blocks = module.model.family, [module.layers[str(n)] for n in range(*module.span)]
+    if family.out_of_attention is None or not set(range(*module.span)) <= set(module.model.blocks):
+        return False
+    projections = [block.get_submodule(path) for block in blocks for path in _paths(module)]
+    return all(isinstance(weight, nn.Parameter) and weight.requires_grad
+               for weight in (projection.weight for projection in projections))  # fmt: skip
+
+
+def most_tokens(model: LayeredModel) -> int:
+    """How many tokens it is worth fitting a block to: so many for each feature of its wider projection, which has as
+    many weights for each feature as a hidden state has numbers."""
+    block, names = model.blocks[0], (model.family.out_of_attention or "", model.family.out_of_neurons)
+    sizes = [math.prod(shape) // model.hidden_size for name, shape in model.shapes(block).items()
+             if name.endswith(tuple(f"{each}.weight" for each in names if each))]  # fmt: skip
+    return PER_FEATURE * max(sizes)
+
+
+@torch.no_grad()
+def relative_error(module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None] = lambda: None) -> float:
+    """Mean over the tokens of |found - y|^2 / |y|^2, padding aside."""
+    total, count = 0.0, 0
+    for pair in pairs:
+        found = module(pair.x.float(), attention_mask=pair.attention_mask, position_ids=pair.position_ids)
+        y = pair.y.float()
+        each = (found - y).square().sum(-1) / y.square().sum(-1).clamp_min(_TINY)
+        counted = _counted(pair)
+        total, count = total + float(each[counted].sum()), count + int(counted.sum())
+        came_on()
+    return total / max(1, count)
+
+
+@torch.no_grad()
+def fit_outputs(
+    module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None] = lambda: None
+) -> Fit:  # fmt: skip
+    """Set the output projections of the blocks of `module`, which is in evaluation, so that it takes x to y; all of its
+    weights are as they were where that does not make it better. Some pairs are withheld to judge by. `came_on` is
+    called every so often. Raises ValueError for blocks that it cannot fit, and without two pairs."""
+    if not linear_outputs(module):
+        raise ValueError(f"the output projections of span {module.span} are not linear in what blocks add, or frozen")
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} pairs; allowed: 2 or more, of which some are withheld")
+    judged = pairs[:: max(2, min(WITHHELD, len(pairs)))]
+    fitted = [pair for i, pair in enumerate(pairs) if i % max(2, min(WITHHELD, len(pairs)))]
+    before = relative_error(module, judged, came_on)
+    kept = copy.deepcopy(module.state_dict())
+    _fit(module, fitted, came_on)
+    after = relative_error(module, judged, came_on)
+    if not after < before:
+        for name, weight in module.state_dict().items():
+            weight.copy_(kept[name])
+        after = before
+    return Fit(sum(int(_counted(pair).sum()) for pair in fitted), before, after)
+
+
+_TINY = 1e-12
+
+
+def _counted(pair: Passed) -> Tensor:
+    """Which tokens are no padding: [batch, sequence]."""
+    mask = pair.attention_mask
+    return torch.ones(pair.x.shape[:2], dtype=torch.bool, device=pair.x.device) if mask is None else mask.bool()
+
+
+def _paths(module: SpanModule) -> tuple[str, str]:
+    """Of both output projections of a block."""
+    family = module.model.family
+    assert family.out_of_attention is not None
+    return family.out_of_attention, family.out_of_neurons
+
+
+def _fit(module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None]) -> None:
+    hidden = [pair.x.float() for pair in pairs]
+    left = 2 * (module.span[1] - module.span[0])
+    for layer in range(*module.span):
+        for path in _paths(module):
+            projection = module.layers[str(layer)].get_submodule(path)
+            system = _System()
+            for pair, h in zip(pairs, hidden, strict=True):
+                features, reached = _features(module, layer, path, pair, h)
+                system.add(features, pair.y.float() - reached, _weights(pair))
+                came_on()
+            _put(projection, system.solve() / left)
+            left -= 1
+            came_on()
+        for i, pair in enumerate(pairs):
+            hidden[i] = _through(module, layer, pair, hidden[i])
+            came_on()
+
+
+def _weights(pair: Passed) -> Tensor:
+    """Of each token's squared error: 1 / rms(y), and 0 for padding. [batch, sequence]"""
+    rms = pair.y.float().square().mean(-1).clamp_min(_TINY).sqrt()
+    return _counted(pair) / rms
+
+
+def _through(module: SpanModule, layer: int, pair: Passed, hidden: Tensor) -> Tensor:
+    """One block on a hidden state."""
+    return module.block(layer, hidden, attention_mask=pair.attention_mask, position_ids=pair.position_ids)
+
+
+def _features(module: SpanModule, layer: int, path: str, pair: Passed, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What goes into a projection [batch, sequence, features], with a 1 for its bias if it has one, and the hidden
+    state without what the projection would add."""
+    projection, taken = module.layers[str(layer)].get_submodule(path), list[Tensor]()
+    first = path == _paths(module)[0]
+
+    def took(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        taken[:] = [given[0], made]
+        if first:  # what follows in the block is not needed yet
+            raise _Taken
+
+    handle = projection.register_forward_hook(took)
+    try:
+        out = _through(module, layer, pair, hidden)
+    except _Taken:
+        out = None
+    finally:
+        handle.remove()
+    features, made = taken
+    if getattr(projection, "bias", None) is not None:
+        features = torch.cat([features, torch.ones_like(features[..., :1])], -1)
+    return features, hidden if out is None else out - made
+
+
+class _Taken(Exception):
+    """A projection has been reached, and what comes after it is not wanted."""
+
+
+class _System:
+    """The normal equations of a ridge regression, added up token by token."""
+
+    def __init__(self) -> None:
+        self.moments: Tensor | None = None
+        self.targets: Tensor | None = None
+
+    def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """[batch, sequence, features], [batch, sequence, hidden] and [batch, sequence]."""
+        scale = weights.sqrt()[..., None]
+        f, t = (features * scale).flatten(0, 1), (targets * scale).flatten(0, 1)
+        moments, products = f.T @ f, f.T @ t
+        self.moments = moments if self.moments is None else self.moments.add_(moments)
+        self.targets = products if self.targets is None else self.targets.add_(products)
+
+    def solve(self) -> Tensor:
+        """[features, hidden]: the least weighted squared error plus RIDGE of the squared weights."""
+        assert self.moments is not None
+        assert self.targets is not None
+        moments = self.moments.double()
+        moments.diagonal().add_(RIDGE * float(moments.diagonal().mean()) + _TINY)
+        return torch.cholesky_solve(self.targets.double(), torch.linalg.cholesky(moments)).float()
+
+
+def _put(projection: nn.Module, found: Tensor) -> None:
+    """Make it the projection's weight, which Linear has [out, in] and Conv1D [in, out], and its bias."""
+    bias = getattr(projection, "bias", None)
+    if bias is not None:
+        bias.copy_(found[-1])
+        found = found[:-1]
+    weight = projection.get_parameter("weight")
+    weight.copy_(found.T if isinstance(projection, nn.Linear) else found)

@@ -1,0 +1,186 @@
+"""Rehearse: a lost stage is fitted to what its neighbours still have of its last inputs and outputs.
+
+The worker before a stage has sent it hidden states, the one after it has received what came of them, and both keep the
+last of them (`pipeline/runtime/boundaries.py`). Whoever takes the stage's place begins with its neighbours' mean, as
+under CheckFree, or with what it was built with, whichever takes those inputs closer to those outputs, and then has its
+output projections fitted in closed form (`pipeline/model/output_fit.py`), which takes seconds, while the others wait.
+Neighbours that have nothing yet leave it with the mean. So it needs no neighbour that resembles it: the first and the
+last stage of blocks come back as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.model.layered import LayeredModel
+from pipeline.model.output_fit import Passed, fit_outputs, linear_outputs, most_tokens, relative_error
+from pipeline.model.span_module import SpanModule
+from pipeline.runtime.batch import Batch
+from pipeline.runtime.boundaries import Passage, Side
+from pipeline.runtime.groups import Group
+from pipeline.runtime.worker import Worker
+from pipeline.schedule.ops import Span, span_text
+from pipeline.settings import Within, require
+from pipeline.state.source import Source
+from recovery.checkfree import Average
+from recovery.membership import Move
+from recovery.remedy import CannotRestore, Loss, State
+
+FEWEST = 8
+"""Microbatches that are worth a fit."""
+SIDES: tuple[Side, Side] = ("into", "out of")
+"""What the worker before, and the worker after, have of a span: in the order of a move's sources."""
+_DIMS = 3  # of a hidden state: batch, sequence, hidden
+
+
+@dataclass(frozen=True)
+class RehearseSettings:
+    """Read by the remedy rehearse."""
+
+    rehearse_mib: Annotated[int, Within(1, 1_048_576)] = 64
+    """--recovery rehearse: MiB that a worker keeps, at most, of the hidden states that it sent to the next stage, and
+    as much of those that it received from the one before; less where a stage needs less to be rebuilt."""
+
+
+def boundary_bytes(shape: BatchShape, model: LayeredModel) -> int:
+    """Of the hidden states that a worker keeps of each side: as many as it is worth fitting to, but no more than it may
+    keep. Raises ConfigError where that is too little for a fit."""
+    token = model.hidden_size * torch.bfloat16.itemsize
+    microbatch = shape.microbatch_size * shape.sequence_length * token
+    asked, most = most_tokens(model) * token, shape.rehearse_mib << 20
+    require(
+        FEWEST * microbatch <= most, "rehearse_mib", shape.rehearse_mib,
+        f"{-(-FEWEST * microbatch >> 20)} or more, for {FEWEST} microbatches of {microbatch:,} bytes",
+    )  # fmt: skip
+    return min(max(asked, FEWEST * microbatch), most)
+
+
+class BatchShape(Protocol):
+    """Of the settings of a run, what says how much a microbatch is."""
+
+    @property
+    def rehearse_mib(self) -> int: ...
+    @property
+    def microbatch_size(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+
+
+class Rehearse(Average):
+    """The mean of both neighbours, or what is at hand, and then a fit to what both know of the stage."""
+
+    name = "rehearse"
+    carries: Literal["state", "weights", "pairs"] = "pairs"
+    lr_scale = 1.0
+
+    def plan(self, loss: Loss) -> Move:
+        """From the workers before and after, whatever they hold. Neither may be lost."""
+        name = loss.name
+        if not loss.blocks:
+            raise CannotRestore(f"{name} holds the embedding or the head, which is not what goes in or comes out")
+        sides = {"before": loss.before, "after": loss.after}
+        if lost := [side for side, found in sides.items() if found is None]:
+            raise CannotRestore(f"the neighbour {' and '.join(lost)} {name} is lost too")
+        if len(loss.ring) > 1:
+            raise CannotRestore(f"{len(loss.ring)} workers are to hold {name}, and must come out equal")
+        return loss.restored(self.name, *(found for found in sides.values() if found is not None))
+
+    def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
+        """The mean of those neighbours that hold blocks; where none does it stays as it was built."""
+        return super().combine(states, norms) if states else None
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a worker needs to be fitted: `batch(step, microbatch)` has the masks and positions of a microbatch; `told`
+    is told what came of it."""
+
+    batch: Callable[[int, int], Batch]
+    told: Callable[[Mapping[str, Any]], None] = lambda _: None
+
+    def pairs(
+        self, into: Mapping[Passage, Tensor], out: Mapping[Passage, Tensor], device: torch.device
+    ) -> list[Passed]:
+        """The microbatches of which both sides are known, oldest first."""
+        found: list[Passed] = []
+        for passage in [passage for passage in into if passage in out]:
+            batch = self.batch(passage.step, passage.microbatch)
+            given = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
+            moved = {name: None if tensor is None else tensor.to(device) for name, tensor in given.items()}
+            found.append(Passed(into[passage].to(device), out[passage].to(device), **moved))
+        return found
+
+    @torch.no_grad()
+    def rebuild(self, worker: Worker, span: Span, pairs: Sequence[Passed], mean: Callable[[], bool]) -> None:
+        """Fit a span that has just been built. `mean()` fills in that of its neighbours, and says whether there is
+        one."""
+        began, module, where = time.monotonic(), worker.store.modules.get(span), {"span": span_text(span)}
+        if (reason := _why_not(module, pairs)) or module is None:
+            start = "the mean of its neighbours" if mean() else "what it was built with"
+            self.told({"event": "not_rehearsed", **where, "reason": f"{reason}; it begins as {start}"})
+            return
+        training = module.training
+        module.eval()
+        start, built = "what it was built with", {name: weight.clone() for name, weight in module.state_dict().items()}
+        error = relative_error(module, pairs[-1:], worker.pulse)
+        if mean():
+            if relative_error(module, pairs[-1:], worker.pulse) < error:
+                start = "the mean of its neighbours"
+            else:
+                for name, weight in module.state_dict().items():
+                    weight.copy_(built[name])
+        del built
+        fit = fit_outputs(module, pairs, worker.pulse)
+        module.train(training)
+        self.told(
+            {"event": "rehearsed", **where, "start": start, "tokens": fit.tokens, "error_before": fit.before,
+             "error_after": fit.after, "took": time.monotonic() - began}
+        )  # fmt: skip
+
+
+def _why_not(module: SpanModule | None, pairs: Sequence[Passed]) -> str:
+    """Why a span cannot be fitted, or ""."""
+    if module is None or not linear_outputs(module):
+        return "what its blocks add is not linear in trained weights"
+    if len(pairs) < FEWEST:
+        return f"its neighbours have {len(pairs)} microbatches in common; {FEWEST} or more are needed"
+    return ""
+
+
+def give(worker: Worker, group: Group, side: Side, span: Span, patience: timedelta) -> None:
+    """Send what this worker has of one side of a span: how many, whose, of which shapes, and then each."""
+    kept = worker.boundaries.of(side, span)
+    group.send([torch.tensor([len(kept), worker.boundaries.generation])], 1, 0).wait(patience)
+    if not kept:
+        return
+    group.send([torch.tensor([[*passage, *hidden.shape] for passage, hidden in kept.items()])], 1, 0).wait(patience)
+    for hidden in kept.values():
+        group.send([hidden.cpu().contiguous().view(torch.int16)], 1, 0).wait(patience)
+        worker.pulse()
+
+
+def take(worker: Worker, group: Group, span: Span, generation: int, patience: timedelta) -> dict[Passage, Tensor]:
+    """Receive what `give` sends: hidden states [batch, sequence, hidden], bfloat16, on the host. Raises SourceRefused
+    for those of another generation."""
+    header = torch.empty(2, dtype=torch.int64)
+    group.recv([header], 0, 0).wait(patience)
+    count, its = header.tolist()
+    if count == 0:
+        return {}
+    Source("rehearse", f"what a neighbour of span {span_text(span)} keeps", 0, its).require(None, generation)
+    rows = torch.empty(count, len(Passage._fields) + _DIMS, dtype=torch.int64)
+    group.recv([rows], 0, 0).wait(patience)
+    found: dict[Passage, Tensor] = {}
+    for row in rows.tolist():
+        bits = torch.empty(row[-_DIMS:], dtype=torch.int16)
+        group.recv([bits], 0, 0).wait(patience)
+        found[Passage(*row[:-_DIMS])] = bits.view(torch.bfloat16)
+        worker.pulse()
+    return found
