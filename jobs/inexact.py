@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.schedule.ops import parse_span
 from recovery.policy import remedies
 
-APPROXIMATE = frozenset(name for name, remedy in remedies().items() if remedy.carries == "weights")
+APPROXIMATE = frozenset(name for name, remedy in remedies().items() if remedy.carries != "state")
 """The remedies after which weights are others than without the loss."""
 
 Event = Mapping[str, Any]

@@ -93,6 +93,17 @@ def _plan() -> tuple[type, Callable[[Any], Any]]:
     return PlanConfig, plan_command
 
 
+def _explain() -> tuple[type, Callable[[Any], Any]]:
+    from jobs.config import TrainConfig
+    from launch.explain import TopicSettings, explain_command
+
+    @dataclass(frozen=True)
+    class Explain(TrainConfig, TerminalSettings, TopicSettings):
+        """Tell what would be done about each worker that is lost, in order, at what cost. Nothing is run."""
+
+    return Explain, explain_command
+
+
 def _draw() -> tuple[type, Callable[[Any], Any]]:
     from launch.commands import DrawConfig, draw
 
@@ -194,6 +205,7 @@ COMMANDS = {
     "export": _Command("write a checkpoint as a model directory", _export, first="run"),
     "simulate": _Command("time a schedule without running it", _simulate),
     "plan": _Command("search for routes through a network", _plan),
+    "explain": _Command("tell what recovers from a lost worker, at what cost", _explain, first="topic"),
     "draw": _Command("draw a schedule as SVG, Perfetto trace or text", _draw),
     "report": _Command("draw the report of a run, or of several compared", _report, first="runs", many=True),
     "doctor": _Command("check versions, devices, cores, store and ports", _doctor),

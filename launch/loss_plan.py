@@ -54,11 +54,7 @@ def loss_table(config: TrainConfig, model: LayeredModel, losses: int) -> list[Ou
     costs = layer_costs(model, config.sequence_length)
     home, _ = plan_layout(config, model, config.evaluate_samples)
     planner = make_planner(resize_problem(config, model, costs, config.evaluate_samples), home)
-    places = tuple(home.train.lanes)
-    view = View(
-        1, places, home.key, details={"attempt": 1, "source": None}, places={p: p for p in places},
-        agents=dict.fromkeys(places, 0), next_worker=len(places),
-    )  # fmt: skip
+    view = first_view(home)
     recovery = Recovery(
         config.recovery, view, home, model.num_layers, model.tied, Path(), resize=Resize(planner, 1, 0.0, 0.0)
     )
@@ -74,8 +70,25 @@ def loss_table(config: TrainConfig, model: LayeredModel, losses: int) -> list[Ou
     return [
         _outcome(recovery, sizes, lost, lambda layout: _seconds(layout, costs) / usual)
         for count in range(1, losses + 1)
-        for lost in combinations(places, count)
+        for lost in combinations(view.workers, count)
     ]
+
+
+def first_view(home: Layout) -> View:
+    """That of a run which begins in a layout, all on one machine."""
+    places = tuple(home.train.lanes)
+    return View(
+        1, places, home.key, details={"attempt": 1, "source": None}, places={p: p for p in places},
+        agents=dict.fromkeys(places, 0), next_worker=len(places),
+    )  # fmt: skip
+
+
+def model_named(config: TrainConfig) -> LayeredModel:
+    """The model that the settings name, its shape alone. Raises ModelError, ConfigError."""
+    with tempfile.TemporaryDirectory() as converted:
+        found = resolve(config.model, Path(converted))
+        shape = read_config(found) if isinstance(found, Path) else found
+        return LayeredModel(shape, lora=config.lora(), trained=config.patterns())
 
 
 def _seconds(layout: Layout, costs: Sequence[float]) -> float:
@@ -104,11 +117,7 @@ def plan_losses(config: TrainConfig, losses: int) -> Result:
     """The table of `loss_table`, for the model and the workers that the settings name."""
     config.validate()
     require(not config.shard_optimizer, "shard_optimizer", True, "False with --losses: such a run keeps its size")
-    with tempfile.TemporaryDirectory() as converted:
-        found = resolve(config.model, Path(converted))
-        shape = read_config(found) if isinstance(found, Path) else found
-        model = LayeredModel(shape, lora=config.lora(), trained=config.patterns())
-    outcomes = loss_table(config, model, losses)
+    outcomes = loss_table(config, model_named(config), losses)
     rows = [
         {"lost": list(o.lost), "survives": not o.why, "why": o.why, "stages": o.stages, "replicas": o.replicas,
          "step_time": round(o.slower, 4), "remedies": list(o.remedies), "moved_bytes": o.moved, "peak_bytes": o.peak}

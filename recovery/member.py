@@ -140,6 +140,7 @@ class Member:
         if len(found["positions"]) > 1:
             raise MembershipError(f"the workers of view {view.number} stand at different places: {found['positions']}")
         self.communicator.agree(found, deadline)
+        worker.boundaries.enter(view.generation)
         worker.store.drop()  # after the last sum: one that was under way still wrote into the gradients
         model = worker.store.model
         worker.workers = view.at
@@ -174,7 +175,6 @@ class Member:
         times["certified"] = time.monotonic()
         self.communicator.confirm()
         worker.norms = known
-        worker.boundaries.enter(view.generation)
         self.view, self.assignment = view, mine
         return Joined(view, where, last or found["last"], began, {name: at - began for name, at in times.items()},
                       sum(map(len, there.values())), found["peak_flops"])  # fmt: skip

@@ -24,7 +24,7 @@ from recovery.shards import Shards
 
 CHECKPOINT, REDUNDANT, REPLICA, REROUTE, RESIZE = "checkpoint", "redundant", "replica", "reroute", "resize"
 POLICIES: Mapping[str, tuple[str, ...]] = {
-    "auto": ("replica", "checkfree", CHECKPOINT),
+    "auto": ("replica", "rehearse", "checkfree", CHECKPOINT),
     "exact": ("replica", CHECKPOINT),
     "replica": ("replica",),
     "checkfree": ("replica", "checkfree"),

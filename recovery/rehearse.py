@@ -45,26 +45,35 @@ class RehearseSettings:
     """Read by the remedy rehearse."""
 
     rehearse_mib: Annotated[int, Within(1, 1_048_576)] = 64
-    """--recovery rehearse: MiB that a worker keeps, at most, of the hidden states that it sent to the next stage, and
-    as much of those that it received from the one before; less where a stage needs less to be rebuilt."""
+    """--recovery rehearse: MiB that a worker keeps, at most, of the hidden states that it sent to the next stage in the
+    last steps, and as much of those that it received from the one before; less where less is needed."""
 
 
 def boundary_bytes(shape: BatchShape, model: LayeredModel) -> int:
     """Of the hidden states that a worker keeps of each side: as many as it is worth fitting to, but no more than it may
-    keep. Raises ConfigError where that is too little for a fit."""
+    keep; 0 where that is too little for a fit, or where blocks could not be fitted."""
     token = model.hidden_size * torch.bfloat16.itemsize
-    microbatch = shape.microbatch_size * shape.sequence_length * token
-    asked, most = most_tokens(model) * token, shape.rehearse_mib << 20
+    fewest = FEWEST * shape.microbatch_size * shape.sequence_length * token
+    most = shape.rehearse_mib << 20
+    if fewest > most or model.family.out_of_attention is None:
+        return 0
+    return min(max(most_tokens(model) * token, fewest), most)
+
+
+def require_room(shape: BatchShape, model: LayeredModel) -> None:
+    """Raise ConfigError for a run that asks for rehearse where what may be kept is too little for it."""
+    size = shape.microbatch_size * shape.sequence_length * model.hidden_size * torch.bfloat16.itemsize
     require(
-        FEWEST * microbatch <= most, "rehearse_mib", shape.rehearse_mib,
-        f"{-(-FEWEST * microbatch >> 20)} or more, for {FEWEST} microbatches of {microbatch:,} bytes",
+        shape.recovery != "rehearse" or FEWEST * size <= shape.rehearse_mib << 20, "rehearse_mib", shape.rehearse_mib,
+        f"{-(-FEWEST * size >> 20)} or more with recovery rehearse, for {FEWEST} microbatches of {size:,} bytes",
     )  # fmt: skip
-    return min(max(asked, FEWEST * microbatch), most)
 
 
 class BatchShape(Protocol):
     """Of the settings of a run, what says how much a microbatch is."""
 
+    @property
+    def recovery(self) -> str: ...
     @property
     def rehearse_mib(self) -> int: ...
     @property

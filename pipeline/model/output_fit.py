@@ -28,7 +28,7 @@ RIDGE = 1e-3
 """Times the mean of the diagonal of the features' second moments."""
 WITHHELD = 8
 """One pair of so many is for judging, not for fitting."""
-PER_FEATURE = 16
+PER_FEATURE = 12
 """Tokens for each feature of the widest projection: more of them gain little."""
 
 
@@ -63,12 +63,28 @@ def linear_outputs(module: SpanModule) -> bool:
 
 
 def most_tokens(model: LayeredModel) -> int:
-    """How many tokens it is worth fitting a block to: so many for each feature of its wider projection, which has as
-    many weights for each feature as a hidden state has numbers."""
-    block, names = model.blocks[0], (model.family.out_of_attention or "", model.family.out_of_neurons)
-    sizes = [math.prod(shape) // model.hidden_size for name, shape in model.shapes(block).items()
-             if name.endswith(tuple(f"{each}.weight" for each in names if each))]  # fmt: skip
-    return PER_FEATURE * max(sizes)
+    """How many tokens it is worth fitting a block to: so many for each feature of its wider projection."""
+    return PER_FEATURE * max(_features_of(model, model.blocks[0]))
+
+
+def fit_flops(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
+    """What a fit of a span of blocks takes: a forward of each block and one of its attention, the products of features,
+    and the solutions of the linear systems."""
+    hidden, found = model.hidden_size, 0.0
+    for layer in range(*span):
+        shapes = model.shapes(layer)
+        weights = sum(math.prod(shape) for shape in shapes.values())
+        found += 1.4 * 2 * weights * tokens
+        for features in _features_of(model, layer):
+            found += 2 * features * (features + hidden) * tokens + features**3 / 3
+    return found
+
+
+def _features_of(model: LayeredModel, layer: int) -> list[int]:
+    """Of each output projection of a block: it has as many weights for each feature as a hidden state has numbers."""
+    paths = [path for path in (model.family.out_of_attention, model.family.out_of_neurons) if path is not None]
+    ends = tuple(f"{path}.weight" for path in paths)
+    return [math.prod(shape) // model.hidden_size for name, shape in model.shapes(layer).items() if name.endswith(ends)]
 
 
 @torch.no_grad()
@@ -110,6 +126,7 @@ def fit_outputs(
 
 
 _TINY = 1e-12
+_AT_ONCE = 1024  # tokens
 
 
 def _counted(pair: Passed) -> Tensor:
@@ -126,22 +143,53 @@ def _paths(module: SpanModule) -> tuple[str, str]:
 
 
 def _fit(module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None]) -> None:
+    pairs = _merged(pairs)
     hidden = [pair.x.float() for pair in pairs]
     left = 2 * (module.span[1] - module.span[0])
     for layer in range(*module.span):
-        for path in _paths(module):
+        first, second = _paths(module)
+        for path in (first, second):
             projection = module.layers[str(layer)].get_submodule(path)
-            system = _System()
+            system, taken = _System(), list[tuple[Tensor, Tensor]]()
             for pair, h in zip(pairs, hidden, strict=True):
                 features, reached = _features(module, layer, path, pair, h)
                 system.add(features, pair.y.float() - reached, _weights(pair))
+                if path == second:
+                    taken.append((features, reached))
                 came_on()
-            _put(projection, system.solve() / left)
+            found = system.solve() / left
+            _put(projection, found)
             left -= 1
+            for i, (features, reached) in enumerate(taken):  # which saves another forward
+                hidden[i] = reached + features @ found
             came_on()
-        for i, pair in enumerate(pairs):
-            hidden[i] = _through(module, layer, pair, hidden[i])
-            came_on()
+
+
+def _merged(pairs: Sequence[Passed]) -> list[Passed]:
+    """Microbatches of one shape, several at a time: small products waste most of a core."""
+    found: list[list[Passed]] = []
+    for pair in pairs:
+        last = found[-1] if found else []
+        tokens = sum(each.x.shape[0] * each.x.shape[1] for each in last)
+        if last and _alike(last[0]) == _alike(pair) and tokens < _AT_ONCE and _alike(pair) is not None:
+            last.append(pair)
+        else:
+            found.append([pair])
+    names = ("x", "y", "attention_mask", "position_ids")
+    return [Passed(*(_cat([getattr(each, name) for each in group]) for name in names)) for group in found]  # type: ignore[arg-type]
+
+
+def _alike(pair: Passed) -> tuple[object, ...] | None:
+    """What pairs that can be put together have in common; None for one that stays alone."""
+    others = (pair.attention_mask, pair.position_ids)
+    if any(other is not None and other.shape[0] != pair.x.shape[0] for other in others):
+        return None
+    return (*pair.x.shape[1:], *(other is None for other in others))
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(there) if there else None
 
 
 def _weights(pair: Passed) -> Tensor:

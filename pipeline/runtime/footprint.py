@@ -112,9 +112,9 @@ def footprints(
         kept = sum(batches[needs] for needs in lane_needs(model, lane).values())
         posted = num_slots(bound) * slot if shared else bound.most.posted
         fullest, most = replace(bound.fullest, posted=posted), replace(bound.most, posted=posted)
-        found[worker] = Footprint(
-            state_bytes(model, held, optimizer), kept, fullest, most, boundary * num_boundaries(lane)
-        )
+        under_way = len(schedule.routes) * span_bytes(samples, sequence, model.hidden_size, torch.bfloat16)
+        beside = num_boundaries(lane) * (boundary + min(boundary, under_way))
+        found[worker] = Footprint(state_bytes(model, held, optimizer), kept, fullest, most, beside)
     return found
 
 

