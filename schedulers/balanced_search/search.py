@@ -24,6 +24,7 @@ _WORK = 6_000_000  # ops that are timed in all, and
 _FEWEST, _MOST = 60, 600  # dealings that are timed in any case, and at most
 _MUCH = 2.5  # times what the fullest worker of 1F1B holds: more helps little
 _FREE = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)  # the same that is lent, of which not all is taken at once
+_TAILS = (1, 2, 4, 8)  # workers at the end that share nothing, to try under the tightest memory
 _LEVEL = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -63,28 +64,47 @@ class Search:
 
     def choose(self, held: Held, shape: Shape) -> Chosen:
         """The least makespan under `held`; among equals, what holds least at its fullest."""
+        cuts = [_in_line(self.layer_costs, self.workers)]
         whole = partition(self.layer_costs, [1.0] * self.workers)
         own = [fsum(self.sizes[lo:hi]) for lo, hi in whole]
-        cuts = [_in_line(self.layer_costs, self.workers)]
         if shape == "v" and len(self.layer_costs) >= 2 * self.workers > 2:
             cuts.append(_folded(self.layer_costs, self.workers))
         if held != "free":
             cuts.append((tuple(Piece(span, {k: 1.0}) for k, span in enumerate(whole)), tuple(range(self.workers))))
+        if held == "1f1b":
+            cuts += [cut for few in _TAILS if few < self.workers for cut in self._with_tail(own, few)]
+        caps = [[size * min(self.workers - k, n) for k, size in enumerate(own)] for n in self.counts]
         found: list[tuple[float, float, int, Chosen]] = []
-        for cut, worker_of in cuts:
-            one = _OfCut(self, cut, worker_of)
-            caps = [[size * min(self.workers - k, n) for k, size in enumerate(own)] for n in self.counts]
-            chosen = one.climb(list(_lent(one, caps, held)))
-            if chosen is not None:
-                found.append((*chosen[:2], len(found), chosen[2]))
+        for much in (_MUCH, inf):  # where layers are few, a single microbatch may hold more than 1F1B's fullest worker
+            for cut, worker_of in cuts:
+                one = _OfCut(self, cut, worker_of)
+                chosen = one.climb(list(_lent(one, caps, held, much)))
+                if chosen is not None:
+                    found.append((*chosen[:2], len(found), chosen[2]))
+            if found:
+                break
         return min(found)[-1]
+
+    def _with_tail(self, own: Sequence[float], few: int) -> Iterator[tuple[tuple[Piece, ...], tuple[int, ...]]]:
+        """The last `few` workers share nothing: under 1F1B they have room for so few microbatches that one which holds
+        a layer more would stop the others. They get no more than their part, the others share the rest."""
+        part = fsum(self.layer_costs) / self.workers
+        end, tail = len(self.layer_costs), list[Piece]()
+        for k in range(self.workers - 1, self.workers - 1 - few, -1):
+            lo = end - 1
+            while lo > k and fsum(self.layer_costs[lo - 1 : end]) <= part and fsum(self.sizes[lo - 1 : end]) <= own[k]:
+                lo -= 1
+            tail.insert(0, Piece((lo, end), {k: 1.0}))
+            end = lo
+        if fsum(self.layer_costs[:end]) > 0:
+            yield (*pieces(self.layer_costs[:end], self.workers - few), *tail), tuple(range(self.workers))
 
 
 Caps = list[list[float]]
 """What each worker may hold, for each of the counts."""
 
 
-def _lent(one: _OfCut, own: Caps, held: Held) -> Iterator[tuple[Caps, list[float]]]:
+def _lent(one: _OfCut, own: Caps, held: Held, much: float) -> Iterator[tuple[Caps, list[float]]]:
     """(caps, rooms) to try: a worker's cap is shared out to its parts by how long a microbatch stays in them, which is
     less the further along they are, or evenly, or by something in between."""
     parts = len(one.worker_of)
@@ -95,7 +115,7 @@ def _lent(one: _OfCut, own: Caps, held: Held) -> Iterator[tuple[Caps, list[float
             weight = [(1 - level) * (parts - q) + level * parts / 2 for q in range(parts)]
             total = [fsum(weight[q] for q in range(parts) if one.worker_of[q] == w) for w in range(len(caps[0]))]
             rooms = [caps[0][w] * weight[q] / total[w] for q, w in enumerate(one.worker_of)]
-            yield ([[_MUCH * max(row)] * len(row) for row in own] if held == "free" else caps), rooms
+            yield ([[much * max(row)] * len(row) for row in own] if held == "free" else caps), rooms
 
 
 class _OfCut:
@@ -173,7 +193,7 @@ class _OfCut:
 
 
 def _deal(piece: Piece, count: int, shift: int, turn: int) -> list[int]:
-    return deal(piece.shares, count, shift, turn % count)
+    return deal(piece.shares, count, shift, turn % max(1, count))
 
 
 def arrays(
