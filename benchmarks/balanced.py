@@ -1,6 +1,6 @@
 """`balanced` beside 1F1B, interleaved 1F1B, ZB-H1 and ZB-V on layers that do not divide: simulated steps and memory.
 
-    python benchmarks/balanced.py --out benchmarks/results              # about ten minutes on one core
+    python benchmarks/balanced.py --out benchmarks/results              # about five minutes on one core
     python benchmarks/balanced.py --workers 8 --halves 1.1 0.9          # some sizes; halves as somebody measured them
 
 Layers are those of a Llama: an embedding that costs next to nothing, equal blocks, and a head. Nothing is run: a step
@@ -113,23 +113,22 @@ def picture(cases: Sequence[Mapping[str, Any]]) -> str:
     model = next(iter(MODELS))
     shown = [c for c in cases if c["model"] == model and c["times"] == 4 and c["halves"] == [1.0, 1.0]]
     body = [text(16, 28, title, font_size=16, font_weight="600"), text(16, 48, said, fill=MUTED)]
-    x = 16.0
     for number, (name, ink) in enumerate(HUES.items()):
         x, y = (16.0 + 160 * (number % 4), 74 + 20 * (number // 4))
         body.append(tag("circle", cx=x + 4, cy=y - 4, r=5, fill=ink))
         body.append(text(x + 16, y, name))
     for panel, one in enumerate(shown):
-        plot = Plot(64 + panel * 300, 150, 220, 280, (0.0, 2.5), (1.0, 1.7))
-        body += plot.axes("time over work / workers" if not panel else "", 7)
+        plot = Plot(64 + panel * 300, 150, 220, 280, (0.0, 2.5), (1.0, 1.5))
+        body += plot.axes("", 5)
         body.append(text(plot.left, 136, f"{one['workers']} workers", font_weight="600"))
         for at in (0, 1, 2):
             body.append(text(plot.x(at), plot.y(1.0) + 20, str(at), font_size=11, fill=MUTED, text_anchor="middle"))
-        label = "memory over 1F1B's"
-        body.append(text(plot.left + plot.width, plot.y(1.0) + 38, label, font_size=11, fill=MUTED, text_anchor="end"))
-        line = f"M{coord(plot.x(1))} {coord(plot.y(1.0))}V{coord(plot.y(1.7))}"
+        label = "up: time over work / workers; right: memory over 1F1B's"
+        body.append(text(plot.left - 30, plot.y(1.0) + 40, label, font_size=10, fill=MUTED))
+        line = f"M{coord(plot.x(1))} {coord(plot.y(1.0))}V{coord(plot.y(1.5))}"
         body.append(tag("path", d=line, stroke=INK, stroke_width=0.6, stroke_dasharray="3 3", fill="none"))
         for name, row in one["rows"].items():
-            at, up = plot.x(min(2.5, row["memory"])), plot.y(min(1.7, row["slower"]))
+            at, up = plot.x(min(2.5, row["memory"])), plot.y(min(1.5, row["slower"]))
             about = tooltip(f"{name}: {row['slower']:.3f} of the bound, {row['memory']:.2f} of 1F1B's memory")
             body.append(tag("circle", about, cx=at, cy=up, r=6, fill=HUES[name], fill_opacity=0.9))
     return document(64 + 300 * len(shown), 490, body, title=title, description=said)

@@ -78,7 +78,7 @@ class Search:
         for much in (_MUCH, inf):  # where layers are few, a single microbatch may hold more than 1F1B's fullest worker
             for cut, worker_of in cuts:
                 one = _OfCut(self, cut, worker_of)
-                chosen = one.climb(list(_lent(one, caps, held, much)))
+                chosen = one.climb(list(_lent(one, caps, held, much)), max(1, len(cuts) // 2))
                 if chosen is not None:
                     found.append((*chosen[:2], len(found), chosen[2]))
             if found:
@@ -128,8 +128,9 @@ class _OfCut:
         self._kept: dict[tuple[int, int, int, int], Ints] = {}
         self._total = fsum(problem.layer_costs)
 
-    def climb(self, lent: Sequence[tuple[Caps, list[float]]]) -> tuple[float, float, Chosen] | None:
-        """(makespan, fullest, what was chosen) of the best that was found, or None where nothing fits."""
+    def climb(self, lent: Sequence[tuple[Caps, list[float]]], sparing: int) -> tuple[float, float, Chosen] | None:
+        """(makespan, fullest, what was chosen) of the best that was found, or None where nothing fits. Takes a
+        `sparing`-th of the dealings."""
         size = len(self.cut)
         least = min(self.problem.counts)
         plain = Borders((0,) * size, (0,) * size)
@@ -145,7 +146,7 @@ class _OfCut:
             return found[0]
 
         ops = 3 * size * sum(self.problem.counts)
-        left = max(_FEWEST, min(_MOST, _WORK // ops)) if self.shared else len(lent)
+        left = max(_FEWEST, min(_MOST, _WORK // ops)) // sparing if self.shared else len(lent)
         for each in lent:
             look(plain, each)
         if self.shared:
