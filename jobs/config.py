@@ -26,6 +26,7 @@ from recovery.redundant import RedundantSettings
 from recovery.rehearse import RehearseSettings
 from recovery.resize import ResizeSettings
 from recovery.snapshot import SnapshotSettings
+from schedulers.balanced import BalancedSettings
 from schedulers.interleaved import InterleavedSettings
 from schedulers.plan import ScheduleSettings
 from schedulers.roundpipe import RoundPipeSettings
@@ -37,8 +38,8 @@ from schedulers.swapped import SwappedSettings
 class TrainConfig(
     ScheduleSettings, ModelSettings, DataSettings, OptimizerSettings, OutputSettings, RecoverySettings,
     SupervisionSettings, ResizeSettings, SnapshotSettings, MachineSettings, InjectionSettings, InterleavedSettings,
-    SkipPipeSettings, RoundPipeSettings, LoraSettings, TrainedSettings, CheckFreeSettings, SwappedSettings,
-    RedundantSettings, RehearseSettings, ShardSettings, ClusterSettings, BatchSettings,
+    BalancedSettings, SkipPipeSettings, RoundPipeSettings, LoraSettings, TrainedSettings, CheckFreeSettings,
+    SwappedSettings, RedundantSettings, RehearseSettings, ShardSettings, ClusterSettings, BatchSettings,
 ):  # fmt: skip
     """Train a causal language model through a pipeline of workers."""
 

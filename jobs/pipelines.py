@@ -52,6 +52,7 @@ def plan_layout(config: TrainConfig, model: LayeredModel, evaluated: int) -> tup
         schedule = plan(
             config.scheduler, costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks,
             evaluated=count, ends=ends, swap=config.recovery == "checkfree+",
+            balanced_memory=config.balanced_memory, balanced_shape=config.balanced_shape,
         )  # fmt: skip
         if config.recovery == "redundant" and count is None:
             schedule = add_redundant(schedule, backups(config, schedule))

@@ -23,6 +23,7 @@ def resize_problem(config: TrainConfig, model: LayeredModel, layer_costs: list[f
     return ResizeProblem(
         config.scheduler, layer_costs, config.microbatches, -(-evaluated // config.microbatch_size), config.replicas,
         config.chunks, held, config.snapshot == "neighbour", config.exact_sums and model.tied,
+        config.balanced_memory, config.balanced_shape,
     )  # fmt: skip
 
 

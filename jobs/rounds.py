@@ -20,7 +20,7 @@ from schedulers import PartitionError
 from schedulers.roundpipe import RoundsProblem, search
 from schedulers.roundpipe_search.deal import Dealer
 
-_TRIES = 4000
+_TRIES = 200_000
 _BACKWARD = 2.0
 """What a backward costs, in forwards."""
 _FROZEN_BACKWARD = 1.0

@@ -23,6 +23,7 @@ from pipeline.schedule.timeline import Timeline
 from pipeline.schedule.verify import verify
 from pipeline.settings import ConfigError, Within, check_bounds, limit_work, require, require_known
 from schedulers import ENGINES, PLANNERS, num_spans, plan
+from schedulers.balanced_search.pieces import Held, Shape
 
 _MOST_WORKERS = 2**14
 Result = tuple[dict[str, Any], str]
@@ -43,6 +44,10 @@ class SimulateConfig:
     """Data-parallel copies of the pipeline."""
     chunks: Annotated[int, Within(1, 1024)] = 2
     """Spans per worker, with --scheduler interleaved."""
+    balanced_memory: Held = "free"
+    """As in `train`, with --scheduler balanced."""
+    balanced_shape: Shape = "line"
+    """As in `train`, with --scheduler balanced."""
     schedule: Path | None = None
     """The text of a schedule, instead of a scheduler's."""
     costs: Path | None = None
@@ -81,8 +86,9 @@ def simulation(config: SimulateConfig) -> tuple[Schedule, Timeline, Mapping[int,
             known = Costs.from_json(values)
             layer_costs = [known.seconds(F, (i, i + 1)) + known.seconds(B, (i, i + 1)) for i in range(layers)]
         schedule = plan(
-            config.scheduler, layer_costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks
-        )
+            config.scheduler, layer_costs, config.stages, config.microbatches, config.replicas, chunks=config.chunks,
+            balanced_memory=config.balanced_memory, balanced_shape=config.balanced_shape,
+        )  # fmt: skip
         spans = list(schedule.holders)
     costs = Costs.uniform(schedule) if values is None else Costs.from_json(values, spans)
     network = None if config.network is None else Network.from_json(read_setting(config.network, "network"))

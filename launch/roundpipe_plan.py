@@ -122,6 +122,7 @@ def _text(
     spans = [" ".join(f"{lo}:{hi}" for lo, hi in side) for side in sides]
     lines.append(f"planned: forward {spans[0]} | with the loss {spans[1]} | backward {spans[2]}; "
                  f"{planned['order']}; "
-                 f"no plan takes less than {planned['lower_bound_ms']:.1f} ms")  # fmt: skip
+                 f"no plan takes less than {planned['lower_bound_ms']:.1f} ms, "
+                 f"and this one at most {planned['gap']:.2%} more")  # fmt: skip
     lines.append("all times are simulated")
     return "\n".join([*lines, *(f"wrote {path}" for path in result["written"])])

@@ -49,8 +49,9 @@ from recovery.fencing import KEPT_ELSEWHERE, shred_folder
 
 OF_THE_RUN = (
     "sequence_length", "seed", "dtype", "device", "threads", "peak_tflops", "recompute", "workers", "replicas",
-    "scheduler", "chunks", "microbatches", "microbatch_size", "at_once", "network", "lora_rank", "lora_alpha",
-    "lora_targets", "lora_blocks", "trained", "exact_sums", "tokenizer", "vocabulary", "deadline", "heartbeat",
+    "scheduler", "chunks", "balanced_memory", "balanced_shape", "microbatches", "microbatch_size", "at_once",
+    "network", "lora_rank", "lora_alpha", "lora_targets", "lora_blocks", "trained", "exact_sums", "tokenizer",
+    "vocabulary", "deadline", "heartbeat",
 )  # fmt: skip
 """The settings of a run that its requests begin with."""
 CHOSEN_ONCE = ("neighbours", "neurons", "concept_words", "group_by")

@@ -5,147 +5,108 @@ workers, keeps one of them waiting a tenth of the time. Here the layer in which 
 with a replica on either side, and runs for some microbatches here, for the others there, in the proportion in which
 the border cuts it. The price is one sum of that layer's gradient per step. Backwards are split as in ZB-H1, and the
 order is that of a list scheduler.
+
+Folded to a V, each worker has a part on the way there and one on the way back, as in ZB-V (Qi et al., "Pipeline
+Parallelism with Controllable Memory", 2024, arXiv 2405.15362): the pipeline fills in half the time, every worker holds
+as much as the others, and twice as many messages are sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from functools import lru_cache
 from math import fsum
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from pipeline.schedule.costs import Costs
-from pipeline.schedule.ops import Route, Schedule, Span
-from pipeline.schedule.simulate import simulate
+from pipeline.schedule.ops import Op, Route, Schedule, Span
+from pipeline.settings import RunShape, require_owner
+from schedulers.balanced_search.pieces import Held, Shape, deal
 from schedulers.chain import check
 from schedulers.greedy import greedy, unit_seconds
 
-_SLIVER = 1 / 16  # of a layer, or of a worker's part if that is less: not worth a replica
+if TYPE_CHECKING:
+    from schedulers.balanced_search.search import Chosen
 
 
-_SEARCHED, _TURNS = 400, 8  # spans times microbatches up to which a dealing is searched for, and how many turns
+@dataclass(frozen=True)
+class BalancedSettings:
+    """Read by --scheduler balanced."""
 
+    balanced_memory: Held = "free"
+    """What a worker may hold of activations: as much as makes a step fast (free); no more than the fullest worker of
+    1F1B does (fullest), as devices are alike; or no more than the same worker of 1F1B (1f1b)."""
+    balanced_shape: Shape = "line"
+    """line gives each worker one part of the layers; v gives it two, one on the way there and one on the way back,
+    where there are two layers for each worker: shorter steps, twice as many messages, more layers that are shared."""
 
-class Piece(NamedTuple):
-    """A span and what part of its microbatches each of its workers runs, ascending and adjacent: {worker: share}."""
-
-    span: Span
-    shares: dict[int, float]
-
-
-def pieces(layer_costs: Sequence[float], workers: int) -> tuple[Piece, ...]:
-    """The layers cut into spans so that every worker has 1 / workers of the cost, give or take a sliver of a layer.
-
-    `layer_costs[l]`: seconds of layer l, forward and backward, of which at least one is above 0. Raises ValueError.
-    """
-    if not 1 <= workers <= len(layer_costs):
-        raise ValueError(f"workers: {workers} for {len(layer_costs)} layers; allowed: 1 to {len(layer_costs)}")
-    if min(layer_costs) < 0 or not fsum(layer_costs) > 0:
-        raise ValueError(f"layer_costs: {list(layer_costs)}; allowed: 0 or more, not all 0")
-    part = fsum(layer_costs) / workers
-    ends = [0.0, *accumulate(layer_costs)]
-    found: list[Piece] = []
-    for layer in range(len(layer_costs)):
-        lo, hi = ends[layer] / part, ends[layer + 1] / part
-        inside = {w: min(hi, w + 1) - max(lo, w) for w in range(int(lo), min(workers, int(hi) + 1))}
-        whole = sum(inside.values())
-        shares = {w: x / whole for w, x in inside.items() if whole and x >= _SLIVER * min(1.0, whole)}
-        if not shares:  # a layer that costs nothing, or a border on an edge
-            shares = {min(int((lo + hi) / 2), workers - 1): 1.0}
-        total = sum(shares.values())
-        shares = {w: x / total for w, x in shares.items()}
-        if found and len(shares) == 1 and found[-1].shares.keys() == shares.keys():
-            found[-1] = Piece((found[-1].span[0], layer + 1), shares)
-        else:
-            found.append(Piece((layer, layer + 1), shares))
-    return tuple(found)
-
-
-class Dealing(NamedTuple):
-    """How the microbatches of shared spans are dealt: `shift` more of them go to the earlier worker than its share
-    says, `turn` places on in the round; `in_flight` bounds the microbatches whose activations a worker holds."""
-
-    in_flight: int
-    shift: int = 0
-    turn: int = 0
-
-
-def deal(shares: dict[int, float], count: int, shift: int = 0, turn: int = 0) -> list[int]:
-    """The worker of each of `count` microbatches, spread evenly: whoever is furthest behind its share is next."""
-    if shift and len(shares) > 1 and count:
-        first, last = min(shares), max(shares)
-        moved = min(shift / count, shares[last])
-        shares = shares | {first: shares[first] + moved, last: shares[last] - moved}
-    given = dict.fromkeys(shares, 0)
-    out: list[int] = []
-    for n in range(1, count + 1):
-        worker = max(shares, key=lambda w: (n * shares[w] - given[w], -w))
-        given[worker] += 1
-        out.append(worker)
-    return out[turn:] + out[:turn]
+    def check(self, run: RunShape) -> None:
+        """Raise ConfigError where these settings are not read."""
+        require_owner(self, BalancedSettings, ("balanced_memory", "balanced_shape"), "balanced")
 
 
 def balanced(
-    layer_costs: Sequence[float], workers: int, microbatches: int, replicas: int = 1, *, dealing: Dealing | None = None,
+    layer_costs: Sequence[float], workers: int, microbatches: int, replicas: int = 1, *, held: Held = "free",
+    shape: Shape = "line", halves: tuple[float, float] = (1.0, 1.0), sizes: Sequence[float] | None = None,
     evaluated: int | None = None,
 ) -> Schedule:  # fmt: skip
     """Microbatch m runs on replica m % replicas, whose worker k is replica * workers + k of the schedule.
 
-    `layer_costs` as in `pieces`. Unless `dealing` is given, the best of some is chosen by simulation. With
+    `layer_costs` as in `pieces`; `held` and `shape` as in `BalancedSettings`; `halves` says what both halves of a
+    backward take, in forwards; `sizes` what a layer's activation counts, as much as it costs unless given: 1F1B, on
+    the layers cut by cost alone, is measured with them. How microbatches are dealt is chosen by simulation. With
     `evaluated`, forwards alone, of so many microbatches, on the workers that the `microbatches` of training are dealt
     to. Raises ValueError for sizes that cannot be.
     """
-    cut = pieces(layer_costs, workers)
-    check([piece.span for piece in cut], microbatches, replicas)
-    chosen = dealing or _choose(layer_costs, workers, -(-microbatches // replicas), cut)
-    return _order(layer_costs, workers, microbatches, replicas, cut, chosen, evaluated)
+    check([(0, len(layer_costs))], microbatches, replicas)
+    counts = [len(range(replica, microbatches, replicas)) for replica in range(replicas)]
+    known = tuple(sorted({count for count in counts if count}))
+    weights = tuple(layer_costs if sizes is None else sizes)
+    chosen = _chosen(tuple(layer_costs), workers, known, halves, weights, held, shape)
+    if evaluated is not None:
+        return _evaluation(chosen, layer_costs, workers, counts, evaluated)
+    # numba takes half a second to import: only those who plan this way need it
+    from schedulers.balanced_search.search import ordered
+
+    spans = tuple(piece.span for piece in chosen.cut)
+    lanes: dict[int, tuple[Op, ...]] = {}
+    for replica, count in enumerate(counts):
+        for k, lane in enumerate(ordered(chosen, layer_costs, workers, count, halves, weights)):
+            ops = (Op(kind, spans[i], replica + m * replicas) for kind, i, m in lane)
+            lanes[replica * workers + k] = tuple(ops)
+    return Schedule((Route.through(spans),) * microbatches, lanes, "balanced")
 
 
-def _choose(layer_costs: Sequence[float], workers: int, microbatches: int, cut: Sequence[Piece]) -> Dealing:
-    """The dealing of one replica with the least makespan; among equals the one that holds least."""
-    plain = Dealing(workers + 1)
-    if microbatches * len(cut) > _SEARCHED or all(len(piece.shares) == 1 for piece in cut):
-        return plain
-    costs = Costs(
-        forward=layer_costs, backward=[2 * c for c in layer_costs], input_gradient=layer_costs,
-        weight_gradient=layer_costs,
-    )  # fmt: skip
-    found: list[tuple[float, int, Dealing]] = []
-    for in_flight in (workers, workers + 1):
-        for shift in (0, 1):
-            for turn in range(min(microbatches, _TURNS)):
-                dealing = Dealing(in_flight, shift, turn)
-                timeline = simulate(_order(layer_costs, workers, microbatches, 1, cut, dealing, None), costs)
-                found.append((round(timeline.makespan_s / fsum(layer_costs), 6), in_flight, dealing))
-    return min(found)[-1]
+@lru_cache(maxsize=32)
+def _chosen(
+    layer_costs: tuple[float, ...], workers: int, counts: tuple[int, ...], halves: tuple[float, float],
+    sizes: tuple[float, ...], held: Held, shape: Shape,
+) -> Chosen:  # fmt: skip
+    from schedulers.balanced_search.search import Search
+
+    return Search(layer_costs, workers, counts, halves, sizes).choose(held, shape)
 
 
-def _order(
-    layer_costs: Sequence[float], workers: int, microbatches: int, replicas: int, cut: Sequence[Piece],
-    dealing: Dealing, evaluated: int | None,
-) -> Schedule:  # fmt: skip
-    count = microbatches if evaluated is None else evaluated
-    home: dict[tuple[Span, int], int] = {}
-    for replica in range(replicas):
-        trained, mine = len(range(replica, microbatches, replicas)), range(replica, count, replicas)
-        for piece in cut:
-            dealt = deal(piece.shares, trained, dealing.shift, dealing.turn)
-            if evaluated is not None:  # a small share may not come to a single microbatch of training
-                shares = {w: share for w, share in piece.shares.items() if w in dealt} or piece.shares
-                dealt = deal(shares, len(mine))
-            home.update({(piece.span, m): replica * workers + w for m, w in zip(mine, dealt, strict=True)})
-    limits = {
-        replica * workers + k: dealing.in_flight * sum(k in piece.shares for piece in cut)
-        for replica in range(replicas)
-        for k in range(workers)
-    }
+def _evaluation(
+    chosen: Chosen, layer_costs: Sequence[float], workers: int, counts: Sequence[int], evaluated: int
+) -> Schedule:
+    """Forwards of `evaluated` microbatches, each span on the workers that hold it for training."""
+    replicas, home = len(counts), dict[tuple[Span, int], int]()
+    for replica, count in enumerate(counts):
+        mine = range(replica, evaluated, replicas)
+        for piece, row in zip(chosen.cut, chosen.dealt(count), strict=True):
+            # a small share may not come to a single microbatch of training
+            shares = {part: share for part, share in piece.shares.items() if part in row} or piece.shares
+            dealt = deal(shares, len(mine))
+            home |= {
+                (piece.span, m): replica * workers + chosen.worker_of[part] for m, part in zip(mine, dealt, strict=True)
+            }
 
     def seconds(kind: str, span: Span) -> float:
         return unit_seconds(kind, span) * fsum(layer_costs[span[0] : span[1]])
 
-    spans = tuple(piece.span for piece in cut)
-    route = Route.through(spans) if evaluated is None else Route(spans, ())
+    route = Route(tuple(piece.span for piece in chosen.cut), ())
     return greedy(
-        (route,) * count, lambda span, m: home[span, m], seconds=seconds, limits=limits,
-        workers=range(workers * replicas), split=evaluated is None, name="balanced",
+        (route,) * evaluated, lambda span, m: home[span, m], seconds=seconds, workers=range(workers * replicas),
+        name="balanced",
     )  # fmt: skip

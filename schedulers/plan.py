@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pipeline.schedule.ops import Schedule, Span
 from pipeline.settings import RunShape, Within, limit_work, require, require_known
 from schedulers.balanced import balanced
+from schedulers.balanced_search.pieces import Held, Shape
 from schedulers.evaluation import evaluation
 from schedulers.gpipe import gpipe
 from schedulers.head_with_embedding import head_with_embedding
@@ -94,7 +95,8 @@ def in_line(
 def plan(
     name: str, layer_costs: Sequence[float], stages: int, microbatches: int, replicas: int = 1, *, chunks: int = 2,
     evaluated: int | None = None, ends: Ends = "in-line", swap: bool = False, speeds: Sequence[float] | None = None,
-    memory: Sequence[float] | None = None, limits: Sequence[float] | None = None,
+    memory: Sequence[float] | None = None, limits: Sequence[float] | None = None, balanced_memory: Held = "free",
+    balanced_shape: Shape = "line",
 ) -> Schedule:  # fmt: skip
     """A schedule of layers that cost `layer_costs` seconds each, on `stages` workers per replica; not yet lowered.
 
@@ -104,14 +106,18 @@ def plan(
     of their own, both in the order of 1F1B; `swap` then swaps the routes of every other microbatch.
 
     In-line, `speeds[k]` and `limits[k]` are those of stage k's slowest and smallest worker, `memory[l]` the bytes of a
-    layer: see `partition`. The scheduler that shares layers between neighbours takes all workers as alike.
+    layer: see `partition`. The scheduler that shares layers between neighbours takes all workers as
+    alike; `balanced_memory` and `balanced_shape` are what `BalancedSettings` says.
 
     Raises ValueError, or PartitionError where there are fewer layers than spans.
     """
     if name not in PLANNERS:
         raise ValueError(f"unknown scheduler {name!r}; allowed: {', '.join(PLANNERS)}")
     if name == "balanced":
-        return balanced(layer_costs, stages, microbatches, replicas, evaluated=evaluated)
+        return balanced(
+            layer_costs, stages, microbatches, replicas, held=balanced_memory, shape=balanced_shape,
+            evaluated=evaluated,
+        )  # fmt: skip
     count = microbatches if evaluated is None else evaluated
     if ends != "in-line":
         head = (len(layer_costs) - 1, len(layer_costs))

@@ -20,6 +20,7 @@ from pipeline.schedule.lower import lower
 from pipeline.schedule.ops import Schedule, ScheduleError, Span
 from pipeline.schedule.simulate import simulate
 from pipeline.schedule.verify import verify
+from schedulers.balanced_search.pieces import Held, Shape
 from schedulers.least_time import least_of_any_cut, least_of_cut
 from schedulers.partition import PartitionError
 from schedulers.plan import in_line, num_spans, plan
@@ -45,6 +46,8 @@ class ResizeProblem:
     ends_apart: bool = False
     """Whether the first and the last layer may not be in one span: their gradients on a weight that they share are to
     be summed one by one."""
+    balanced_memory: Held = "free"
+    balanced_shape: Shape = "line"
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ class _Search:
             problem.scheduler, problem.layer_costs, stages, microbatches, replicas, chunks=problem.chunks,
             evaluated=evaluated, ends="home" if stages == 1 and problem.ends_apart else "in-line",
             speeds=self._paces(groups), memory=problem.layer_bytes or None, limits=self._rooms(groups),
+            balanced_memory=problem.balanced_memory, balanced_shape=problem.balanced_shape,
         )  # fmt: skip
 
     def _paces(self, groups: Sequence[Sequence[int]]) -> list[float]:

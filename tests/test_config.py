@@ -171,7 +171,7 @@ def test_a_file_may_have_a_table_for_each_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("worker = 2", r"^worker \(did you mean workers\?\): no such setting; allowed: .*at_once, beta1, .*workers"),
+        ("worker = 2", r"^worker \(did you mean workers\?\): no such setting; allowed: .*at_once, .*beta1, .*workers"),
         ("b = 2\na = 1", r"^a, b: no such setting"),
         ("learning-rate = 1", r"^learning_rate \(did you mean lr\?\): no such setting"),
         ("[train]\nworkers = 2", r"^train: no such setting; settings stand at the top of the file, and not in a tab"),

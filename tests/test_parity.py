@@ -71,6 +71,11 @@ def test_equals_plain_torch(
     check(run_workers(forkserver, config, MODELS[model], tmp_path), reference(model))
 
 
+def test_a_pipeline_that_is_folded_and_keeps_to_memory(forkserver: ForkServer, tmp_path: Path) -> None:
+    config = settings(scheduler="balanced", workers=2, balanced_shape="v", balanced_memory="fullest")
+    check(run_workers(forkserver, config, MODELS["llama"], tmp_path), reference("llama"))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_head_with_embedding(forkserver: ForkServer, tmp_path: Path, model: str) -> None:
     config = settings(workers=4, replicas=2, ends="home")

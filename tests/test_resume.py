@@ -26,7 +26,7 @@ FREE = {
     "evaluate_samples", "tensorboard", "sample_tokens", "recovery", "checkfree_weights", "rehearse_mib", "heartbeat",
     "spares", "max_failures", "network", "links", "deadline", "min_workers", "cooldown", "wait", "preempt_signal",
     "grace", "snapshot", "shift", "migration_mib", "max_preemptions", "shard_optimizer",
-    "patience", "export_every", "track",
+    "patience", "export_every", "track", "balanced_memory", "balanced_shape",
 }  # fmt: skip
 
 

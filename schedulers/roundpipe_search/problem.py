@@ -88,16 +88,6 @@ class RoundsProblem:
         """The share of the workers' time in which they do nothing."""
         return 1 - self.work(cut) / (self.workers * makespan)
 
-    @property
-    def lower_bound(self) -> float:
-        """No cut ends sooner: all workers busy all the time, with every layer but the head's recomputed or, if all of
-        it fits into one span, none; and no microbatch comes through faster than alone."""
-        work = math.fsum(self.forward) + math.fsum(self.backward)
-        fits = self.fits((0, self.num_layers))
-        starts = [lo for lo in range(self.num_layers) if self.fits((lo, self.num_layers))]
-        again = 0.0 if fits else min(math.fsum(self.forward[:lo]) for lo in starts)
-        return max(self.microbatches * (work + again) / self.workers, work)
-
     def fits(self, span: Span) -> bool:
         """Whether a span is small enough for its half of a device."""
         return not self.sizes or math.fsum(self.sizes[span[0] : span[1]]) <= self.room

@@ -1,7 +1,7 @@
 """Searches the cut and the order of units with the least makespan: the clock decides, not the slowest stage alone.
 
 First every number of forward stages, of backward stages and of blocks beside the head, each cut as evenly as can be;
-then, from the best few, single layers are moved over borders as long as that helps. Deterministic.
+then the best few are annealed, each a few times. Deterministic.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 
 from pipeline.schedule.ops import Span
 from pipeline.schedule.work_units import Cut, units
 from schedulers.partition import PartitionError, partition
+from schedulers.roundpipe_search.bound import lower_bound
 from schedulers.roundpipe_search.clock import Dealt, dealt
 from schedulers.roundpipe_search.problem import RoundsProblem
 
 _FUSED = 4  # blocks beside the head that are tried
 _FEW = 2  # workers that wait for little: more blocks beside the head, which are not computed again, may gain more
-_STARTS = 6  # of the even cuts, how many are improved
+_STARTS = 6  # of the even cuts, how many are annealed
+_CHAIN = 40_000  # steps of one annealing: more and shorter ones find less, fewer and longer ones by chance more
+_EVEN = 10_000  # even cuts that are timed at most
 ORDERS = ("by_stage", "by_round")
 """Whether all rounds go through a stage before the next one comes, or each round goes all the way first."""
 
@@ -38,42 +42,32 @@ class FoundRounds:
 
 
 def search(
-    problem: RoundsProblem, *, rule: str = "round_robin", orders: Sequence[str] = ORDERS, speeds: Sequence[float] = (),
-    tries: int = 20_000,
+    problem: RoundsProblem, *, rule: str = "round_robin", speeds: Sequence[float] = (), tries: int = 1_200_000
 ) -> FoundRounds:  # fmt: skip
-    """The best plan of at most `tries` that are timed. Raises PartitionError where no cut fits."""
-    for order in orders:
-        if order not in ORDERS:
-            raise ValueError(f"order is {order!r}; allowed: {', '.join(ORDERS)}")
-    tried = 0
+    """The best plan of about `tries` that are timed. Raises PartitionError where no cut fits."""
+    # numba takes half a second to import: only those who search for a cut need it
+    from schedulers.roundpipe_search.anneal import Annealer
 
-    def timed(cut: Cut, order: str) -> Dealt:
-        nonlocal tried
-        tried += 1
-        row = units(cut, problem.microbatches, problem.round, by_stage=order == "by_stage")
-        return dealt(problem, cut, row, rule, speeds=speeds)
-
-    even: list[tuple[float, int, str, Dealt]] = []
-    for cut in even_cuts(problem):
-        if tried >= tries / 2 and even:
-            break
-        for order in orders:
-            found = timed(cut, order)
-            even.append((found.makespan, len(even), order, found))
+    annealer = Annealer(problem, rule == "ready", speeds)
+    even = [
+        (annealer.time(cut, by_stage), i, cut, by_stage)
+        for i, cut in enumerate(islice(even_cuts(problem), min(_EVEN, tries // 2)))
+        for by_stage in (True, False)
+    ]
     if not even:
         raise PartitionError("no cut of the layers fits: a span may take no more than half of a worker's room")
-    best: tuple[Dealt, str] | None = None
-    for _, _, order, start in sorted(even)[:_STARTS]:
-        here = start
-        while tried < tries:
-            step = min((timed(cut, order) for cut in _moved(problem, here.cut)), key=lambda d: d.makespan, default=here)
-            if step.makespan >= here.makespan - 1e-12:
-                break
-            here = step
-        if best is None or here.makespan < best[0].makespan:
-            best = here, order
-    assert best is not None
-    return FoundRounds(best[0], best[1], problem.lower_bound, tried)
+    even.sort(key=lambda each: each[:2])
+    (makespan, _, cut, by_stage), tried = even[0], len(even)
+    steps = max(1, min(_CHAIN, (tries - tried) // _STARTS))
+    for seed in range(max(_STARTS, (tries - tried) // steps)):
+        _, _, start, order = even[seed % min(_STARTS, len(even))]
+        found = annealer.improve(start, order, steps, seed)
+        tried += steps
+        if found[0] < makespan - 1e-12:
+            makespan, cut, by_stage = found
+    row = units(cut, problem.microbatches, problem.round, by_stage=by_stage)
+    best = dealt(problem, cut, row, rule, speeds=speeds)
+    return FoundRounds(best, ORDERS[not by_stage], lower_bound(problem, speeds), tried)
 
 
 def even_cuts(problem: RoundsProblem) -> Iterator[Cut]:
@@ -120,15 +114,3 @@ def _fewest(problem: RoundsProblem, layers: int) -> int:
 def _counts(fewest: int, usual: int, layers: int) -> range:
     """Numbers of stages that are tried: as many as help, and where memory asks for more, a few more than that."""
     return range(fewest, min(layers, max(usual, fewest + 4)) + 1)
-
-
-def _moved(problem: RoundsProblem, cut: Cut) -> Iterator[Cut]:
-    """Every cut that is one layer on one border away."""
-    for name, spans in (("forward", cut.forward), ("backward", cut.backward[::-1])):
-        for i in range(len(spans) - 1):
-            for by in (-1, 1):
-                mark = spans[i][1] + by
-                left, right = (spans[i][0], mark), (mark, spans[i + 1][1])
-                if left[0] < mark < right[1] and problem.fits(left) and problem.fits(right):
-                    new = (*spans[:i], left, right, *spans[i + 2 :])
-                    yield cut._replace(forward=new) if name == "forward" else cut._replace(backward=new[::-1])
