@@ -1,0 +1,115 @@
+"""Simulated annealing in compiled code: a slice of moves at a time, by the estimate alone or by the clock too.
+
+The clock is asked only where the estimate, which hardly ever says more than it, does not already rule a move out.
+"""
+
+from __future__ import annotations
+
+import math
+
+from schedulers.skippipe_search.compiled import entry, inlined, inner
+from schedulers.skippipe_search.compiled_clock import home_alone, round_trip, run_clock
+from schedulers.skippipe_search.compiled_moves import propose, undo, uniform
+from schedulers.skippipe_search.flat import Flat, Floats, Ints, Room, State
+
+EVEN = 1e-9
+"""By how many seconds a plan must be better to be kept instead."""
+
+
+@inner
+def worth(by_home: Floats, total: float, many: int, home: float, each: float) -> float:
+    """The slowest home counts most; the next ones, and the means over homes and over microbatches, a little, so that
+    there is a slope where it is not them."""
+    first, second, third, mean = 0.0, 0.0, 0.0, 0.0
+    for seconds in by_home:
+        mean += seconds
+        if seconds > first:
+            first, second, third = seconds, first, second
+        elif seconds > second:
+            second, third = seconds, second
+        elif seconds > third:
+            third = seconds
+    return first + 0.1 * second + 0.05 * third + home * mean / by_home.shape[0] + each * total / many
+
+
+@entry
+def estimated(p: Flat, s: State, r: Room, home: float, each: float) -> float:
+    """What the paths are worth, each home alone, after those in `changed` have become others."""
+    many = s.paths.shape[0]
+    s.count[1] = 0
+    s.count[4] += 1
+    for c in range(s.count[0]):
+        m = s.changed[c]
+        s.trips[m] = round_trip(p, s.paths[m])
+    for c in range(s.count[0]):
+        h = s.changed[c] % p.homes
+        if s.mark[h] != s.count[4]:
+            s.mark[h] = s.count[4]
+            k = s.count[1]
+            s.homes[k], s.old_own[k], s.old_total[k] = h, s.own[h], s.total[h]
+            s.count[1] = k + 1
+            s.own[h], s.total[h] = home_alone(p, s.paths, s.trips, h, r)
+    total = 0.0
+    for h in range(p.homes):
+        total += s.total[h]
+    return worth(s.own, total, many, home, each)
+
+
+@entry
+def timed(p: Flat, s: State, r: Room, home: float, each: float) -> float:
+    """What the paths are worth by the clock; infinity where they lock each other out."""
+    many = s.paths.shape[0]
+    if run_clock(p, s.paths, r) < many * (2 * p.length + 1):
+        return math.inf
+    for h in range(p.homes):
+        r.ends[h] = 0.0
+    total = 0.0
+    for m in range(many):
+        total += r.finish[m]
+        r.ends[m % p.homes] = max(r.ends[m % p.homes], r.finish[m])
+    return worth(r.ends, total, many, home, each)
+
+
+@inlined
+def _keep(s: State, kept: Ints, names: Ints) -> None:
+    for m in range(kept.shape[0]):
+        for i in range(kept.shape[1]):
+            kept[m, i] = s.paths[m, i]
+    for n in range(names.shape[0]):
+        names[n] = s.stage_of[n]
+
+
+@entry
+def descend(
+    p: Flat, s: State, r: Room, kept: Ints, names: Ints, seconds: Floats, exact: int, moves: int, heat: float,
+    cool: float, home: float, each: float, bound: float,
+) -> int:  # fmt: skip
+    """Make `moves` at a temperature that falls by the factor `cool` each. Returns how many the clock was asked for.
+
+    `seconds` are [what the paths are worth, what the best are worth, their slowest home]; the best are in `kept`
+    [M, L] and `names` (stages by node). Ends early where the slowest home is at `bound`.
+    """
+    asked = 0
+    for _ in range(moves):
+        heat *= cool
+        if not propose(p, s):
+            continue
+        limit = seconds[0] - heat * math.log(max(uniform(s.draw), 1e-300))
+        then = estimated(p, s, r, home, each)
+        if exact and then <= limit:
+            then = timed(p, s, r, home, each)
+            asked += 1
+        if then > limit:
+            undo(p, s)
+            continue
+        seconds[0] = then
+        for h in range(p.homes):
+            s.slow[h] = r.ends[h] if exact else s.own[h]
+        if then < seconds[1] - EVEN:
+            seconds[1], seconds[2] = then, 0.0
+            for h in range(p.homes):
+                seconds[2] = max(seconds[2], s.slow[h])
+            _keep(s, kept, names)
+            if exact and seconds[2] <= bound:
+                break
+    return asked
