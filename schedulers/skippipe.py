@@ -17,14 +17,15 @@ from typing import Annotated
 from pipeline.schedule.costs import Costs, Network
 from pipeline.schedule.ops import B, F, Op, Route, Schedule, Span
 from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_owner
-from schedulers.skippipe_search.anneal import Annealed, Budget, anneal
-from schedulers.skippipe_search.bounds import any_cut, lower_bounds
+from schedulers.skippipe_search.anneal import Annealed, Budget, anneal, repair
+from schedulers.skippipe_search.bounds import any_cut, lower_bounds, own_work
 from schedulers.skippipe_search.clock import STUCK, Rule, Run, clock
 from schedulers.skippipe_search.conflicts import TRIES, conflict_based, dealt_paths, prioritised
 from schedulers.skippipe_search.problem import NetworkError, Path, RoutingProblem, check_paths, quotas
 
-MOVES = 12_000
+MOVES = 200_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
+_REPAIR = 1_000_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
 
@@ -159,11 +160,17 @@ def replay(problem: RoutingProblem, paths: Sequence[Path], rule: Rule = "furthes
     return SkipPlan(problem, tuple(paths), rule, run, lower_bounds(problem))
 
 
-def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int = 2000) -> SkipPlan:
+def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int | None = None) -> SkipPlan:
     """The plan again for `problem`, in which links have changed or nodes are gone (`without`), from its paths as far as
-    they hold: the visits of a lost node go to its replicas, or around its stage where it had none. Raises NetworkError
-    as `skippipe` does."""
-    return skippipe(problem, seed=seed, moves=moves, start=mended(plan.paths, plan.problem, problem))
+    they hold: the visits of a lost node go to its replicas, or around its stage where it had none.
+
+    Then `moves` near there, by default as many as take less than a tenth of a second; the bounds are those that cost
+    nothing. Raises NetworkError where memory or the network lets no plan through.
+    """
+    paths = mended(plan.paths, plan.problem, problem)
+    if moves is None:
+        moves = max(50, _REPAIR // (problem.num_microbatches * (2 * problem.path_length + 1)))
+    return _plan(problem, repair(problem, paths, moves, seed), own_work(problem))
 
 
 def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:
@@ -173,19 +180,26 @@ def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:
     if not stages[0]:
         raise NetworkError("no node of the first stage is left, and the first stage is never skipped")
     kept = tuple(stage for stage in stages if stage)
-    return replace(problem, stages=kept, path_length=min(problem.path_length, len(kept)))
+    return problem.with_stages(kept, min(problem.path_length, len(kept)))
 
 
 def mended(paths: Sequence[Path], old: RoutingProblem, new: RoutingProblem) -> list[Path]:
-    """Legal and balanced paths for `new` that keep what they can of `paths`, which were for `old`."""
+    """Legal and balanced paths for `new` that keep what they can of `paths`, which were for `old`: also their homes,
+    whatever the numbers of their microbatches."""
     stage_of, was = new.stage_of, old.stage_of
     now = {i: new.stages.index(stage) for i, each in enumerate(old.stages)
            if (stage := next((s for s in new.stages if set(s) & set(each)), None))}  # fmt: skip
+    left: dict[int, list[Path]] = {home: [] for home in new.homes}
+    moved: list[Path] = []
+    for path in paths:
+        left.get(path[0], moved).append(path)
+    kept = [next(iter(left[new.home(m)]), None) and left[new.home(m)].pop(0) for m in range(new.num_microbatches)]
+    moved += [path for each in left.values() for path in each]
     visits: Counter[int] = Counter()
     made: list[list[int]] = []
-    for m, path in enumerate(paths):
+    for m, kept_path in enumerate(kept):
         here = [new.home(m)]
-        for node in path[1:]:
+        for node in (kept_path or moved.pop(0) if kept_path or moved else here)[1:]:
             if node not in stage_of and was[node] in now:  # a replica takes over
                 node = min(new.stages[now[was[node]]], key=lambda n: (visits[n], n))
             if node in stage_of and len(here) < new.path_length:
@@ -228,12 +242,11 @@ def _even(paths: list[list[int]], problem: RoutingProblem, visits: Counter[int])
 
 def _plan(problem: RoutingProblem, found: Annealed, bounds: dict[str, float]) -> SkipPlan:
     planned = problem.with_stages(found.stages)
-    run = clock(planned, found.paths, found.rule)
-    if run.iteration_s == STUCK:
+    if found.run.iteration_s == STUCK:
         slots = sorted(set(problem.slots))
         raise NetworkError(
             f"memory_slots of {slots[0]} per node: no plan was found under which every microbatch completes; allowed: "
             "more slots, fewer microbatches, or no swaps"
         )
     check_paths(planned, found.paths)
-    return SkipPlan(planned, found.paths, found.rule, run, bounds)
+    return SkipPlan(planned, found.paths, found.rule, found.run, bounds)

@@ -1,9 +1,9 @@
 """Local search over paths, and over the cut into stages: simulated annealing, first by an estimate, then by the clock.
 
 The estimate times each home alone, as if nobody stood in anybody's way elsewhere; it costs a microsecond and leads to
-the neighbourhood in which the clock, a hundred times dearer, finishes. Moves and clock are compiled (compiled_*.py);
-here the budget is dealt out in slices. It is either a number of moves, which makes the result depend on the seed
-alone, or seconds.
+the neighbourhood in which the clock, far dearer, finishes. Moves and clock are compiled (compiled_*.py); here the
+budget is dealt out in slices. It is either a number of moves, which makes the result depend on the seed alone, or
+seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from schedulers.skippipe_search.clock import RULES, STUCK, Rule
+from schedulers.skippipe_search.clock import RULES, Rule, Run
 from schedulers.skippipe_search.flat import State, flatten, room_of, state_of
 from schedulers.skippipe_search.problem import Path, RoutingProblem
 
@@ -24,7 +24,7 @@ _HOT, _COLD = 0.006, 0.0006  # temperatures, as shares of the iteration at the s
 _PAIRS = 4  # how many moves by the estimate count as one by the clock
 _SLOPES = ((0.05, 0.3), (0.1, 0.0))  # what the mean home and the mean microbatch count beside the slowest home
 _CHAIN, _MOST_CHAINS = 250_000, 8  # moves by the clock that a chain is worth starting for
-_OP_S = 5e-8  # seconds of the clock for an op, roughly
+_OP_S = 5e-8  # seconds of a move by the clock, per op of an iteration, roughly
 _SLICE_S = 0.02
 _SLICES = 100  # of a budget in moves
 
@@ -44,15 +44,21 @@ class Budget:
             None if self.seconds is None else max(0.0, self.seconds - (time.monotonic() - self.began)) * share,
         )
 
+    def progress(self, moves: int) -> float:
+        """From 0 to 1, when so many moves have been made."""
+        if self.seconds is not None:
+            return (time.monotonic() - self.began) / max(1e-9, self.seconds)
+        return moves / max(1, self.moves or 0)
+
 
 @dataclass(frozen=True)
 class Annealed:
-    """The best there was: its stages, its paths, whom idle nodes serve, and the seconds of its iteration."""
+    """The best there was: its stages, its paths, whom idle nodes serve, and the iteration."""
 
     stages: tuple[tuple[int, ...], ...]
     paths: tuple[Path, ...]
     rule: Rule
-    iteration_s: float
+    run: Run
 
 
 def anneal(
@@ -63,46 +69,57 @@ def anneal(
 
     Several chains, each with a seed of its own, as many as the budget leaves long enough; then one from the best.
     """
-    search = _Search(problem, joint)
-    judged = [search.judge(problem, start) for start in starts]
-    ranking = sorted(range(len(starts)), key=lambda i: judged[i].iteration_s)
-    judged = [judged[i] for i in ranking]
+    search = Search(problem, joint)
+    judged = sorted((search.judge(problem, start) for start in starts), key=lambda found: found.run.iteration_s)
     best, chains = judged[0], _chains(problem, budget)
     for chain in range(chains + 1):
-        if best.iteration_s <= bound * (1 + 1e-6) or problem.path_length == 1:
+        if best.run.iteration_s <= bound * (1 + 1e-6) or problem.path_length == 1:
             break
         last = chain == chains
         search.slope = _SLOPES[chain // len(starts) % len(_SLOPES)]
         part = budget.part(1.0 if last else 1 / (chains + 1 - chain))
-        search.load(best if last else judged[chain % len(starts)], seed * 1000 + chain)
+        search.load(best if last else judged[chain % len(judged)], seed * 1000 + chain)
         if not last or not chains:
-            search.descend(part.part(_ESTIMATED), False, bound)
-        search.descend(part.part(1.0), True, bound)
-        best = min(best, search.judge(*search.current()), key=lambda found: found.iteration_s)
+            search.descend(part.part(_ESTIMATED), exact=False)
+        search.descend(part.part(1.0), bound=bound)
+        best = min(best, search.judge(*search.current()), key=lambda found: found.run.iteration_s)
     return best
+
+
+def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int = 0) -> Annealed:
+    """Better paths near `start`: one short chain by the clock, cold from the beginning."""
+    search = Search(problem, joint=False)
+    best = search.judge(problem, start)
+    if problem.path_length == 1 or moves == 0:
+        return best
+    search.load(best, seed)
+    search.descend(Budget(moves), hot=2 * _COLD)
+    return min(best, search.judge(*search.current()), key=lambda found: found.run.iteration_s)
 
 
 def _chains(problem: RoutingProblem, budget: Budget) -> int:
     """How many chains before the last one; none where the budget is for one alone."""
     moves = budget.moves
     if moves is None:
-        ops = problem.num_microbatches * (2 * problem.path_length + 1)
-        moves = int((budget.seconds or 0.0) / (_OP_S * ops))
+        moves = int((budget.seconds or 0.0) / (_OP_S * problem.num_microbatches * (2 * problem.path_length + 1)))
     return min(_MOST_CHAINS, moves // _CHAIN)
 
 
-class _Search:
+class Search:
     """The current paths and stages, and moves on them."""
 
     def __init__(self, problem: RoutingProblem, joint: bool) -> None:
-        from schedulers.skippipe_search import compiled_search  # a third of a second, and where nothing is searched none
+        from schedulers.skippipe_search import compiled_search  # takes a third of a second, which others need not
 
         self.kernels = compiled_search
         self.problem, self.slope = problem, _SLOPES[0]
         self.flat, self.room = flatten(problem, joint), room_of(problem)
         self.state: State
+        self.made = self.asked = 0
+        """Moves so far, and how many of them the clock was asked for."""
 
     def load(self, found: Annealed, seed: int) -> None:
+        """Start from there."""
         self.state = state_of(self.problem.with_stages(found.stages), found.paths, seed)
 
     def current(self) -> tuple[RoutingProblem, list[Path]]:
@@ -115,47 +132,49 @@ class _Search:
 
     def judge(self, problem: RoutingProblem, paths: Sequence[Path]) -> Annealed:
         """By the clock, under the better rule."""
-        rows, best = np.array(paths, np.int64), (STUCK, RULES[0])
-        for rule in RULES:
-            self.kernels.run_clock(self.flat._replace(furthest=rule == "furthest"), rows, self.room)
-            best = min(best, (float(self.room.finish.max()), rule), key=lambda each: each[0])
-        return Annealed(problem.stages, tuple(map(tuple, paths)), best[1], best[0])
+        rows = np.array(paths, np.int64)
+        runs = [self._run(rows, rule) for rule in RULES]
+        best = min(range(len(RULES)), key=lambda i: runs[i].iteration_s)
+        return Annealed(problem.stages, tuple(map(tuple, paths)), RULES[best], runs[best])
 
-    def descend(self, budget: Budget, exact: bool, bound: float) -> None:
+    def _run(self, rows: np.ndarray, rule: Rule) -> Run:
+        served = self.kernels.run_clock(self.flat._replace(furthest=rule == "furthest"), rows, self.room)
+        lanes: list[list[tuple[int, int]]] = [[] for _ in self.flat.hop]
+        for node, m, at in self.room.lane[:served].tolist():
+            lanes[node].append((m, at))
+        return Run(tuple(self.room.finish.tolist()), tuple(map(tuple, lanes)))
+
+    def descend(self, budget: Budget, *, exact: bool = True, bound: float = 0.0, hot: float = _HOT) -> None:
         """Anneal by the clock, or by the estimate; the best paths seen are the current ones afterwards. Ends where
         the slowest home is at `bound`."""
         flat, state, room, kernels = self.flat, self.state, self.room, self.kernels
         state.changed[:], state.count[0] = np.arange(len(state.changed)), len(state.changed)
-        now = kernels.estimated(flat, state, room, *self.slope)
+        now = about = kernels.estimated(flat, state, room, *self.slope)
         state.slow[:] = state.own
         if exact:
             now = kernels.timed(flat, state, room, *self.slope)
             state.slow[:] = room.ends
         scale = (now if math.isfinite(now) else float(state.trips.max())) / 1.25
-        seconds = np.array([now, now, state.slow.max()])
+        seconds = np.array([now, now, state.slow.max(), about])
         kept, names = state.paths.copy(), state.stage_of.copy()
-        left = None if budget.moves is None else budget.moves * (1 if exact else _PAIRS)
-        moves = max(1, left // _SLICES) if left is not None else 16
-        done, fall = 0, _COLD / _HOT
-        cool = fall ** (1 / max(1, left)) if left is not None else 1.0
-        end = bound * (1 + 1e-6)
-        while True:
+        total = None if budget.moves is None else budget.moves * (1 if exact else _PAIRS)
+        moves, cool = 16, 1.0
+        if total is not None:
+            moves, cool = max(1, total // _SLICES), (_COLD / hot) ** (1 / max(1, total))
+            budget = Budget(total)
+        end, done = bound * (1 + 1e-6), 0
+        while (progress := budget.progress(done)) < 1 and not (exact and seconds[2] <= end):
             began = time.monotonic()
-            progress = (began - budget.began) / max(1e-9, budget.seconds or 0.0) if left is None else done / max(1, left)
-            if progress >= 1 or (exact and seconds[2] <= end):
-                break
-            if left is not None:
-                moves = min(moves, left - done)
-            heat = scale * _HOT * fall**progress
-            kernels.descend(
-                flat, state, room, kept, names, seconds, int(exact), moves, heat, cool, *self.slope, end
-            )  # fmt: skip
+            moves = moves if total is None else min(moves, total - done)
+            heat = scale * hot * (_COLD / hot) ** progress
+            self.asked += kernels.descend(
+                flat, state, room, kept, names, seconds, exact, moves, heat, cool, *self.slope, end
+            )
             done += moves
-            if left is None:  # moves that take about a slice
+            if total is None:
                 moves = max(1, int(moves * min(2.0, _SLICE_S / max(1e-6, time.monotonic() - began))))
-        self.made = done
+        self.made += done
         state.paths[:], state.stage_of[:] = kept, names
-        problem, paths = self.current()
-        fresh = state_of(problem, paths, 0)
+        fresh = state_of(*self.current(), 0)
         fresh.draw[:] = state.draw
         self.state = fresh

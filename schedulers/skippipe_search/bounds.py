@@ -22,13 +22,21 @@ def lower_bounds(problem: RoutingProblem) -> dict[str, float]:
     "first stage", "middle": a node's own ops alone.
     """
     router = Router(problem)
-    trips, homes, first = [0.0], [0.0], [0.0]
+    trips, homes = [0.0], [0.0]
     for home in problem.homes:
         many = len(problem.microbatches_of(home))
         found = router.cheapest(home)
         if found is not None:
             trips.append(-(-many // problem.slots[home]) * found[0])
             homes.append(_home(problem, home, found[0], many))
+    return {"round trips": max(trips), "homes": max(homes), "held": _held(problem), **own_work(problem)}
+
+
+def own_work(problem: RoutingProblem) -> dict[str, float]:
+    """Those of `lower_bounds` that are found in no time: a node's own ops."""
+    first = [0.0]
+    for home in problem.homes:
+        many = len(problem.microbatches_of(home))
         own = math.fsum(problem.seconds(kind, home) for kind in ("forward", "loss", "backward"))
         first.append(many * own + (3 * many - 1) * problem.gap_s)
     middle = [
@@ -36,10 +44,7 @@ def lower_bounds(problem: RoutingProblem) -> dict[str, float]:
         - (problem.gap_s if least else 0.0)
         for node, (least, _) in quotas(problem)[1].items()
     ]
-    return {
-        "round trips": max(trips), "homes": max(homes), "held": _held(problem), "first stage": max(first),
-        "middle": max(middle, default=0),
-    }  # fmt: skip
+    return {"first stage": max(first), "middle": max(middle, default=0.0)}
 
 
 def _home(problem: RoutingProblem, home: int, trip: float, many: int) -> float:

@@ -1,6 +1,6 @@
 """Simulated annealing in compiled code: a slice of moves at a time, by the estimate alone or by the clock too.
 
-The clock is asked only where the estimate, which hardly ever says more than it, does not already rule a move out.
+The clock is asked only where the estimate, which hardly ever says more than the clock, does not rule a move out.
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ def _keep(s: State, kept: Ints, names: Ints) -> None:
 
 @entry
 def descend(
-    p: Flat, s: State, r: Room, kept: Ints, names: Ints, seconds: Floats, exact: int, moves: int, heat: float,
+    p: Flat, s: State, r: Room, kept: Ints, names: Ints, seconds: Floats, exact: bool, moves: int, heat: float,
     cool: float, home: float, each: float, bound: float,
 ) -> int:  # fmt: skip
     """Make `moves` at a temperature that falls by the factor `cool` each. Returns how many the clock was asked for.
 
-    `seconds` are [what the paths are worth, what the best are worth, their slowest home]; the best are in `kept`
-    [M, L] and `names` (stages by node). Ends early where the slowest home is at `bound`.
+    `seconds` are what the paths are worth, what the best are worth, their slowest home, and what the paths are worth
+    by the estimate; the best are in `kept` [M, L] and `names` (stages by node). Ends where the slowest home is at
+    `bound`.
     """
     asked = 0
     for _ in range(moves):
@@ -95,14 +96,16 @@ def descend(
         if not propose(p, s):
             continue
         limit = seconds[0] - heat * math.log(max(uniform(s.draw), 1e-300))
-        then = estimated(p, s, r, home, each)
-        if exact and then <= limit:
-            then = timed(p, s, r, home, each)
-            asked += 1
+        then = about = estimated(p, s, r, home, each)
+        if exact:  # the clock is not asked about what is longer by the estimate alone
+            then = math.inf
+            if about <= limit and about - seconds[3] <= limit - seconds[0] + heat:
+                then = timed(p, s, r, home, each)
+                asked += 1
         if then > limit:
             undo(p, s)
             continue
-        seconds[0] = then
+        seconds[0], seconds[3] = then, about
         for h in range(p.homes):
             s.slow[h] = r.ends[h] if exact else s.own[h]
         if then < seconds[1] - EVEN:
