@@ -17,16 +17,18 @@ from typing import Annotated
 from pipeline.schedule.costs import Costs, Network
 from pipeline.schedule.ops import B, F, Op, Route, Schedule, Span
 from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_owner
-from schedulers.skippipe_search.anneal import Annealed, Budget, anneal, repair
+from schedulers.skippipe_search.anneal import Annealed, Budget, anneal, ready, repair
 from schedulers.skippipe_search.bounds import any_cut, lower_bounds, own_work
 from schedulers.skippipe_search.clock import STUCK, Rule, Run, clock
 from schedulers.skippipe_search.conflicts import TRIES, conflict_based, dealt_paths, prioritised
 from schedulers.skippipe_search.problem import NetworkError, Path, RoutingProblem, check_paths, quotas
+from schedulers.skippipe_search.relaxed import packing_bound
 
 MOVES = 200_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
 _REPAIR = 1_000_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
+_BOUND = 0.2  # the same, beside it: what the search for a bound may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
 
 
@@ -129,6 +131,7 @@ def skippipe(
     sizes. `start` is where the search begins; unless given, a conflict-based search finds it. Raises NetworkError
     where memory or the network lets no plan through.
     """
+    ready()  # a budget in seconds is not for compiling
     began = time.monotonic()
     bounds = {"any stages": any_cut(problem)} if joint else lower_bounds(problem)
     starts = [dealt_paths(problem) if start is None else list(start)]
@@ -140,7 +143,12 @@ def skippipe(
         problem, starts, Budget(None if left is not None else moves, left), seed=seed, joint=joint,
         bound=max(bounds.values()),
     )  # fmt: skip
-    return _plan(problem, best, bounds)
+    plan = _plan(problem, best, bounds)
+    if seconds is None or plan.gap < 1e-6:
+        return plan
+    over = time.monotonic() + max(1.0, _BOUND * seconds)
+    packed = packing_bound(problem, plan.lower_bound_s, plan.iteration_s, joint, lambda: time.monotonic() > over)
+    return replace(plan, bounds={**bounds, "packing": packed})
 
 
 def _starts(problem: RoutingProblem, seed: int, over: Callable[[], bool]) -> list[list[Path]]:

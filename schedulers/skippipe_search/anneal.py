@@ -48,7 +48,7 @@ class Budget:
         """From 0 to 1, when so many moves have been made."""
         if self.seconds is not None:
             return (time.monotonic() - self.began) / max(1e-9, self.seconds)
-        return moves / max(1, self.moves or 0)
+        return moves / self.moves if self.moves else 1.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ def anneal(
         search.descend(part.part(1.0), bound=bound)
         best = min(best, search.judge(*search.current()), key=lambda found: found.run.iteration_s)
     return best
+
+
+def ready() -> None:
+    """Have the search compiled, which takes some seconds unless it was done before."""
+    anneal(RoutingProblem([[0.0, 1.0], [1.0, 0.0]], ((0,), (1,)), 2, 1), [[(0, 1)]], Budget(1))
 
 
 def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int = 0) -> Annealed:

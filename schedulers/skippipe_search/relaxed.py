@@ -264,14 +264,17 @@ class _Table:
         return model
 
 
-def packing_bound(problem: RoutingProblem, low: float, high: float = math.inf, any_stages: bool = False) -> float:
-    """What no plan can beat, from `low`, which none beats either, up; `high` is what some plan takes. `low` again where
-    the paths are too many."""
+def packing_bound(
+    problem: RoutingProblem, low: float, high: float = math.inf, any_stages: bool = False,
+    over: Callable[[], bool] = lambda: False,
+) -> float:  # fmt: skip
+    """What no plan can beat, from `low`, which none beats either, up, until `over()`; `high` is what some plan takes.
+    `low` again where the paths are too many."""
     columns = all_paths(problem, any_stages)
     if columns is None:
         return low
     packing, step = Packing(problem, columns, any_stages), 0.02
-    while high - low > _CLOSE * low:
+    while high - low > _CLOSE * low and not over():
         at = low * (1 + step) if math.isinf(high) else min((low + high) / 2, low * (1 + 8 * step))
         if packing.served(at) < 1.0:
             low, step = at, 2 * step
