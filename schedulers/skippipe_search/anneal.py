@@ -149,10 +149,11 @@ class Search:
             lanes[node].append((m, at))
         return Run(tuple(self.room.finish.tolist()), tuple(map(tuple, lanes)))
 
-    def descend(self, budget: Budget, *, exact: bool = True, bound: float = 0.0, hot: float = _HOT) -> None:
+    def descend(self, budget: Budget, *, exact: bool = True, bound: float = 0.0, hot: float = _HOT, power: float = 0.0, cold: float = _COLD) -> None:
         """Anneal by the clock, or by the estimate; the best paths seen are the current ones afterwards. Ends where
         the slowest home is at `bound`."""
         flat, state, room, kernels = self.flat, self.state, self.room, self.kernels
+        room.shape[0] = 0.0
         state.changed[:], state.count[0] = np.arange(len(state.changed)), len(state.changed)
         now = about = kernels.estimated(flat, state, room, *self.slope)
         state.slow[:] = state.own
@@ -160,18 +161,24 @@ class Search:
             now = kernels.timed(flat, state, room, *self.slope)
             state.slow[:] = room.ends
         scale = (now if math.isfinite(now) else float(state.trips.max())) / 1.25
+        if power:
+            scale = float(state.slow.mean())
+            room.shape[:] = power, state.slow.mean()
+            state.changed[:], state.count[0] = np.arange(len(state.changed)), len(state.changed)
+            now = about = kernels.estimated(flat, state, room, *self.slope)
+            if exact: now = kernels.timed(flat, state, room, *self.slope)
         seconds = np.array([now, now, state.slow.max(), about])
         kept, names = state.paths.copy(), state.stage_of.copy()
         total = None if budget.moves is None else budget.moves * (1 if exact else _PAIRS)
         moves, cool = 16, 1.0
         if total is not None:
-            moves, cool = max(1, total // _SLICES), (_COLD / hot) ** (1 / max(1, total))
+            moves, cool = max(1, total // _SLICES), (cold / hot) ** (1 / max(1, total))
             budget = Budget(total)
         end, done = bound * (1 + 1e-6), 0
         while (progress := budget.progress(done)) < 1 and not (exact and seconds[2] <= end):
             began = time.monotonic()
             moves = moves if total is None else min(moves, total - done)
-            heat = scale * hot * (_COLD / hot) ** progress
+            heat = scale * hot * (cold / hot) ** progress
             self.asked += kernels.descend(
                 flat, state, room, kept, names, seconds, exact, moves, heat, cool, *self.slope, end
             )

@@ -32,6 +32,19 @@ def worth(by_home: Floats, total: float, many: int, home: float, each: float) ->
     return first + 0.1 * second + 0.05 * third + home * mean / by_home.shape[0] + each * total / many
 
 
+@inlined
+def _valued(by_home: Floats, totals: Floats, r: Room, many: int, home: float, each: float) -> float:
+    """By `worth`; or, where `shape` says so, by a sum over homes that feels every one of them, slow ones more."""
+    total, power, middle = 0.0, r.shape[0], r.shape[1]
+    if power == 0.0:
+        for h in range(by_home.shape[0]):
+            total += totals[h]
+        return worth(by_home, total, many, home, each)
+    for h in range(by_home.shape[0]):
+        total += middle / power * (by_home[h] / middle) ** power + each * totals[h] * by_home.shape[0] / many
+    return total
+
+
 @entry
 def estimated(p: Flat, s: State, r: Room, home: float, each: float) -> float:
     """What the paths are worth, each home alone, after those in `changed` have become others."""
@@ -49,10 +62,7 @@ def estimated(p: Flat, s: State, r: Room, home: float, each: float) -> float:
             s.homes[k], s.old_own[k], s.old_total[k] = h, s.own[h], s.total[h]
             s.count[1] = k + 1
             s.own[h], s.total[h] = home_alone(p, s.paths, s.trips, h, r)
-    total = 0.0
-    for h in range(p.homes):
-        total += s.total[h]
-    return worth(s.own, total, many, home, each)
+    return _valued(s.own, s.total, r, many, home, each)
 
 
 @entry
@@ -62,12 +72,12 @@ def timed(p: Flat, s: State, r: Room, home: float, each: float) -> float:
     if run_clock(p, s.paths, r) < many * (2 * p.length + 1):
         return math.inf
     for h in range(p.homes):
-        r.ends[h] = 0.0
-    total = 0.0
+        r.ends[h] = r.totals[h] = 0.0
     for m in range(many):
-        total += r.finish[m]
-        r.ends[m % p.homes] = max(r.ends[m % p.homes], r.finish[m])
-    return worth(r.ends, total, many, home, each)
+        h = m % p.homes
+        r.totals[h] += r.finish[m]
+        r.ends[h] = max(r.ends[h], r.finish[m])
+    return _valued(r.ends, r.totals, r, many, home, each)
 
 
 @inlined

@@ -82,7 +82,9 @@ class Room(NamedTuple):
     heap: Floats  # two heaps for a home alone
     heap2: Floats
     finish: Floats  # [M]: returned: when each is through
-    ends: Floats  # [H]: the same by home
+    ends: Floats  # [H]: the same by home, and the sum over its microbatches
+    totals: Floats
+    shape: Floats  # [2]: a power, or 0, and the seconds of a home that it is taken relative to
     lane: Ints  # [M (2 L + 1), 3]: returned: node, microbatch and position in the order in which they were served
 
 
@@ -137,5 +139,5 @@ def room_of(problem: RoutingProblem) -> Room:
         np.zeros(many, np.int64), np.zeros(many, np.int64), np.zeros(size, np.int64), np.zeros(size),
         np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64),
         np.zeros((size, size) if problem.contention else (1, 1)), np.zeros(many + 1), np.zeros(many + 1),
-        np.zeros(many), np.zeros(len(problem.homes)), np.zeros((many * (2 * length + 1), 3), np.int64),
+        np.zeros(many), np.zeros(len(problem.homes)), np.zeros(len(problem.homes)), np.zeros(2), np.zeros((many * (2 * length + 1), 3), np.int64),
     )  # fmt: skip
