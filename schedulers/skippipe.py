@@ -26,7 +26,7 @@ from schedulers.skippipe_search.relaxed import packing_bound
 
 MOVES = 200_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
-_REPAIR = 1_000_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
+_REPAIR = 800_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
 _BOUND = 0.2  # the same, beside it: what the search for a bound may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
@@ -201,19 +201,29 @@ def mended(paths: Sequence[Path], old: RoutingProblem, new: RoutingProblem) -> l
     moved: list[Path] = []
     for path in paths:
         left.get(path[0], moved).append(path)
-    kept = [next(iter(left[new.home(m)]), None) and left[new.home(m)].pop(0) for m in range(new.num_microbatches)]
+    kept = [left[home].pop(0) if left[home := new.home(m)] else None for m in range(new.num_microbatches)]
     moved += [path for each in left.values() for path in each]
     visits: Counter[int] = Counter()
     made: list[list[int]] = []
     for m, kept_path in enumerate(kept):
         here = [new.home(m)]
-        for node in (kept_path or moved.pop(0) if kept_path or moved else here)[1:]:
-            if node not in stage_of and was[node] in now:  # a replica takes over
-                node = min(new.stages[now[was[node]]], key=lambda n: (visits[n], n))
-            if node in stage_of and len(here) < new.path_length:
+        for node in (kept_path or (moved.pop(0) if moved else ()))[1:]:
+            if len(here) < new.path_length and node in stage_of:
                 here.append(node)
                 visits[node] += 1
+            elif len(here) < new.path_length and was[node] in now:
+                here.append(-1 - now[was[node]])
         made.append(here)
+    both, most = new.both_ways, {node: share[1] for node, share in quotas(new)[1].items()}
+    for here in made:  # a replica takes over that has visits to spare and is on the way
+        for i, lost in enumerate(here):
+            if lost < 0:
+                before, after = here[i - 1], here[i + 1] if i + 1 < len(here) and here[i + 1] >= 0 else here[0]
+                here[i] = min(
+                    new.stages[-1 - lost],
+                    key=lambda n: (visits[n] >= most[n], both[before, n] + both[n, after], n),  # noqa: B023
+                )
+                visits[here[i]] += 1
     for here in made:  # where a stage is gone, another one is visited in its place
         while len(here) < new.path_length:
             free = [n for n in stage_of if stage_of[n] not in {stage_of[h] for h in here}]

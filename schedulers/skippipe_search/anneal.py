@@ -21,6 +21,9 @@ from schedulers.skippipe_search.problem import Path, RoutingProblem
 
 _ESTIMATED = 0.3  # of the budget
 _HOT, _COLD = 0.006, 0.0006  # temperatures, as shares of the iteration at the start
+_MANY = 16  # homes from which on the slowest ones are too few to lead a search
+_SUMS = ((False, 2.0, 0.01, 0.0005, 0.4), (True, 3.0, 0.004, 0.0005, 0.6), (True, 8.0, 0.002, 0.0003, 0.7))
+"""Then, one after another: by the clock or not, the power of the sum, temperatures, and the share of what is left."""
 _PAIRS = 4  # how many moves by the estimate count as one by the clock
 _SLOPES = ((0.05, 0.3), (0.1, 0.0))  # what the mean home and the mean microbatch count beside the slowest home
 _CHAIN, _MOST_CHAINS = 250_000, 8  # moves by the clock that a chain is worth starting for
@@ -79,7 +82,10 @@ def anneal(
         search.slope = _SLOPES[chain // len(starts) % len(_SLOPES)]
         part = budget.part(1.0 if last else 1 / (chains + 1 - chain))
         search.load(best if last else judged[chain % len(judged)], seed * 1000 + chain)
-        if not last or not chains:
+        if len(problem.homes) >= _MANY:
+            for exact, power, hot, cold, share in _SUMS:
+                search.descend(part.part(share), exact=exact, power=power, hot=hot, cold=cold)
+        elif not last or not chains:
             search.descend(part.part(_ESTIMATED), exact=False)
         search.descend(part.part(1.0), bound=bound)
         best = min(best, search.judge(*search.current()), key=lambda found: found.run.iteration_s)
@@ -105,6 +111,8 @@ def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int
 def _chains(problem: RoutingProblem, budget: Budget) -> int:
     """How many chains before the last one; none where the budget is for one alone."""
     moves = budget.moves
+    if len(problem.homes) >= _MANY:
+        return 0
     if moves is None:
         moves = int((budget.seconds or 0.0) / (_OP_S * problem.num_microbatches * (2 * problem.path_length + 1)))
     return min(_MOST_CHAINS, moves // _CHAIN)
@@ -162,11 +170,11 @@ class Search:
             state.slow[:] = room.ends
         scale = (now if math.isfinite(now) else float(state.trips.max())) / 1.25
         if power:
-            scale = float(state.slow.mean())
-            room.shape[:] = power, state.slow.mean()
-            state.changed[:], state.count[0] = np.arange(len(state.changed)), len(state.changed)
+            scale = max(float(state.own.mean()), 1e-9)
+            room.shape[:] = power, scale
+            state.count[0] = 0
             now = about = kernels.estimated(flat, state, room, *self.slope)
-            if exact: now = kernels.timed(flat, state, room, *self.slope)
+            now = kernels.timed(flat, state, room, *self.slope) if exact else now
         seconds = np.array([now, now, state.slow.max(), about])
         kept, names = state.paths.copy(), state.stage_of.copy()
         total = None if budget.moves is None else budget.moves * (1 if exact else _PAIRS)
