@@ -26,7 +26,7 @@ from schedulers.skippipe_search.relaxed import packing_bound
 
 MOVES = 200_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
-_REPAIR = 800_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
+_REPAIR = 500_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
 _BOUND = 0.2  # the same, beside it: what the search for a bound may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
@@ -178,7 +178,11 @@ def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int
     paths = mended(plan.paths, plan.problem, problem)
     if moves is None:
         moves = max(50, _REPAIR // (problem.num_microbatches * (2 * problem.path_length + 1)))
-    return _plan(problem, repair(problem, paths, moves, seed), own_work(problem))
+    found = repair(problem, paths, moves, seed)
+    if found.run.iteration_s == STUCK:  # only stages that have changed places lock each other out
+        at = problem.stage_of
+        found = repair(problem, [(path[0], *sorted(path[1:], key=at.__getitem__)) for path in paths], moves, seed)
+    return _plan(problem, found, own_work(problem))
 
 
 def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:
@@ -221,7 +225,7 @@ def mended(paths: Sequence[Path], old: RoutingProblem, new: RoutingProblem) -> l
                 before, after = here[i - 1], here[i + 1] if i + 1 < len(here) and here[i + 1] >= 0 else here[0]
                 here[i] = min(
                     new.stages[-1 - lost],
-                    key=lambda n: (visits[n] >= most[n], both[before, n] + both[n, after], n),  # noqa: B023
+                    key=lambda n: (visits[n] >= most[n], both[before, n] + both[n, after], n),
                 )
                 visits[here[i]] += 1
     for here in made:  # where a stage is gone, another one is visited in its place

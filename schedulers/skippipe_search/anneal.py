@@ -47,6 +47,10 @@ class Budget:
             None if self.seconds is None else max(0.0, self.seconds - (time.monotonic() - self.began)) * share,
         )
 
+    def less(self, used: Budget) -> Budget:
+        """What is left of it after a part; seconds pass by themselves."""
+        return self if self.moves is None else Budget(self.moves - (used.moves or 0))
+
     def progress(self, moves: int) -> float:
         """From 0 to 1, when so many moves have been made."""
         if self.seconds is not None:
@@ -81,12 +85,15 @@ def anneal(
         last = chain == chains
         search.slope = _SLOPES[chain // len(starts) % len(_SLOPES)]
         part = budget.part(1.0 if last else 1 / (chains + 1 - chain))
-        search.load(best if last else judged[chain % len(judged)], seed * 1000 + chain)
+        start = best if last else judged[chain % len(judged)]
+        search.load(problem.with_stages(start.stages), start.paths, seed * 1000 + chain)
         if len(problem.homes) >= _MANY:
             for exact, power, hot, cold, share in _SUMS:
-                search.descend(part.part(share), exact=exact, power=power, hot=hot, cold=cold)
+                search.descend(used := part.part(share), exact=exact, power=power, hot=hot, cold=cold)
+                part = part.less(used)
         elif not last or not chains:
-            search.descend(part.part(_ESTIMATED), exact=False)
+            search.descend(used := part.part(_ESTIMATED), exact=False)
+            part = part.less(used)
         search.descend(part.part(1.0), bound=bound)
         best = min(best, search.judge(*search.current()), key=lambda found: found.run.iteration_s)
     return best
@@ -100,12 +107,11 @@ def ready() -> None:
 def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int = 0) -> Annealed:
     """Better paths near `start`: one short chain by the clock, cold from the beginning."""
     search = Search(problem, joint=False)
-    best = search.judge(problem, start)
-    if problem.path_length == 1 or moves == 0:
-        return best
-    search.load(best, seed)
-    search.descend(Budget(moves), hot=2 * _COLD)
-    return min(best, search.judge(*search.current()), key=lambda found: found.run.iteration_s)
+    if problem.path_length > 1 and moves:
+        search.load(problem, start, seed)
+        search.descend(Budget(moves), hot=2 * _COLD)
+        problem, start = search.current()
+    return search.judge(problem, start)
 
 
 def _chains(problem: RoutingProblem, budget: Budget) -> int:
@@ -131,9 +137,9 @@ class Search:
         self.made = self.asked = 0
         """Moves so far, and how many of them the clock was asked for."""
 
-    def load(self, found: Annealed, seed: int) -> None:
+    def load(self, problem: RoutingProblem, paths: Sequence[Path], seed: int) -> None:
         """Start from there."""
-        self.state = state_of(self.problem.with_stages(found.stages), found.paths, seed)
+        self.state = state_of(problem, paths, seed)
 
     def current(self) -> tuple[RoutingProblem, list[Path]]:
         """The problem under the current stages, and the paths."""
@@ -145,24 +151,34 @@ class Search:
 
     def judge(self, problem: RoutingProblem, paths: Sequence[Path]) -> Annealed:
         """By the clock, under the better rule."""
-        rows = np.array(paths, np.int64)
-        runs = [self._run(rows, rule) for rule in RULES]
-        best = min(range(len(RULES)), key=lambda i: runs[i].iteration_s)
-        return Annealed(problem.stages, tuple(map(tuple, paths)), RULES[best], runs[best])
-
-    def _run(self, rows: np.ndarray, rule: Rule) -> Run:
-        served = self.kernels.run_clock(self.flat._replace(furthest=rule == "furthest"), rows, self.room)
+        rows, ends = np.array(paths, np.int64), list[float]()
+        rules = [self.flat._replace(furthest=rule == "furthest") for rule in RULES]
+        for flat in rules:
+            self.kernels.run_clock(flat, rows, self.room)
+            ends.append(float(self.room.finish.max()))
+        best = ends.index(min(ends))
+        served = self.kernels.run_clock(rules[best], rows, self.room)
         lanes: list[list[tuple[int, int]]] = [[] for _ in self.flat.hop]
         for node, m, at in self.room.lane[:served].tolist():
             lanes[node].append((m, at))
-        return Run(tuple(self.room.finish.tolist()), tuple(map(tuple, lanes)))
+        run = Run(tuple(self.room.finish.tolist()), tuple(map(tuple, lanes)))
+        return Annealed(problem.stages, tuple(map(tuple, paths)), RULES[best], run)
 
-    def descend(self, budget: Budget, *, exact: bool = True, bound: float = 0.0, hot: float = _HOT, power: float = 0.0, cold: float = _COLD) -> None:
+    def descend(
+        self,
+        budget: Budget,
+        *,
+        exact: bool = True,
+        bound: float = 0.0,
+        hot: float = _HOT,
+        power: float = 0.0,
+        cold: float = _COLD,
+    ) -> None:
         """Anneal by the clock, or by the estimate; the best paths seen are the current ones afterwards. Ends where
         the slowest home is at `bound`."""
         flat, state, room, kernels = self.flat, self.state, self.room, self.kernels
         room.shape[0] = 0.0
-        state.changed[:], state.count[0] = np.arange(len(state.changed)), len(state.changed)
+        state.changed[:], state.tally[0] = np.arange(len(state.changed)), len(state.changed)
         now = about = kernels.estimated(flat, state, room, *self.slope)
         state.slow[:] = state.own
         if exact:
@@ -172,7 +188,7 @@ class Search:
         if power:
             scale = max(float(state.own.mean()), 1e-9)
             room.shape[:] = power, scale
-            state.count[0] = 0
+            state.tally[0] = 0
             now = about = kernels.estimated(flat, state, room, *self.slope)
             now = kernels.timed(flat, state, room, *self.slope) if exact else now
         seconds = np.array([now, now, state.slow.max(), about])

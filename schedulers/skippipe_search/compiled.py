@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numba
 import numba.core.config
 
+_njit: Any = numba.njit
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -27,19 +28,19 @@ def entry(function: _F) -> _F:
         for folder in (given, "") if given else (str(here / "__pycache__" / digest), ""):
             config.CACHE_DIR = folder
             try:
-                return numba.njit(function, cache=True)
+                return _njit(function, cache=True)
             except RuntimeError:  # nothing may be written there
                 continue
-        return numba.njit(function)
+        return _njit(function)
     finally:
         config.CACHE_DIR = given
 
 
 def inner(function: _F) -> _F:
     """A function that compiled code alone calls."""
-    return numba.njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return _njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def inlined(function: _F) -> _F:
     """The same, for what is short and called often: references to its arguments are not counted."""
-    return numba.njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+    return _njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)

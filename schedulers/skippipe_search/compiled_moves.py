@@ -62,11 +62,11 @@ def change(p: Flat, s: State, m: int, row: Ints) -> None:
 
 @inlined
 def _remember(p: Flat, s: State, m: int) -> None:
-    c = s.count[0]
+    c = s.tally[0]
     s.changed[c], s.old_trips[c] = m, s.trips[m]
     for i in range(p.length):
         s.old[c, i] = s.paths[m, i]
-    s.count[0] = c + 1
+    s.tally[0] = c + 1
 
 
 @inner
@@ -117,10 +117,10 @@ def order(p: Flat, s: State, row: Ints) -> None:
 def _fits(p: Flat, s: State, m: int, at: int, node: int) -> bool:
     """Whether a node may stand there: its stage is not visited elsewhere on the path."""
     stage = s.stage_of[node]
+    fits = True
     for i in range(p.length):
-        if i != at and s.stage_of[s.paths[m, i]] == stage:
-            return False
-    return True
+        fits = fits and (i == at or s.stage_of[s.paths[m, i]] != stage)
+    return fits
 
 
 @inlined
@@ -149,7 +149,7 @@ def _beside(p: Flat, s: State, node: int) -> int:
 @inner
 def propose(p: Flat, s: State) -> bool:
     """Make a move, and say whether anything changed."""
-    s.count[0], s.count[2], s.count[3] = 0, -1, -1
+    s.tally[0], s.tally[2], s.tally[3] = 0, -1, -1
     kind = uniform(s.draw)
     if kind < (0.15 if p.joint else 0.05):
         return _rename(p, s)
@@ -159,7 +159,7 @@ def propose(p: Flat, s: State) -> bool:
     if kind < 0.25 and p.swaps:
         order(p, s, one)
         change(p, s, a, one)
-        return s.count[0] > 0
+        return s.tally[0] > 0
     if kind < 0.35:  # all that they visit
         if uniform(s.draw) < 0.5:
             b = below(s.draw, s.paths.shape[0])
@@ -176,7 +176,7 @@ def propose(p: Flat, s: State) -> bool:
         order(p, s, two)
         change(p, s, a, two)
         change(p, s, b, one)
-        return s.count[0] > 0
+        return s.tally[0] > 0
     i = 1 + below(s.draw, p.length - 1)
     x = one[i]
     y = _beside(p, s, one[i - 1] if uniform(s.draw) < 0.5 else one[i + 1] if i + 1 < p.length else one[0])
@@ -205,7 +205,7 @@ def propose(p: Flat, s: State) -> bool:
     order(p, s, two)
     change(p, s, a, one)
     change(p, s, b, two)
-    return s.count[0] > 0
+    return s.tally[0] > 0
 
 
 @inlined
@@ -252,7 +252,7 @@ def _rename(p: Flat, s: State) -> bool:
                 s.stage_of[n] == other and n != b and p.hop[a, n] > p.replica_hop
             ):
                 return False
-    s.count[2], s.count[3] = a, b
+    s.tally[2], s.tally[3] = a, b
     for m in range(s.paths.shape[0]):
         here = False
         for i in range(p.length):
@@ -260,15 +260,15 @@ def _rename(p: Flat, s: State) -> bool:
         if here:
             _remember(p, s, m)
     _tell(p, s)
-    return s.count[0] > 0
+    return s.tally[0] > 0
 
 
 @inlined
 def _tell(p: Flat, s: State) -> None:
     """Exchange the two names on the changed paths."""
-    a, b = s.count[2], s.count[3]
+    a, b = s.tally[2], s.tally[3]
     exchange_names(s, a, b)
-    for c in range(s.count[0]):
+    for c in range(s.tally[0]):
         m = s.changed[c]
         for i in range(p.length):
             if s.paths[m, i] == a:
@@ -280,13 +280,13 @@ def _tell(p: Flat, s: State) -> None:
 @inner
 def undo(p: Flat, s: State) -> None:
     """Take the last move back."""
-    if s.count[2] >= 0:
+    if s.tally[2] >= 0:
         _tell(p, s)
     else:
-        for c in range(s.count[0] - 1, -1, -1):
+        for c in range(s.tally[0] - 1, -1, -1):
             put(p, s, s.changed[c], s.old[c])
-    for c in range(s.count[0]):
+    for c in range(s.tally[0]):
         s.trips[s.changed[c]] = s.old_trips[c]
-    for c in range(s.count[1]):
+    for c in range(s.tally[1]):
         home = s.homes[c]
         s.own[home], s.total[home] = s.old_own[c], s.old_total[c]

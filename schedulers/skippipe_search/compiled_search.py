@@ -49,18 +49,18 @@ def _valued(by_home: Floats, totals: Floats, r: Room, many: int, home: float, ea
 def estimated(p: Flat, s: State, r: Room, home: float, each: float) -> float:
     """What the paths are worth, each home alone, after those in `changed` have become others."""
     many = s.paths.shape[0]
-    s.count[1] = 0
-    s.count[4] += 1
-    for c in range(s.count[0]):
+    s.tally[1] = 0
+    s.tally[4] += 1
+    for c in range(s.tally[0]):
         m = s.changed[c]
         s.trips[m] = round_trip(p, s.paths[m])
-    for c in range(s.count[0]):
+    for c in range(s.tally[0]):
         h = s.changed[c] % p.homes
-        if s.mark[h] != s.count[4]:
-            s.mark[h] = s.count[4]
-            k = s.count[1]
+        if s.mark[h] != s.tally[4]:
+            s.mark[h] = s.tally[4]
+            k = s.tally[1]
             s.homes[k], s.old_own[k], s.old_total[k] = h, s.own[h], s.total[h]
-            s.count[1] = k + 1
+            s.tally[1] = k + 1
             s.own[h], s.total[h] = home_alone(p, s.paths, s.trips, h, r)
     return _valued(s.own, s.total, r, many, home, each)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from schedulers.skippipe_search.problem import Path, RoutingProblem, quotas
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Floats = Any
+Ints = Any
+"""Arrays of float64 and of int64; numpy's own types would have it that an item of one may be an array again."""
 
 
 class Flat(NamedTuple):
@@ -39,7 +40,7 @@ class Flat(NamedTuple):
 
 
 class State(NamedTuple):
-    """What moves change, with what is derived from it. M microbatches, L stops, H homes, V the most visits of a node."""
+    """What moves change, with what is derived from it. M microbatches, L stops, H homes, V the most visits."""
 
     paths: Ints  # [M, L]
     stage_of: Ints  # by node, -1: in none
@@ -59,7 +60,7 @@ class State(NamedTuple):
     old_own: Floats
     old_total: Floats
     mark: Ints  # [H]: the last move that changed each
-    count: Ints  # [changed microbatches, changed homes, two nodes that exchanged names or -1, moves made]
+    tally: Ints  # [changed microbatches, changed homes, two nodes that exchanged names or -1, moves made]
     row: Ints  # [2, L]: room for paths in the making
     draw: NDArray[np.uint64]  # [1]: the random state
 
@@ -139,5 +140,6 @@ def room_of(problem: RoutingProblem) -> Room:
         np.zeros(many, np.int64), np.zeros(many, np.int64), np.zeros(size, np.int64), np.zeros(size),
         np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64),
         np.zeros((size, size) if problem.contention else (1, 1)), np.zeros(many + 1), np.zeros(many + 1),
-        np.zeros(many), np.zeros(len(problem.homes)), np.zeros(len(problem.homes)), np.zeros(2), np.zeros((many * (2 * length + 1), 3), np.int64),
+        np.zeros(many), np.zeros(len(problem.homes)),
+        np.zeros(len(problem.homes)), np.zeros(2), np.zeros((many * (2 * length + 1), 3), np.int64),
     )  # fmt: skip

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from schedulers.skippipe_search.bounds import home_turn
 from schedulers.skippipe_search.flat import Floats, Ints
@@ -229,15 +228,21 @@ class _Table:
             found.append(
                 (
                     limit(slots),
-                    lambda at, items, share=share, valid=valid: valid[at] * 0.5
-                    * (1.0 * (items > share * bins[at] + 1e-9) + (items > (1 - share) * bins[at] + 1e-9)),
+                    lambda at, items, share=share, valid=valid: (
+                        valid[at]
+                        * 0.5
+                        * (1.0 * (items > share * bins[at] + 1e-9) + (items > (1 - share) * bins[at] + 1e-9))
+                    ),
                 )
             )
         ahead = self.packing.op / 2  # what each of several at once is late by, on average, at one of both ends
         for number in range(2, int(most.max()) + 1 if (most <= slots).all() else 0):
             late = (number - 1) * ahead
             found.append(
-                (limit(np.full(len(slots), number - 1.0)), lambda at, items, late=late: items > (bins - late)[at] + 1e-9)
+                (
+                    limit(np.full(len(slots), number - 1.0)),
+                    lambda at, items, late=late: items > (bins - late)[at] + 1e-9,
+                )
             )
         return found
 
