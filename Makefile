@@ -63,6 +63,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checkfree.py --out benchmarks/results
 	$(BIN)/python benchmarks/checkfree_ablation.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe.py --out benchmarks/results
+	$(BIN)/python benchmarks/skippipe_exact.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe_run.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe_training.py --out benchmarks/results
 	$(BIN)/python benchmarks/roundpipe.py --out benchmarks/results

@@ -1,6 +1,6 @@
 """What SkipPipe's planner finds, beside what was published and beside the bound: simulated iterations, real searches.
 
-    python benchmarks/skippipe.py --out benchmarks/results        # 35 minutes on two idle cores
+    python benchmarks/skippipe.py --out benchmarks/results        # 40 minutes on two idle cores
     python benchmarks/skippipe.py --only published --budget 5     # to try the script
 
 `published`: the published network of 20 nodes (data/skippipe_gcp20.json). The paths that were published are timed by
@@ -9,7 +9,11 @@ for, since the published full pipeline has 27 microbatches and the skipping ones
 `unseen`: networks drawn from a seed, of 12 to 24 nodes in 4 to 6 stages. Sites lie on a globe; a link is as slow as its
 sites are far apart, and varies besides; nodes are dealt to stages at random. One search for each.
 `scale`: such networks of 100 and 1,000 nodes.
-A budget is the seconds of a whole search. Searches run two at a time. Writes skippipe.json and skippipe-gaps.svg.
+`moves`: moves per second of processor time, by the estimate and by the clock, beside those before they were compiled.
+`replan`: one node after another is lost from a plan for 1,000; how long a new plan takes, and what it is worth.
+Every bound stands beside the one before all paths were packed at once (schedulers/skippipe_search/relaxed.py).
+A budget is the seconds of a whole search. Searches run two at a time (--processes). Writes skippipe.json and
+skippipe-gaps.svg.
 """
 
 from __future__ import annotations
@@ -31,9 +35,12 @@ from rich.progress import Progress
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
+from benchmarks.skippipe_networks import geography  # noqa: E402
 from benchmarks.skippipe_report import gaps_svg, print_report  # noqa: E402
 from launch.plan_command import published, published_time  # noqa: E402
-from schedulers.skippipe import replay, skippipe  # noqa: E402
+from schedulers.skippipe import replan, replay, skippipe, without  # noqa: E402
+from schedulers.skippipe_search.anneal import Budget, Search, ready  # noqa: E402
+from schedulers.skippipe_search.conflicts import dealt_paths  # noqa: E402
 from schedulers.skippipe_search.problem import RoutingProblem, routing_from_json  # noqa: E402
 
 GCP = Path(__file__).parent / "data" / "skippipe_gcp20.json"
@@ -46,32 +53,11 @@ SEARCHED = {  # name -> stages left out, swaps, joint
     "two stages of six skipped, cut searched": (2, True, True),
 }
 GOALS = {"two stages of six skipped": 33.3, "two stages of six skipped, cut searched": 28.8}  # s, of issue and anchor
-PARTS = ("published", "unseen", "scale")
-
-
-def geography(seed: int, nodes: int, stages: int, skipped: int, per_home: int, swaps: bool = True) -> RoutingProblem:
-    """Nodes at sites on a globe, two to a site on average, dealt to stages of which the first is the largest.
-
-    A hop is 20 ms, light in fibre along one and a half times the great circle, and 33.5 MB at a bandwidth that falls
-    with the distance, from 400 MB/s within a site to some 10 MB/s round the globe, times a log-normal factor of 0.4:
-    hops of 0.1 to 5 s, as on the published network, whose times of compute and memory slots are taken too.
-    """
-    draw = np.random.default_rng(seed)
-    sites = draw.normal(size=(max(2, nodes // 2), 3))
-    sites /= np.linalg.norm(sites, axis=1, keepdims=True)
-    at = sites[draw.integers(len(sites), size=nodes)]
-    km = 6371 * np.arccos(np.clip(at @ at.T, -1, 1))
-    speed = 400e6 / (1 + km / 500) * draw.lognormal(0.0, 0.4, size=(nodes, nodes))
-    hop = 0.02 + 1.5 * km / 200_000 + 33_554_432 / speed
-    np.fill_diagonal(hop, 0.0)
-    order = [int(n) for n in draw.permutation(nodes)]
-    rest = nodes // (stages + 1) if stages < 10 else nodes // stages
-    first = nodes - rest * (stages - 1)
-    cut = [order[:first], *(order[first + i * rest : first + (i + 1) * rest] for i in range(stages - 1))]
-    return RoutingProblem(
-        hop.tolist(), tuple(map(tuple, cut)), stages - skipped, per_home * first, 0.44, 0.66, 0.11, 0.16 * 0.44,
-        (3,) * nodes, swaps=swaps,
-    )  # fmt: skip
+PARTS = ("published", "unseen", "scale", "moves", "replan")
+BEFORE = {  # moves per second of a core before they were compiled (commit 475bd7e), by the estimate and by the clock
+    "20 nodes, cut searched": (47_244, 8_330), "20 nodes": (72_227, 8_159), "100 nodes": (49_032, 1_714),
+    "1,000 nodes": (33_779, 221),
+}  # fmt: skip
 
 
 def job_problem(job: dict[str, Any]) -> RoutingProblem:
@@ -88,10 +74,12 @@ def search(job: dict[str, Any]) -> dict[str, Any]:
     problem = job_problem(job)
     began = time.monotonic()
     plan = skippipe(problem, seed=job["seed"], seconds=job["budget_s"], joint=job["joint"])
+    before = max(seconds for name, seconds in plan.bounds.items() if name != "packing")
     return {
         **job, "microbatches": problem.num_microbatches, "path_length": problem.path_length,
         "stages": len(problem.stages), "iteration_s": plan.iteration_s, "bound_s": plan.lower_bound_s,
-        "gap": plan.gap, "search_s": time.monotonic() - began,
+        "gap": plan.gap, "bound_before_s": before, "gap_before": plan.iteration_s / before - 1,
+        "search_s": time.monotonic() - began,
     }  # fmt: skip
 
 
@@ -107,6 +95,48 @@ def replayed() -> list[dict[str, Any]]:
                 "part": "published", "name": name, "microbatches": len(paths), "path_length": len(paths[0]),
                 "iteration_s": replay(problem, paths).iteration_s, "published_s": published_time(values, name),
             }
+        )  # fmt: skip
+    return rows
+
+
+def moves_per_second(seconds: float = 3.0) -> list[dict[str, Any]]:
+    """Of one core, from the same start as before."""
+    asked = routing_from_json(json.loads(GCP.read_text()), swaps=True)
+    published_, rows = replace(asked, path_length=len(asked.stages) - 2), list[dict[str, Any]]()
+    began = time.monotonic()
+    ready()
+    compiling = time.monotonic() - began
+    for name, problem in (
+        ("20 nodes, cut searched", published_), ("20 nodes", published_),
+        ("100 nodes", geography(0, 100, 10, 3, 6)), ("1,000 nodes", geography(0, 1000, 10, 3, 3, False)),
+    ):  # fmt: skip
+        search, found = Search(problem, "cut" in name), list[float]()
+        search.load(problem, dealt_paths(problem), 0)
+        for exact in (False, True):
+            search.descend(Budget(1), exact=exact)
+            made, spent = search.made, time.process_time()
+            search.descend(Budget(None, seconds), exact=exact)
+            found.append((search.made - made) / (time.process_time() - spent))
+        rows.append(
+            {"part": "moves", "name": name, "estimate": found[0], "clock": found[1], "asked": search.asked,
+             "estimate_before": BEFORE[name][0], "clock_before": BEFORE[name][1], "ready_s": compiling}
+        )  # fmt: skip
+    return rows
+
+
+def replanned(budget: float, lost: int = 60, beside: int = 3) -> list[dict[str, Any]]:
+    """Lost nodes of a plan for 1,000, one each time; the first `beside` are searched for from scratch too."""
+    plan = skippipe(geography(0, 1000, 10, 3, 3, False), seconds=budget)
+    rows: list[dict[str, Any]] = []
+    for number, node in enumerate(np.random.default_rng(0).permutation(1000)[:lost].tolist()):
+        began = time.perf_counter()
+        left = without(plan.problem, [node])
+        again = replan(plan, left)
+        took = time.perf_counter() - began
+        rows.append(
+            {"part": "replan", "name": f"without node {node}", "home": node in plan.problem.homes, "replan_s": took,
+             "plan_s": plan.iteration_s, "iteration_s": again.iteration_s,
+             "searched_s": skippipe(left, seconds=budget).iteration_s if number < beside else None}
         )  # fmt: skip
     return rows
 
@@ -145,14 +175,27 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             seconds = [row["iteration_s"] for row in same]
             found[name] = {
                 "median_s": statistics.median(seconds), "least_s": min(seconds), "most_s": max(seconds),
-                "bound_s": same[0]["bound_s"], "gap": statistics.median(row["gap"] for row in same),
+                "bound_s": max(row["bound_s"] for row in same),
+                "bound_before_s": same[0]["bound_before_s"], "gap": statistics.median(row["gap"] for row in same),
                 "search_s": max(row["search_s"] for row in same),
                 **({"goal_s": GOALS[name]} if name in GOALS else {}),
             }  # fmt: skip
     if gaps := sorted(row["gap"] for row in rows if row["part"] == "unseen"):
         found["unseen"] = {
-            "networks": len(gaps), "median": statistics.median(gaps), "least": gaps[0], "most": gaps[-1],
+            "networks": len(gaps), "median_before": statistics.median(
+                row["gap_before"] for row in rows if row["part"] == "unseen"
+            ), "median": statistics.median(gaps), "least": gaps[0], "most": gaps[-1],
             "p90": gaps[min(len(gaps) - 1, int(0.9 * len(gaps)))], "proved_best": sum(gap < 1e-6 for gap in gaps),
+        }  # fmt: skip
+    if again := [row for row in rows if row["part"] == "replan"]:
+        ms = sorted(1000 * row["replan_s"] for row in again[1:])  # the first one finds nothing in the caches
+        found["replan"] = {
+            "lost": len(again), "p50_ms": statistics.median(ms), "p95_ms": ms[int(0.95 * (len(ms) - 1))],
+            "first_ms": 1000 * again[0]["replan_s"],
+            **{f"times_as_long, {kind}": statistics.median(r["iteration_s"] / r["plan_s"] for r in again
+                                                           if r["home"] == home)
+               for kind, home in (("a home", True), ("another node", False))
+               if any(r["home"] == home for r in again)},
         }  # fmt: skip
     return found
 
@@ -161,12 +204,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of a search; a third for unseen, 5 x scale")
+    parser.add_argument("--processes", type=int, default=2, help="searches at a time")
     parser.add_argument("--networks", type=int, default=40, help="of part unseen")
     parser.add_argument("--out", type=Path, help="folder for skippipe.json and skippipe-gaps.svg")
     options = parser.parse_args()
     rows = replayed() if "published" in options.only else []
+    rows += moves_per_second() if "moves" in options.only else []
+    rows += replanned(options.budget) if "replan" in options.only else []
     asked = jobs(options)
-    with Progress(console=Console(stderr=True)) as progress, ProcessPoolExecutor(2) as pool:
+    with Progress(console=Console(stderr=True)) as progress, ProcessPoolExecutor(options.processes) as pool:
         task = progress.add_task("searching", total=len(asked))
         for done in as_completed([pool.submit(search, job) for job in asked]):
             rows.append(done.result())

@@ -33,7 +33,7 @@ def print_report(found: Row, console: Console) -> None:
     summary, rows = found["summary"], found["rows"]
     table = results_table(
         "the published network: simulated seconds of an iteration", "plan", "microbatches", "stages visited", "seconds",
-        "of seeds", "published or goal", "bound", "gap", "searched s",
+        "of seeds", "published or goal", "bound before", "bound", "gap", "searched s",
     )  # fmt: skip
     seen: set[str] = set()
     for row in rows:
@@ -44,11 +44,14 @@ def print_report(found: Row, console: Console) -> None:
         found_ = summary.get(row["name"])
         if found_ is None:
             said = row["published_s"]
-            table.add_row(*first, f"{row['iteration_s']:.2f}", "", "" if said is None else f"{said:.2f}", "", "", "")
+            table.add_row(
+                *first, f"{row['iteration_s']:.2f}", "", "" if said is None else f"{said:.2f}", "", "", "", ""
+            )
             continue
         table.add_row(
             *first, f"{found_['median_s']:.2f}", f"{found_['least_s']:.2f}-{found_['most_s']:.2f}",
-            f"<= {found_['goal_s']}" if "goal_s" in found_ else "", f"{found_['bound_s']:.2f}",
+            f"<= {found_['goal_s']}" if "goal_s" in found_ else "",
+            f"{found_['bound_before_s']:.2f}", f"{found_['bound_s']:.2f}",
             f"{found_['gap']:.1%}", f"{found_['search_s']:.1f}",
         )  # fmt: skip
     if seen:
@@ -63,13 +66,44 @@ def print_report(found: Row, console: Console) -> None:
         )  # fmt: skip
     if table.row_count:
         console.print(table)
+    table = results_table(
+        "moves per second of a core", "network", "estimate", "before", "times", "clock", "before", "times"
+    )
+    for row in (row for row in rows if row["part"] == "moves"):
+        said = [row["name"]]
+        for kind in ("estimate", "clock"):
+            now, old = row[kind], row[f"{kind}_before"]
+            said += [f"{now:,.0f}", f"{old:,}", f"{now / old:.1f}"]
+        table.add_row(*said)
+    if table.row_count:
+        console.print(table)
+    if "replan" in summary:
+        console.print("a lost node of 1,000: " + ", ".join(f"{k} {v:.2f}" for k, v in summary["replan"].items()))
     if "unseen" in summary:
         gaps = summary["unseen"]
         console.print(
+            f"with the bound of before {gaps['median_before']:.1%} (median)\n"
             f"{gaps['networks']} networks not seen before: gap to the bound {gaps['median']:.1%} (median), "
             f"{gaps['p90']:.1%} (90th percentile), {gaps['least']:.1%} to {gaps['most']:.1%}; "
             f"{gaps['proved_best']} plans proved to be the best"
         )
+
+
+def exact_table(rows: Sequence[Row]) -> Table:
+    """Of small networks: the plan, the optimum and the bounds, and whose the gap is."""
+    table = results_table(
+        "12 nodes: simulated seconds of an iteration", "network", "stages", "visited", "microbatches", "bound before",
+        "bound", "optimum is at least", "best known", "plan", "gap of the plan", "gap of the bound",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            str(row["network"]), " ".join(map(str, row["stages"])), str(row["path_length"]), str(row["microbatches"]),
+            f"{row['bound_before_s']:.2f}", f"{row['bound_s']:.2f}",
+            f"{row['exact_bound_s']:.2f}" + (" (proved)" if row["proved"] else ""), f"{row['exact_s']:.2f}",
+            f"{row['iteration_s']:.2f}", f"{row['iteration_s'] / row['exact_s'] - 1:.1%}",
+            f"{row['exact_s'] / row['bound_s'] - 1:.1%}",
+        )  # fmt: skip
+    return table
 
 
 def gaps_svg(rows: Sequence[Row]) -> str:

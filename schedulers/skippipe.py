@@ -17,15 +17,18 @@ from typing import Annotated
 from pipeline.schedule.costs import Costs, Network
 from pipeline.schedule.ops import B, F, Op, Route, Schedule, Span
 from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_owner
-from schedulers.skippipe_search.anneal import Annealed, Budget, anneal
-from schedulers.skippipe_search.bounds import any_cut, lower_bounds
+from schedulers.skippipe_search.anneal import Annealed, Budget, anneal, ready, repair
+from schedulers.skippipe_search.bounds import any_cut, lower_bounds, own_work
 from schedulers.skippipe_search.clock import STUCK, Rule, Run, clock
 from schedulers.skippipe_search.conflicts import TRIES, conflict_based, dealt_paths, prioritised
 from schedulers.skippipe_search.problem import NetworkError, Path, RoutingProblem, check_paths, quotas
+from schedulers.skippipe_search.relaxed import packing_bound
 
-MOVES = 12_000
+MOVES = 200_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
+_REPAIR = 500_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
+_BOUND = 0.2  # the same, beside it: what the search for a bound may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one
 
 
@@ -128,6 +131,7 @@ def skippipe(
     sizes. `start` is where the search begins; unless given, a conflict-based search finds it. Raises NetworkError
     where memory or the network lets no plan through.
     """
+    ready()  # a budget in seconds is not for compiling
     began = time.monotonic()
     bounds = {"any stages": any_cut(problem)} if joint else lower_bounds(problem)
     starts = [dealt_paths(problem) if start is None else list(start)]
@@ -139,7 +143,12 @@ def skippipe(
         problem, starts, Budget(None if left is not None else moves, left), seed=seed, joint=joint,
         bound=max(bounds.values()),
     )  # fmt: skip
-    return _plan(problem, best, bounds)
+    plan = _plan(problem, best, bounds)
+    if seconds is None or plan.gap < 1e-6:
+        return plan
+    over = time.monotonic() + max(1.0, _BOUND * seconds)
+    packed = packing_bound(problem, plan.lower_bound_s, plan.iteration_s, joint, lambda: time.monotonic() > over)
+    return replace(plan, bounds={**bounds, "packing": packed})
 
 
 def _starts(problem: RoutingProblem, seed: int, over: Callable[[], bool]) -> list[list[Path]]:
@@ -159,11 +168,21 @@ def replay(problem: RoutingProblem, paths: Sequence[Path], rule: Rule = "furthes
     return SkipPlan(problem, tuple(paths), rule, run, lower_bounds(problem))
 
 
-def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int = 2000) -> SkipPlan:
+def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int | None = None) -> SkipPlan:
     """The plan again for `problem`, in which links have changed or nodes are gone (`without`), from its paths as far as
-    they hold: the visits of a lost node go to its replicas, or around its stage where it had none. Raises NetworkError
-    as `skippipe` does."""
-    return skippipe(problem, seed=seed, moves=moves, start=mended(plan.paths, plan.problem, problem))
+    they hold: the visits of a lost node go to its replicas, or around its stage where it had none.
+
+    Then `moves` near there, by default as many as take less than a tenth of a second; the bounds are those that cost
+    nothing. Raises NetworkError where memory or the network lets no plan through.
+    """
+    paths = mended(plan.paths, plan.problem, problem)
+    if moves is None:
+        moves = max(50, _REPAIR // (problem.num_microbatches * (2 * problem.path_length + 1)))
+    found = repair(problem, paths, moves, seed)
+    if found.run.iteration_s == STUCK:  # only stages that have changed places lock each other out
+        at = problem.stage_of
+        found = repair(problem, [(path[0], *sorted(path[1:], key=at.__getitem__)) for path in paths], moves, seed)
+    return _plan(problem, found, own_work(problem))
 
 
 def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:
@@ -173,25 +192,42 @@ def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:
     if not stages[0]:
         raise NetworkError("no node of the first stage is left, and the first stage is never skipped")
     kept = tuple(stage for stage in stages if stage)
-    return replace(problem, stages=kept, path_length=min(problem.path_length, len(kept)))
+    return problem.with_stages(kept, min(problem.path_length, len(kept)))
 
 
 def mended(paths: Sequence[Path], old: RoutingProblem, new: RoutingProblem) -> list[Path]:
-    """Legal and balanced paths for `new` that keep what they can of `paths`, which were for `old`."""
+    """Legal and balanced paths for `new` that keep what they can of `paths`, which were for `old`: also their homes,
+    whatever the numbers of their microbatches."""
     stage_of, was = new.stage_of, old.stage_of
     now = {i: new.stages.index(stage) for i, each in enumerate(old.stages)
            if (stage := next((s for s in new.stages if set(s) & set(each)), None))}  # fmt: skip
+    left: dict[int, list[Path]] = {home: [] for home in new.homes}
+    moved: list[Path] = []
+    for path in paths:
+        left.get(path[0], moved).append(path)
+    kept = [left[home].pop(0) if left[home := new.home(m)] else None for m in range(new.num_microbatches)]
+    moved += [path for each in left.values() for path in each]
     visits: Counter[int] = Counter()
     made: list[list[int]] = []
-    for m, path in enumerate(paths):
+    for m, kept_path in enumerate(kept):
         here = [new.home(m)]
-        for node in path[1:]:
-            if node not in stage_of and was[node] in now:  # a replica takes over
-                node = min(new.stages[now[was[node]]], key=lambda n: (visits[n], n))
-            if node in stage_of and len(here) < new.path_length:
+        for node in (kept_path or (moved.pop(0) if moved else ()))[1:]:
+            if len(here) < new.path_length and node in stage_of:
                 here.append(node)
                 visits[node] += 1
+            elif len(here) < new.path_length and was[node] in now:
+                here.append(-1 - now[was[node]])
         made.append(here)
+    both, most = new.both_ways, {node: share[1] for node, share in quotas(new)[1].items()}
+    for here in made:  # a replica takes over that has visits to spare and is on the way
+        for i, lost in enumerate(here):
+            if lost < 0:
+                before, after = here[i - 1], here[i + 1] if i + 1 < len(here) and here[i + 1] >= 0 else here[0]
+                here[i] = min(
+                    new.stages[-1 - lost],
+                    key=lambda n: (visits[n] >= most[n], both[before, n] + both[n, after], n),
+                )
+                visits[here[i]] += 1
     for here in made:  # where a stage is gone, another one is visited in its place
         while len(here) < new.path_length:
             free = [n for n in stage_of if stage_of[n] not in {stage_of[h] for h in here}]
@@ -228,12 +264,11 @@ def _even(paths: list[list[int]], problem: RoutingProblem, visits: Counter[int])
 
 def _plan(problem: RoutingProblem, found: Annealed, bounds: dict[str, float]) -> SkipPlan:
     planned = problem.with_stages(found.stages)
-    run = clock(planned, found.paths, found.rule)
-    if run.iteration_s == STUCK:
+    if found.run.iteration_s == STUCK:
         slots = sorted(set(problem.slots))
         raise NetworkError(
             f"memory_slots of {slots[0]} per node: no plan was found under which every microbatch completes; allowed: "
             "more slots, fewer microbatches, or no swaps"
         )
     check_paths(planned, found.paths)
-    return SkipPlan(planned, found.paths, found.rule, run, bounds)
+    return SkipPlan(planned, found.paths, found.rule, found.run, bounds)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import networkx as nx
 import numpy as np
+from numpy.typing import NDArray
 
 from schedulers.skippipe_search.problem import RoutingProblem, quotas
 from schedulers.skippipe_search.router import Router
@@ -22,13 +23,21 @@ def lower_bounds(problem: RoutingProblem) -> dict[str, float]:
     "first stage", "middle": a node's own ops alone.
     """
     router = Router(problem)
-    trips, homes, first = [0.0], [0.0], [0.0]
+    trips, homes = [0.0], [0.0]
     for home in problem.homes:
         many = len(problem.microbatches_of(home))
         found = router.cheapest(home)
         if found is not None:
             trips.append(-(-many // problem.slots[home]) * found[0])
             homes.append(_home(problem, home, found[0], many))
+    return {"round trips": max(trips), "homes": max(homes), "held": _held(problem), **own_work(problem)}
+
+
+def own_work(problem: RoutingProblem) -> dict[str, float]:
+    """Those of `lower_bounds` that are found in no time: a node's own ops."""
+    first = [0.0]
+    for home in problem.homes:
+        many = len(problem.microbatches_of(home))
         own = math.fsum(problem.seconds(kind, home) for kind in ("forward", "loss", "backward"))
         first.append(many * own + (3 * many - 1) * problem.gap_s)
     middle = [
@@ -36,10 +45,7 @@ def lower_bounds(problem: RoutingProblem) -> dict[str, float]:
         - (problem.gap_s if least else 0.0)
         for node, (least, _) in quotas(problem)[1].items()
     ]
-    return {
-        "round trips": max(trips), "homes": max(homes), "held": _held(problem), "first stage": max(first),
-        "middle": max(middle, default=0),
-    }  # fmt: skip
+    return {"first stage": max(first), "middle": max(middle, default=0.0)}
 
 
 def _home(problem: RoutingProblem, home: int, trip: float, many: int) -> float:
@@ -58,6 +64,22 @@ def _home(problem: RoutingProblem, home: int, trip: float, many: int) -> float:
     start = (j - 1) // slots * trip
     turn = (many - slots - j + 1) * (backward + problem.gap_s) + (many - slots - j) * forward
     return start + trip - backward + turn + trip
+
+
+def home_turn(problem: RoutingProblem, many: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """By node, if it were a home with so many microbatches: seconds of an iteration, and how many of its shortest
+    round trips fit into the rest of it at most; no trips where all microbatches are under way at once.
+
+    As in `_home`: S(M) waits for a chain of q + 1 trips, of different microbatches, the last one less its backward,
+    and for the turn after them; then comes the last trip.
+    """
+    slots, speed = np.array(problem.slots, float), np.array(problem.speed)
+    forward, backward = problem.forward_s / speed + problem.gap_s, problem.backward_s / speed
+    j = np.maximum(1, many - 2 * slots + 1)
+    backwards, chain = many - slots - j + 1, np.floor((j - 1) / slots)
+    turn = backwards * (backward + problem.gap_s) + (backwards - 1) * forward - backward
+    waits = many > slots
+    return np.where(waits, turn, 0.0), np.where(waits, chain + 2, 0.0)
 
 
 def _held(problem: RoutingProblem) -> float:

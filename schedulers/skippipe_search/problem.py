@@ -11,7 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.schedule.costs import MOST_S
 
@@ -19,6 +23,7 @@ Path = tuple[int, ...]
 """The nodes of one microbatch in the order of its forward; the first is its home."""
 
 MOST_MICROBATCHES = 65536
+_NEAR = 24
 _GAP = 0.16  # of a forward: with it the four published iterations of the reference come out within 1 %
 
 
@@ -121,9 +126,33 @@ class RoutingProblem:
         """Microbatches are dealt to the nodes of the first stage in turn."""
         return self.stages[0][microbatch % len(self.stages[0])]
 
-    def with_stages(self, stages: Sequence[Sequence[int]]) -> RoutingProblem:
-        """The same network, otherwise cut."""
-        return replace(self, stages=tuple(map(tuple, stages)))
+    def with_stages(self, stages: Sequence[Sequence[int]], path_length: int | None = None) -> RoutingProblem:
+        """The same network, otherwise cut; paths as long as they were unless told."""
+        length = self.path_length if path_length is None else path_length
+        made = replace(self, stages=tuple(map(tuple, stages)), path_length=length)
+        for name in ("hops", "both_ways", "nearest"):  # of a large network they take longer than a plan may
+            if name in self.__dict__:
+                made.__dict__[name] = self.__dict__[name]
+        return made
+
+    @cached_property
+    def hops(self) -> NDArray[np.float64]:
+        """hop_s as an array."""
+        return np.array(self.hop_s, dtype=np.float64)
+
+    @cached_property
+    def both_ways(self) -> NDArray[np.float64]:
+        """[a, b]: a hop there and one back; none from a node to itself."""
+        both = self.hops + self.hops.T
+        np.fill_diagonal(both, 0.0)
+        return both
+
+    @cached_property
+    def nearest(self) -> NDArray[np.int64]:
+        """[node, rank]: the nodes that are fewest seconds away, there and back, at most `_NEAR` of them."""
+        far = self.both_ways.copy()
+        np.fill_diagonal(far, np.inf)
+        return np.argsort(far, axis=1, kind="stable")[:, : max(1, min(_NEAR, len(far) - 1))].copy()
 
 
 def quotas(problem: RoutingProblem) -> tuple[tuple[int, int], dict[int, tuple[int, int]]]:

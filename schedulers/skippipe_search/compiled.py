@@ -1,0 +1,46 @@
+"""Compiles functions to machine code when they are first called, and keeps that code on the disk.
+
+It lies beside the sources, under a digest of them all: numba alone would see a change in the file of the function
+called, but not in those that it calls. Where nothing may be written there, numba looks for a place in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import numba.core.config
+
+_njit: Any = numba.njit
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def entry(function: _F) -> _F:
+    """A function that Python calls, with all that it calls. Sums are not re-ordered, so a seed decides everywhere."""
+    config: Any = numba.core.config
+    here = Path(__file__).parent
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
+    given = config.CACHE_DIR
+    try:
+        for folder in (given, "") if given else (str(here / "__pycache__" / digest), ""):
+            config.CACHE_DIR = folder
+            try:
+                return _njit(function, cache=True)
+            except RuntimeError:  # nothing may be written there
+                continue
+        return _njit(function)
+    finally:
+        config.CACHE_DIR = given
+
+
+def inner(function: _F) -> _F:
+    """A function that compiled code alone calls."""
+    return _njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def inlined(function: _F) -> _F:
+    """The same, for what is short and called often: references to its arguments are not counted."""
+    return _njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
