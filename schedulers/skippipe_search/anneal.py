@@ -28,6 +28,8 @@ _PAIRS = 4  # how many moves by the estimate count as one by the clock
 _SLOPES = ((0.05, 0.3), (0.1, 0.0))  # what the mean home and the mean microbatch count beside the slowest home
 _CHAIN, _MOST_CHAINS = 250_000, 8  # moves by the clock that a chain is worth starting for
 _OP_S = 5e-8  # seconds of a move by the clock, per op of an iteration, roughly
+_ITSELF = 0.9  # of the iteration: a home that is so slow alone is what a repair begins with
+_REPAIR = 4000  # moves for that
 _SLICE_S = 0.02
 _SLICES = 100  # of a budget in moves
 
@@ -109,6 +111,8 @@ def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int
     search = Search(problem, joint=False)
     if problem.path_length > 1 and moves:
         search.load(problem, start, seed)
+        if search.alone() > _ITSELF * search.judge(problem, start).run.iteration_s:
+            search.descend(Budget(_REPAIR), exact=False, hot=2 * _COLD)
         search.descend(Budget(moves), hot=2 * _COLD)
         problem, start = search.current()
     return search.judge(problem, start)
@@ -163,6 +167,13 @@ class Search:
             lanes[node].append((m, at))
         run = Run(tuple(self.room.finish.tolist()), tuple(map(tuple, lanes)))
         return Annealed(problem.stages, tuple(map(tuple, paths)), RULES[best], run)
+
+    def alone(self) -> float:
+        """Seconds of the slowest home, each alone."""
+        state = self.state
+        state.changed[:], state.tally[0] = np.arange(len(state.changed)), len(state.changed)
+        self.kernels.estimated(self.flat, state, self.room, *self.slope)
+        return float(state.own.max())
 
     def descend(
         self,
