@@ -45,6 +45,7 @@ types: $(STAMP)
 	$(BIN)/basedpyright
 
 unit: $(STAMP)
+	$(BIN)/python -m tests.compiled
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 docs: $(STAMP)

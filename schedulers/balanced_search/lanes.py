@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from schedulers.compiled import compiled
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -45,7 +46,7 @@ def lanes(
     return Lanes(*_lanes(parts, worker_of, seconds, sizes, rooms, caps, most))
 
 
-@njit(cache=True)
+@compiled
 def _push(heap: Ints, size: int, key: int) -> None:
     at = size
     while at and heap[(at - 1) >> 1] > key:
@@ -54,7 +55,7 @@ def _push(heap: Ints, size: int, key: int) -> None:
     heap[at] = key
 
 
-@njit(cache=True)
+@compiled
 def _pop(heap: Ints, size: int) -> None:
     last, at, end = heap[size - 1], 0, size - 1
     while True:
@@ -68,7 +69,7 @@ def _pop(heap: Ints, size: int) -> None:
     heap[at] = last
 
 
-@njit(cache=True)
+@compiled
 def _lanes(
     parts: Ints, worker_of: Ints, seconds: Floats, sizes: Floats, rooms: Floats, caps: Floats, most: float
 ) -> tuple[float, Ints, Ints, Floats]:

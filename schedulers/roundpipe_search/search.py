@@ -23,6 +23,7 @@ _FEW = 2  # workers that wait for little: more blocks beside the head, which are
 _STARTS = 6  # of the even cuts, how many are annealed
 _CHAIN = 40_000  # steps of one annealing: more and shorter ones find less, fewer and longer ones by chance more
 _EVEN = 10_000  # even cuts that are timed at most
+_INTERPRETED = 2000  # tries where nothing is compiled
 ORDERS = ("by_stage", "by_round")
 """Whether all rounds go through a stage before the next one comes, or each round goes all the way first."""
 
@@ -46,8 +47,10 @@ def search(
 ) -> FoundRounds:  # fmt: skip
     """The best plan of about `tries` that are timed. Raises PartitionError where no cut fits."""
     # numba takes half a second to import: only those who search for a cut need it
+    from schedulers.compiled import COMPILED
     from schedulers.roundpipe_search.anneal import Annealer
 
+    tries = tries if COMPILED else min(tries, _INTERPRETED)
     annealer = Annealer(problem, rule == "ready", speeds)
     even = [
         (annealer.time(cut, by_stage), i, cut, by_stage)
