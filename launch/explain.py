@@ -25,7 +25,7 @@ from launch.loss_plan import first_view, model_named
 from pipeline.model.layered import LayeredModel
 from pipeline.model.output_fit import fit_flops
 from pipeline.schedule.ops import parse_span
-from pipeline.settings import Within, of_kind, require
+from pipeline.settings import Within, check_bounds, of_kind, require
 from pipeline.state.resident import part_span
 from recovery.membership import START, next_view
 from recovery.policy import CHECKPOINT, POLICIES, REDUNDANT, Recovery, remedies
@@ -201,6 +201,7 @@ def _text(config: TrainConfig, alike: Mapping[str, Sequence[int]], bandwidth: fl
 
 def explain_command(config: Any) -> tuple[dict[str, Any], str]:
     """The command's: its settings are those of train, and those of the topic."""
+    check_bounds(config)
     return explain(of_kind(TrainConfig, config), of_kind(TopicSettings, config))
 
 

@@ -130,7 +130,7 @@ class Rehearsal:
     def rebuild(self, worker: Worker, span: Span, pairs: Sequence[Passed], mean: Callable[[], bool]) -> None:
         """Fit a span that has just been built. `mean()` fills in that of its neighbours, and says whether there is
         one."""
-        began, module, where = time.monotonic(), worker.store.modules.get(span), {"span": span_text(span)}
+        began, module, where = time.monotonic(), _part_of(worker.store.modules, span), {"span": span_text(span)}
         if (reason := _why_not(module, pairs)) or module is None:
             start = "the mean of its neighbours" if mean() else "what it was built with"
             self.told({"event": "not_rehearsed", **where, "reason": f"{reason}; it begins as {start}"})
@@ -152,6 +152,16 @@ class Rehearsal:
             {"event": "rehearsed", **where, "start": start, "tokens": fit.tokens, "error_before": fit.before,
              "error_after": fit.after, "took": time.monotonic() - began}
         )  # fmt: skip
+
+
+def _part_of(modules: Mapping[Span, SpanModule], span: Span) -> SpanModule | None:
+    """A run of layers of a span that is held, which may be longer: the lost stage may have come to somebody who has
+    others too."""
+    for (lo, hi), module in modules.items():
+        if lo <= span[0] and span[1] <= hi:
+            layers = {str(n): module.layers[str(n)] for n in range(*span)}
+            return module if (lo, hi) == span else SpanModule(module.model, span, layers, module.rotary)
+    return None
 
 
 def _why_not(module: SpanModule | None, pairs: Sequence[Passed]) -> str:

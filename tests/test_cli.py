@@ -167,7 +167,7 @@ def test_how_much_is_logged_is_one_of_the_levels(
         (
             ["trian"],
             "command 'trian' is unknown; allowed: train, unlearn, slices, audit, authors, replay, eval, generate, "
-            "export, simulate, plan, draw, report, doctor, clean (did you",
+            "export, simulate, plan, explain, draw, report, doctor, clean (did you",
         ),
         (["train", "--wrokers", "2"], "--wrokers: no such flag (did you mean --workers?); --help lists all"),
         (["train", "--learning-rate=3"], "--learning-rate: no such flag (did you mean --lr?); --help lists all"),

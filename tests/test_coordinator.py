@@ -441,7 +441,7 @@ def test_without_a_checkpoint_all_go_back_to_the_start(tmp_path: Path) -> None:
 def test_what_would_happen_is_known_before_the_first_step(tmp_path: Path) -> None:
     made = recovery(tmp_path)
     assert made.forecast(1) == "checkpoint"
-    assert replace(made, policy="auto").forecast(1) == "checkfree"
+    assert replace(made, policy="auto").forecast(1) == "rehearse"
     assert replace(made, policy="checkfree").forecast(0).startswith("the run ends (what was lost cannot be ")
 
 

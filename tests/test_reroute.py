@@ -84,7 +84,7 @@ def test_the_last_holder_of_a_stage_is_passed_by_until_it_is_rebuilt(
     train(forkserver, network, model, out, "--skip", "0.25", "--inject", f"kill:worker=4,step=7,at={at}")
     (rerouted,) = events(out, "rerouted")
     (back,) = events(out, "rejoined")
-    assert (rerouted["worker"], back["worker"], back["remedy"]) == (4, 4, "checkfree")
+    assert (rerouted["worker"], back["worker"], back["remedy"]) == (4, 4, "rehearse")
     every_step_counts_once(out)
     ours, theirs = ([line["loss"] for line in metrics(run)] for run in (out, calm["0.25"]))
     assert ours[:7] == theirs[:7], "before the loss nothing differs"

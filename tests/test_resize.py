@@ -147,7 +147,7 @@ def test_a_lost_stage_is_the_mean_of_what_is_left_beside_it(tmp_path: Path) -> N
     made = recovery(tmp_path)
     after = made.after_loss(made.home, (1,))
     assert (after.workers, dict(after.awaited)) == ((0, 2), {3: 1})
-    assert {m.remedy for m in after.moves} == {"checkfree"}
+    assert {m.remedy for m in after.moves} == {"rehearse"}
     assert sorted(m.part for m in after.moves) in (["3:4", "4:6"], ["3:5", "5:6"])
     assert {source for m in after.moves for source in m.sources} == {(0, "0:3"), (2, "6:9")}
     back = made.with_ready(after.settled(), (3,))

@@ -150,7 +150,7 @@ class Run(Actors):
                 return
             said = ("remedy", "rejoined", "shrunk")
             remedies_taken = {str(event["remedy"]) for event in self.events if event["event"] in said}
-            approximate = any("checkfree" in remedy for remedy in remedies_taken)
+            approximate = any(word in remedy for remedy in remedies_taken for word in ("checkfree", "rehearse"))
             for layer in range(LAYERS):
                 if approximate:
                     if len({*self.final.get(layer, {}).values()}) != 1:

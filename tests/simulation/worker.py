@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline.runtime.boundaries import Boundaries
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.probe import Pulse
 from pipeline.runtime.step_commit import StepCommit, Vote
@@ -130,6 +131,7 @@ class SimWorker:
     norms: Mapping[str, float] = field(default_factory=dict)
     workers: Mapping[int, int] = field(default_factory=dict)
     spare: dict[Any, Any] = field(default_factory=dict)
+    boundaries: Boundaries = field(default_factory=Boundaries)
     transport: Any = field(default_factory=lambda: SimpleNamespace(view=0, mailbox=Mailbox(), links={}))
 
     def run(self, excerpt: Any, job: Any, step: int, *, wish: Any = dict, record: bool = False) -> StepResult:
