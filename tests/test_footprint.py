@@ -144,6 +144,17 @@ def test_a_worker_is_the_sum_of_its_kinds() -> None:
         assert each.activations_alone < each.total == each.state + each.tokens + each.held.total
 
 
+def test_what_is_kept_in_case_a_neighbour_is_lost_counts() -> None:
+    """One side of the span beside, two in the middle; and of the step under way, where that is less than the limit."""
+    schedule = lower(one_f_one_b(SPANS, 4))
+    step = 4 * SIZE // 2  # bfloat16
+    without = footprints(model("llama"), schedule, JOB, CPU)
+    for limit, under_way in ((10 * step, step), (step // 2, step // 2), (0, 0)):
+        found = footprints(model("llama"), schedule, JOB, CPU, boundary=limit)
+        assert [found[w].boundaries for w in range(3)] == [sides * (limit + under_way) for sides in (1, 2, 1)]
+        assert all(found[w].total == without[w].total + found[w].boundaries for w in range(3))
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 def test_over_shared_memory_what_was_received_lies_in_slots_and_nowhere_else(split: bool) -> None:
     schedule = lower((zero_bubble if split else one_f_one_b)(SPANS, 4))
