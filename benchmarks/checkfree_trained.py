@@ -29,11 +29,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
-from benchmarks.checkfree_report import spread  # noqa: E402
+from benchmarks.above_calm import NONE, summarise, table  # noqa: E402
 from benchmarks.runs import command, earlier_runs, finished  # noqa: E402
 from benchmarks.trained_model import scramble, smollm2  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
@@ -47,7 +46,6 @@ ARMS = {  # name -> more of the command line
     "mean, uniform": ("--recovery", "checkfree", "--checkfree-weights", "uniform"),
     "mean, by squared norms": ("--recovery", "checkfree", "--checkfree-weights", "norm_squared"),
 }
-NONE = "none"
 STAGES = 6
 SEQUENCE, MICROBATCHES = 128, 4
 
@@ -74,7 +72,7 @@ def run(forkserver: ForkServer, folder: Path, job: Mapping[str, Any], options: a
         with finished(forkserver, folder, arguments) as (records, _):
             told = [e for e in records.events if e["event"] in ("rehearsed", "not_rehearsed", "fault")]
             resumed = [e["seconds"] for e in records.events if e["event"] == "resumed"]
-            curve = {step: loss for step, _, loss in records.curve}
+            curve = {str(step): loss for step, _, loss in records.curve}
             return {"curve": curve, "told": told, "resumed": resumed, "step_s": statistics.median(records.steps_s)}
     finally:
         done.set()
@@ -100,33 +98,6 @@ def plan(options: argparse.Namespace) -> list[dict[str, Any]]:
             for arm in arms for stage in options.stages
         ]  # fmt: skip
     return sorted(jobs, key=lambda job: (list(ARMS).index(job["arm"]) // 3 if job["arm"] in ARMS else 0, job["seed"]))
-
-
-def summarise(runs: list[dict[str, Any]], kill: int) -> dict[str, Any]:
-    """By arm, stage ("all" for all of them) and steps after the loss: how far above the run without one, over seeds."""
-    calm = {each["seed"]: each["curve"] for each in runs if each["arm"] == NONE}
-    found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for each in runs:
-        if each["arm"] != NONE and each["seed"] in calm:
-            for step, loss in each["curve"].items():
-                if step in calm[each["seed"]] and int(step) >= kill:
-                    gap = loss - calm[each["seed"]][step]
-                    for stage in (str(each["stage"]), "all"):
-                        by_step = found.setdefault(each["arm"], {}).setdefault(stage, {})
-                        by_step.setdefault(int(step) - kill, []).append(gap)
-    return {arm: {stage: {after: spread(gaps) for after, gaps in by_step.items()} for stage, by_step in stages.items()}
-            for arm, stages in found.items()}  # fmt: skip
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """The summary for a person."""
-    steps = sorted({after for stages in summary.values() for by_step in stages.values() for after in by_step})
-    made = Table("remedy", "stage", *(f"+{step} steps" for step in steps))
-    for arm, stages in summary.items():
-        for stage, by_step in sorted(stages.items()):
-            cells = (by_step.get(step) for step in steps)
-            made.add_row(arm, stage, *("" if c is None else f"{c['mean']:+.3f} ± {c['error']:.3f}" for c in cells))
-    return made
 
 
 def main() -> int:
@@ -164,10 +135,10 @@ def main() -> int:
                 failed += 1
                 console.print(f"[red]{error}")
             found = {"command": ["benchmarks/checkfree_trained.py", *sys.argv[1:]], "settings": settings,
-                     "summary": summarise(json.loads(json.dumps(runs)), options.kill), "runs": runs}  # fmt: skip
+                     "summary": summarise(runs, options.kill), "runs": runs}  # fmt: skip
             path.write_text(json.dumps(found) + "\n")
             progress.advance(task)
-    Console(width=120).print(table(summarise(json.loads(json.dumps(runs)), options.kill)))
+    Console(width=120).print(table(summarise(runs, options.kill)))
     return 1 if failed else 0
 
 

@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as functional
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
+from benchmarks.above_calm import NONE, summarise, table  # noqa: E402
 from benchmarks.runs import earlier_runs  # noqa: E402
 from benchmarks.trained_model import smollm2  # noqa: E402
 from pipeline.model.layered import LayeredModel  # noqa: E402
@@ -50,7 +50,6 @@ ARMS = (
     "copy of the one after", "mean, uniform", "mean, by squared norms", "mean, moments averaged", "mean, rate x 1",
     "mean, rate x 2", "rehearse, rate x 2",
 )  # fmt: skip
-NONE = "none"
 
 
 def texts(folder: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -172,35 +171,6 @@ def curve(trained: Trained, rows: Tensor, held: Tensor, options: argparse.Namesp
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             found[step + 1] = trained.held_out(held)
     return found
-
-
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By arm and stage: how far above the run without a loss, by steps, mean over seeds; "all" over stages too."""
-    calm = {each["seed"]: each["curve"] for each in runs if each["arm"] == NONE}
-    found: dict[str, Any] = {}
-    for each in runs:
-        if each["arm"] != NONE and each["seed"] in calm:
-            for step, loss in each["curve"].items():
-                if step in calm[each["seed"]]:
-                    for stage in (str(each["stage"]), "all"):
-                        by_step = found.setdefault(each["arm"], {}).setdefault(stage, {}).setdefault(str(step), [])
-                        by_step.append(loss - calm[each["seed"]][step])
-    return {
-        arm: {stage: {step: {"mean": statistics.fmean(gaps), "least": min(gaps), "most": max(gaps), "count": len(gaps)}
-                      for step, gaps in by_step.items()} for stage, by_step in stages.items()}
-        for arm, stages in found.items()
-    }  # fmt: skip
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """The summary for a person."""
-    steps = sorted({int(s) for stages in summary.values() for by_step in stages.values() for s in by_step})
-    made = Table("remedy", "stage", *(f"+{step} steps" if step else "at once" for step in steps))
-    for arm in sorted(summary, key=ARMS.index):
-        for stage, by_step in sorted(summary[arm].items()):
-            cells = (by_step.get(str(step)) for step in steps)
-            made.add_row(arm, stage, *("" if c is None else f"{c['mean']:+.3f}" for c in cells))
-    return made
 
 
 def main() -> int:

@@ -6,8 +6,6 @@ at a speed, which are measured here unless they are given. To notice a loss and 
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,18 +19,18 @@ from rich.table import Table
 
 from jobs.config import TrainConfig
 from jobs.pipelines import plan_layout
-from launch.loss_plan import first_view, model_named
+from launch.loss_plan import first_view, model_named, state_sizes
 from pipeline.model.layered import LayeredModel
 from pipeline.model.output_fit import fit_flops
+from pipeline.runtime.transport import span_bytes
 from pipeline.schedule.ops import parse_span
 from pipeline.settings import Within, check_bounds, of_kind, require
-from pipeline.state.resident import part_span
 from recovery.membership import START, next_view
-from recovery.policy import CHECKPOINT, POLICIES, REDUNDANT, Recovery, remedies
+from recovery.policy import CHECKPOINT, POLICIES, REDUNDANT, Recovery, plan_part, remedies
 from recovery.rehearse import boundary_bytes
-from recovery.remedy import CannotRestore, Loss, Remedy, has, losses, states_of
+from recovery.remedy import CannotRestore, Loss, has, losses, states_of
 
-_FP32, _MIB = 4, 2**20
+_FP32, _STATE, _MIB = 4, 12, 2**20  # bytes of a weight, and of one with two moments
 _LOSES = {
     "replica": "nothing: a copy, bit for bit",
     REDUNDANT: "nothing: the worker before has computed it as well",
@@ -76,69 +74,59 @@ def explain(train: TrainConfig, topic: TopicSettings) -> tuple[dict[str, Any], s
     model = model_named(config)
     gflops = topic.gflops or _measured_gflops()
     options = _options(config, model, topic.bandwidth_mib * _MIB, gflops * 1e9)
-    alike: defaultdict[str, list[int]] = defaultdict(list)
+    alike: defaultdict[tuple[Option, ...], list[int]] = defaultdict(list)
     for worker, each in options.items():
-        alike[json.dumps([asdict(option) for option in each])].append(worker)
+        alike[each].append(worker)
     values = {
         "recovery": config.recovery, "order": list(POLICIES[config.recovery]), "bandwidth_mib": topic.bandwidth_mib,
         "gflops": round(gflops, 1), "estimated": True,
-        "workers": [{"lost": workers, "remedies": json.loads(text)} for text, workers in alike.items()],
+        "workers": [{"lost": workers, "remedies": list(map(asdict, each))} for each, workers in alike.items()],
     }  # fmt: skip
     return values, _text(config, alike, topic.bandwidth_mib, gflops)
 
 
 def _options(
     config: TrainConfig, model: LayeredModel, bandwidth: float, flops: float
-) -> dict[int, list[Option]]:  # fmt: skip
+) -> dict[int, tuple[Option, ...]]:  # fmt: skip
     """Worker of the first layout -> its remedies, in order."""
     home, around = plan_layout(config, model, config.evaluate_samples)
     view = first_view(home)
     recovery = Recovery(config.recovery, view, home, model.num_layers, model.tied, Path(), planner=around)
     had = has(view, home, model.num_layers, model.tied)
-    sizes = _sizes(model)
-    found: dict[int, list[Option]] = {}
+    states = sum(state_sizes(model, _STATE).values())
+    found: dict[int, tuple[Option, ...]] = {}
     for worker in view.workers:
         after = next_view(view, (worker,))
         left = {each: names for each, names in had.items() if each != worker}
         wanted = losses(after, home, left, model.num_layers, model.tied)
-        found[worker] = [
-            _rolled_back(config, sum(sizes.values()), bandwidth) if name == CHECKPOINT
+        found[worker] = tuple(
+            _rolled_back(config, states, bandwidth) if name == CHECKPOINT
             else _taken_over(recovery, worker) if name == REDUNDANT
-            else _restored(config, model, remedies()[name], wanted, sizes, bandwidth, flops)
+            else _restored(config, model, name, wanted, bandwidth, flops)
             for name in POLICIES[config.recovery]
-        ]  # fmt: skip
+        )  # fmt: skip
     return found
 
 
-def _sizes(model: LayeredModel) -> dict[str, int]:
-    """State -> its elements."""
-    shapes = {key: shape for layer in range(model.num_layers) for key, shape in model.shapes(layer).items()}
-    return {state.name: sum(math.prod(shapes[key]) for key in state.keys) for state in model.states}
-
-
 def _restored(
-    config: TrainConfig, model: LayeredModel, remedy: Remedy, wanted: Sequence[Loss], sizes: Mapping[str, int],
-    bandwidth: float, flops: float,
-) -> Option:  # fmt: skip
+    config: TrainConfig, model: LayeredModel, name: str, wanted: Sequence[Loss], bandwidth: float, flops: float
+) -> Option:
     """A remedy that works part by part; what a copy is left of is copied in any case."""
-    moved, seconds = 0, 0.0
+    weights, states = (state_sizes(model, each) for each in (_FP32, _STATE))
+    moved, seconds, reasons = 0, 0.0, list[str]()
     for loss in wanted:
-        elements = sum(sizes.get(name, 0) for name in states_of(loss.part))
-        try:
-            move, exact = remedies()["replica"].plan(loss), True
-        except CannotRestore:
-            try:
-                move, exact = remedy.plan(loss), remedy.carries == "state"
-            except CannotRestore as error:
-                return Option(remedy.name, str(error), 0, 0.0, "")
-        sent = elements * _FP32 * (3 if exact else len(move.sources))
+        move = plan_part(loss, ("replica", name), reasons)
+        if move is None:
+            return Option(name, reasons[-1].removeprefix(f"{name}: "), 0, 0.0, "")
+        exact = remedies()[move.remedy].carries == "state"
+        sizes = states if exact else weights
+        moved += len(move.sources) * sum(sizes.get(each, 0) for each in states_of(loss.part))
         if move.remedy == "rehearse":
             kept = boundary_bytes(config, model)
-            tokens = kept // (model.hidden_size * torch.bfloat16.itemsize)
-            sent += 2 * kept
-            seconds += fit_flops(model, parse_span(loss.part), tokens) / flops if part_span(loss.part) else 0.0
-        moved += sent
-    return Option(remedy.name, "", moved, seconds + moved / bandwidth, _LOSES[remedy.name])
+            moved += 2 * kept
+            tokens = kept // span_bytes(1, 1, model.hidden_size, torch.bfloat16)
+            seconds += fit_flops(model, parse_span(loss.part), tokens) / flops
+    return Option(name, "", moved, seconds + moved / bandwidth, _LOSES[name])
 
 
 def _taken_over(recovery: Recovery, worker: int) -> Option:
@@ -149,9 +137,8 @@ def _taken_over(recovery: Recovery, worker: int) -> Option:
     return Option(REDUNDANT, "", 0, 0.0, _LOSES[REDUNDANT])
 
 
-def _rolled_back(config: TrainConfig, elements: int, bandwidth: float) -> Option:
+def _rolled_back(config: TrainConfig, moved: int, bandwidth: float) -> Option:
     """All go back, and read the checkpoint, or begin again."""
-    moved = elements * _FP32 * 3
     every = config.checkpoint_every
     again = f"nothing, but up to {every} steps are run again" if every else f"all steps: back to the {START} of the run"
     return Option(CHECKPOINT, "", moved, moved / bandwidth, again)
@@ -172,11 +159,12 @@ def _measured_gflops() -> float:
     return 2 * 1024**3 / min(times) / 1e9
 
 
-def _text(config: TrainConfig, alike: Mapping[str, Sequence[int]], bandwidth: float, gflops: float) -> str:
+def _text(
+    config: TrainConfig, alike: Mapping[tuple[Option, ...], Sequence[int]], bandwidth: float, gflops: float
+) -> str:
     console = Console(width=118)
     with console.capture() as text:
-        for told, workers in alike.items():
-            options = [Option(**each) for each in json.loads(told)]
+        for options, workers in alike.items():
             lost = f"worker{'s' if len(workers) > 1 else ''} {', '.join(map(str, workers))}"
             one = " one of" if len(workers) > 1 else ""
             made = Table("", "remedy", "moves MiB", "seconds", "what is lost", title=f"if{one} {lost} is lost",

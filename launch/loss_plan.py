@@ -59,19 +59,24 @@ def loss_table(config: TrainConfig, model: LayeredModel, losses: int) -> list[Ou
         config.recovery, view, home, model.num_layers, model.tied, Path(), resize=Resize(planner, 1, 0.0, 0.0)
     )
     usual = _seconds(home, costs)
-    shapes = {key: shape for layer in range(model.num_layers) for key, shape in model.shapes(layer).items()}
-    sizes = {
-        state.name: sum(
-            (_STATE if place < state.trained else _FP32) * math.prod(shapes[key])
-            for place, key in enumerate(state.keys)
-        )
-        for state in model.states
-    }
+    sizes = state_sizes(model, _STATE)
     return [
         _outcome(recovery, sizes, lost, lambda layout: _seconds(layout, costs) / usual)
         for count in range(1, losses + 1)
         for lost in combinations(view.workers, count)
     ]
+
+
+def state_sizes(model: LayeredModel, trained: int) -> dict[str, int]:
+    """State -> its bytes, with so many for each weight that is trained; a frozen one is there in fp32."""
+    shapes = {key: shape for layer in range(model.num_layers) for key, shape in model.shapes(layer).items()}
+    return {
+        state.name: sum(
+            (trained if place < state.trained else _FP32) * math.prod(shapes[key])
+            for place, key in enumerate(state.keys)
+        )
+        for state in model.states
+    }
 
 
 def first_view(home: Layout) -> View:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recovery.membership import Move
-from recovery.remedy import CannotRestore, Loss, State
+from recovery.remedy import CannotRestore, Carries, Loss, State
 
 WEIGHTS = ("norm", "norm_squared", "uniform")
 LR_SCALE = 1.1
@@ -31,7 +31,7 @@ class Average:
     """The mean of both neighbours. `weights` is one of WEIGHTS."""
 
     name = "checkfree"
-    carries: Literal["state", "weights", "pairs"] = "weights"
+    carries: Carries = "weights"
     lr_scale = LR_SCALE
 
     def __init__(self, weights: str = "norm") -> None:
@@ -42,11 +42,8 @@ class Average:
         name = loss.name
         if not loss.blocks:
             raise CannotRestore(f"{name} holds the embedding or the head, which no neighbour resembles")
-        sides = {"before": loss.before, "after": loss.after}
-        if lost := [side for side, found in sides.items() if found is None]:
-            raise CannotRestore(f"the neighbour {' and '.join(lost)} {name} is lost too")
-        sources = tuple(found for found in sides.values() if found is not None)
-        for side, (_, (lo, hi)) in zip(sides, sources, strict=True):
+        sources = loss.neighbours()
+        for side, (_, (lo, hi)) in zip(("before", "after"), sources, strict=True):
             if not any(0 < layer < loss.num_layers - 1 for layer in range(lo, hi)):
                 raise CannotRestore(f"the neighbour {side} {name}, {lo}:{hi}, holds no decoder block")
         return loss.restored(self.name, *sources)

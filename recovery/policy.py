@@ -246,7 +246,7 @@ def cure(
     what has been found impossible before.
     """
     reasons = list(tried)
-    moves = [found for loss in wanted if (found := _plan(loss, remedies, reasons))]
+    moves = [found for loss in wanted if (found := plan_part(loss, remedies, reasons))]
     if len(moves) == len(wanted):
         return replace(view, moves=tuple(moves))
     if CHECKPOINT in remedies:
@@ -257,7 +257,9 @@ def cure(
     raise CannotRestore(f"{_CANNOT}{'; '.join(reasons) or 'recovery is off'}")
 
 
-def _plan(loss: Loss, names: Sequence[str], reasons: list[str]) -> Move | None:
+def plan_part(loss: Loss, names: Sequence[str], reasons: list[str]) -> Move | None:
+    """How one part comes back, by the first of the remedies, by name, that can; why others could not goes into
+    `reasons`."""
     known = remedies()
     for name in names:
         if name in known:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ from pipeline.model.span_module import SpanModule
 from pipeline.runtime.batch import Batch
 from pipeline.runtime.boundaries import Passage, Side
 from pipeline.runtime.groups import Group
+from pipeline.runtime.transport import span_bytes
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.ops import Span, span_text
 from pipeline.settings import Within, require
 from pipeline.state.source import Source
 from recovery.checkfree import Average
 from recovery.membership import Move
-from recovery.remedy import CannotRestore, Loss, State
+from recovery.remedy import CannotRestore, Carries, Loss, State
 
 FEWEST = 8
 """Microbatches that are worth a fit."""
@@ -52,21 +53,24 @@ class RehearseSettings:
 def boundary_bytes(shape: BatchShape, model: LayeredModel) -> int:
     """Of the hidden states that a worker keeps of each side: as many as it is worth fitting to, but no more than it may
     keep; 0 where that is too little for a fit, or where blocks could not be fitted."""
-    token = model.hidden_size * torch.bfloat16.itemsize
-    fewest = FEWEST * shape.microbatch_size * shape.sequence_length * token
-    most = shape.rehearse_mib << 20
+    fewest, most = FEWEST * _microbatch(shape, model), shape.rehearse_mib << 20
     if fewest > most or model.family.out_of_attention is None:
         return 0
-    return min(max(most_tokens(model) * token, fewest), most)
+    return min(max(span_bytes(1, most_tokens(model), model.hidden_size, torch.bfloat16), fewest), most)
 
 
 def require_room(shape: BatchShape, model: LayeredModel) -> None:
     """Raise ConfigError for a run that asks for rehearse where what may be kept is too little for it."""
-    size = shape.microbatch_size * shape.sequence_length * model.hidden_size * torch.bfloat16.itemsize
+    size = _microbatch(shape, model)
     require(
         shape.recovery != "rehearse" or FEWEST * size <= shape.rehearse_mib << 20, "rehearse_mib", shape.rehearse_mib,
         f"{-(-FEWEST * size >> 20)} or more with recovery rehearse, for {FEWEST} microbatches of {size:,} bytes",
     )  # fmt: skip
+
+
+def _microbatch(shape: BatchShape, model: LayeredModel) -> int:
+    """Bytes of one, as it is kept."""
+    return span_bytes(shape.microbatch_size, shape.sequence_length, model.hidden_size, torch.bfloat16)
 
 
 class BatchShape(Protocol):
@@ -86,7 +90,7 @@ class Rehearse(Average):
     """The mean of both neighbours, or what is at hand, and then a fit to what both know of the stage."""
 
     name = "rehearse"
-    carries: Literal["state", "weights", "pairs"] = "pairs"
+    carries: Carries = "pairs"
     lr_scale = 1.0
 
     def plan(self, loss: Loss) -> Move:
@@ -94,12 +98,10 @@ class Rehearse(Average):
         name = loss.name
         if not loss.blocks:
             raise CannotRestore(f"{name} holds the embedding or the head, which is not what goes in or comes out")
-        sides = {"before": loss.before, "after": loss.after}
-        if lost := [side for side, found in sides.items() if found is None]:
-            raise CannotRestore(f"the neighbour {' and '.join(lost)} {name} is lost too")
+        sources = loss.neighbours()
         if len(loss.ring) > 1:
             raise CannotRestore(f"{len(loss.ring)} workers are to hold {name}, and must come out equal")
-        return loss.restored(self.name, *(found for found in sides.values() if found is not None))
+        return loss.restored(self.name, *sources)
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
         """The mean of those neighbours that hold blocks; where none does it stays as it was built."""
@@ -143,8 +145,7 @@ class Rehearsal:
             if relative_error(module, pairs[-1:], worker.pulse) < error:
                 start = "the mean of its neighbours"
             else:
-                for name, weight in module.state_dict().items():
-                    weight.copy_(built[name])
+                module.load_state_dict(built)
         del built
         fit = fit_outputs(module, pairs, worker.pulse)
         module.train(training)

@@ -22,6 +22,11 @@ State = Mapping[str, Tensor]
 """The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.state.resident` gives it."""
 
 
+Carries = Literal["state", "weights", "pairs"]
+"""What the sources of a remedy send: weights with optimizer state, weights alone, or what they have of the span's
+inputs and outputs, and weights."""
+
+
 class CannotRestore(RuntimeError):
     """No remedy brings the lost state back: says for each why."""
 
@@ -55,6 +60,13 @@ class Loss:
         """Whether it is decoder blocks alone: neither the embedding nor the head."""
         span = part_span(self.part)
         return span is not None and span[0] > 0 and span[1] < self.num_layers
+
+    def neighbours(self) -> tuple[tuple[int, Span], tuple[int, Span]]:
+        """The holders before and after. Raises CannotRestore where one is lost too."""
+        if self.before is not None and self.after is not None:
+            return self.before, self.after
+        lost = " and ".join(side for side in ("before", "after") if getattr(self, side) is None)
+        raise CannotRestore(f"the neighbour {lost} {self.name} is lost too")
 
     def restored(self, remedy: str, *sources: tuple[int, Span]) -> Move:
         """That it comes from holders of spans."""
@@ -166,9 +178,7 @@ class Remedy(Protocol):
     """One way to bring a span back."""
 
     name: str
-    carries: Literal["state", "weights", "pairs"]
-    """What the sources send: weights with optimizer state, weights alone, or what they have of the span's inputs and
-    outputs, and weights."""
+    carries: Carries
 
     def plan(self, loss: Loss) -> Move:
         """Whose state is needed. Raises CannotRestore."""

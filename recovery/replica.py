@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from recovery.membership import Move
-from recovery.remedy import CannotRestore, Loss, State
+from recovery.remedy import CannotRestore, Carries, Loss, State
 
 
 class Replica:
     """The state of a replica, bit for bit."""
 
     name = "replica"
-    carries: Literal["state", "weights", "pairs"] = "state"
+    carries: Carries = "state"
     lr_scale = 1.0
 
     def plan(self, loss: Loss) -> Move:

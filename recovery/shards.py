@@ -9,14 +9,13 @@ are the state. Otherwise the moments are lost, and all go back to a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import torch
 
 from pipeline.state.resident import ResidentStore
 from pipeline.state.shard import Share, range_holders
 from recovery.membership import Move
-from recovery.remedy import CannotRestore, Loss, State
+from recovery.remedy import CannotRestore, Carries, Loss, State
 
 SHARDS, CHECKPOINT = "shards", "checkpoint"
 
@@ -25,7 +24,7 @@ class Shards:
     """From the replicas next to the lost one, bit for bit."""
 
     name = SHARDS
-    carries: Literal["state", "weights", "pairs"] = "state"
+    carries: Carries = "state"
     lr_scale = 1.0
 
     def plan(self, loss: Loss) -> Move:

@@ -18,15 +18,15 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.resizing import make_planner
 from launch.cli import configured, main
 from launch.config import config_from_dict
+from launch.loss_plan import first_view as view
 from launch.plan_command import PlanConfig, plan_command
 from pipeline.schedule.costs import Costs
-from pipeline.schedule.layout import Layout
 from pipeline.schedule.ops import Schedule, span_text
 from pipeline.schedule.simulate import simulate
 from recovery import keys
 from recovery.keys import Beat
 from recovery.losses import Losses
-from recovery.membership import View, next_view
+from recovery.membership import next_view
 from recovery.policy import Recovery
 from recovery.remedy import CannotRestore, Has, has, losses
 from recovery.resize import Resize
@@ -105,14 +105,6 @@ def test_layers_stay_where_they_are() -> None:
 
 
 # ---- what moves ----
-
-
-def view(layout: Layout) -> View:
-    workers = tuple(layout.train.lanes)
-    return View(
-        1, workers, layout.key, details={"attempt": 1, "source": None}, places={w: w for w in workers},
-        agents=dict.fromkeys(workers, 0), next_worker=len(workers),
-    )  # fmt: skip
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.booleans())

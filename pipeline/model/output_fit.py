@@ -119,8 +119,7 @@ def fit_outputs(
     _fit(module, fitted, came_on)
     after = relative_error(module, judged, came_on)
     if not after < before:
-        for name, weight in module.state_dict().items():
-            weight.copy_(kept[name])
+        module.load_state_dict(kept)
         after = before
     return Fit(sum(int(_counted(pair).sum()) for pair in fitted), before, after)
 

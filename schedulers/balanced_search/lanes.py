@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from schedulers.compiled import compiled
+from schedulers.compiled import entry, inner
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -46,7 +46,7 @@ def lanes(
     return Lanes(*_lanes(parts, worker_of, seconds, sizes, rooms, caps, most))
 
 
-@compiled
+@inner
 def _push(heap: Ints, size: int, key: int) -> None:
     at = size
     while at and heap[(at - 1) >> 1] > key:
@@ -55,7 +55,7 @@ def _push(heap: Ints, size: int, key: int) -> None:
     heap[at] = key
 
 
-@compiled
+@inner
 def _pop(heap: Ints, size: int) -> None:
     last, at, end = heap[size - 1], 0, size - 1
     while True:
@@ -69,7 +69,7 @@ def _pop(heap: Ints, size: int) -> None:
     heap[at] = last
 
 
-@compiled
+@entry
 def _lanes(
     parts: Ints, worker_of: Ints, seconds: Floats, sizes: Floats, rooms: Floats, caps: Floats, most: float
 ) -> tuple[float, Ints, Ints, Floats]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.schedule.ops import Span
 from pipeline.schedule.work_units import Cut
-from schedulers.compiled import compiled
+from schedulers.compiled import entry
 from schedulers.roundpipe_search.problem import RoundsProblem, sums
 
 Marks = NDArray[np.int8]
@@ -61,7 +61,7 @@ def _spans(marks: Marks, end: int) -> tuple[Span, ...]:
     return tuple(pairwise([*(int(i) for i in np.flatnonzero(marks[:end])), int(end)]))
 
 
-@compiled
+@entry
 def _timed(
     marks: Marks, lo: int, by_stage: bool, forth: Floats, back: Floats, sizes: Floats, room: float, speeds: Floats,
     microbatches: int, at_once: int, hop: float, ready: bool,
@@ -133,7 +133,7 @@ def _timed(
     return free.max()
 
 
-@compiled
+@entry
 def _annealed(
     marks: Marks, lo: int, by_stage: bool, steps: int, seed: int, forth: Floats, back: Floats, sizes: Floats,
     room: float, speeds: Floats, microbatches: int, at_once: int, hop: float, ready: bool,

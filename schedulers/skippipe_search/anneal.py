@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -101,6 +102,7 @@ def anneal(
     return best
 
 
+@cache
 def ready() -> None:
     """Have the search compiled, which takes some seconds unless it was done before."""
     anneal(RoutingProblem([[0.0, 1.0], [1.0, 0.0]], ((0,), (1,)), 2, 1), [[(0, 1)]], Budget(1))
@@ -191,17 +193,15 @@ class Search:
         room.shape[0] = 0.0
         state.changed[:], state.tally[0] = np.arange(len(state.changed)), len(state.changed)
         now = about = kernels.estimated(flat, state, room, *self.slope)
+        if power:
+            room.shape[:] = power, max(float(state.own.mean()), 1e-9)
+            state.tally[0] = 0  # nothing is derived anew, but valued in the other way
+            now = about = kernels.estimated(flat, state, room, *self.slope)
         state.slow[:] = state.own
         if exact:
             now = kernels.timed(flat, state, room, *self.slope)
             state.slow[:] = room.ends
-        scale = (now if math.isfinite(now) else float(state.trips.max())) / 1.25
-        if power:
-            scale = max(float(state.own.mean()), 1e-9)
-            room.shape[:] = power, scale
-            state.tally[0] = 0
-            now = about = kernels.estimated(flat, state, room, *self.slope)
-            now = kernels.timed(flat, state, room, *self.slope) if exact else now
+        scale = float(room.shape[1]) if power else (now if math.isfinite(now) else float(state.trips.max())) / 1.25
         seconds = np.array([now, now, state.slow.max(), about])
         kept, names = state.paths.copy(), state.stage_of.copy()
         total = None if budget.moves is None else budget.moves * (1 if exact else _PAIRS)

@@ -90,16 +90,12 @@ def _held(problem: RoutingProblem) -> float:
     What is left of a path after a node is found from the homes on, stop by stop, as the cheapest for that many stops:
     in stages above the node's, or, where stages may change places, in any.
     """
-    size, length, stage_of = len(problem.hop_s), problem.path_length, problem.stage_of
-    nodes, homes = np.array(sorted(stage_of)), np.array(problem.homes)
+    length, homes, stage = problem.path_length, np.array(problem.homes), problem.stage_by_node
     if length < 2:
         return 0.0
-    hop = np.array(problem.hop_s, dtype=float)
-    both = hop + hop.T
+    hop, both = problem.hops, problem.both_ways
     speed = np.array(problem.speed)
     forward, backward = problem.forward_s / speed, problem.backward_s / speed
-    stage = np.full(size, -1)
-    stage[nodes] = [stage_of[int(n)] for n in nodes]
     after = (stage[:, None] < stage[None, :]) & (stage[:, None] > 0)  # whether the second may follow the first
     if problem.swaps:
         after = (stage[:, None] != stage[None, :]) & (stage[:, None] > 0) & (stage[None, :] > 0)
@@ -117,7 +113,7 @@ def _held(problem: RoutingProblem) -> float:
     found = [0.0]
     for node, (visits, _) in quotas(problem)[1].items():
         reach = float(min(each[node] for each in to) + min(each[node] for each in fro))
-        fewest = max(0, length - 1 - stage_of[node] - int(problem.swaps))
+        fewest = max(0, length - 1 - int(stage[node]) - int(problem.swaps))
         rest = min((left[r][node] for r in range(fewest, length - 1)), default=np.inf)
         if visits and np.isfinite(rest):
             hold = forward[node] + backward[node] + rest
@@ -138,7 +134,7 @@ def any_cut(problem: RoutingProblem) -> float:
     fast = max(problem.speed)
     forward, backward = problem.forward_s / fast, problem.backward_s / fast
     own = length * (forward + backward) + problem.loss_s / fast
-    hop = [[problem.hop_s[a][b] + problem.hop_s[b][a] for b in range(size)] for a in range(size)]
+    hop = problem.both_ways.tolist()
     trips = sorted(own + _tour(hop, nodes, home, length) for home in nodes)
     count, slots = len(problem.homes), max(problem.slots)
     uniform = replace(

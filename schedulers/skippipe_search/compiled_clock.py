@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
+from schedulers.compiled import entry, inlined, inner
 from schedulers.skippipe_search.clock import TIE_S
-from schedulers.skippipe_search.compiled import entry, inlined, inner
 from schedulers.skippipe_search.flat import Flat, Floats, Ints, Room
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from schedulers.skippipe_search.compiled import inlined, inner
+from schedulers.compiled import inlined, inner
 from schedulers.skippipe_search.flat import Flat, Ints, State
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from schedulers.skippipe_search.compiled import entry, inlined, inner
+from schedulers.compiled import entry, inlined, inner
 from schedulers.skippipe_search.compiled_clock import home_alone, round_trip, run_clock
 from schedulers.skippipe_search.compiled_moves import propose, undo, uniform
 from schedulers.skippipe_search.flat import Flat, Floats, Ints, Room, State

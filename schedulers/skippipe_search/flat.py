@@ -106,9 +106,7 @@ def flatten(problem: RoutingProblem, joint: bool = False) -> Flat:
 def state_of(problem: RoutingProblem, paths: Sequence[Path], seed: int) -> State:
     """A search's state at `paths`, with nothing derived yet."""
     size, many, length = len(problem.hop_s), problem.num_microbatches, problem.path_length
-    stage_of = np.full(size, -1)
-    for i, stage in enumerate(problem.stages):
-        stage_of[list(stage)] = i
+    stage_of = problem.stage_by_node
     shares = quotas(problem)[1]
     least, most = np.zeros(size, np.int64), np.zeros(size, np.int64)
     for node, (low, high) in shares.items():

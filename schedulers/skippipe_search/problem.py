@@ -147,6 +147,14 @@ class RoutingProblem:
         np.fill_diagonal(both, 0.0)
         return both
 
+    @property
+    def stage_by_node(self) -> NDArray[np.int64]:
+        """`stage_of` as an array; -1 for a node in no stage."""
+        found = np.full(len(self.hop_s), -1)
+        for i, stage in enumerate(self.stages):
+            found[list(stage)] = i
+        return found
+
     @cached_property
     def nearest(self) -> NDArray[np.int64]:
         """[node, rank]: the nodes that are fewest seconds away, there and back, at most `_NEAR` of them."""

@@ -112,9 +112,7 @@ class Packing:
                 self.least[node], self.most[node] = share
             for home in problem.homes:
                 self.sent[home] = self.sent_most[home] = len(problem.microbatches_of(home))
-        self.stage_of = np.full(size, -1)
-        for i, stage in enumerate(problem.stages):
-            self.stage_of[list(stage)] = i
+        self.stage_of = problem.stage_by_node
 
     def served(self, seconds: float) -> float:
         """The share of the load that can be served within so many seconds, 1 if all."""
