@@ -31,6 +31,7 @@ _GRACE_S = 3.0
 _LAST_S = 15.0
 _TRIES = 5
 _TRY_AGAIN_S = 0.2  # doubled every time
+_REFILL_S = 1.0  # after a view: until then all the machine has is for those who recover
 
 
 _NOT_STARTED = "the run was asked to stop before its first step"
@@ -72,6 +73,8 @@ class Agent:
     _unstarted: list[_Unstarted] = field(default_factory=list)
     _spares: dict[int, str] = field(default_factory=dict)  # pid -> the key by which it is called
     _spares_made: int = 0
+    _refill_at: float = math.inf
+    """When spare workers are to be started for those that were called."""
     _view: int = 1
     _awaited: set[int] = field(default_factory=set)
     """Workers that hold nothing yet."""
@@ -151,6 +154,7 @@ class Agent:
             self._fork(one)
 
     def _keep_spares(self) -> None:
+        self._refill_at = math.inf
         while self.places and len(self._spares) < self.num_spares:
             key = keys.spare_key(self.rank, self._spares_made)
             self._spares_made += 1
@@ -190,6 +194,8 @@ class Agent:
                 keys.stay(self.store, self.rank)
                 self._start_those(view := read_view(self.store, self._view), view.awaited)
             self._try_again()
+            if time.monotonic() >= self._refill_at:
+                self._keep_spares()
             tick()
             over = keys.ended(self.store)
             self._follow(code is not None or over is not None)
@@ -247,7 +253,7 @@ class Agent:
             self._unstarted = [one for one in self._unstarted if one.worker in view.places]
             self._awaited, self._late = set(view.awaited), {*view.awaited, *view.joined}
             self._start_those(view, (*view.joined, *view.awaited))
-            self._keep_spares()
+            self._refill_at = time.monotonic() + _REFILL_S
         if over:
             _send([pid for pid, worker in self.pids.items() if worker in self._late], signal.SIGKILL)
 

@@ -48,7 +48,7 @@ from pipeline.state.source import SourceRefused
 from pipeline.store.client import SealedStore
 from pipeline.wire import checked, parse
 from recovery import keys
-from recovery.checkpoint import CheckpointError, last_attempt
+from recovery.checkpoint import CheckpointError
 from recovery.commit import Ballot
 from recovery.communicator import Communicator
 from recovery.inject import Fault, Injector, parse_faults
@@ -132,9 +132,9 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
     place = int(payload["place"])
     watcher = Watcher(connect(payload["store"], 60.0), worker_id, number, stop)
     try:
-        member = build_member(worker_id, config, view, place, store, payload, watcher.pulse)
-        if view.checkpoint is not None:
-            load_start(member.worker, view, config.out / "checkpoints", joins)
+        member = build_member(worker_id, config, view, place, store, payload, watcher.pulse, fill=not joins)
+        if view.checkpoint is not None and not joins:
+            load_checkpoint(member.worker.store, Path(view.checkpoint), view.generation, member.worker.pulse)
         reports = Reports(connect(payload["store"], 60.0), worker_id)
         member.worker.probe = make_injector(member, config, view, place, reports, int(payload["store"]["port"]))
         jobs = make_jobs(config, Start(view.first_step, view.first_sample, carried=view.details["carried"]))
@@ -180,22 +180,12 @@ def sample_keys(seed: int, job: RunJob, step: int) -> dict[str, Any]:
     return {"seed": seed, "next_sample": job.next_sample(step), "microbatches": job.microbatches, "size": job.size}
 
 
-def load_start(worker: Worker, view: View, checkpoints: Path, joins: bool) -> None:
-    """Fill a worker from what the run began with. Raises CheckpointError where that is gone, unless the worker `joins`
-    a run that has saved since: then its state comes from others, or from a newer checkpoint."""
-    try:
-        load_checkpoint(worker.store, Path(view.checkpoint or ""), view.generation, worker.pulse)
-    except CheckpointError:
-        if not joins or last_attempt(checkpoints) < int(view.details["attempt"]):
-            raise
-
-
 def build_member(
     worker_id: int, config: TrainConfig, view: View, place: int, store: dist.Store, payload: dict[str, Any],
-    pulse: Pulse,
+    pulse: Pulse, *, fill: bool = True,
 ) -> Member:  # fmt: skip
     """A worker with the spans of its place, and no links yet. `view` is the first of the run; `pulse` tells of every
-    layer that is built."""
+    layer that is built. Without `fill` weights are put in later."""
     device = torch.device(payload["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -206,7 +196,7 @@ def build_member(
     held = ResidentStore(
         model, layout.spans, config.optimizer_config(), seed=config.seed, device=device,
         source=None if source is None or view.checkpoint else Path(source), came_on=pulse, exact=config.exact_sums,
-        shares=shares_of(parts, place, config.snapshot == "neighbour"), masks=config.masks,
+        shares=shares_of(parts, place, config.snapshot == "neighbour"), masks=config.masks, fill=fill,
     )  # fmt: skip
     settings = Settings(
         device, config.seed, torch.bfloat16 if config.dtype == "bfloat16" else None, config.recompute,

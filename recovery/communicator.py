@@ -6,14 +6,16 @@ side, so a view that is ended before that takes it along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.runtime.groups import Group, GroupBuilder, poison
+from pipeline.runtime.groups import Group, GroupBuilder, Way, poison
 from pipeline.runtime.reducer import Reducer, most_started
 from pipeline.runtime.transport import LinkError, Shape, Transport
 
+_FIRST_TAG, _TAGS = 16, 1 << 30  # of what is carried: smaller ones are others'
 Pairs = set[tuple[int, int]]
 Shapes = Mapping[tuple[int, int], Shape]
 
@@ -100,6 +102,26 @@ class Communicator:
             raise LinkError(f"the links of view {view} could not be built: {error}") from error
         finally:
             self._unconfirmed.update(set(transport.links) - before)
+
+    @contextmanager
+    def ways(self, view: int, number: int, pairs: Mapping[int, tuple[int, int]]) -> Iterator[dict[int, Way]]:
+        """The ways over which move `number` of a view is made, by the place of the source among its sources; `pairs`
+        are (source, taker), of which this worker is one. Two who sum something together have a group already; for
+        others one is built, for this alone. Raises RuntimeError where the other does not come."""
+        ways, built, tag = dict[int, Way](), list[str](), _FIRST_TAG + (view << 12 | number) % _TAGS
+        try:
+            for place, pair in pairs.items():
+                peer = pair[1] if pair[0] == self.transport.worker else pair[0]
+                if (way := self.reducer.way(peer, tag)) is None:
+                    built.append(name := f"view{view}/restore{number}/{place}")
+                    group = self.builder.build(name, pair)
+                    self.carrying[name] = pair, group
+                    way = Way(group, pair.index(peer), tag)
+                ways[place] = way
+            yield ways
+        finally:
+            for name in built:
+                self.carrying.pop(name, None)
 
     def confirm(self) -> None:
         """All members have built theirs."""

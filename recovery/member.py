@@ -129,6 +129,12 @@ class Member:
         self.communicator.quiesce(set(view.workers), deadline)
         worker.commit = StepCommit(Ballot(self.store, view.number, worker.id, view.workers, self.guided))
         mine = self._read(view)
+        # where all stay as they are there is nothing that could have changed on its way
+        still = self.view is None or (self.view.layout == view.layout and not view.moves)
+        held = () if view.rollback or still else worker.store.states.values()
+        before = {
+            name: crc for state in held for name, crc in state.fingerprints().items()
+        }  # others are awaited anyway
         ready = {} if self.migration is None else self.migration.finish(view.number, view.layout)
         told = {
             "position": position, "last": last, "norms": dict(worker.norms), "ready": ready, **self.communicator.kept(),
@@ -151,16 +157,14 @@ class Member:
         times["edited"] = time.monotonic()
         known = dict(found["norms"])
         where = dict(*found["positions"])
-        # where all stay as they are there is nothing that could have changed on its way
-        still = self.view is None or (self.view.layout == view.layout and not view.moves)
-        held = () if view.rollback or still else worker.store.states.values()
-        before = {name: crc for state in held for name, crc in state.fingerprints().items()}
         step = int(where.get("step", view.first_step))
         there = {
             int(w): {name for name, version in had.items() if version == step} for w, had in found["ready"].items()
         }
         worker.store.adopt(there.get(worker.id, ()) if view.rollback is None else ())
-        worker.store.hold(mine.spans)  # what this place holds no more may be what others take: it lies aside
+        worker.store.hold(
+            mine.spans, fill=False
+        )  # what this place holds no more may be what others take: it lies aside
         if view.moves or view.rollback is not None:
             worker.spare.clear()  # it was computed with other weights
         if view.rollback is not None:

@@ -24,7 +24,7 @@ from pipeline.model.output_fit import Passed, fit_outputs, linear_outputs, most_
 from pipeline.model.span_module import SpanModule
 from pipeline.runtime.batch import Batch
 from pipeline.runtime.boundaries import Passage, Side
-from pipeline.runtime.groups import Group
+from pipeline.runtime.groups import Way
 from pipeline.runtime.transport import span_bytes
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.ops import Span, span_text
@@ -174,33 +174,33 @@ def _why_not(module: SpanModule | None, pairs: Sequence[Passed]) -> str:
     return ""
 
 
-def give(worker: Worker, group: Group, side: Side, span: Span, patience: timedelta) -> None:
+def give(worker: Worker, way: Way, side: Side, span: Span, patience: timedelta) -> None:
     """Send what this worker has of one side of a span: how many, whose, of which shapes, and then each."""
     kept = worker.boundaries.of(side, span)
-    group.send([torch.tensor([len(kept), worker.boundaries.generation])], 1, 0).wait(patience)
+    way.send(torch.tensor([len(kept), worker.boundaries.generation])).wait(patience)
     if not kept:
         return
-    group.send([torch.tensor([[*passage, *hidden.shape] for passage, hidden in kept.items()])], 1, 0).wait(patience)
+    way.send(torch.tensor([[*passage, *hidden.shape] for passage, hidden in kept.items()])).wait(patience)
     for hidden in kept.values():
-        group.send([hidden.cpu().contiguous().view(torch.int16)], 1, 0).wait(patience)
+        way.send(hidden.cpu().contiguous().view(torch.int16)).wait(patience)
         worker.pulse()
 
 
-def take(worker: Worker, group: Group, span: Span, generation: int, patience: timedelta) -> dict[Passage, Tensor]:
+def take(worker: Worker, way: Way, span: Span, generation: int, patience: timedelta) -> dict[Passage, Tensor]:
     """Receive what `give` sends: hidden states [batch, sequence, hidden], bfloat16, on the host. Raises SourceRefused
     for those of another generation."""
     header = torch.empty(2, dtype=torch.int64)
-    group.recv([header], 0, 0).wait(patience)
+    way.recv(header).wait(patience)
     count, its = header.tolist()
     if count == 0:
         return {}
     Source("rehearse", f"what a neighbour of span {span_text(span)} keeps", 0, its).require(None, generation)
     rows = torch.empty(count, len(Passage._fields) + _DIMS, dtype=torch.int64)
-    group.recv([rows], 0, 0).wait(patience)
+    way.recv(rows).wait(patience)
     found: dict[Passage, Tensor] = {}
     for row in rows.tolist():
         bits = torch.empty(row[-_DIMS:], dtype=torch.int16)
-        group.recv([bits], 0, 0).wait(patience)
+        way.recv(bits).wait(patience)
         found[Passage(*row[:-_DIMS])] = bits.view(torch.bfloat16)
         worker.pulse()
     return found

@@ -1,27 +1,29 @@
 """Carries the state of what was lost to the workers that take places, and makes it theirs.
 
-Source and joiner meet in a group of two that exists for this alone. A layer's state travels as one flat fp32 buffer,
-whose layout both know from the model, behind a header that says of which step and generation it is; nothing but numbers
-crosses the wire.
+Source and joiner meet in a group that they have in common, or in one of two that exists for this alone. A layer's
+state travels as one flat fp32 buffer, whose layout both know from the model, behind a header that says of which step
+and generation it is; nothing but numbers crosses the wire.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.runtime.groups import Group
+from pipeline.runtime.groups import Way, Work
 from pipeline.runtime.transport import LinkError
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.ops import parse_span
-from pipeline.state.layer_state import LayerState, LayerStates, packed, stamp, unpacked
+from pipeline.state.layer_state import UNFILLED, LayerState, LayerStates, packed, stamp, unpacked
 from pipeline.state.source import Source, SourceRefused
 from recovery import checkpoint
+from recovery.checkpoint import CheckpointError
 from recovery.communicator import Communicator
 from recovery.membership import START, Move, View, part_name
 from recovery.rehearse import SIDES, Rehearsal, give, take
@@ -42,8 +44,12 @@ def restore(
     state of another step or generation.
 
     `norms` are the gradient norms of the last committed step, by state, the same on every worker. Each layer has the
-    deadline of a step for itself: a stage of any size may be on its way as long as it comes on.
+    deadline of a step for itself: a stage of any size may be on its way as long as it comes on. What no move brings is
+    as the run began.
     """
+    brought = {name for each in view.moves if each.worker == worker.id for name in states_of(each.part)}
+    if bare := [state for state in worker.store.unfilled if state.name not in brought]:
+        begin(worker, view, bare)
     for number, each in enumerate(view.moves):
         if each.remedy not in remedies:
             raise LinkError(f"view {view.number} names the remedy {each.remedy!r}; known: {', '.join(remedies)}")
@@ -52,20 +58,11 @@ def restore(
             continue
         pairs = {place: (source, each.worker) for place, (source, _) in enumerate(each.sources)}
         mine = {place: pair for place, pair in pairs.items() if worker.id in pair and pair[0] != pair[1]}
-        names = {place: f"view{view.number}/restore{number}/{place}" for place in mine}
-        try:
-            with _named(each):
-                groups: dict[int, Group] = {}
-                for place, pair in mine.items():
-                    groups[place] = communicator.builder.build(names[place], pair)
-                    communicator.carrying[names[place]] = pair, groups[place]
-                if each.worker == worker.id:
-                    _take(worker, view, each, groups, remedies[each.remedy], norms, step, skip, rehearsal)
-                else:
-                    _give(worker, each, groups, remedies[each.remedy], skip)
-        finally:
-            for name in names.values():
-                communicator.carrying.pop(name, None)
+        with _named(each), communicator.ways(view.number, number, mine) as ways:
+            if each.worker == worker.id:
+                _take(worker, view, each, ways, remedies[each.remedy], norms, step, skip, rehearsal)
+            else:
+                _give(worker, each, ways, remedies[each.remedy], skip)
 
 
 def _sent(worker: Worker, each: Move, part: str) -> list[LayerState]:
@@ -83,30 +80,35 @@ def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:
     return {key: tensors[key] for key in sorted(tensors) if carries == "state" or key.startswith("param/")}
 
 
-def _give(worker: Worker, each: Move, groups: Mapping[int, Group], remedy: Remedy, skip: Collection[str]) -> None:
-    """Layer by layer, and within a layer in the order in which they are taken."""
+def _give(worker: Worker, each: Move, ways: Mapping[int, Way], remedy: Remedy, skip: Collection[str]) -> None:
+    """Layer by layer, and within a layer in the order in which they are taken; the next is packed while one is on its
+    way."""
     if remedy.carries == "pairs":
-        for place, group in groups.items():
-            give(worker, group, SIDES[place], parse_span(each.part), _patience(worker))
-    groups = {place: group for place, group in groups.items() if _resembles(worker, each, each.sources[place][1])}
-    for states in zip(*(_sent(worker, each, each.sources[place][1]) for place in groups), strict=True):
+        for place, way in ways.items():
+            give(worker, way, SIDES[place], parse_span(each.part), _patience(worker))
+    ways = {place: way for place, way in ways.items() if _resembles(worker, each, each.sources[place][1])}
+    under_way: list[tuple[Work, Tensor]] = []
+    for states in zip(*(_sent(worker, each, each.sources[place][1]) for place in ways), strict=True):
         if states and states[0].name in skip:
             continue
-        for state, group in zip(states, groups.values(), strict=True):
-            header = torch.tensor([state.version, state.generation])
-            flat = packed(_carried(state, remedy.carries))
-            group.send([header], 1, 0).wait(_patience(worker))
+        for state, way in zip(states, ways.values(), strict=True):
+            header, flat = torch.tensor([state.version, state.generation]), packed(_carried(state, remedy.carries))
+            for work, _ in under_way:
+                work.wait(_patience(worker))
+            way.send(header).wait(_patience(worker))
             worker.probe("copy", state.version)
-            group.send([flat], 1, 0).wait(_patience(worker))
+            under_way = [(way.send(flat), flat)]
             worker.pulse()
+    for work, _ in under_way:
+        work.wait(_patience(worker))
 
 
 @torch.no_grad()
 def _take(
-    worker: Worker, view: View, each: Move, groups: Mapping[int, Group], remedy: Remedy, norms: Mapping[str, float],
+    worker: Worker, view: View, each: Move, ways: Mapping[int, Way], remedy: Remedy, norms: Mapping[str, float],
     step: int, skip: Collection[str], rehearsal: Rehearsal | None,
 ) -> None:  # fmt: skip
-    """Who takes may be a source as well, without a group: then it has a neighbour of what it lacks."""
+    """Who takes may be a source as well, without a way: then it has a neighbour of what it lacks."""
     mine = worker.store.states_of(each.part)
     if not each.sources:
         _start_again(worker, view, mine)
@@ -115,34 +117,36 @@ def _take(
             state.begin_anew()
             state.lr_scale.fill_(remedy.lr_scale)
     if remedy.carries == "pairs":
+        with suppress(CheckpointError):  # it is one of two beginnings
+            begin(worker, view, mine)
         assert rehearsal is not None, "who can take a place knows its batches"
         span = parse_span(each.part)
         sides = [
-            take(worker, groups[place], span, view.generation, _patience(worker))
-            if place in groups
+            take(worker, ways[place], span, view.generation, _patience(worker))
+            if place in ways
             else worker.boundaries.of(side, span)
             for place, side in enumerate(SIDES)
         ]
         pairs = rehearsal.pairs(sides[0], sides[1], worker.settings.device)
 
         def mean() -> bool:
-            return _combine(worker, view, each, groups, remedy, norms, step, skip)
+            return _combine(worker, view, each, ways, remedy, norms, step, skip)
 
         rehearsal.rebuild(worker, span, pairs, mean)
         stamp(mine, step, view.generation)
         return
-    _combine(worker, view, each, groups, remedy, norms, step, skip)
+    _combine(worker, view, each, ways, remedy, norms, step, skip)
 
 
 def _combine(
-    worker: Worker, view: View, each: Move, groups: Mapping[int, Group], remedy: Remedy, norms: Mapping[str, float],
+    worker: Worker, view: View, each: Move, ways: Mapping[int, Way], remedy: Remedy, norms: Mapping[str, float],
     step: int, skip: Collection[str],
 ) -> bool:  # fmt: skip
     """Receive what the sources have, layer by layer, and make the lost part of it; says whether there was anything."""
     mine = worker.store.states_of(each.part)
     sources = [source for source in enumerate(each.sources) if _resembles(worker, each, source[1][1])]
     weights = [_norm(worker, part, norms) for _, (_, part) in sources]
-    own = {place: _sent(worker, each, part) for place, (_, part) in sources if place not in groups}
+    own = {place: _sent(worker, each, part) for place, (_, part) in sources if place not in ways}
     for number, state in enumerate(mine):
         if state.name in skip:
             continue
@@ -153,19 +157,22 @@ def _combine(
                 have = _carried(own[place][number], remedy.carries)
                 found.append(dict(zip(wanted, (tensor.clone() for tensor in have.values()), strict=True)))
                 continue
-            group = groups[place]
+            way = ways[place]
             header = torch.empty(2, dtype=torch.int64)
-            group.recv([header], 0, 0).wait(_patience(worker))
+            way.recv(header).wait(_patience(worker))
             version, generation = header.tolist()
             Source(each.remedy, f"{part_name(part)} on worker {source}", version, generation).require(
                 step, view.generation
             )
             worker.probe("copy", step)
             flat = torch.empty(sum(tensor.numel() for tensor in wanted.values()))
-            group.recv([flat], 0, 0).wait(_patience(worker))
+            way.recv(flat).wait(_patience(worker))
             worker.pulse()
             found.append(unpacked(flat, wanted))
-        state.put(remedy.combine(found, weights) or {})
+        if (made := remedy.combine(found, weights)) is not None:
+            state.put(made)
+        elif state.version == UNFILLED:
+            begin(worker, view, (state,))
         stamp((state,), step, view.generation)
     return bool(sources)
 
@@ -212,6 +219,23 @@ def _start_again(worker: Worker, view: View, states: Iterable[LayerState]) -> No
     )
     states = list(states)
     worker.store.start_again(states, None if path is None else Path(path))
+    stamp(states, view.first_step, view.generation)
+
+
+def begin(worker: Worker, view: View, states: Iterable[LayerState]) -> None:
+    """Fill these states with what the run began with. Raises ModelError or CheckpointError where that is gone."""
+    states = list(states)
+    if view.checkpoint is None:
+        source = view.details["source"]
+        worker.store.start_again(states, None if source is None else Path(source))
+    else:
+        path = Path(view.checkpoint)
+        manifest = checkpoint.read_manifest(path)
+        checkpoint.source(path, manifest).require(None, view.generation)
+        owners = {spec.name: spec.owner for spec in worker.store.model.states}
+        for state in states:
+            state.load(checkpoint.read_layer(path, manifest, owners[state.name]))
+            worker.pulse()
     stamp(states, view.first_step, view.generation)
 
 

@@ -18,6 +18,7 @@ from pipeline.model.layered import LayeredModel
 from pipeline.model.output_fit import Passed, fit_outputs, relative_error
 from pipeline.runtime.batch import Batch
 from pipeline.runtime.boundaries import Boundaries, Passage, Side
+from pipeline.runtime.groups import Way
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 from pipeline.state.source import SourceRefused
@@ -102,21 +103,22 @@ def neighbour(generation: int = 0, sides: tuple[Side, ...] = ("into",), shapes: 
 
 def test_hidden_states_arrive_as_they_were_kept() -> None:
     source, wire = neighbour(), Wire()
-    give(source, wire, "into", SPAN, None)  # type: ignore[arg-type]
-    found = take(source, wire, SPAN, 0, None)  # type: ignore[arg-type]
+    way = Way(wire, 0, 16)
+    give(source, way, "into", SPAN, None)  # type: ignore[arg-type]
+    found = take(source, way, SPAN, 0, None)  # type: ignore[arg-type]
     kept = source.boundaries.of("into", SPAN)
     assert list(found) == list(kept)
     assert all(torch.equal(found[passage], kept[passage]) for passage in kept)
     assert wire.messages == []
-    give(source, wire, "out of", SPAN, None)  # type: ignore[arg-type]
-    assert take(source, wire, SPAN, 0, None) == {}, "a neighbour may have nothing yet"  # type: ignore[arg-type]
+    give(source, way, "out of", SPAN, None)  # type: ignore[arg-type]
+    assert take(source, way, SPAN, 0, None) == {}, "a neighbour may have nothing yet"  # type: ignore[arg-type]
 
 
 def test_nothing_of_another_generation_is_taken() -> None:
-    wire = Wire()
-    give(neighbour(generation=1), wire, "into", SPAN, None)  # type: ignore[arg-type]
+    way = Way(Wire(), 0, 16)
+    give(neighbour(generation=1), way, "into", SPAN, None)  # type: ignore[arg-type]
     with pytest.raises(SourceRefused, match="a neighbour of span 2:4 keeps is of generation 1; the run is at gener"):
-        take(neighbour(), wire, SPAN, 2, None)  # type: ignore[arg-type]
+        take(neighbour(), way, SPAN, 2, None)  # type: ignore[arg-type]
 
 
 # ---- what is chosen ----

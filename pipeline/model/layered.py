@@ -229,24 +229,26 @@ class LayeredModel:
     def build(
         self, span: Span, *, seed: int, device: torch.device | str = "cpu", source: Path | None = None,
         share: Mapping[str, nn.Parameter] | None = None, came_on: Callable[[], None] = lambda: None,
+        fill: bool = True,
     ) -> SpanModule:  # fmt: skip
         """The layers of `span` in fp32 on `device`, and nothing of the others.
 
         Weights are drawn from (seed, layer), the same on every device, or read from the safetensors in the directory
         `source`. Parameters in `share`, by full name, are used instead of new ones; an embedding and its tied head
         inside one span share without being asked. Adapters change nothing about the other weights. `came_on` is called
-        after each layer. Raises ModelError.
+        after each layer. Without `fill` new weights are whatever the memory held: for who puts others in. Raises
+        ModelError.
         """
         lo, hi = span
         if not 0 <= lo < hi <= self.num_layers:
             raise ModelError(f"span {span}; expected 0 <= lo < hi <= {self.num_layers}")
-        weights = None if source is None else Weights(source)
+        weights = None if source is None or not fill else Weights(source)
         held = dict(share or {})
         layers: dict[str, nn.Module] = {}
         for layer in range(lo, hi):
             parts: dict[str, Any] = {}
             for part, path in self.paths(layer).items():
-                module = self._part(path, layer, seed, torch.device(device), weights, held)
+                module = self._part(path, layer, seed, torch.device(device), weights, held, fill)
                 if self.partly:
                     self._freeze(module, path, seed, torch.device(device), held)
                 parts[part] = module
@@ -261,18 +263,20 @@ class LayeredModel:
 
     def _part(
         self, path: str, layer: int, seed: int, device: torch.device, weights: Weights | None,
-        held: dict[str, nn.Parameter],
+        held: dict[str, nn.Parameter], fill: bool,
     ) -> nn.Module:  # fmt: skip
         """The module at `path`, with weights; `held` gives shared parameters and receives the new ones."""
         module = copy.deepcopy(self.module(path), {id(self.config): self.config})
         names = {local: self.full_name(path, local) for local, _ in module.named_parameters()}
         if layer > 0 and set(names.values()) & set(self.tied_keys) - set(held):
-            self._part(self.family.tokens, 0, seed, device, weights, held)  # a lone tied head gets what layer 0 gets
+            self._part(
+                self.family.tokens, 0, seed, device, weights, held, fill
+            )  # a lone tied head gets what layer 0 gets
         fresh = {local: name for local, name in names.items() if name not in held}
         if fresh or any(True for _ in module.buffers()):  # else nothing of it is kept
             module = module.to_empty(device="cpu")
         # The same call computes buffers that no file holds, so modules with buffers need it in any case.
-        drawn = weights is None and bool(fresh)
+        drawn = fill and weights is None and bool(fresh)
         modules = [m for m in module.modules() if drawn or any(True for _ in m.buffers(recurse=False))]
         self._initialise(modules, derive(seed, "init", layer, path))
         if weights is not None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.runtime.door import Door, prove
 
 _CONNECT_S = 10.0  # between processes that have just met
-_POLL_S = 0.002
+_SLICE_S = 0.05  # how often who awaits the others asks whether they are still to come
 _COMPLETED_S = 0.0002  # between two looks at a sum on a device
 _ACCEPT_S = 0.05  # how often who awaits a connection asks whether it is still to come
 _CREDENTIALS = struct.Struct("iII")  # of a peer: process, user, group
@@ -43,6 +43,23 @@ class Group(Protocol):
     def send(self, tensors: list[Tensor], dst: int, tag: int) -> Work: ...
     def recv(self, tensors: list[Tensor], src: int, tag: int) -> Work: ...
     def allreduce(self, tensors: list[Tensor], opts: Any = ...) -> Work: ...
+
+
+@dataclass(frozen=True)
+class Way:
+    """To the member of rank `peer` of a group, for tensors on the host; its `tag` tells them from all others."""
+
+    group: Group
+    peer: int
+    tag: int
+
+    def send(self, tensor: Tensor) -> Work:
+        """Start sending."""
+        return self.group.send([tensor], self.peer, self.tag)
+
+    def recv(self, tensor: Tensor) -> Work:
+        """Start receiving into `tensor`."""
+        return self.group.recv([tensor], self.peer, self.tag)
 
 
 class NcclGroup:
@@ -238,9 +255,19 @@ class GroupBuilder:
     def _meet(self, store: dist.Store, name: str, members: Sequence[int]) -> None:
         store.set(f"here/{self.worker}", "")
         deadline, others = time.monotonic() + self.timeout_s, [f"here/{member}" for member in members]
-        while not store.check(others):
+        while not _are_there(store, others):
             if (reason := self.ended()) is not None:
                 raise RuntimeError(f"building group {name} was ended: {reason}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the members {list(members)} of group {name} did not meet in {self.timeout_s:g} s")
-            time.sleep(_POLL_S)
+
+
+def _are_there(store: dist.Store, keys: list[str]) -> bool:
+    """Whether they come within a moment. Raises DistNetworkError where the store is gone."""
+    try:
+        store.wait(keys, timedelta(seconds=_SLICE_S))
+    except dist.DistNetworkError:
+        raise
+    except RuntimeError:
+        return False
+    return True

@@ -25,6 +25,7 @@ from pipeline.runtime.batch import Batch, Job, Needs
 from pipeline.runtime.boundaries import Boundaries, Passage
 from pipeline.runtime.compute import Output, Settings, compute, needs
 from pipeline.runtime.device_time import Clock, Mark
+from pipeline.runtime.mailbox import LinkError
 from pipeline.runtime.probe import Probe, Unprobed
 from pipeline.runtime.terms import StepTerms
 from pipeline.schedule.layout import Excerpt
@@ -84,6 +85,8 @@ class Lane:
     """Told when a microbatch's part of the gradient of a span has been added."""
     boundaries: Boundaries | None = None
     """Where what crosses links on its way forward is kept, in case the span beside is lost."""
+    ended: Callable[[], str | None] = lambda: None
+    """Why this iteration will not count, if that is known: then nothing more of it is computed."""
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -182,6 +185,8 @@ class LaneExecutor:
             self.seen[point] += 1
             if self.seen[point] == self.middle[point]:
                 probe(point, self.lane.step)
+        if (reason := self.lane.ended()) is not None:
+            raise LinkError(f"{op} was not begun: {reason}")
         began = self.clock.mark()
         self.handlers[op.kind](op)
         if op.kind in COMPUTE:

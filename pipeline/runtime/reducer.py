@@ -15,7 +15,7 @@ from datetime import timedelta
 
 from torch import Tensor
 
-from pipeline.runtime.groups import Group, GroupBuilder, Work, poison, sum_over
+from pipeline.runtime.groups import Group, GroupBuilder, Way, Work, poison, sum_over
 from pipeline.runtime.mailbox import LinkError
 
 _ENDING_S = 5.0  # until a sum over a group whose sockets are closed has failed
@@ -69,6 +69,14 @@ class Reducer:
     def clear(self) -> None:
         """The step is over: no sum belongs to it any more."""
         self._under_way.clear()
+
+    def way(self, peer: int, tag: int) -> Way | None:
+        """To a worker with which this one sums something, over the first group that carries what lies on the host; for
+        the time in which no sum is under way."""
+        for part, members in sorted(self._members.items()):
+            if peer in members and self._backend == "gloo":
+                return Way(self._groups[part], members.index(peer), tag)
+        return None
 
     def group(self, part: str) -> Group | None:
         """The group of a part, to be timed."""

@@ -138,7 +138,7 @@ class Worker:
             excerpt, job, step, terms or StepTerms.of(job, step, excerpt.num_microbatches, excerpt.visits), model,
             modules, gradients, _Links(self.transport, iteration, self.workers),
             lambda span: self.reducer.start(span_text(span)), deadline, self.settings, self.probe, self.spare,
-            lambda span: self.store.count(span, excerpt.num_microbatches),
+            lambda span: self.store.count(span, excerpt.num_microbatches), ended=self.transport.mailbox.woken,
         )  # fmt: skip
 
     def finish_sums(self, lane: Lane, found: LaneResult) -> dict[str, float]:

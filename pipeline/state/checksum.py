@@ -2,12 +2,13 @@
 
 It is a sum of their 64-bit words, each times an odd number that belongs to its place, modulo 2^64. An odd factor has an
 inverse there, so a single word that changes always changes the sum; several hide each other by chance alone. zlib's
-CRC would want the bytes on the host, at a tenth of the speed of a device's memory.
+CRC would want the bytes on the host, at a tenth of the speed of a device's memory. Small tensors are copied side by
+side first: a layer has dozens of them, and each sum by itself costs more than its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _COLUMNS = 1 << 12
 _ROWS = 1 << 6  # at once: 2 MiB on a CPU, which stay in its cache
+_SMALL = 1 << 19  # bytes
 _SPREAD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, as in SplitMix64: odd
 _LAST = (1 << 64) - 1
 
@@ -43,11 +45,12 @@ def _odd_of(place: int) -> int:
 def checksum(tensors: Iterable[Tensor], begins: str = "") -> int:
     """Of the bytes of tensors on one device, in their order, and of what it `begins` with: 0 to 2^64 - 1."""
     total, parts = _mixed(int.from_bytes(begins.encode(), "little") & _LAST), list[Tensor]()
-    for place, tensor in enumerate(tensors, 1):
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    every = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    for place, flat in enumerate(every, 1):
+        total = _mixed(total + flat.numel() + place)
+    for place, flat in enumerate(_side_by_side(every), 1):
         flat = flat.clone() if flat.data_ptr() % 8 else flat
         whole = flat.numel() // 8 * 8
-        total = _mixed(total + flat.numel() + place)
         if whole:
             parts.append(_sum(flat[:whole].view(torch.int64)) * _odd_of(place))
         if whole < flat.numel():
@@ -55,6 +58,22 @@ def checksum(tensors: Iterable[Tensor], begins: str = "") -> int:
             parts.append(_sum(rest.view(torch.int64)) * _odd_of(-place))
     found = int(torch.stack(parts).sum()) if parts else 0
     return _mixed(total ^ (found & _LAST))
+
+
+def _side_by_side(every: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Bytes of tensors in their order, those of small neighbours together."""
+    together: list[Tensor] = []
+    for flat in every:
+        large = flat.numel() > _SMALL
+        if together and (large or sum(each.numel() for each in together) > _SMALL):
+            yield torch.cat(together)
+            together.clear()
+        if large:
+            yield flat
+        else:
+            together.append(flat)
+    if together:
+        yield torch.cat(together)
 
 
 def _sum(words: Tensor) -> Tensor:

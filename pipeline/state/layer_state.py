@@ -20,6 +20,9 @@ from pipeline.state.make_optimizer import make_optimizers
 from pipeline.state.masks import Masks, mask_gradients, put_back
 from pipeline.state.optimizer import OptimizerConfig
 
+UNFILLED = -1
+"""The version of a state into which no weights were put yet."""
+
 
 class StateChanged(RuntimeError):
     """A state is not what the last step has left: memory that fails, or a write that went astray. Names it."""
@@ -51,6 +54,8 @@ class LayerState:
         self.pull: Callable[[Mapping[str, nn.Parameter]], None] | None = None
         """Adds to the gradient, once it is scaled, what no loss of a microbatch gives."""
         self._seal: Tensor | None = None
+        self._printed: tuple[tuple[int, int], Tensor, dict[str, int]] | None = None
+        """Of which version and generation the last fingerprints were, and of what sums."""
         self.bind(torch.zeros(self.size, dtype=torch.float32, device=device) if gradient is None else gradient)
         self._optimizers: list[torch.optim.Optimizer] = []
         if self.parameters:
@@ -120,6 +125,7 @@ class LayerState:
         """No gradient, no moments, no steps, and the learning rate as it is scheduled."""
         self.drop()
         self.unseal()
+        self._printed = None
         self.lr_scale.fill_(1.0)
         if self.parameters:
             self._forget(self.parameters)
@@ -186,7 +192,7 @@ class LayerState:
     @torch.no_grad()
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in what of `tensors` is given. Raises RuntimeError for a shape."""
-        mine = self.tensors()
+        self._printed, mine = None, self.tensors()
         for key, tensor in tensors.items():
             mine[key].copy_(tensor)
 
@@ -219,18 +225,26 @@ class LayerState:
         every = [tensor.detach().reshape(-1) for tensor in self._stored()]
         odd = [t.view(torch.uint8) for t in every if t.nbytes % 8 or t.data_ptr() % 8]
         sums = [t.view(torch.int64).sum() for t in every if not (t.nbytes % 8 or t.data_ptr() % 8)]
-        return torch.stack([*sums, *([torch.cat(odd).sum()] if odd else [])])
+        found = [*sums, *(_weighed(torch.cat(each)) for each in _by_device(odd))]
+        return torch.cat([torch.stack(each).cpu() for each in _by_device(found)])
 
     def fingerprint(self) -> int:
         """A checksum of what all holders have alike: equal on all of them, or one of them is wrong."""
+        return self.fingerprints()[self.name]
+
+    def fingerprints(self) -> dict[str, int]:
+        """Checksums of all of it, by name: what has one name is equal on all who have it. They are computed once for a
+        state that does not change: its sums say whether it has."""
+        of, sums = (self.version, self.generation), self._sums()
+        if self._printed is None or self._printed[0] != of or not torch.equal(self._printed[1], sums):
+            self._printed = of, sums, self._fingerprints()
+        return self._printed[2]
+
+    def _fingerprints(self) -> dict[str, int]:
         alike = [tensor for _, tensor in sorted(self._alike().items())]
         here = [tensor for tensor in alike if tensor.device == self.gradient.device]
         begins = f"{self.version}/{self.generation}/{checksum(t for t in alike if t.device != self.gradient.device)}"
-        return checksum(here, begins)
-
-    def fingerprints(self) -> dict[str, int]:
-        """Checksums of all of it, by name: what has one name is equal on all who have it."""
-        return {self.name: self.fingerprint()}
+        return {self.name: checksum(here, begins)}
 
 
 class LayerStates:
@@ -272,6 +286,19 @@ class LayerStates:
         for state in self.owned(layer):
             state.load(tensors)
         stamp(self.owned(layer), step, generation)
+
+
+def _weighed(few: Tensor) -> Tensor:
+    """Bytes added up, each times its place."""
+    return (few * torch.arange(1, few.numel() + 1, device=few.device)).sum()
+
+
+def _by_device(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those on each device together."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return list(found.values())
 
 
 def packed(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from pipeline.model.layered import TIED, LayeredModel, NamedState
 from pipeline.model.span_module import SpanModule
 from pipeline.schedule.ops import Span, overlaps, parse_span, span_text
 from pipeline.state.exact_sum import ExactSum
-from pipeline.state.layer_state import LayerState, LayerStates
+from pipeline.state.layer_state import UNFILLED, LayerState, LayerStates
 from pipeline.state.masks import read_masks
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.shard import Share
@@ -53,12 +53,12 @@ class ResidentStore(LayerStates):
     def __init__(
         self, model: LayeredModel, spans: Iterable[Span], config: OptimizerConfig, *, seed: int,
         device: torch.device, source: Path | None = None, came_on: Callable[[], None] = lambda: None,
-        exact: bool = False, shares: Mapping[str, Share] | None = None, masks: Path | None = None,
+        exact: bool = False, shares: Mapping[str, Share] | None = None, masks: Path | None = None, fill: bool = True,
     ) -> None:  # fmt: skip
         """Weights are those that a run begins with, drawn from the seed or read from `source`. `came_on` is called
         after each layer: a large model takes long. With `exact`, gradients are summed in no order. `shares`, by part,
         says of which only a share of the moments is kept here. `masks` is a folder that says what is updated; without
-        one, all is."""
+        one, all is. `fill`: see `hold`."""
         super().__init__(model)
         self.shares, self._masks = dict(shares or {}), masks
         self.config, self._seed, self._device = config, seed, device
@@ -72,14 +72,15 @@ class ResidentStore(LayerStates):
         self._prepared: dict[str, tuple[LayerState, nn.Module]] = {}
         self._rotary: nn.Module | None = None
         self._training = True
-        self.hold(spans, source)
+        self.hold(spans, source, fill=fill)
 
     # ---- what is held ----
 
-    def hold(self, spans: Iterable[Span], source: Path | None = None) -> None:
+    def hold(self, spans: Iterable[Span], source: Path | None = None, *, fill: bool = True) -> None:
         """Hold these spans from now on. Layers that are held already, or lie aside, keep their state; new ones are as
-        at the start of a run; what is held no more lies aside until `let_go`. Call it between two steps: gradients are
-        zero afterwards. Raises ValueError for spans that overlap."""
+        at the start of a run, or, without `fill`, for others to put weights in (`unfilled`); what is held no more lies
+        aside until `let_go`. Call it between two steps: gradients are zero afterwards. Raises ValueError for spans that
+        overlap."""
         spans = sorted(spans)
         if self.modules and spans == sorted(self.modules):
             return
@@ -93,7 +94,7 @@ class ResidentStore(LayerStates):
         states = {state.name: known[state.name] for state in wanted if state.name in known}
         share = {name: _held(tensor) for state in states.values() for name, tensor in state.all_weights().items()}
         for run in _runs(layer for layer in layers if layer not in have):
-            built = self._build(run, source, share)
+            built = self._build(run, source, share, fill=fill)
             have |= dict(_layers(built))
             rotary = rotary or built.rotary
             for layer in range(*run):
@@ -101,7 +102,7 @@ class ResidentStore(LayerStates):
         for spec in wanted:
             if spec.name not in states:
                 part = TIED if spec.shared else next(span_text(s) for s in spans if s[0] <= spec.users[0] < s[1])
-                states[spec.name] = self._made(spec, share, part)
+                states[spec.name] = self._made(spec, share, part, fill=fill)
         self.aside = {name: state for name, state in known.items() if name not in states}
         self._modules_aside = {layer: module for layer, module in have.items() if layer not in layers}
         self.states = states
@@ -118,8 +119,9 @@ class ResidentStore(LayerStates):
         for layer in layers:
             (spec,) = (spec for spec in self.model.states_of([layer]) if not spec.shared)
             if spec.name not in self.states:
-                built = self._build((layer, layer + 1), None)
-                state = self._made(spec, built.named_layer_parameters(layer), span_text((layer, layer + 1)))
+                built = self._build((layer, layer + 1), None, fill=False)
+                part = span_text((layer, layer + 1))
+                state = self._made(spec, built.named_layer_parameters(layer), part, fill=False)
                 self._prepared[spec.name] = state, dict(_layers(built))[layer]
                 self._rotary = built.rotary
             found[spec.name] = self.states[spec.name] if spec.name in self.states else self._prepared[spec.name][0]
@@ -136,12 +138,19 @@ class ResidentStore(LayerStates):
         self.aside.clear()
         self._modules_aside.clear()
 
-    def _build(self, span: Span, source: Path | None, share: Mapping[str, nn.Parameter] | None = None) -> SpanModule:
+    @property
+    def unfilled(self) -> list[LayerState]:
+        """The states held into which no weights were put yet."""
+        return [state for state in self.states.values() if state.version == UNFILLED]
+
+    def _build(
+        self, span: Span, source: Path | None, share: Mapping[str, nn.Parameter] | None = None, *, fill: bool = True
+    ) -> SpanModule:  # fmt: skip
         return self.model.build(
-            span, seed=self._seed, device=self._device, source=source, share=share, came_on=self._came_on
+            span, seed=self._seed, device=self._device, source=source, share=share, came_on=self._came_on, fill=fill
         )
 
-    def _made(self, spec: NamedState, weights: Mapping[str, nn.Parameter], part: str) -> LayerState:
+    def _made(self, spec: NamedState, weights: Mapping[str, nn.Parameter], part: str, *, fill: bool) -> LayerState:
         """A new state of a part; who keeps a share of the part keeps one of the moments."""
         trained, frozen = spec.keys[: spec.trained], spec.keys[spec.trained :]
         whole = partial(LayerState, block=spec.owner in self.model.blocks)
@@ -151,6 +160,7 @@ class ResidentStore(LayerStates):
             frozen={name: weights[name].detach() for name in frozen},
             masks=None if self._masks is None else read_masks(self._masks, spec),
         )  # fmt: skip
+        state.version = 0 if fill else UNFILLED
         state.pull = None if self.model.lora is None else self.model.lora.pull
         return state
 

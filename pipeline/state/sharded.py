@@ -149,6 +149,7 @@ class ShardedState(LayerState):
     @torch.no_grad()
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """See LayerState: of whole moments the kept ranges."""
+        self._printed = None
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             if kind in KINDS:
@@ -172,9 +173,9 @@ class ShardedState(LayerState):
     def _stored(self) -> list[Tensor]:
         return [*self._alike().values(), *(self._kept.values() if self.parameters else ())]
 
-    def fingerprints(self) -> dict[str, int]:
+    def _fingerprints(self) -> dict[str, int]:
         """See LayerState; and a checksum of the moments of each range that is kept here, by its name."""
-        found = super().fingerprints()
+        found = super()._fingerprints()
         for rank, (begins, ends) in self._ends.items() if self.parameters else ():
             crc = zlib.crc32(f"{self.version}/{self.generation}".encode())
             for kind in KINDS:

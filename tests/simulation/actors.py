@@ -233,7 +233,7 @@ class Actors:
         watcher = Watcher(self.client(), id, number, stop)
         try:
             worker = SimWorker(id, self, process, StepCommit(self.ballot(store, 0, id, ())))
-            worker.store.hold(read_layout(store, view, int(payload["place"])).spans)
+            worker.store.hold(read_layout(store, view, int(payload["place"])).spans, fill=not payload["joins"])
             self.world.sleep(self.world.chance.uniform(0.0, 0.3))
             communicator = SimCommunicator(worker, store)
             member = Member(

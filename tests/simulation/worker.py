@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.boundaries import Boundaries
+from pipeline.runtime.groups import Way
 from pipeline.runtime.mailbox import LinkError, Mailbox
 from pipeline.runtime.probe import Pulse
 from pipeline.runtime.step_commit import StepCommit, Vote
 from pipeline.runtime.terms import StepTerms
 from pipeline.runtime.worker import StepResult
 from pipeline.schedule.ops import parse_span
+from pipeline.state.layer_state import UNFILLED
 from tests.simulation.store import Client
 from tests.simulation.world import Broken, Process
 
@@ -32,10 +35,11 @@ LAYERS = 6
 class SimState:
     """A layer's state: one whole number, exact in fp32, which every step turns into another."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.value = name, torch.tensor([float(name)])
+    def __init__(self, name: str, fill: bool = True) -> None:
+        """Without `fill` it is what nobody may compute with."""
+        self.name, self.value = name, torch.tensor([float(name) if fill else float("nan")])
         self.lr_scale = torch.ones(())
-        self.version = self.generation = 0
+        self.version, self.generation = 0 if fill else UNFILLED, 0
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"param/{self.name}": self.value}
@@ -91,11 +95,15 @@ class SimStore:
         self.aside: dict[str, SimState] = {}
         self.shares: dict[str, Any] = {}
 
-    def hold(self, spans: Any) -> None:
+    def hold(self, spans: Any, *, fill: bool = True) -> None:
         wanted = {str(layer) for span in spans for layer in range(*span)}
         known = self.aside | self.states
-        self.states = {name: known.get(name) or SimState(name) for name in sorted(wanted, key=int)}
+        self.states = {name: known.get(name) or SimState(name, fill) for name in sorted(wanted, key=int)}
         self.aside = {name: state for name, state in known.items() if name not in wanted}
+
+    @property
+    def unfilled(self) -> list[SimState]:
+        return [state for state in self.states.values() if state.version == UNFILLED]
 
     def adopt(self, states: Any) -> None:
         """Nothing has moved beforehand."""
@@ -213,14 +221,9 @@ class SimCommunicator:
 
     worker: SimWorker
     store: Client
-    carrying: dict[str, Any] = field(default_factory=dict)
     links: set[int] = field(default_factory=set)
     fresh: set[int] = field(default_factory=set)
     peers: set[int] = field(default_factory=set)
-
-    @property
-    def builder(self) -> Any:
-        return SimpleNamespace(build=self._build)
 
     def _meet(self, name: str, others: set[int]) -> None:
         self.store.set(f"{name}/here/{self.worker.id}", "")
@@ -232,9 +235,14 @@ class SimCommunicator:
                 raise RuntimeError(f"the members of {name} did not meet")
             self.worker.run_of.world.sleep(0.01)
 
-    def _build(self, name: str, pair: tuple[int, int], backend: str = "gloo") -> SimGroup:
+    @contextmanager
+    def ways(self, view: int, number: int, pairs: Mapping[int, tuple[int, int]]) -> Iterator[dict[int, Way]]:
+        yield {place: self._way(f"view{view}/restore{number}/{place}", pair) for place, pair in pairs.items()}
+
+    def _way(self, name: str, pair: tuple[int, int]) -> Way:
         self._meet(name, set(pair) - {self.worker.id})
-        return SimGroup(self.worker.run_of, name, pair, self.worker.id, self.worker.transport.mailbox.woken)
+        group = SimGroup(self.worker.run_of, name, pair, self.worker.id, self.worker.transport.mailbox.woken)
+        return Way(group, 1 - pair.index(self.worker.id), 16)
 
     def poison(self, lost: set[int]) -> None:
         """Who waits is woken by its mailbox."""
