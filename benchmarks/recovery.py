@@ -175,9 +175,13 @@ def recoveries(
         }  # fmt: skip
         if name == "redundant":  # its replacement joins later, while the run goes on
             run.until(lambda seen=seen: sum(e["event"] == "resumed" for e in run.events()[seen:]) > 1)
-        known = set(at.values())
-        fresh = [c.pid for c in warm.children() if c.pid not in known]
-        at[place], spare = (spare, next(pid for pid in fresh if pid != spare)) if spare else (fresh[0], 0)
+        known = {*at.values(), spare}
+
+        def fresh(known: set[int] = known) -> list[int]:
+            return [child.pid for child in warm.children() if child.pid not in known]
+
+        run.until(fresh)  # a spare worker follows a second later
+        at[place], spare = (spare, fresh()[0]) if spare else (fresh()[0], 0)
         yield row
 
 

@@ -47,12 +47,13 @@ class RunFailed(RuntimeError):
 
 @dataclass
 class _Unstarted:
-    """A worker for which there was no room, and when it is tried again."""
+    """A worker that does not run yet, how often there was no room for it, and when it is tried (again)."""
 
     worker: int
     payload: dict[str, Any]
-    tries: int
-    due: float
+    joins: bool
+    tries: int = 0
+    due: float = 0.0
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Agent:
     _spares_made: int = 0
     _refill_at: float = math.inf
     """When spare workers are to be started for those that were called."""
+    _prepared: bool = False
     _view: int = 1
     _awaited: set[int] = field(default_factory=set)
     """Workers that hold nothing yet."""
@@ -125,17 +127,20 @@ class Agent:
 
     def _start(self, worker: int, place: int, view: int, *, joins: bool) -> None:
         """Have a worker in a place: a spare one that is called, or a new one."""
-        payload = self.payload(worker, place, view, joins)
-        if joins and self._spares:
-            pid = next(iter(self._spares))
-            told = {name: value for name, value in payload.items() if name != "store"}  # the token is no key's value
-            self.store.set(self._spares.pop(pid), json.dumps(told))
-            self.pids[pid] = worker
-        else:
-            self._fork(_Unstarted(worker, payload, 0, 0.0))
+        self._place(_Unstarted(worker, self.payload(worker, place, view, joins), joins))
 
-    def _fork(self, one: _Unstarted) -> None:
-        """Start a worker, or put it off: the machine may have room again in a moment."""
+    def _place(self, one: _Unstarted) -> None:
+        """Have it run, or put it off: a device may not be free yet of who had it before, and the machine may have room
+        again in a moment."""
+        if str(one.payload.get("device")).startswith("cuda") and self.forkserver.ending:
+            self._unstarted.append(one)
+            return
+        if one.joins and self._spares:
+            pid = next(iter(self._spares))
+            told = {name: value for name, value in one.payload.items() if name != "store"}  # no token in the store
+            self.store.set(self._spares.pop(pid), json.dumps(told))
+            self.pids[pid] = one.worker
+            return
         try:
             self.pids[self.forkserver.start(one.payload)] = one.worker
         except StartError as error:
@@ -151,7 +156,7 @@ class Agent:
         due = [one for one in self._unstarted if one.due <= now]
         self._unstarted = [one for one in self._unstarted if one.due > now]
         for one in due:
-            self._fork(one)
+            self._place(one)
 
     def _keep_spares(self) -> None:
         self._refill_at = math.inf
@@ -193,6 +198,7 @@ class Agent:
                 self._told_to_leave = False
                 keys.stay(self.store, self.rank)
                 self._start_those(view := read_view(self.store, self._view), view.awaited)
+            self._prepare()
             self._try_again()
             if time.monotonic() >= self._refill_at:
                 self._keep_spares()
@@ -205,6 +211,12 @@ class Agent:
                 raise NotStarted if failure.reason == _NOT_STARTED else RunFailed(failure.reason, failure.code)
         assert code is not None
         return code
+
+    def _prepare(self) -> None:
+        """Have the forkserver load what every worker of this run needs, once that is known."""
+        if not self._prepared and self.store.check([keys.view_key(1)]):
+            self._prepared = True
+            self.forkserver.prepare(dict(read_view(self.store, 1).details))
 
     def _pass_on(self) -> None:
         """Make a signal that has come a state of the run: who joins later knows of it too."""

@@ -2,7 +2,8 @@
 
 Importing them takes seconds, a fork takes milliseconds. The forkserver is forked before its agent starts any thread
 (a store server, a progress bar), runs nothing but this loop, and tells the agent of every exit as the operating system
-reports it. If the agent dies the forkserver dies, and with the forkserver every worker: nothing is left behind.
+reports it; of one by a signal the agent knows earlier (`death_watch.py`). If the agent dies the forkserver dies, and
+with the forkserver every worker: nothing is left behind.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import selectors
 import signal
 import socket
@@ -17,10 +19,13 @@ import sys
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from launch.death_watch import DeathWatch
 from pipeline.runtime.channel import Channel, ChannelClosed
 from pipeline.wire import checked
 
@@ -73,9 +78,13 @@ _OPEN: weakref.WeakSet[ForkServer] = weakref.WeakSet()
 class ForkServer:
     """The agent's handle on its forkserver. Forks it at construction, so construct it before starting threads."""
 
-    def __init__(self, entry: Callable[[dict[str, Any]], int]) -> None:
+    def __init__(
+        self, entry: Callable[[dict[str, Any]], int], prepare: Callable[[dict[str, Any]], object] = lambda _: None
+    ) -> None:  # fmt: skip
+        """`entry(payload)` is a worker; `prepare(payload)` is called in the forkserver, and starts no thread."""
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channel = Channel(mine)
+        self._watch = DeathWatch()
         agent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -87,13 +96,20 @@ class ForkServer:
             for signum in DEAF_TO:
                 signal.signal(signum, signal.SIG_IGN)
             with contextlib.suppress(BaseException):
-                _Server(Channel(theirs), entry).run()
+                _Server(Channel(theirs), entry, prepare, self._watch).run()
             os._exit(0)
         theirs.close()
         _OPEN.add(self)
         self._exits: list[Exit] = []
         self._asked = 0
         self._disowned: set[int] = set()
+        self._living: set[int] = set()
+        """Those of whose end nothing was told yet."""
+        self.ending: set[int] = set()
+        """Those that were seen to die and may still have what they had, of memory and devices."""
+        self._died: deque[Exit] = deque()  # filled by the threads that watch
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._bell)
 
     def fileno(self) -> int:
         """For selectors: readable when an exit is to be polled."""
@@ -107,25 +123,46 @@ class ForkServer:
         """
         deadline = time.monotonic() + _ANSWER_S
         self._asked += 1
+        slot = self._watch.slot()
         try:
-            self._channel.send({"request": self._asked, "payload": payload}, _ANSWER_S)
+            self._channel.send({"request": self._asked, "payload": payload, "slot": slot}, _ANSWER_S)
         except ChannelClosed as error:
             raise ForkServerGone("the forkserver has ended unexpectedly") from error
         while (message := self._read(deadline - time.monotonic())) is not None:
             if message.get("request") != self._asked:
                 self._note(message)
             elif "failed" in message:
+                if slot is not None:
+                    self._watch.give_back(slot)
                 raise StartError(f"could not be started: {message['failed']}")
             else:
-                return int(message["started"])
+                self._living.add(pid := int(message["started"]))
+                if slot is not None:
+                    self._watch.watch(slot, pid, partial(self._seen, pid))
+                return pid
         raise TimeoutError(f"the forkserver did not answer within {_ANSWER_S:g} s")
 
+    def prepare(self, payload: dict[str, Any]) -> None:
+        """Have `prepare(payload)` called before the next fork. Raises ForkServerGone, TimeoutError."""
+        try:
+            self._channel.send({"prepare": payload}, _ANSWER_S)
+        except ChannelClosed as error:
+            raise ForkServerGone("the forkserver has ended unexpectedly") from error
+
+    def _seen(self, pid: int, code: int) -> None:
+        """In a thread that watches: a worker has died."""
+        self._died.append(Exit(pid, code))
+        with contextlib.suppress(OSError):  # this end is closed
+            os.eventfd_write(self._bell, 1)
+
     def _note(self, message: dict[str, Any]) -> None:
-        """Keep an exit. An answer that nobody waits for any more is of a worker that nobody knows: it is ended."""
+        """Keep an exit, once. An answer that nobody waits for any more is of a worker that nobody knows: it is
+        ended."""
         if "request" not in message:
-            if (ended := _exit(message)).pid not in self._disowned:
+            if (ended := _exit(message)).pid not in self._disowned | self.ending:
                 self._exits.append(ended)
-            self._disowned.discard(ended.pid)
+            for those in (self._disowned, self.ending, self._living):
+                those.discard(ended.pid)
         elif "started" in message:
             self._disowned.add(pid := int(message["started"]))
             with contextlib.suppress(ProcessLookupError):
@@ -137,13 +174,29 @@ class ForkServer:
         Raises ForkServerGone once the forkserver has ended and all that it has told was returned.
         """
         try:
-            while (message := self._read(0.0 if self._exits else timeout_s)) is not None:
+            self._wait(0.0 if self._exits else timeout_s)
+            while self._died:
+                if (seen := self._died.popleft()).pid in self._living:
+                    self._living.discard(seen.pid)
+                    self.ending.add(seen.pid)
+                    self._exits.append(seen)
+            while (message := self._read(0.0)) is not None:
                 self._note(message)
         except ForkServerGone:
             if not self._exits:
                 raise
         exits, self._exits = self._exits, []
         return exits
+
+    def _wait(self, timeout_s: float) -> None:
+        """For an end that was seen, or a message."""
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        if not self._channel.ready:
+            poll.register(self._channel, select.POLLIN)
+            poll.poll(max(0.0, 1000 * timeout_s))
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
 
     def close(self) -> None:
         """End the forkserver and with it every worker that still runs."""
@@ -170,8 +223,11 @@ def _exit(message: dict[str, Any]) -> Exit:
 class _Server:
     """The forkserver's loop: forks on request, tells of exits, waits in neither."""
 
-    def __init__(self, channel: Channel, entry: Callable[[dict[str, Any]], int]) -> None:
-        self._channel, self._entry = channel, entry
+    def __init__(
+        self, channel: Channel, entry: Callable[[dict[str, Any]], int], prepare: Callable[[dict[str, Any]], object],
+        watch: DeathWatch,
+    ) -> None:  # fmt: skip
+        self._channel, self._entry, self._prepare, self._watch = channel, entry, prepare, watch
         self._children: dict[int, int] = {}  # pidfd -> pid
         self._selector = selectors.DefaultSelector()
         self._selector.register(channel, selectors.EVENT_READ)
@@ -183,7 +239,7 @@ class _Server:
                 for key, _ in self._selector.select():
                     if key.fileobj is self._channel:
                         while (asked := self._channel.receive(0.0)) is not None:
-                            self._channel.post({"request": asked["request"], **self._fork(asked["payload"])})
+                            self._do(asked)
                     else:
                         self._channel.post(self._ended(key.fd))
                 events = selectors.EVENT_READ | (0 if self._channel.flush() else selectors.EVENT_WRITE)
@@ -191,7 +247,15 @@ class _Server:
         except ChannelClosed:
             self._end()
 
-    def _fork(self, payload: dict[str, Any]) -> dict[str, Any]:
+    def _do(self, asked: dict[str, Any]) -> None:
+        """Fork, or prepare for it."""
+        if "prepare" in asked:
+            with contextlib.suppress(Exception):  # who is forked meets it too, and tells
+                self._prepare(asked["prepare"])
+        else:
+            self._channel.post({"request": asked["request"], **self._fork(asked["payload"], asked["slot"])})
+
+    def _fork(self, payload: dict[str, Any], slot: int | None) -> dict[str, Any]:
         """The answer to a request. What fails here costs this worker alone."""
         parent, pid = os.getpid(), 0
         try:
@@ -199,7 +263,7 @@ class _Server:
             if pid == 0:
                 self._selector.close()
                 self._channel.close()
-                _become_worker(self._entry, payload, parent)
+                _become_worker(self._entry, payload, parent, self._watch, slot)
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             if pid:  # nobody could see it end
@@ -226,10 +290,14 @@ class _Server:
                 os.waitpid(pid, 0)
 
 
-def _become_worker(entry: Callable[[dict[str, Any]], int], payload: dict[str, Any], parent: int) -> None:
+def _become_worker(
+    entry: Callable[[dict[str, Any]], int], payload: dict[str, Any], parent: int, watch: DeathWatch, slot: int | None
+) -> None:  # fmt: skip
     code = 1
     try:
         die_with_parent(parent)
+        if slot is not None:
+            watch.hold(slot)
         code = entry(payload)
     except BaseException:  # the process ends here, whatever it was
         traceback.print_exc()
@@ -237,4 +305,6 @@ def _become_worker(entry: Callable[[dict[str, Any]], int], payload: dict[str, An
         with contextlib.suppress(ValueError, OSError):  # closed, or nobody reads
             sys.stdout.flush()
             sys.stderr.flush()
+        if slot is not None:
+            watch.let_go(slot)
         os._exit(code)

@@ -39,7 +39,7 @@ from launch.story import Story
 from launch.token import find_token, leave_token
 from launch.trackers import Trackers, require_trackers
 from launch.warm import warm_up
-from launch.worker_main import computes, default_threads, worker_main
+from launch.worker_main import computes, default_threads, prepare, worker_main
 from pipeline.exit_codes import ERROR, STOPPED, exit_code
 from pipeline.model.weights import watch
 from recovery import keys
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, as_json: bool, signals: Stopping, prepared: bool
     devices = find_devices(config.device, slot.workers_here(config.workers)) if workers else Devices(0, nccl=False)
     transformers.utils.logging.disable_progress_bar()
     warm_up(config)
-    forkserver = ForkServer(worker_main)  # forked now: nothing below has started a thread yet
+    forkserver = ForkServer(worker_main, prepare)  # forked now: nothing below has started a thread yet
     handle = None
     try:
         if slot.cluster and slot.coordinates:

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -99,7 +100,7 @@ def last_words(error: Exception) -> keys.ErrorReport:
 def _called(store: dist.Store, payload: dict[str, Any]) -> dict[str, Any]:
     """Load what every worker needs, then wait for the place that is to be taken; the payload with it."""
     await_view(store, 1)
-    model_of(settings_of(read_view(store, 1)))
+    model_of(settings_of(read_view(store, 1).details))
     if torch.device(payload["device"]).type == "cuda" and count_cuda() == 1:  # else it is not known which it will be
         torch.zeros(1, device=payload["device"])  # a context takes longer than all the rest of a recovery
     store.wait([key := payload["spare"]], _FOREVER)
@@ -107,9 +108,14 @@ def _called(store: dist.Store, payload: dict[str, Any]) -> dict[str, Any]:
     return {**payload, **checked(parse(store.get(key), "a spare worker's place"), "a spare worker's place", **fields)}
 
 
-def settings_of(view: View) -> TrainConfig:
-    """Those of a run, whatever it is of."""
-    return config_from_dict(KINDS[view.details["job"]].settings, view.details["config"])
+def settings_of(details: Mapping[str, Any]) -> TrainConfig:
+    """Those of a run, whatever it is of, from the details of its views."""
+    return config_from_dict(KINDS[details["job"]].settings, details["config"])
+
+
+def prepare(details: dict[str, Any]) -> None:
+    """Load, in the process from which workers are forked, what each of them needs."""
+    model_of(settings_of(details))
 
 
 def model_of(config: TrainConfig, attention: str | None = None) -> LayeredModel:
@@ -128,7 +134,7 @@ def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threa
     number, joins = int(payload["view"]), bool(payload["joins"])
     await_view(store, 1)  # as long as it takes to plan: who plans has the store in it
     view = read_view(store, 1)  # the newest view is this one with other workers in some places
-    config = settings_of(view)
+    config = settings_of(view.details)
     place = int(payload["place"])
     watcher = Watcher(connect(payload["store"], 60.0), worker_id, number, stop)
     try:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import pytest
@@ -29,6 +29,11 @@ class Full:
 
     def __init__(self, refusals: int) -> None:
         self.refusals, self.started = refusals, list[dict[str, Any]]()
+
+    ending: Set[int] = frozenset()
+
+    def prepare(self, details: dict[str, Any]) -> None:
+        pass
 
     def start(self, payload: dict[str, Any]) -> int:
         if self.refusals:
