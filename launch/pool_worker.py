@@ -14,7 +14,8 @@ from jobs.config import TrainConfig
 from jobs.job import RunJob, Start
 from jobs.registry import KINDS, make_jobs
 from launch.config import config_from_dict
-from launch.worker_main import last_words, model_of
+from launch.warm import model_of
+from launch.worker_main import last_words
 from pipeline.model.layered import LayeredModel
 from pipeline.runtime.batch import Job
 from pipeline.runtime.channel import Channel

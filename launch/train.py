@@ -38,8 +38,8 @@ from launch.slots import Slot, StoreHandle, find_slot, open_store
 from launch.story import Story
 from launch.token import find_token, leave_token
 from launch.trackers import Trackers, require_trackers
-from launch.warm import warm_up
-from launch.worker_main import computes, default_threads, prepare, worker_main
+from launch.warm import prepare, warm_up
+from launch.worker_main import computes, default_threads, worker_main
 from pipeline.exit_codes import ERROR, STOPPED, exit_code
 from pipeline.model.weights import watch
 from recovery import keys

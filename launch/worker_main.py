@@ -8,10 +8,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,10 @@ from jobs.pipeline_engine import PipelineEngine
 from jobs.pipelines import stage_at
 from jobs.registry import KINDS, TRAIN, make_jobs
 from jobs.train import Trainer
-from launch.config import config_from_dict
 from launch.devices import count_cuda
+from launch.warm import model_of, settings_of, try_out
 from pipeline.model.flops import ModelFlops
-from pipeline.model.layered import LayeredModel
-from pipeline.model.lora import Adapters
-from pipeline.model.weights import ModelError, read_config
+from pipeline.model.weights import ModelError
 from pipeline.runtime.batch import Needs
 from pipeline.runtime.compute import Settings
 from pipeline.runtime.groups import GroupBuilder, address_towards
@@ -100,34 +98,16 @@ def last_words(error: Exception) -> keys.ErrorReport:
 def _called(store: dist.Store, payload: dict[str, Any]) -> dict[str, Any]:
     """Load what every worker needs, then wait for the place that is to be taken; the payload with it."""
     await_view(store, 1)
-    model_of(settings_of(read_view(store, 1).details))
-    if torch.device(payload["device"]).type == "cuda" and count_cuda() == 1:  # else it is not known which it will be
-        torch.zeros(1, device=payload["device"])  # a context takes longer than all the rest of a recovery
+    config = settings_of(read_view(store, 1).details)
+    model = model_of(config)
+    device = torch.device(payload["device"])
+    if device.type == "cpu" or count_cuda() == 1:  # else it is not known which it will be
+        with suppress(RuntimeError):  # who has a place tells
+            try_out(config, model, device)
+    model.copy_ahead(range(model.num_layers))
     store.wait([key := payload["spare"]], _FOREVER)
     fields = {"worker": int, "place": int, "view": int, "joins": bool, "device": str}
     return {**payload, **checked(parse(store.get(key), "a spare worker's place"), "a spare worker's place", **fields)}
-
-
-def settings_of(details: Mapping[str, Any]) -> TrainConfig:
-    """Those of a run, whatever it is of, from the details of its views."""
-    return config_from_dict(KINDS[details["job"]].settings, details["config"])
-
-
-def prepare(details: dict[str, Any]) -> None:
-    """Load, in the process from which workers are forked, what each of them needs."""
-    model_of(settings_of(details))
-
-
-def model_of(config: TrainConfig, attention: str | None = None) -> LayeredModel:
-    """The model of a run, read once from its folder."""
-    return _blueprint(config.out / "model-config", attention, config.lora(), config.depth, config.patterns())
-
-
-@cache
-def _blueprint(
-    folder: Path, attention: str | None, lora: Adapters | None, depth: int | None, trained: tuple[str, ...]
-) -> LayeredModel:
-    return LayeredModel(read_config(folder), attention=attention, lora=lora, depth=depth, trained=trained)
 
 
 def _run(worker_id: int, payload: dict[str, Any], store: dist.Store, stop: threading.Event) -> int:

@@ -174,6 +174,7 @@ def _combine(
         elif state.version == UNFILLED:
             begin(worker, view, (state,))
         stamp((state,), step, view.generation)
+        state.fingerprints()  # while the next is on its way
     return bool(sources)
 
 

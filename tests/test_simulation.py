@@ -94,7 +94,7 @@ def test_a_failing_seed_is_replayed_by_its_command(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["simulation", "--seed", "7"])
     assert main() == 0
-    assert " 0: 0" in capsys.readouterr().out.rsplit("ended with", 1)[1]
+    assert "0: 0" in capsys.readouterr().out.rsplit("ended with", 1)[1]
     monkeypatch.setattr(Recovery, "after_loss", _stale)
     found = seeds_until(simulate)
     seed = found.rsplit(" ", 1)[-1]

@@ -93,6 +93,7 @@ class LayeredModel:
             told = f"{type(error).__name__}: {error}"
             raise ModelError(f"transformers cannot build this {config.model_type} config: {told}") from error
         self._skeleton = cast(PreTrainedModel, model)
+        self._ahead: dict[str, nn.Module] = {}
         self.hidden_size: int = self.config.hidden_size
         every = self.config.num_hidden_layers
         if depth is not None and not 1 <= depth <= every:
@@ -114,7 +115,7 @@ class LayeredModel:
         if lora is not None:
             for number in lora.within(every):
                 path = f"{family.blocks}.{number}"
-                self._adapted[path] = copy.deepcopy(self.module(path), {id(self.config): self.config})
+                self._adapted[path] = self._copy(path)
                 lora.adapt(self._adapted[path], number, self.hidden_size)
         names = {name for layer in range(self.num_layers) for name in self.shapes(layer)}
         self.partly: bool = lora is not None or bool(trained)
@@ -261,12 +262,21 @@ class LayeredModel:
             came_on()
         return SpanModule(self, span, layers, self.rotary().to(device) if self.family.rotary else None)
 
+    def copy_ahead(self, layers: Iterable[int]) -> None:
+        """Have what is copied to build each of these layers, the next time, before it is built."""
+        for path in (path for layer in layers for path in self.paths(layer).values()):
+            self._ahead[path] = self._copy(path)
+
+    def _copy(self, path: str) -> nn.Module:
+        """The module at a path, without weights."""
+        return copy.deepcopy(self.module(path), {id(self.config): self.config})
+
     def _part(
         self, path: str, layer: int, seed: int, device: torch.device, weights: Weights | None,
         held: dict[str, nn.Parameter], fill: bool,
     ) -> nn.Module:  # fmt: skip
         """The module at `path`, with weights; `held` gives shared parameters and receives the new ones."""
-        module = copy.deepcopy(self.module(path), {id(self.config): self.config})
+        module = self._ahead.pop(path, None) or self._copy(path)
         names = {local: self.full_name(path, local) for local, _ in module.named_parameters()}
         if layer > 0 and set(names.values()) & set(self.tied_keys) - set(held):
             self._part(
