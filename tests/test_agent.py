@@ -378,3 +378,59 @@ def test_two_agents_of_one_rank_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="node_rank is 1; allowed: one whose agent does not live"):
         agent.start()
     beats.join()
+
+
+# ---- devices, and spare workers ----
+
+
+def test_a_device_that_a_dying_worker_may_still_hold_is_waited_for() -> None:
+    forkserver, store = Scripted(), dist.HashStore()
+    payload = {"device": "cuda:0"}
+    agent = Agent(0, forkserver, store, [0, 1], lambda worker, *_: {**payload, "worker": worker})  # type: ignore[arg-type]
+    agent.start()
+    publish(store, View(1, (0, 1), LAYOUT.key, places={0: 0, 1: 1}, agents={0: 0, 1: 0}), LAYOUT)
+    ticks = [0]
+
+    def tick() -> None:
+        ticks[0] += 1
+        if ticks[0] == 1:
+            forkserver.ending = {pid_of(agent, 0)}
+            forkserver.ends.append(Exit(pid_of(agent, 0), -9))
+        if ticks[0] == 2:
+            publish(store, View(2, (1, 2), LAYOUT.key, places={1: 1, 2: 0}, agents={0: 0, 1: 0}, joined={2: 0}), LAYOUT)
+        if ticks[0] == 8:
+            assert [each["worker"] for each in forkserver.started] == [0, 1]
+            forkserver.ending = set()
+        if ticks[0] == 10:
+            assert [each["worker"] for each in forkserver.started] == [0, 1, 2]
+            raise Enough
+
+    with pytest.raises(Enough):
+        agent.supervise(tick)
+
+
+def test_a_spare_worker_that_was_called_is_followed_by_another_once_others_have_had_time_to_recover(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launch.agent._REFILL_S", 0.05)
+    forkserver, store = Scripted(), dist.HashStore()
+    agent = Agent(0, forkserver, store, [0], lambda worker, *_: {"worker": worker, "store": {}}, num_spares=1)  # type: ignore[arg-type]
+    agent.start()
+    publish(store, View(1, (0,), LAYOUT.key, places={0: 0}, agents={0: 0}), LAYOUT)
+    publish(store, View(2, (1,), LAYOUT.key, places={1: 0}, agents={0: 0}, joined={1: 0}), LAYOUT)
+    assert [each["worker"] for each in forkserver.started] == [0, -1]
+    began = time.monotonic()
+    seen: list[float] = []
+
+    def tick() -> None:
+        if len(forkserver.started) == 3:
+            assert forkserver.started[-1]["worker"] == -1
+            seen.append(time.monotonic() - began)
+            raise Enough
+        if time.monotonic() - began > 10:
+            raise AssertionError("no spare worker was started")
+
+    with pytest.raises(Enough):
+        agent.supervise(tick)
+    assert store.check(["spare/0/0"]), "the first one was called"
+    assert seen[0] >= 0.05

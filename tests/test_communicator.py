@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -175,3 +176,56 @@ def test_poisoning_is_harmless_where_nobody_waits(lost: set[int]) -> None:
         together(members, enter(1, set(), {"0:1": (0, 1, 2)}))
         members[0].communicator.poison(lost)
         assert members[0].communicator.kept() == {"links": [], "sums": {"0:1": 0}}
+
+
+def test_state_goes_over_a_group_that_both_have_and_what_nobody_took_is_in_nobodys_way() -> None:
+    """The second move is in a later view: the first one's end was interrupted before it had received anything."""
+    with hosted_store() as (_, address):
+        members = [Member(w, address) for w in range(3)]
+        together(members, enter(1, set(), {"0:1": (0, 1), "1:2": (1, 2)}))
+        before = sockets()
+        left = torch.full((4,), 7.0)
+
+        def move(view: int) -> Callable[[Member], Any]:
+            def act(member: Member) -> Any:
+                if member.id == 2:
+                    return None
+                with member.communicator.ways(view, 0, {0: (1, 0)}) as ways:
+                    if member.id == 1:
+                        work = ways[0].send(left if view == 1 else torch.arange(4.0))
+                        return work if view == 1 else work.wait(timedelta(seconds=10))
+                    if view == 1:
+                        return None
+                    ways[0].recv(found := torch.empty(4)).wait(timedelta(seconds=10))
+                    return found
+
+            return act
+
+        together(members, move(1))
+        found = together(members, move(2))
+        assert torch.equal(found[0], torch.arange(4.0))
+        assert sockets() == before, "a group was built for what one that was there could carry"
+        assert all(m.communicator.carrying == {} for m in members)
+
+
+def test_two_who_have_no_group_meet_in_one_for_the_move_alone() -> None:
+    with hosted_store() as (_, address):
+        members = [Member(w, address) for w in range(3)]
+        together(members, enter(1, set(), {"0:1": (0, 1)}))
+
+        def act(member: Member) -> Any:
+            pair = {0: (2, 0)} if member.id != 1 else {}
+            with member.communicator.ways(1, 3, pair) as ways:
+                if member.id == 2:
+                    ways[0].send(torch.ones(4)).wait(timedelta(seconds=10))
+                    assert list(member.communicator.carrying) == ["view1/restore3/0"]
+                    assert member.communicator.peers == {0, 2}, "a loss ends it"
+                elif member.id == 0:
+                    ways[0].recv(found := torch.empty(4)).wait(timedelta(seconds=10))
+                    return found
+            return None
+
+        found = together(members, act)
+        assert found[2] is None
+        assert torch.equal(found[0], torch.ones(4))
+        assert all(m.communicator.carrying == {} for m in members)

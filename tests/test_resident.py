@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from pipeline.model.layered import LayeredModel
 from pipeline.schedule.ops import Span
+from pipeline.state.checksum import checksum
 from pipeline.state.layer_state import LayerState, StateChanged, stamp
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore, part_holders
@@ -229,3 +232,43 @@ def test_sgd_takes_the_gradient_times_the_rate_and_keeps_nothing_else() -> None:
         adamw.load({key: tensor for key, tensor in state("adamw").tensors().items() if key != "exp_avg/b"})
     plain.begin_anew()
     assert float(plain.lr_scale) == 1.0
+
+
+# ---- what others fill, and what is known of what does not change ----
+
+
+def test_what_others_fill_is_not_drawn_or_read_first(tmp_path: Path) -> None:
+    model = LayeredModel(GPT2)
+    config = OptimizerConfig(warmup_steps=0)
+    held = ResidentStore(model, [(0, 2)], config, seed=5, device=CPU, source=tmp_path / "gone", fill=False)
+    assert {state.name for state in held.unfilled} == set(held.states)
+    held.start_again(held.states.values(), None)
+    assert held.unfilled == []
+    built = store(GPT2, (0, 2))
+    assert all(same(held.tensors(layer), built.tensors(layer)) for layer in range(2))
+    held.hold([(0, 3)], fill=False)
+    assert [state.name for state in held.unfilled] == ["2"]
+    assert all(same(held.tensors(layer), built.tensors(layer)) for layer in range(2))
+
+
+def test_a_fingerprint_is_computed_once_for_what_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    count = checksum
+
+    def counting(*args: Any) -> int:
+        calls.append(None)
+        return count(*args)
+
+    monkeypatch.setattr("pipeline.state.layer_state.checksum", counting)
+    state = store(GPT2, (0, 2)).states["1"]
+    first = state.fingerprint()
+    once = len(calls)
+    assert state.fingerprint() == first
+    assert len(calls) == once
+    weight = next(iter(state.weights().values()))
+    other = weight.clone()
+    state.put({f"param/{next(iter(state.weights()))}": other})
+    assert state.fingerprint() == first
+    assert len(calls) == 2 * once, "what was put in is looked at, whatever it is"
+    weight.view(-1)[3] += 1.0
+    assert state.fingerprint() != first

@@ -19,6 +19,7 @@ from pipeline.runtime.transport import LinkError
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 from pipeline.state.source import SourceRefused
+from recovery import checkpoint
 from recovery.membership import START, Move, View
 from recovery.policy import remedies
 from recovery.restore import restore, roll_back
@@ -169,3 +170,47 @@ def test_who_builds_a_large_model_is_seen_to_come_on() -> None:
 def test_a_remedy_that_is_not_known_is_named() -> None:
     with pytest.raises(LinkError, match="view 3 names the remedy 'magic'; known: replica, rehearse, checkfree"):
         take(joiner(), "magic")
+
+
+# ---- what no move brings ----
+
+
+def bare(seed: int = 3) -> Any:
+    """A joiner that was built to be filled."""
+    worker = joiner(seed)
+    worker.store = ResidentStore(LayeredModel(CONFIG), [MIDDLE], OptimizerConfig(), seed=seed, device=CPU, fill=False)
+    with torch.no_grad():
+        for each in worker.store.states.values():
+            for weight in each.weights().values():
+                weight.fill_(float("nan"))
+    return worker
+
+
+def settle(worker: Any, view: View, **moved: Any) -> None:
+    communicator: Any = SimpleNamespace(ways=lambda *_: nullcontext({}))
+    restore(worker, view, communicator, remedies(), {}, step=view.first_step, **moved)
+
+
+def test_what_no_move_brings_is_as_the_run_began(tmp_path: Path) -> None:
+    worker = bare()
+    settle(worker, View(2, (7,), "", details={"source": None}, generation=2))
+    assert same(state(worker.store), state(store(3)))
+    assert {(each.version, each.generation) for each in worker.store.states.values()} == {(0, 2)}
+    begun = trained(5)
+    folder = checkpoint.begin(tmp_path, 1)
+    records = [checkpoint.write_layer(folder, layer, begun.tensors(layer)) for layer in range(*MIDDLE)]
+    path = checkpoint.commit(tmp_path, 1, records, {"step": 1})
+    again = bare()
+    settle(again, View(2, (7,), "", details={"source": None}, first_step=1, checkpoint=str(path)))
+    assert same(state(again.store), state(begun))
+    assert {each.version for each in again.store.states.values()} == {1}
+
+
+def test_a_remedy_that_brings_nothing_begins_as_the_run_began() -> None:
+    worker = bare()
+    settle(worker, View(3, (1, 7), "", details={"source": None}, moves=(Move(7, "2:4", "random", ()),)))
+    found, built = (state(each) for each in (worker.store, store(3)))
+    assert all(torch.equal(found[key], built[key]) for key in built if not key.startswith("lr_scale/"))
+    filled = bare()
+    take(filled, "replica", sent(trained(5), "state"))
+    assert same(state(filled.store), state(trained(5))), "nothing is left of what it was built with"
