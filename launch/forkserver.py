@@ -173,15 +173,16 @@ class ForkServer:
 
         Raises ForkServerGone once the forkserver has ended and all that it has told was returned.
         """
+        self._wait(0.0 if self._exits else timeout_s)
+        died = len(self._died)
         try:
-            self._wait(0.0 if self._exits else timeout_s)
-            while self._died:
+            while (message := self._read(0.0)) is not None:
+                self._note(message)
+            for _ in range(died):  # with the forkserver, which leaves first, all die: then the above has raised
                 if (seen := self._died.popleft()).pid in self._living:
                     self._living.discard(seen.pid)
                     self.ending.add(seen.pid)
                     self._exits.append(seen)
-            while (message := self._read(0.0)) is not None:
-                self._note(message)
         except ForkServerGone:
             if not self._exits:
                 raise

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.state.checksum import _COLUMNS, _ROWS, _odd, _odd_of, checksum
 
-SIZES = [1, 7, 8, 9, 8 * _COLUMNS - 8, 8 * _COLUMNS, 8 * _COLUMNS + 12, 8 * _COLUMNS * _ROWS + 8]
+SIZES = [1, 3, 4, 5, 7, 9, 4 * _COLUMNS - 4, 4 * _COLUMNS, 4 * _COLUMNS + 6, 4 * _COLUMNS * _ROWS + 4]
 
 
 def noise(size: int, seed: int = 0) -> Tensor:
@@ -46,6 +46,20 @@ def test_where_it_lies_counts(sizes: list[int], seed: int, data: st.DataObject) 
         other = whole.clone()
         other[a], other[b] = whole[b].item(), whole[a].item()
         assert (checksum(other.split(sizes)) == was) == torch.equal(other, whole)
+
+
+@pytest.mark.parametrize("bit", [0, 30, 31])
+def test_two_changes_do_not_hide_each_other(bit: int) -> None:
+    """Signs of two numbers too, wherever they stand."""
+    values = torch.randn(3 * _COLUMNS)
+    words, was = values.view(torch.int32), checksum([values])
+    for other in (1, 2, 3, 7, _COLUMNS - 1, _COLUMNS, _COLUMNS + 1, 3 * _COLUMNS - 1):
+        for place in (0, other):
+            words[place] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+        assert checksum([values]) != was
+        for place in (0, other):
+            words[place] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+    assert checksum([values]) == was
 
 
 def test_it_is_that_of_the_numbers_wherever_they_lie() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.model.layered import LayeredModel
 from pipeline.model.weights import preset
+from pipeline.runtime.groups import Way
 from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 from pipeline.state.source import Source, SourceRefused
@@ -125,10 +126,10 @@ def test_what_a_worker_sends_is_refused_by_whoever_takes_it(remedy: str, generat
     )
     move = Move(1, "0:2", remedy, ((0, "0:2"),))
     kept = {name: weight.clone() for name, weight in held.weights(1).items()}
-    groups: Any = {0: Wire(3, generation)}
+    ways = {0: Way(cast(Any, Wire(3, generation)), 0, 16)}
     with pytest.raises(SourceRefused, match=f"is of generation {generation}; the run is at generation 1"):
-        restore._take(worker, view(1), move, groups, remedies()[remedy], {}, 3, (), None)
+        restore._take(worker, view(1), move, ways, remedies()[remedy], {}, 3, (), None)
     assert all(torch.equal(kept[name], weight) for name, weight in held.weights(1).items())
-    groups = {0: Wire(3, 1)}
-    restore._take(worker, view(1), move, groups, remedies()[remedy], {}, 3, (), None)
+    ways = {0: Way(cast(Any, Wire(3, 1)), 0, 16)}
+    restore._take(worker, view(1), move, ways, remedies()[remedy], {}, 3, (), None)
     assert all(state.generation == 1 for state in held.states_of("0:2"))

@@ -53,12 +53,12 @@ class Host:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
 
-    def order(self, number: int, microbatches: tuple[int, ...], facts: bool = True) -> None:
+    def order(self, number: int, microbatches: tuple[int, ...], facts: bool = True, run: int = 0) -> None:
         order = {
-            "id": number, "run": 0, "step": 0, "job": "train", "kinds": FUSED, "span": (2, 4), "source": "param",
+            "id": number, "run": run, "step": 0, "job": "train", "kinds": FUSED, "span": (2, 4), "source": "param",
             "microbatches": microbatches, "side": 0, "block": number, "skip": [],
         }  # fmt: skip
-        self.channel.send({"do": order, "facts": [[0, "x", m, 2] for m in microbatches] if facts else []}, PATIENCE_S)
+        self.channel.send({"do": order, "facts": [[run, "x", m, 2] for m in microbatches] if facts else []}, PATIENCE_S)
 
     def next(self, name: str) -> dict[str, Any]:
         """The next message that has a field."""
@@ -113,13 +113,13 @@ def test_an_order_that_is_taken_back_takes_nothing_from_the_one_that_shares_its_
         whole = gradient(store, 1)
         assert whole.abs().sum() > 0
 
-        host.order(2, (0, 1, 2), facts=False)
-        host.order(3, (3,), facts=False)
-        host.channel.send({"facts": [[0, "x", 0, 2]]}, PATIENCE_S)
+        host.order(2, (0, 1, 2), facts=False, run=1)  # what is known of another run is nothing to it
+        host.order(3, (3,), facts=False, run=1)
+        host.channel.send({"facts": [[1, "x", 0, 2]]}, PATIENCE_S)
         host.next("op")  # the first microbatch of order 2 is done, and it waits for the second
         host.channel.send({"recall": 3}, PATIENCE_S)
         assert host.next("recalled")["recalled"] == 3
-        host.channel.send({"facts": [[0, "x", 1, 2], [0, "x", 2, 2]]}, PATIENCE_S)
+        host.channel.send({"facts": [[1, "x", 1, 2], [1, "x", 2, 2]]}, PATIENCE_S)
         assert host.next("unit")["unit"] == 2
         assert torch.equal(gradient(store, 2), whole)
         assert store.lacks(2, 2, (0, 1, 2)) == ""

@@ -152,7 +152,8 @@ class Run:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""  # the last may still be written
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def flags(**values: Any) -> list[str]:

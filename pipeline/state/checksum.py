@@ -1,7 +1,9 @@
 """A number that changes with any bit of some tensors, computed where they lie.
 
-It is a sum of their 64-bit words, each times an odd number that belongs to its place, modulo 2^64. An odd factor has an
-inverse there, so a single word that changes always changes the sum; several hide each other by chance alone. zlib's
+It is a sum of their 32-bit words, each times an odd number of 64 bits that belongs to its place, modulo 2^64. An odd
+factor has an inverse there, so a single word that changes always changes the sum; several hide each other by chance
+alone, whichever of their bits change: words as wide as the factors would not do, as of two words that change in their
+highest bit alone, the sign of a number, neither would be seen. zlib's
 CRC would want the bytes on the host, at a tenth of the speed of a device's memory. Small tensors are copied side by
 side first: a layer has dozens of them, and each sum by itself costs more than its bytes.
 """
@@ -14,8 +16,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+_WORD = 4  # bytes
 _COLUMNS = 1 << 12
-_ROWS = 1 << 6  # at once: 2 MiB on a CPU, which stay in its cache
+_ROWS = 1 << 6  # at once: 1 MiB on a CPU, which with its products stays in the cache
 _SMALL = 1 << 19  # bytes
 _SPREAD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, as in SplitMix64: odd
 _LAST = (1 << 64) - 1
@@ -49,13 +52,13 @@ def checksum(tensors: Iterable[Tensor], begins: str = "") -> int:
     for place, flat in enumerate(every, 1):
         total = _mixed(total + flat.numel() + place)
     for place, flat in enumerate(_side_by_side(every), 1):
-        flat = flat.clone() if flat.data_ptr() % 8 else flat
-        whole = flat.numel() // 8 * 8
+        flat = flat.clone() if flat.data_ptr() % _WORD else flat
+        whole = flat.numel() // _WORD * _WORD
         if whole:
-            parts.append(_sum(flat[:whole].view(torch.int64)) * _odd_of(place))
+            parts.append(_sum(flat[:whole].view(torch.int32)) * _odd_of(place))
         if whole < flat.numel():
-            rest = torch.nn.functional.pad(flat[whole:], (0, 8 - flat.numel() + whole))
-            parts.append(_sum(rest.view(torch.int64)) * _odd_of(-place))
+            rest = torch.nn.functional.pad(flat[whole:], (0, _WORD - flat.numel() + whole))
+            parts.append(_sum(rest.view(torch.int32)) * _odd_of(-place))
     found = int(torch.stack(parts).sum()) if parts else 0
     return _mixed(total ^ (found & _LAST))
 
@@ -77,12 +80,14 @@ def _side_by_side(every: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _sum(words: Tensor) -> Tensor:
-    """[] int64: each of the words [n] times the odd numbers of its row and column, modulo 2^64."""
+    """[] int64: each of the words [n], int32, times the odd numbers of its row and column, modulo 2^64."""
     found = torch.zeros((), dtype=torch.int64, device=words.device)
     columns, rows = _odd(_COLUMNS, 0, words.device), _odd(_ROWS + 1, 1 << 32, words.device)
+    products = torch.empty((min(_ROWS, words.numel() // _COLUMNS), _COLUMNS), dtype=torch.int64, device=words.device)
     for number, part in enumerate(words.split(_ROWS * _COLUMNS)):
-        whole = part.numel() // _COLUMNS * _COLUMNS
-        sums = (part[:whole].view(-1, _COLUMNS) * columns).sum(1)
-        sums = torch.cat([sums, (part[whole:] * columns[: part.numel() - whole]).sum()[None]])
+        whole = part.numel() // _COLUMNS
+        rectangle, rest = part[: whole * _COLUMNS].view(-1, _COLUMNS), part[whole * _COLUMNS :]
+        sums = torch.mul(rectangle, columns, out=products[:whole]).sum(1)
+        sums = torch.cat([sums, (rest * columns[: rest.numel()]).sum()[None]])
         found = found + (sums * rows[: len(sums)]).sum() * _odd_of(number + (1 << 40))
     return found
