@@ -108,18 +108,6 @@ def save(state: Line, path: Path) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def serve_store(folder: Path) -> None:
-    """A TCPStore in a process that nobody kills; `folder`/store has its port."""
-    import torch.distributed as dist
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    unfinished = folder / "store.tmp"
-    unfinished.write_text(str(store.port))
-    unfinished.replace(folder / "store")
-    while True:
-        time.sleep(60)
-
-
 # ---- the benchmark's side ----
 
 

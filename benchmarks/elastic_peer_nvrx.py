@@ -27,10 +27,10 @@ from benchmarks.elastic_peer import (
     per_worker,
     row,
     save,
-    serve_store,
     train_on,
     until_warm,
 )  # fmt: skip
+from benchmarks.recovery_peers import serve_store
 
 RANKS = 3
 INTERVALS = ("monitor_thread_interval", "monitor_process_interval", "heartbeat_interval", "progress_watchdog_interval")

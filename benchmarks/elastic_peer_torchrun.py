@@ -21,11 +21,11 @@ from benchmarks.elastic_peer import (
     per_worker,
     row,
     save,
-    serve_store,
     settle,
     train_on,
     until_warm,
 )  # fmt: skip
+from benchmarks.recovery_peers import serve_store
 
 NODES = 2
 TUNED = "last_call_timeout=1,keep_alive_interval=1"

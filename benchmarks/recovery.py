@@ -6,7 +6,8 @@
 A run of the small Llama is hit by SIGKILL from outside, at random moments and on random workers, while it trains.
 Times are of one clock (this machine's): the kill here, detection and view by the coordinator, the parts by the workers,
 the next commit by the run's metrics. `checkpoint` includes the steps that are run again until the run is where it was.
-The peers, torchrun --max-restarts and torchft, are in recovery_peers.py, with how they are killed and what is timed.
+The peers, torchrun --max-restarts, torchft and nvrx, are in recovery_peers.py, with how they are killed and what is
+timed. With --passes each remedy and peer has its turn so often, in an order that alternates.
 
 `fault-free cost` is what being able to recover by CheckFree takes while nobody dies: tokens/s under --recovery
 checkfree over those under none with the same stages (--ends apart). Each round runs both anew, in an order that
@@ -54,7 +55,18 @@ COMPARED = {  # the same stages and schedule
     "none": ["--workers", "5", "--recovery", "none", "--ends", "apart", "--checkpoint-every", "0"],
     "checkfree": ["--workers", "5", "--recovery", "checkfree", "--checkpoint-every", "0"],
 }
-PARTS = ("total_s", "detect_s", "decide_s", "woken_s", "ready_s", "edit_s", "restore_s", "first_step_s", "rejoin_s")
+PARTS = (
+    "total_s",
+    "next_s",
+    "detect_s",
+    "decide_s",
+    "woken_s",
+    "ready_s",
+    "edit_s",
+    "restore_s",
+    "first_step_s",
+    "rejoin_s",
+)
 
 
 def command(out: Path, steps: int, *flags: str) -> list[str]:
@@ -225,9 +237,17 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(values), "p95": quantile(values, 0.95)}
 
 
+def together(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the passes of a remedy or a peer come to."""
+    mine = [found for found in results if found["remedy"] == name]
+    rows = [{**row, "pass": number} for number, found in enumerate(mine) for row in found["rows"]]
+    errors = {found["error"] for found in mine if "error" in found}
+    return {"remedy": name, "kills": len(rows), "rows": rows, **({"error": "; ".join(errors)} if errors else {})}
+
+
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     rows = found["rows"]
-    names = rows[0].keys() if rows else ()
+    names = [name for name in rows[0] if name != "pass"] if rows else []
     return {
         "remedy": found["remedy"], "kills": found["kills"], **({"error": found["error"]} if "error" in found else {}),
         **{n: spread([row[n] for row in rows]) for n in names},
@@ -266,6 +286,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="per remedy")
     parser.add_argument("--peer", type=int, help="kills per peer; default as many as per remedy")
+    parser.add_argument("--passes", type=int, default=1, help="in which kills are made, all remedies and peers in each")
     parser.add_argument("--rounds", type=int, default=5, help=f"of {COST}")
     parser.add_argument("--seconds", type=float, default=10.0, help=f"of steady steps, per run of {COST}")
     parser.add_argument("--seed", type=int, default=0)
@@ -273,7 +294,7 @@ def main() -> int:
                         help=f"parts to run. All: {'; '.join(everything)}")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for recovery.json")
     options = parser.parse_args()
-    for name in ("kills", "rounds"):
+    for name in ("kills", "passes", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}; expected at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that being stopped also stops what was started
@@ -287,13 +308,15 @@ def main() -> int:
     with Progress(console=console) as progress:
         total = options.kills * len(remedies) + per_peer * len(peers) + rounds * len(COMPARED)
         task = progress.add_task("", total=total)
-        for name in remedies:
-            progress.update(task, description=name)
-            results.append(measure(name, options.kills, options.seed, lambda: progress.advance(task)))
-        for name in peers:
-            progress.update(task, description=name)
-            results.append(measure_peer(name, per_peer, options.seed, lambda: progress.advance(task)))
-            progress.advance(task, per_peer - results[-1]["kills"])
+        for number in range(options.passes):
+            for name in [*remedies, *peers] if number % 2 == 0 else [*reversed(peers), *reversed(remedies)]:
+                progress.update(task, description=name)
+                one, kills = (measure, options.kills) if name in REMEDIES else (measure_peer, per_peer)
+                kills = kills * (number + 1) // options.passes - kills * number // options.passes
+                found = one(name, kills, options.seed + number, lambda: progress.advance(task))
+                progress.advance(task, kills - found["kills"])
+                results.append(found)
+        results = [together(name, results) for name in (*remedies, *peers)]
         if rounds:
             progress.update(task, description=COST)
             cost = fault_free(rounds, options.seconds, lambda: progress.advance(task))

@@ -1,6 +1,6 @@
-"""The peers of benchmarks/recovery.py: from SIGKILL to the next commit under torchrun's restarts and under torchft.
+"""The peers of benchmarks/recovery.py: SIGKILL to the next commit under torchrun's restarts, torchft, and nvrx.
 
-    python benchmarks/recovery.py --only 'torchrun restart' torchft 'torchft, 1 s' 'torchft, 1 s, any moment'
+    python benchmarks/recovery.py --only 'torchrun restart' torchft 'torchft, 1 s' 'torchft, 1 s, any moment' nvrx
 
 All train a plain transformers Llama of the size of preset llama-2m, data parallel over gloo on one thread per process,
 on as many tokens a step as recovery.py asks for (random ones, which cost the same). Who commits a step appends a line.
@@ -16,7 +16,13 @@ after a commit, when the other waits for it. In the middle of a backward pass th
 AssertionError and end it too. `any moment` reduces by Manager.allreduce in the wrapper's place, survives that, and is
 killed from outside. Times are until the survivor's next commit without the dead, which waits for the lighthouse's
 heartbeat timeout: 5 s by default. `rejoin_s` is from the start of a new process in the dead one's place until both
-commit together. No peer here has a pipeline to repair.
+commit together.
+
+`nvrx` (nvidia-resiliency-ext 0.4.1, in process): three ranks under inprocess.Wrapper, DDP, a checkpoint every 20 steps.
+One is killed; the two others leave the wrapped function, enter it again in the same processes, and resume. Nobody comes
+in the dead one's place, so each kill is one of a run of its own. All its intervals are 0.1 s and its heartbeat timeout
+1 s, for which its defaults have seconds. `next_s` ends with the next commit, `total_s` with the first step that the run
+had not done before. No peer here has a pipeline to repair.
 
 Each process is this script with --role, dies with who started it, and is ended on the way out, whatever happened.
 """
@@ -36,6 +42,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +57,7 @@ MODEL = {  # preset llama-2m, with the vocabulary of --tokenizer bytes
     "use_cache": False,
 }  # fmt: skip
 SAMPLES, SEQUENCE, CHECKPOINT_EVERY, CLIP = 8, 64, 20, 1.0
-WORKERS, REPLICAS, WARM_STEPS = 4, 2, 25
-TORCHFT = "pip install -c constraints.txt torchft==0.2.0"
+WORKERS, REPLICAS, RANKS, WARM_STEPS = 4, 2, 3, 25
 
 HERE = Path(__file__).resolve().parent
 
@@ -108,14 +114,61 @@ def torchrun_agent(folder: Path) -> None:
 
 def torchrun_worker(folder: Path) -> None:
     """One of four: resume, then train on and on. The store outlives a restart, so each has names of its own."""
-    import torch
     import torch.distributed as dist
 
     rank, world, restart = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
-    model, optimizer = trainee()
+    trained = trainee()
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group("gloo", store=dist.PrefixStore(f"restart{restart}", store), rank=rank, world_size=world)
-    ready, saved, step = time.time(), folder / "checkpoint.pt", 0
+    resume(folder, trained, rank, world, restart, contextlib.nullcontext)
+
+
+def serve_store(folder: Path) -> None:
+    """A TCPStore in a process that nobody kills; `folder`/store has its port."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    unfinished = folder / "store.tmp"
+    unfinished.write_text(str(store.port))
+    unfinished.replace(folder / "store")
+    while True:
+        time.sleep(60)
+
+
+def nvrx_rank(folder: Path, number: int) -> None:
+    """One of three under nvrx, and of two after a failure."""
+    import torch.distributed as dist
+    from nvidia_resiliency_ext import inprocess
+
+    port = int((folder / "store").read_text())
+    os.environ |= {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    intervals = ("monitor_thread", "monitor_process", "heartbeat", "progress_watchdog")
+    quick = dict.fromkeys((*(f"{name}_interval" for name in intervals), "last_call_wait"), timedelta(seconds=0.1))
+    trained = trainee()
+
+    def main(call_wrapper: Any = None) -> None:
+        rank, world, attempt = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), call_wrapper.iteration
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(f"attempt{attempt}", store), rank=rank, world_size=world,
+            timeout=timedelta(seconds=2),
+        )  # fmt: skip
+        resume(folder, trained, rank, world, attempt, call_wrapper.atomic)
+
+    main.__annotations__["call_wrapper"] = inprocess.CallWrapper  # by the type it knows where to put itself
+    inprocess.Wrapper(store_kwargs={"port": port}, heartbeat_timeout=timedelta(seconds=1), **quick)(main)()
+
+
+def resume(
+    folder: Path, trained: tuple[Any, Any], rank: int, world: int, restart: int, saving: Callable[[], Any]
+) -> None:  # fmt: skip
+    """Train on and on from the last checkpoint, in the default process group; files are written inside `saving()`."""
+    import torch
+
+    (model, optimizer), ready, saved, step = trained, time.time(), folder / "checkpoint.pt", 0
     if saved.is_file():
         state = torch.load(saved)
         model.load_state_dict(state["model"])
@@ -134,8 +187,9 @@ def torchrun_worker(folder: Path) -> None:
         append(folder / "steps.jsonl", step=step, restart=restart, ready=ready, restored=restored)
         if step % CHECKPOINT_EVERY == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, saved.with_suffix(".tmp"))
-            saved.with_suffix(".tmp").replace(saved)
+            with saving():
+                torch.save(state, saved.with_suffix(".tmp"))
+                saved.with_suffix(".tmp").replace(saved)
 
 
 def lighthouse(folder: Path, timeout_ms: int) -> None:
@@ -319,27 +373,52 @@ def torchft(family: Family, chance: random.Random, timeout_ms: int, by_hand: boo
         yield {**row, "rejoin_s": joined()[0] - started}
 
 
+def nvrx(family: Family, chance: random.Random) -> Iterator[Row]:
+    """Kill one of three, wait until the others are further than the run was. One row."""
+    said = family.folder / "steps.jsonl"
+    family.start("store")
+    family.until((family.folder / "store").is_file)
+    ranks = [family.start("nvrx-rank", number) for number in range(RANKS)]
+    family.until(lambda: bool(lines(said)) and lines(said)[-1]["step"] > WARM_STEPS)
+    time.sleep(chance.uniform(0.3, 0.8))
+    victim, killed = chance.choice(ranks), time.time()
+    victim.kill()
+    family.lose(victim)
+    before = max(line["step"] for line in lines(said) if line["restart"] == 0)
+
+    def again(least: int) -> list[float]:
+        return [line["time"] for line in lines(said) if line["restart"] > 0 and line["step"] > least]
+
+    family.until(lambda: bool(again(before)))
+    yield {"total_s": again(before)[0] - killed, "next_s": again(0)[0] - killed}
+
+
 PEERS: dict[str, Callable[[Family, random.Random], Iterator[Row]]] = {
     "torchrun restart": torchrun_restart,
     "torchft": partial(torchft, timeout_ms=5000, by_hand=False),
     "torchft, 1 s": partial(torchft, timeout_ms=1000, by_hand=False),
     "torchft, 1 s, any moment": partial(torchft, timeout_ms=1000, by_hand=True),
+    "nvrx": nvrx,
 }
+PACKAGES = {"torchft": ("torchft", "torchft==0.2.0"), "nvrx": ("nvidia_resiliency_ext", "nvidia-resiliency-ext==0.4.1")}
 
 
 def measure_peer(name: str, kills: int, seed: int, advance: Callable[[], None]) -> dict[str, Any]:
     """`kills` recoveries of a peer: those that there were, and an error if it failed or how to install it."""
     rows: list[Row] = []
     found = {"remedy": name, "rows": rows}
-    if name.startswith("torchft") and importlib.util.find_spec("torchft") is None:
-        return {**found, "kills": 0, "error": f"not installed: {TORCHFT}"}
-    with tempfile.TemporaryDirectory() as folder, Family(Path(folder)) as family:
-        try:
-            for row in itertools.islice(PEERS[name](family, random.Random(f"{seed}/{name}")), kills):
-                rows.append(row)
-                advance()
-        except (PeerError, psutil.Error, OSError) as error:
-            found["error"] = str(error)
+    module, package = PACKAGES.get(name.split(",")[0], ("torch", ""))
+    if importlib.util.find_spec(module) is None:
+        return {**found, "kills": 0, "error": f"not installed: pip install -c constraints.txt {package}"}
+    chance = random.Random(f"{seed}/{name}")
+    while len(rows) < kills and "error" not in found:  # a peer that brings nobody back has a row a run
+        with tempfile.TemporaryDirectory() as folder, Family(Path(folder)) as family:
+            try:
+                for row in itertools.islice(PEERS[name](family, chance), kills - len(rows)):
+                    rows.append(row)
+                    advance()
+            except (PeerError, psutil.Error, OSError) as error:
+                found["error"] = str(error)
     return {**found, "kills": len(rows)}
 
 
@@ -347,7 +426,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     roles = {
         "torchrun-agent": torchrun_agent, "torchrun-worker": torchrun_worker,
-        "lighthouse": lighthouse, "replica": replica,
+        "lighthouse": lighthouse, "replica": replica, "store": serve_store, "nvrx-rank": nvrx_rank,
     }  # fmt: skip
     parser.add_argument("--role", choices=[*roles], required=True)
     parser.add_argument("--folder", type=Path, required=True)
