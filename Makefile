@@ -7,7 +7,7 @@ OUT ?= runs/demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: train test lint types unit docs bench matrix ray soak links gpu gpu-dry gpu-wheels clean help
+.PHONY: train test lint types compiled unit pytest docs bench matrix ray soak links gpu gpu-dry gpu-wheels clean help
 
 help:
 	@echo "make train   set up and train a small Llama across four pipeline workers, one of which is killed on the way"
@@ -34,7 +34,9 @@ train: $(STAMP)
 	rm -rf $(OUT)
 	$(BIN)/unbroken train --out $(OUT) --inject 'kill:stage=1,step=120,at=backward' $(ARGS)
 
-test: lint types unit
+test: $(STAMP)
+	$(MAKE) --no-print-directory -j2 lint types compiled
+	$(MAKE) --no-print-directory pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,8 +46,13 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/basedpyright
 
-unit: $(STAMP)
+compiled: $(STAMP)
 	$(BIN)/python -m tests.compiled
+
+unit: compiled
+	$(MAKE) --no-print-directory pytest
+
+pytest: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 docs: $(STAMP)

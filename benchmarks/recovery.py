@@ -9,9 +9,10 @@ the next commit by the run's metrics. `checkpoint` includes the steps that are r
 The peers, torchrun --max-restarts, torchft and nvrx, are in recovery_peers.py, with how they are killed and what is
 timed. With --passes each remedy and peer has its turn so often, in an order that alternates.
 
-`fault-free cost` is what being able to recover by CheckFree takes while nobody dies: tokens/s under --recovery
-checkfree over those under none with the same stages (--ends apart). Each round runs both anew, in an order that
-alternates, and counts ten seconds of steady steps of each; ratios are formed within a round.
+`fault-free cost` is what being able to recover by CheckFree, or from boundary activations, takes while nobody dies:
+tokens/s under --recovery checkfree, or rehearse, over those under none with the same stages (--ends apart). Each round
+runs all anew, in an order that alternates, and counts ten seconds of steady steps of each; ratios are formed within a
+round.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ COST = "fault-free cost"
 COMPARED = {  # the same stages and schedule
     "none": ["--workers", "5", "--recovery", "none", "--ends", "apart", "--checkpoint-every", "0"],
     "checkfree": ["--workers", "5", "--recovery", "checkfree", "--checkpoint-every", "0"],
+    "rehearse": ["--workers", "5", "--recovery", "rehearse", "--ends", "apart", "--checkpoint-every", "0"],
 }
 PARTS = (
     "total_s",
@@ -218,13 +220,14 @@ def fault_free(rounds: int, seconds: float, advance: Any) -> dict[str, Any]:
         for name in names:
             speeds[name] = throughput(COMPARED[name], seconds)
             advance()
-        found.append({**speeds, "ratio": speeds["checkfree"] / speeds["none"]})
+        found.append(speeds)
+    ratios = {name: [each[name] / each["none"] for each in found] for name in COMPARED if name != "none"}
     return {
         "seconds": seconds, "rounds": found,
         "tokens_per_s": {name: statistics.median(each[name] for each in found) for name in COMPARED},
-        "ratio": {
-            "median": statistics.median(each["ratio"] for each in found),
-            "least": min(each["ratio"] for each in found), "most": max(each["ratio"] for each in found),
+        "ratios": {
+            name: {"median": statistics.median(each), "least": min(each), "most": max(each)}
+            for name, each in ratios.items()
         },
     }  # fmt: skip
 
@@ -270,14 +273,14 @@ def report(console: Console, summaries: list[dict[str, Any]], cost: dict[str, An
         if "error" in each:
             console.print(f"{each['remedy']}: {escape(each['error'])}", highlight=False)
     if cost:
-        table = Table(title=f"{COST}: checkfree beside none, tokens/s")
-        for column in ("round", *COMPARED, "ratio"):
+        table = Table(title=f"{COST}: tokens/s")
+        for column in ("round", *COMPARED):
             table.add_column(column, justify="right")
         for number, each in enumerate(cost["rounds"]):
-            table.add_row(str(number + 1), *(f"{each[name]:,.0f}" for name in COMPARED), f"{each['ratio']:.3f}")
-        ratio, speeds = cost["ratio"], cost["tokens_per_s"]
-        told = f"{ratio['median']:.3f} ({ratio['least']:.3f}-{ratio['most']:.3f})"
-        table.add_row("median", *(f"{speeds[name]:,.0f}" for name in COMPARED), told)
+            table.add_row(str(number + 1), *(f"{each[name]:,.0f}" for name in COMPARED))
+        table.add_row("median", *(f"{cost['tokens_per_s'][name]:,.0f}" for name in COMPARED))
+        told = [f"{r['median']:.3f} ({r['least']:.3f}-{r['most']:.3f})" for r in cost["ratios"].values()]
+        table.add_row("beside none", "", *told)
         console.print(table)
 
 
