@@ -47,7 +47,7 @@ class RunFailed(RuntimeError):
 
 @dataclass
 class _Unstarted:
-    """A worker that does not run yet, how often there was no room for it, and when it is tried (again)."""
+    """A worker that does not run yet, how often there was no room for it, and when it is tried again."""
 
     worker: int
     payload: dict[str, Any]
@@ -130,11 +130,7 @@ class Agent:
         self._place(_Unstarted(worker, self.payload(worker, place, view, joins), joins))
 
     def _place(self, one: _Unstarted) -> None:
-        """Have it run, or put it off: a device may not be free yet of who had it before, and the machine may have room
-        again in a moment."""
-        if str(one.payload.get("device")).startswith("cuda") and self.forkserver.ending:
-            self._unstarted.append(one)
-            return
+        """Have it run, or put it off: the machine may have room again in a moment."""
         if one.joins and self._spares:
             pid = next(iter(self._spares))
             told = {name: value for name, value in one.payload.items() if name != "store"}  # no token in the store

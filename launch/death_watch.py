@@ -2,7 +2,8 @@
 
 The kernel tells of the end of a killed process once its memory is gone: for one that has imported torch that takes 10
 to 30 milliseconds of a core, for which it waits like everybody else, and longer where it had a device. A robust mutex
-that it holds is handed on before any of that. Where there are none (they are glibc's) the end is told as ever.
+that it holds is handed on before any of that, when none of its code runs any more. Where there are none (they are
+glibc's) the end is told as ever.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class DeathWatch:
 
     def watch(self, slot: int, pid: int, died: Callable[[int], None]) -> None:
         """Have `died(code)` called, in a thread of its own, when process `pid` dies without having let go of its slot;
-        `code` is its exit code, or minus the signal that ends it."""
+        `code` is its exit code, or minus the signal that ends it. Where that cannot be seen, nothing is called."""
         threading.Thread(target=self._watch, args=(slot, pid, died), name=f"watch-{pid}", daemon=True).start()
 
     def _watch(self, slot: int, pid: int, died: Callable[[int], None]) -> None:
@@ -62,7 +63,7 @@ class DeathWatch:
                 return  # the slot stays taken: it may still be locked
             time.sleep(_LOOK_S)
         gone = self._libc.pthread_mutex_lock(self._mutex(slot)) == errno.EOWNERDEAD
-        if gone and (code := exit_code(pid)) is not None:
+        if gone and (code := exit_code(pid)):  # 0 is also what those are told who may not know it
             died(code)
         self._free.append(slot)
 

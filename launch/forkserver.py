@@ -105,8 +105,8 @@ class ForkServer:
         self._disowned: set[int] = set()
         self._living: set[int] = set()
         """Those of whose end nothing was told yet."""
-        self.ending: set[int] = set()
-        """Those that were seen to die and may still have what they had, of memory and devices."""
+        self._ending: set[int] = set()
+        """Those that were seen to die, and have not been waited for."""
         self._died: deque[Exit] = deque()  # filled by the threads that watch
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._bell)
@@ -123,7 +123,8 @@ class ForkServer:
         """
         deadline = time.monotonic() + _ANSWER_S
         self._asked += 1
-        slot = self._watch.slot()
+        # what a device still writes for a worker that is dead ends when its files are closed, and not before
+        slot = None if str(payload.get("device")).startswith("cuda") else self._watch.slot()
         try:
             self._channel.send({"request": self._asked, "payload": payload, "slot": slot}, _ANSWER_S)
         except ChannelClosed as error:
@@ -159,9 +160,9 @@ class ForkServer:
         """Keep an exit, once. An answer that nobody waits for any more is of a worker that nobody knows: it is
         ended."""
         if "request" not in message:
-            if (ended := _exit(message)).pid not in self._disowned | self.ending:
+            if (ended := _exit(message)).pid not in self._disowned | self._ending:
                 self._exits.append(ended)
-            for those in (self._disowned, self.ending, self._living):
+            for those in (self._disowned, self._ending, self._living):
                 those.discard(ended.pid)
         elif "started" in message:
             self._disowned.add(pid := int(message["started"]))
@@ -181,7 +182,7 @@ class ForkServer:
             for _ in range(died):  # with the forkserver, which leaves first, all die: then the above has raised
                 if (seen := self._died.popleft()).pid in self._living:
                     self._living.discard(seen.pid)
-                    self.ending.add(seen.pid)
+                    self._ending.add(seen.pid)
                     self._exits.append(seen)
         except ForkServerGone:
             if not self._exits:

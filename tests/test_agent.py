@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,8 +29,6 @@ class Full:
 
     def __init__(self, refusals: int) -> None:
         self.refusals, self.started = refusals, list[dict[str, Any]]()
-
-    ending: Set[int] = frozenset()
 
     def prepare(self, details: dict[str, Any]) -> None:
         pass
@@ -380,33 +378,7 @@ def test_two_agents_of_one_rank_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     beats.join()
 
 
-# ---- devices, and spare workers ----
-
-
-def test_a_device_that_a_dying_worker_may_still_hold_is_waited_for() -> None:
-    forkserver, store = Scripted(), dist.HashStore()
-    payload = {"device": "cuda:0"}
-    agent = Agent(0, forkserver, store, [0, 1], lambda worker, *_: {**payload, "worker": worker})  # type: ignore[arg-type]
-    agent.start()
-    publish(store, View(1, (0, 1), LAYOUT.key, places={0: 0, 1: 1}, agents={0: 0, 1: 0}), LAYOUT)
-    ticks = [0]
-
-    def tick() -> None:
-        ticks[0] += 1
-        if ticks[0] == 1:
-            forkserver.ending = {pid_of(agent, 0)}
-            forkserver.ends.append(Exit(pid_of(agent, 0), -9))
-        if ticks[0] == 2:
-            publish(store, View(2, (1, 2), LAYOUT.key, places={1: 1, 2: 0}, agents={0: 0, 1: 0}, joined={2: 0}), LAYOUT)
-        if ticks[0] == 8:
-            assert [each["worker"] for each in forkserver.started] == [0, 1]
-            forkserver.ending = set()
-        if ticks[0] == 10:
-            assert [each["worker"] for each in forkserver.started] == [0, 1, 2]
-            raise Enough
-
-    with pytest.raises(Enough):
-        agent.supervise(tick)
+# ---- spare workers ----
 
 
 def test_a_spare_worker_that_was_called_is_followed_by_another_once_others_have_had_time_to_recover(

@@ -47,9 +47,9 @@ def holds(forkserver: ForkServer, slot: int) -> None:
 
 def none_is_ending(forkserver: ForkServer) -> None:
     deadline = time.monotonic() + 10
-    while forkserver.ending and time.monotonic() < deadline:
+    while forkserver._ending and time.monotonic() < deadline:
         assert forkserver.poll(0.02) == [], "nobody dies twice"
-    assert not forkserver.ending
+    assert not forkserver._ending
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGALRM])
@@ -62,7 +62,7 @@ def test_a_death_is_seen_though_nobody_waits_for_the_process(forkserver: ForkSer
         os.kill(forkserver.pid, signal.SIGSTOP)
         os.kill(pid, signum)
         assert told(forkserver) == [Exit(pid, -signum)]
-        assert forkserver.ending == {pid}, "it may still have what it had"
+        assert forkserver._ending == {pid}, "it may still have what it had"
         os.kill(forkserver.pid, signal.SIGCONT)
         none_is_ending(forkserver)
         assert not psutil.pid_exists(pid)
@@ -71,12 +71,12 @@ def test_a_death_is_seen_though_nobody_waits_for_the_process(forkserver: ForkSer
 def test_who_ends_by_itself_is_told_of_once_it_has_ended(forkserver: ForkServer) -> None:
     pid = forkserver.start({"sleep": 0.05})
     assert told(forkserver) == [Exit(pid, 5)]
-    assert not forkserver.ending
+    assert not forkserver._ending
     assert forkserver.poll(0.2) == []
     left = forkserver.start({"leave": 3})
     assert told(forkserver) == [Exit(left, 3)]
     assert forkserver.poll(0.2) == []
-    assert not forkserver.ending
+    assert not forkserver._ending
 
 
 def test_many_at_once_are_told_of_once_each(forkserver: ForkServer) -> None:
@@ -87,6 +87,15 @@ def test_many_at_once_are_told_of_once_each(forkserver: ForkServer) -> None:
     none_is_ending(forkserver)
 
 
+def test_a_worker_with_a_device_is_gone_when_its_device_is_free_of_it(forkserver: ForkServer) -> None:
+    pid = forkserver.start({"device": "cuda:0"})
+    os.kill(forkserver.pid, signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    assert told(forkserver, 0.3) == []
+    os.kill(forkserver.pid, signal.SIGCONT)
+    assert told(forkserver) == [Exit(pid, -9)]
+
+
 def test_where_there_are_no_robust_mutexes_the_end_is_told_as_ever(
     forkserver: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +103,7 @@ def test_where_there_are_no_robust_mutexes_the_end_is_told_as_ever(
     pid = forkserver.start({})
     os.kill(pid, signal.SIGKILL)
     assert told(forkserver) == [Exit(pid, -9)]
-    assert not forkserver.ending
+    assert not forkserver._ending
 
 
 def test_a_slot_comes_back_and_too_many_are_not_watched() -> None:

@@ -204,7 +204,7 @@ class Actors:
                 del mine[pid]
             return [Exit(pid, -9 if p.code is None else p.code) for pid, p in found]
 
-        return SimpleNamespace(start=start, poll=poll, prepare=lambda _: None, ending=frozenset())
+        return SimpleNamespace(start=start, poll=poll, prepare=lambda _: None)
 
     def _worker(self, process: Process, payload: dict[str, Any]) -> None:
         try:
