@@ -154,6 +154,7 @@ def test_a_layer_that_is_held_later_is_masked_too_and_a_mask_that_is_gone_is_tol
     store.adopt(["2"])
     store.hold([(0, 3)])
     assert store.states["2"] is prepared
+    store.start_again([prepared], None)  # others fill it
     before = {name: weight.clone() for name, weight in prepared.weights().items()}
     step(prepared, 0)
     moved = changed(before, prepared.weights())
