@@ -10,11 +10,9 @@ survivor.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,41 +28,23 @@ from benchmarks.elastic_peer import (
     train_on,
     until_warm,
 )  # fmt: skip
-from benchmarks.recovery_peers import serve_store
+from benchmarks.recovery_peers import serve_store, under_nvrx
 
 RANKS = 3
-INTERVALS = ("monitor_thread_interval", "monitor_process_interval", "heartbeat_interval", "progress_watchdog_interval")
 
 
 def rank(folder: Path, number: int, tuned: int) -> None:
     """One of three, and of fewer after a failure."""
-    import torch.distributed as dist
     import transformers  # noqa: F401  (else ranks first meet as far apart as importing it takes)
-    from nvidia_resiliency_ext import inprocess
 
-    port = int((folder / "store").read_text())
-    os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    quick = dict.fromkeys((*INTERVALS, "last_call_wait"), timedelta(seconds=0.1))
-    more = {**quick, "heartbeat_timeout": timedelta(seconds=1)} if tuned else {}
-
-    def main(call_wrapper: Any = None) -> None:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore(f"attempt{call_wrapper.iteration}", store), rank=rank, world_size=world,
-            timeout=timedelta(seconds=2 if tuned else 10),
-        )  # fmt: skip
+    def train(rank: int, world: int, wrapper: Any) -> None:
         saved = folder / "checkpoint.pt"
         for state in train_on(folder, rank, world, per_worker(RANKS), load(saved)):
             if rank == 0:
-                with call_wrapper.atomic():
+                with wrapper.atomic():
                     save(state, saved)
 
-    main.__annotations__["call_wrapper"] = inprocess.CallWrapper  # by the type it knows where to put itself
-    inprocess.Wrapper(store_kwargs={"port": port}, **more)(main)()
+    under_nvrx(folder, number, RANKS, train, bool(tuned))
 
 
 def nvrx(family: Family, chance: random.Random, tuned: bool) -> Iterator[Row]:

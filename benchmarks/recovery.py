@@ -58,17 +58,9 @@ COMPARED = {  # the same stages and schedule
     "rehearse": ["--workers", "5", "--recovery", "rehearse", "--ends", "apart", "--checkpoint-every", "0"],
 }
 PARTS = (
-    "total_s",
-    "next_s",
-    "detect_s",
-    "decide_s",
-    "woken_s",
-    "ready_s",
-    "edit_s",
-    "restore_s",
-    "first_step_s",
+    "total_s", "next_s", "detect_s", "decide_s", "woken_s", "ready_s", "edit_s", "restore_s", "first_step_s",
     "rejoin_s",
-)
+)  # fmt: skip
 
 
 def command(out: Path, steps: int, *flags: str) -> list[str]:
@@ -316,6 +308,8 @@ def main() -> int:
                 progress.update(task, description=name)
                 one, kills = (measure, options.kills) if name in REMEDIES else (measure_peer, per_peer)
                 kills = kills * (number + 1) // options.passes - kills * number // options.passes
+                if not kills:  # more passes than kills
+                    continue
                 found = one(name, kills, options.seed + number, lambda: progress.advance(task))
                 progress.advance(task, kills - found["kills"])
                 results.append(found)

@@ -135,31 +135,43 @@ def serve_store(folder: Path) -> None:
         time.sleep(60)
 
 
-def nvrx_rank(folder: Path, number: int) -> None:
-    """One of three under nvrx, and of two after a failure."""
+def under_nvrx(
+    folder: Path, number: int, ranks: int, train: Callable[[int, int, Any], None], tuned: bool = True
+) -> None:  # fmt: skip
+    """One of `ranks` under nvrx, and of fewer after a failure: `train(rank, world, call_wrapper)` in a default process
+    group. `tuned`: intervals of 0.1 s and short timeouts, in place of its own and of those of its examples."""
     import torch.distributed as dist
     from nvidia_resiliency_ext import inprocess
 
     port = int((folder / "store").read_text())
     os.environ |= {
-        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }  # fmt: skip
-    intervals = ("monitor_thread", "monitor_process", "heartbeat", "progress_watchdog")
-    quick = dict.fromkeys((*(f"{name}_interval" for name in intervals), "last_call_wait"), timedelta(seconds=0.1))
-    trained = trainee()
+    intervals = (f"{name}_interval" for name in ("monitor_thread", "monitor_process", "heartbeat", "progress_watchdog"))
+    quick = dict.fromkeys((*intervals, "last_call_wait"), timedelta(seconds=0.1))
+    more = {**quick, "heartbeat_timeout": timedelta(seconds=1)} if tuned else {}
 
     def main(call_wrapper: Any = None) -> None:
-        rank, world, attempt = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), call_wrapper.iteration
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore(f"attempt{attempt}", store), rank=rank, world_size=world,
-            timeout=timedelta(seconds=2),
+            "gloo", store=dist.PrefixStore(f"attempt{call_wrapper.iteration}", store), rank=rank, world_size=world,
+            timeout=timedelta(seconds=2 if tuned else 10),
         )  # fmt: skip
-        resume(folder, trained, rank, world, attempt, call_wrapper.atomic)
+        train(rank, world, call_wrapper)
 
     main.__annotations__["call_wrapper"] = inprocess.CallWrapper  # by the type it knows where to put itself
-    inprocess.Wrapper(store_kwargs={"port": port}, heartbeat_timeout=timedelta(seconds=1), **quick)(main)()
+    inprocess.Wrapper(store_kwargs={"port": port}, **more)(main)()
+
+
+def nvrx_rank(folder: Path, number: int) -> None:
+    """One of three that train and resume."""
+    trained = trainee()
+    under_nvrx(
+        folder, number, RANKS,
+        lambda rank, world, wrapper: resume(folder, trained, rank, world, wrapper.iteration, wrapper.atomic),
+    )  # fmt: skip
 
 
 def resume(

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from pipeline.runtime.step_commit import Combine, everything
+from pipeline.store.waiting import came
 from pipeline.wire import WireError, parse
 from recovery.keys import outcome_key, vote_key, votes_key
 
@@ -109,19 +109,14 @@ class Ballot:
         """What stands as the outcome of an iteration. Raises CommitError where it is this worker that has ended it."""
         key = outcome_key(self.view, iteration)
         while True:
-            left = deadline - time.monotonic()
-            try:
-                self.store.wait([key], timedelta(seconds=max(0.001, min(_SLICE_S, left))))
+            if came(self.store, [key], max(0.001, min(_SLICE_S, deadline - time.monotonic()))):
                 return self.store.get(key)
-            except dist.DistNetworkError:
-                raise
-            except RuntimeError as error:
-                if time.monotonic() < deadline and (deadline < math.inf or self.guided()):
-                    continue
-                missing = [m for m in self.members if not self.store.check([self._vote(iteration, m)])]
-                if decide(self.store, self.view, iteration, ABORT) == COMMIT:
-                    return self.store.get(key)
-                raise CommitError(f"no vote of workers {missing} on iteration {iteration}, view {self.view}") from error
+            if time.monotonic() < deadline and (deadline < math.inf or self.guided()):
+                continue
+            missing = [m for m in self.members if not self.store.check([self._vote(iteration, m)])]
+            if decide(self.store, self.view, iteration, ABORT) == COMMIT:
+                return self.store.get(key)
+            raise CommitError(f"no vote of workers {missing} on iteration {iteration}, view {self.view}")
 
 
 @dataclass

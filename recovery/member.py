@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from pipeline.runtime.step_commit import StepCommit
 from pipeline.runtime.transport import LinkError, link_pairs
 from pipeline.runtime.worker import Worker
 from pipeline.schedule.layout import Assignment, Excerpt
+from pipeline.store.waiting import came
 from pipeline.wire import WireError, listed
 from recovery.certificate import Witness, certify, write
 from recovery.commit import Aborted, Ballot, CommitError
@@ -267,14 +267,9 @@ class Watcher:
                 beat(self._store, self._id, Beat(beats, waiting, self.pulse.count, self.member is not None))
                 self._pass_on()
                 self._begin_migration()
-                try:
-                    self._store.wait([view_key(self._number + 1)], timedelta(seconds=BEAT_S))
-                except dist.DistNetworkError:
-                    raise
-                except RuntimeError:
-                    continue
-                self._number += 1
-                self._wake()
+                if came(self._store, [view_key(self._number + 1)], BEAT_S):
+                    self._number += 1
+                    self._wake()
         except dist.DistNetworkError:
             if self.member is not None:
                 self.member.worker.transport.mailbox.wake(self._number + 1_000_000, "the store is gone")

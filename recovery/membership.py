@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from pipeline.schedule.layout import Assignment, Layout, read_assignment
 from pipeline.state.resident import Holders, part_holders, part_span
+from pipeline.store.waiting import came
 from pipeline.wire import WireError, as_runs, checked, listed, numbered, pair, parse, whole
 from recovery.keys import layout_key, view_key
 
@@ -205,17 +205,9 @@ def await_view(store: dist.Store, number: int, guided: Callable[[], bool] = lamb
     Raises MembershipError when there is no coordinator any more (`guided`) that could write it, or no store.
     """
     try:
-        while True:
-            try:
-                store.wait([view_key(number)], timedelta(seconds=_SLICE_S))
-                break
-            except dist.DistNetworkError:
-                raise
-            except RuntimeError as error:
-                if not guided():
-                    raise MembershipError(
-                        f"view {number} does not come: the coordinator gives no sign of life"
-                    ) from error
+        while not came(store, [view_key(number)], _SLICE_S):
+            if not guided():
+                raise MembershipError(f"view {number} does not come: the coordinator gives no sign of life")
         while store.check([view_key(number + 1)]):
             number += 1
         return read_view(store, number)

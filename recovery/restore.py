@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -117,8 +117,10 @@ def _take(
             state.begin_anew()
             state.lr_scale.fill_(remedy.lr_scale)
     if remedy.carries == "pairs":
-        with suppress(CheckpointError):  # it is one of two beginnings
+        try:
             begin(worker, view, mine)
+        except CheckpointError:  # that is gone
+            _draw(worker, view, mine, None)
         assert rehearsal is not None, "who can take a place knows its batches"
         span = parse_span(each.part)
         sides = [
@@ -218,26 +220,31 @@ def _start_again(worker: Worker, view: View, states: Iterable[LayerState]) -> No
     Source("start", "weights from the seed" if path is None else path, view.first_step, 0).require(
         None, view.generation
     )
+    _draw(worker, view, states, path)
+
+
+def _draw(worker: Worker, view: View, states: Iterable[LayerState], source: str | None) -> None:
+    """Weights of `source`, or from the seed."""
     states = list(states)
-    worker.store.start_again(states, None if path is None else Path(path))
+    worker.store.start_again(states, None if source is None else Path(source))
     stamp(states, view.first_step, view.generation)
 
 
 def begin(worker: Worker, view: View, states: Iterable[LayerState]) -> None:
     """Fill these states with what the run began with. Raises ModelError or CheckpointError where that is gone."""
-    states = list(states)
     if view.checkpoint is None:
-        source = view.details["source"]
-        worker.store.start_again(states, None if source is None else Path(source))
-    else:
-        path = Path(view.checkpoint)
-        manifest = checkpoint.read_manifest(path)
-        checkpoint.source(path, manifest).require(None, view.generation)
-        owners = {spec.name: spec.owner for spec in worker.store.model.states}
-        for state in states:
-            state.load(checkpoint.read_layer(path, manifest, owners[state.name]))
-            worker.pulse()
-    stamp(states, view.first_step, view.generation)
+        _draw(worker, view, states, view.details["source"])
+        return
+    path, named = Path(view.checkpoint), {state.name: state for state in states}
+    manifest = checkpoint.read_manifest(path)
+    checkpoint.source(path, manifest).require(None, view.generation)
+    specs = [spec for spec in worker.store.model.states if spec.name in named]
+    for owner, owned in groupby(specs, lambda spec: spec.owner):
+        tensors = checkpoint.read_layer(path, manifest, owner)
+        for spec in owned:
+            named[spec.name].load(tensors)
+        worker.pulse()
+    stamp(named.values(), view.first_step, view.generation)
 
 
 def load_checkpoint(

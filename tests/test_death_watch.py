@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.death_watch import DeathWatch, exit_code
+from launch.death_watch import _HELD, _SLOT, _SLOTS, DeathWatch, exit_code
 from launch.forkserver import Exit, ForkServer
 
 
@@ -40,7 +40,7 @@ def told(forkserver: ForkServer, seconds: float = 10.0, count: int = 1) -> list[
 def holds(forkserver: ForkServer, slot: int) -> None:
     """Wait until a worker holds its mutex."""
     deadline = time.monotonic() + 10
-    while not forkserver._watch._memory[slot * 128 + 64]:
+    while not forkserver._watch._memory[slot * _SLOT + _HELD]:
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -108,8 +108,8 @@ def test_where_there_are_no_robust_mutexes_the_end_is_told_as_ever(
 
 def test_a_slot_comes_back_and_too_many_are_not_watched() -> None:
     watch = DeathWatch()
-    slots = [watch.slot() for _ in range(1024)]
-    assert len(set(slots)) == 1024
+    slots = [watch.slot() for _ in range(_SLOTS)]
+    assert len(set(slots)) == _SLOTS
     assert watch.slot() is None
     assert slots[0] is not None
     watch.give_back(slots[0])

@@ -228,14 +228,8 @@ def test_who_was_lost_under_redundancy_is_replaced_while_the_run_goes_on(
 def test_a_stage_and_the_one_that_keeps_its_copy_are_restored_from_a_checkpoint(
     forkserver: ForkServer, calm: dict[str, Path], tmp_path: Path
 ) -> None:
-    flags = [
-        "--workers",
-        "4",
-        "--recovery",
-        "redundant",
-        "--inject",
-        "kill:worker=1,step=7;kill:worker=2,step=7,at=recovery",
-    ]
+    kills = "kill:worker=1,step=7;kill:worker=2,step=7,at=recovery"  # before anybody has what the first one had
+    flags = ["--workers", "4", "--recovery", "redundant", "--inject", kills]
     train(forkserver, out := tmp_path / "run", *flags)
     assert [event["to"] for event in events(out, "rolled_back")] == ["step-00000005"]
     whole_ledger(out)

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from pipeline.model.layered import LayeredModel
+from pipeline.runtime.batch import Batch
 from pipeline.runtime.groups import Way
 from pipeline.runtime.transport import LinkError
 from pipeline.state.optimizer import OptimizerConfig
@@ -22,6 +23,7 @@ from pipeline.state.source import SourceRefused
 from recovery import checkpoint
 from recovery.membership import START, Move, View
 from recovery.policy import remedies
+from recovery.rehearse import Rehearsal
 from recovery.restore import restore, roll_back
 
 CONFIG = LlamaConfig(
@@ -60,7 +62,7 @@ class Wire:
 
 def joiner(seed: int = 0) -> Any:
     return SimpleNamespace(
-        id=7, store=store(seed), settings=SimpleNamespace(deadline_s=5.0, seed=seed), pulse=lambda: None,
+        id=7, store=store(seed), settings=SimpleNamespace(deadline_s=5.0, seed=seed, device=CPU), pulse=lambda: None,
         probe=lambda *_: None,
     )  # fmt: skip
 
@@ -214,3 +216,22 @@ def test_a_remedy_that_brings_nothing_begins_as_the_run_began() -> None:
     filled = bare()
     take(filled, "replica", sent(trained(5), "state"))
     assert same(state(filled.store), state(trained(5))), "nothing is left of what it was built with"
+
+
+def test_a_stage_that_is_rehearsed_begins_from_the_seed_where_the_checkpoint_of_the_start_is_gone(
+    tmp_path: Path,
+) -> None:
+    """Its neighbours hold no blocks, and have nothing to rehearse with: what is left is where it began."""
+    worker = bare()
+    nothing = [torch.tensor([0, 0])]
+    ways = {place: Way(Wire([*nothing]), 0, 16) for place in range(2)}
+    view = View(
+        3, (1, 2, 7), "", details={"source": None}, checkpoint=str(tmp_path / "gone"),
+        moves=(Move(7, "2:4", "rehearse", ((1, "0:1"), (2, "5:6"))),),
+    )  # fmt: skip
+    told: list[Any] = []
+    communicator: Any = SimpleNamespace(ways=lambda *_: nullcontext(ways))
+    rehearsal = Rehearsal(lambda *_: Batch((), {}), told.append)
+    restore(worker, view, communicator, remedies(), {}, step=1, rehearsal=rehearsal)
+    assert [each["event"] for each in told] == ["not_rehearsed"]
+    assert same(state(worker.store), state(store(3)))

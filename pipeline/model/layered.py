@@ -265,7 +265,8 @@ class LayeredModel:
     def copy_ahead(self, layers: Iterable[int]) -> None:
         """Have what is copied to build each of these layers, the next time, before it is built."""
         for path in (path for layer in layers for path in self.paths(layer).values()):
-            self._ahead[path] = self._copy(path)
+            if path not in self._ahead:
+                self._ahead[path] = self._copy(path)
 
     def _copy(self, path: str) -> nn.Module:
         """The module at a path, without weights."""
@@ -279,9 +280,8 @@ class LayeredModel:
         module = self._ahead.pop(path, None) or self._copy(path)
         names = {local: self.full_name(path, local) for local, _ in module.named_parameters()}
         if layer > 0 and set(names.values()) & set(self.tied_keys) - set(held):
-            self._part(
-                self.family.tokens, 0, seed, device, weights, held, fill
-            )  # a lone tied head gets what layer 0 gets
+            # a lone tied head gets what layer 0 gets
+            self._part(self.family.tokens, 0, seed, device, weights, held, fill)
         fresh = {local: name for local, name in names.items() if name not in held}
         if fresh or any(True for _ in module.buffers()):  # else nothing of it is kept
             module = module.to_empty(device="cpu")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.runtime.door import Door, prove
+from pipeline.store.waiting import came
 
 _CONNECT_S = 10.0  # between processes that have just met
 _SLICE_S = 0.05  # how often who awaits the others asks whether they are still to come
@@ -255,19 +256,8 @@ class GroupBuilder:
     def _meet(self, store: dist.Store, name: str, members: Sequence[int]) -> None:
         store.set(f"here/{self.worker}", "")
         deadline, others = time.monotonic() + self.timeout_s, [f"here/{member}" for member in members]
-        while not _are_there(store, others):
+        while not came(store, others, _SLICE_S):
             if (reason := self.ended()) is not None:
                 raise RuntimeError(f"building group {name} was ended: {reason}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the members {list(members)} of group {name} did not meet in {self.timeout_s:g} s")
-
-
-def _are_there(store: dist.Store, keys: list[str]) -> bool:
-    """Whether they come within a moment. Raises DistNetworkError where the store is gone."""
-    try:
-        store.wait(keys, timedelta(seconds=_SLICE_S))
-    except dist.DistNetworkError:
-        raise
-    except RuntimeError:
-        return False
-    return True
