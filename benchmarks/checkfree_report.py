@@ -24,10 +24,10 @@ Row = dict[str, Any]
 HUES = {
     "none": oklch(0.3, 0.0, 0), "checkpoint": oklch(0.6, 0.15, 55), "redundant": oklch(0.6, 0.13, 165),
     "checkfree": oklch(0.55, 0.17, 255), "checkfree+": oklch(0.55, 0.18, 305), "copy": oklch(0.65, 0.12, 220),
-    "random": oklch(0.6, 0.2, 25), "checkfree+, all stages": oklch(0.7, 0.14, 330),
+    "random": oklch(0.6, 0.2, 25), "rehearse": oklch(0.65, 0.16, 135), "checkfree+, all stages": oklch(0.7, 0.14, 330),
 }  # fmt: skip
 MARGIN = 0.05
-"""The target of a seed is the final held-out loss of its run without failures, and this much more."""
+"""The target of a seed is the final held-out loss of its run without failures, and this much more, or "margin"."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -52,7 +52,8 @@ def summarise(found: Found) -> Row:
     """Per arm and rate: final loss, time to the target, step time; and the gates of the comparison."""
     calm = pick(found, "none", None)
     end = {run["seed"]: run["curve"][-1][2] for run in calm}
-    target = {seed: loss + MARGIN for seed, loss in end.items()}
+    margin = found.get("margin", MARGIN)
+    target = {seed: loss + margin for seed, loss in end.items()}
     rows: list[Row] = []
     arms = dict.fromkeys(run["arm"] for run in found["runs"] if run["rate"] is not None)
     for arm, rate in [("none", None), *((arm, rate) for arm in HUES if arm in arms for rate in range(3))]:
@@ -101,7 +102,8 @@ def print_report(found: Found, console: Console) -> None:
     summary, paper = found["summary"], found["paper"]
     rates = paper["failures_per_hour_and_stage"]
     base = next((row["to_target_s"] for row in summary["rows"] if row["arm"] == "none"), None)
-    table = Table(title=f"{found['seeds']} seeds, {found['steps']} steps; target: the calm run of the seed + {MARGIN}")
+    margin = found.get("margin", MARGIN)
+    table = Table(title=f"{found['seeds']} seeds, {found['steps']} steps; target: the calm run of the seed + {margin}")
     for name in (
         "remedy",
         "rate",

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,9 +32,8 @@ sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py w
 
 from benchmarks.above_calm import NONE, summarise, table  # noqa: E402
 from benchmarks.runs import command, earlier_runs, finished  # noqa: E402
-from benchmarks.trained_model import scramble, smollm2  # noqa: E402
+from benchmarks.trained_model import overwritten, scramble, smollm2  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
-from launch.run_folder import read_jsonl  # noqa: E402
 
 ARMS = {  # name -> more of the command line
     "mean, by norms": ("--recovery", "checkfree"),
@@ -53,8 +50,6 @@ SEQUENCE, MICROBATCHES = 128, 4
 def run(forkserver: ForkServer, folder: Path, job: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run to its end: its curve of held-out losses, and what its worker told of a fit. Raises RuntimeError."""
     model = folder / "model"
-    shutil.rmtree(model, ignore_errors=True)
-    shutil.copytree(folder / "trained", model)
     fault = f"kill:stage={job['stage']},step={options.kill - 1},at=optimizer"
     arguments = [
         "--workers", str(STAGES + 1), "--ends", "apart", "--model", str(model), "--data", "stdlib",
@@ -65,26 +60,14 @@ def run(forkserver: ForkServer, folder: Path, job: Mapping[str, Any], options: a
         "--sample-tokens", "0", "--checkpoint-every", "0", "--seed", str(job["seed"]), "--max-failures", "9",
         *(("--recovery", "none") if job["arm"] == NONE else (*ARMS[job["arm"]], "--inject", fault)),
     ]  # fmt: skip
-    done = threading.Event()
-    thief = threading.Thread(target=_take_away, args=(folder / "run", model, folder / "random", done), daemon=True)
-    thief.start()
-    try:
-        with finished(forkserver, folder, arguments) as (records, _):
-            told = [e for e in records.events if e["event"] in ("rehearsed", "not_rehearsed", "fault")]
-            resumed = [e["seconds"] for e in records.events if e["event"] == "resumed"]
-            curve = {str(step): loss for step, _, loss in records.curve}
-            return {"curve": curve, "told": told, "resumed": resumed, "step_s": statistics.median(records.steps_s)}
-    finally:
-        done.set()
-        thief.join()
-
-
-def _take_away(run: Path, model: Path, random: Path, done: threading.Event) -> None:
-    """Once a step is committed, which all workers have read their weights for, overwrite these."""
-    while not done.wait(0.2):
-        if (run / "ledger.jsonl").exists() and read_jsonl(run / "ledger.jsonl"):
-            shutil.copyfile(random / "model.safetensors", model / "model.safetensors")
-            return
+    with (
+        overwritten(folder / "trained", model, folder / "random", folder / "run"),
+        finished(forkserver, folder, arguments) as (records, _),
+    ):
+        told = [e for e in records.events if e["event"] in ("rehearsed", "not_rehearsed", "fault")]
+        resumed = [e["seconds"] for e in records.events if e["event"] == "resumed"]
+        curve = {str(step): loss for step, _, loss in records.curve}
+        return {"curve": curve, "told": told, "resumed": resumed, "step_s": statistics.median(records.steps_s)}
 
 
 def plan(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ STAGES, BLOCKS, SEQUENCE, AT_ONCE, HELD_OUT = 6, 5, 128, 4, 32
 ARMS = (
     "rehearse", "mean, by norms", "random", "no-op", "rehearse from random", "copy of the one before",
     "copy of the one after", "mean, uniform", "mean, by squared norms", "mean, moments averaged", "mean, rate x 1",
-    "mean, rate x 2", "rehearse, rate x 2",
+    "mean, rate x 2", "rehearse, rate x 2", "rehearse, moments averaged", "rehearse, second moments averaged",
 )  # fmt: skip
 
 
@@ -149,6 +149,8 @@ def lose(trained: Trained, arm: str, stage: int, pairs: list[Passed]) -> tuple[F
         sides = [trained.optimizer.param_groups[i]["params"] for i in (stage - 1, stage + 1)]
         for mine, a, b in zip(group["params"], *sides, strict=True):
             for kind, moment in trained.optimizer.state[mine].items():
+                if "second" in arm and kind == "exp_avg":
+                    continue
                 moment.copy_((trained.optimizer.state[a][kind] + trained.optimizer.state[b][kind]) / 2)
     if arm == "no-op":
         for n in range(*lost.span):

@@ -75,9 +75,10 @@ def command(payload: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def finished(forkserver: ForkServer, folder: Path, arguments: Sequence[str]):
-    """`unbroken train` with these arguments, run to its end: its Records and its folder, which is gone afterwards.
-    Raises RuntimeError with what it said where it fails or takes more than DEADLINE_S."""
+def finished(forkserver: ForkServer, folder: Path, arguments: Sequence[str], keep: bool = False):
+    """`unbroken train` with these arguments, run to its end: its Records and its folder, `folder`/run, which is gone
+    afterwards unless it is to be kept. Raises RuntimeError with what it said where it fails or takes more than
+    DEADLINE_S."""
     out, log = folder / "run", folder / "log"
     pid = forkserver.start({"arguments": ["train", "--json", "--out", str(out), *arguments], "log": str(log)})
     try:
@@ -90,7 +91,8 @@ def finished(forkserver: ForkServer, folder: Path, arguments: Sequence[str]):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # and with it go its workers
             forkserver.poll(5.0)
-        shutil.rmtree(out, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def shown(

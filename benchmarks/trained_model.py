@@ -1,13 +1,19 @@
-"""SmolLM2-135M as a folder that transformers loads, and the same with its weights replaced by new random ones."""
+"""SmolLM2-135M as a folder that transformers loads, and a trained model's weights replaced by new random ones: before a
+run, or in the middle of one, so that nobody has a lost stage back from a disk."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.run_folder import read_jsonl
 
 
 def packaged() -> Path:
@@ -36,3 +42,26 @@ def scramble(trained: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     torch.manual_seed(0)
     type(model)(model.config).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def overwritten(trained: Path, model: Path, random: Path, run: Path) -> Iterator[None]:
+    """The trained model is at `model`, for a run in the folder `run`; once a step of that is committed, which all its
+    workers have read their weights for, the weights there are overwritten by those of the folder `random`."""
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(trained, model)
+    done = threading.Event()
+
+    def take_away() -> None:
+        while not done.wait(0.2):
+            if (run / "ledger.jsonl").exists() and read_jsonl(run / "ledger.jsonl"):
+                shutil.copyfile(random / "model.safetensors", model / "model.safetensors")
+                return
+
+    thief = threading.Thread(target=take_away, daemon=True)
+    thief.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thief.join()

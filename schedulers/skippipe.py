@@ -7,9 +7,11 @@ comes out is an ordinary Schedule, a bound that no plan can beat, and the gap to
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
@@ -175,14 +177,27 @@ def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int
     Then `moves` near there, by default as many as take less than a tenth of a second; the bounds are those that cost
     nothing. Raises NetworkError where memory or the network lets no plan through.
     """
-    paths = mended(plan.paths, plan.problem, problem)
-    if moves is None:
-        moves = max(50, _REPAIR // (problem.num_microbatches * (2 * problem.path_length + 1)))
-    found = repair(problem, paths, moves, seed)
-    if found.run.iteration_s == STUCK:  # only stages that have changed places lock each other out
-        at = problem.stage_of
-        found = repair(problem, [(path[0], *sorted(path[1:], key=at.__getitem__)) for path in paths], moves, seed)
-    return _plan(problem, found, own_work(problem))
+    with _uncollected():
+        paths = mended(plan.paths, plan.problem, problem)
+        if moves is None:
+            moves = max(50, _REPAIR // (problem.num_microbatches * (2 * problem.path_length + 1)))
+        found = repair(problem, paths, moves, seed)
+        if found.run.iteration_s == STUCK:  # only stages that have changed places lock each other out
+            at = problem.stage_of
+            found = repair(problem, [(path[0], *sorted(path[1:], key=at.__getitem__)) for path in paths], moves, seed)
+        return _plan(problem, found, own_work(problem))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No collection of garbage meanwhile: walking a large network's objects takes longer than mending its plan."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:

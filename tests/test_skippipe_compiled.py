@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,40 @@ def test_a_lost_node_leaves_the_other_homes_their_paths() -> None:
     again = replan(plan, left)
     assert simulate(again.schedule(), again.costs, again.network).makespan_s == pytest.approx(again.iteration_s)
     assert replan(plan, left) == again, "a seed decides"
+
+
+def test_no_garbage_is_collected_while_a_plan_is_mended_and_it_is_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = skippipe(network(2, (4, 3, 3, 3), path_length=3, num_microbatches=12, slots=(3,) * 13), moves=200)
+    left, found, usual = without(plan.problem, [plan.problem.stages[1][0]]), list[str](), gc.get_threshold()
+
+    def collections() -> int:
+        found.clear()
+        replan(plan, left)
+        return found.count("start")
+
+    gc.callbacks.append(lambda phase, _: found.append(phase))
+    gc.set_threshold(5)
+    try:
+        guarded = collections()
+        monkeypatch.setattr("schedulers.skippipe._uncollected", nullcontext)
+        bare = collections()
+        monkeypatch.undo()
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.pop()
+    assert guarded < bare / 3, "one may be due before, and one when it is over"
+    monkeypatch.setattr("schedulers.skippipe.repair", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replan(plan, left)
+    assert gc.isenabled()
+
+
+def test_what_is_judged_has_the_lanes_of_the_readable_clock() -> None:
+    problem = network(2, (4, 3, 3, 3), path_length=3, num_microbatches=12, slots=(3,) * 13)
+    paths = dealt_paths(problem)
+    judged = Search(problem, joint=False).judge(problem, paths)
+    assert judged.run == clock(problem, paths, judged.rule)
+    assert judged.run.iteration_s == min(clock(problem, paths, rule).iteration_s for rule in RULES)
 
 
 def test_many_homes_are_searched_by_a_sum() -> None:

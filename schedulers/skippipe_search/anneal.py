@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int
     search = Search(problem, joint=False)
     if problem.path_length > 1 and moves:
         search.load(problem, start, seed)
-        if search.alone() > _ITSELF * search.judge(problem, start).run.iteration_s:
+        if search.alone() > _ITSELF * min(search.seconds(start)):
             search.descend(Budget(_REPAIR), exact=False, hot=2 * _COLD)
         search.descend(Budget(moves), hot=2 * _COLD)
         problem, start = search.current()
@@ -139,6 +140,7 @@ class Search:
         self.kernels = compiled_search
         self.problem, self.slope = problem, _SLOPES[0]
         self.flat, self.room = flatten(problem, joint), room_of(problem)
+        self.rules = [self.flat._replace(furthest=rule == "furthest") for rule in RULES]
         self.state: State
         self.made = self.asked = 0
         """Moves so far, and how many of them the clock was asked for."""
@@ -157,18 +159,24 @@ class Search:
 
     def judge(self, problem: RoutingProblem, paths: Sequence[Path]) -> Annealed:
         """By the clock, under the better rule."""
-        rows, ends = np.array(paths, np.int64), list[float]()
-        rules = [self.flat._replace(furthest=rule == "furthest") for rule in RULES]
-        for flat in rules:
-            self.kernels.run_clock(flat, rows, self.room)
-            ends.append(float(self.room.finish.max()))
+        rows, ends = np.array(paths, np.int64), self.seconds(paths)
         best = ends.index(min(ends))
-        served = self.kernels.run_clock(rules[best], rows, self.room)
-        lanes: list[list[tuple[int, int]]] = [[] for _ in self.flat.hop]
-        for node, m, at in self.room.lane[:served].tolist():
-            lanes[node].append((m, at))
-        run = Run(tuple(self.room.finish.tolist()), tuple(map(tuple, lanes)))
+        served = self.kernels.run_clock(self.rules[best], rows, self.room)
+        steps = self.room.lane[:served]
+        by_node = np.argsort(steps[:, 0], kind="stable")
+        order = [*zip(*steps[by_node, 1:].T.tolist(), strict=True)]  # (microbatch, position), node after node
+        cuts = np.searchsorted(steps[by_node, 0], np.arange(len(self.flat.hop) + 1)).tolist()
+        lanes = tuple(tuple(order[a:b]) for a, b in pairwise(cuts))
+        run = Run(tuple(self.room.finish.tolist()), lanes)
         return Annealed(problem.stages, tuple(map(tuple, paths)), RULES[best], run)
+
+    def seconds(self, paths: Sequence[Path]) -> list[float]:
+        """Of an iteration, under each of RULES."""
+        rows, found = np.array(paths, np.int64), list[float]()
+        for flat in self.rules:
+            self.kernels.run_clock(flat, rows, self.room)
+            found.append(float(self.room.finish.max()))
+        return found
 
     def alone(self) -> float:
         """Seconds of the slowest home, each alone."""

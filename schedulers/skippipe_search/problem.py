@@ -171,7 +171,9 @@ def quotas(problem: RoutingProblem) -> tuple[tuple[int, int], dict[int, tuple[in
     if visits and not others:
         raise NetworkError("path_length is above 1, but there is one stage alone")
     low, high = (visits // len(others), -(-visits // len(others))) if others else (0, 0)
-    nodes = {node: (low // len(stage), -(-high // len(stage))) for stage in others for node in stage}
+    nodes: dict[int, tuple[int, int]] = {}
+    for stage in others:
+        nodes.update(dict.fromkeys(stage, (low // len(stage), -(-high // len(stage)))))
     return (low, high), nodes
 
 
