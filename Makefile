@@ -70,6 +70,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/recovery.py --kills 20 --rounds 10 --out benchmarks/results
 	$(BIN)/python benchmarks/checkfree.py --out benchmarks/results
 	$(BIN)/python benchmarks/checkfree_ablation.py --out benchmarks/results
+	$(BIN)/python benchmarks/checkfree_llama.py --base build/llama --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe_exact.py --out benchmarks/results
 	$(BIN)/python benchmarks/skippipe_run.py --out benchmarks/results

@@ -82,7 +82,7 @@ def trained(forkserver: ForkServer, base: Path, options: argparse.Namespace, con
                 return {"steps": steps, "without": found}
             if steps >= MOST:
                 raise RuntimeError(f"after {steps} steps no more than +{least:.3f}; asked: +{options.without}")
-        more = ("--resume", "--threads", "2") if (out / "config.toml").exists() else (
+        more = ("--resume",) if (out / "config.toml").exists() else (
             "--workers", "1", "--model", str(base / "model.json"), *DATA, "--microbatches", "1",
             "--microbatch-size", "16",
             "--steps", str(MOST), "--warmup", "50", "--lr", "2e-3", "--lr-schedule", "constant", "--threads", "2",
@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="of the checkpoint arm")
-    parser.add_argument("--arms", nargs="+", default=[*ARMS])
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=[*ARMS])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -124,9 +124,10 @@ def main() -> int:
     with Progress(console=console) as progress, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, task = folder / "model", progress.add_task("training", total=len(jobs))
-        start = options.base / "run" / "model"
+        start = folder / "trained"
+        AutoModelForCausalLM.from_pretrained(options.base / "run" / "model").save_pretrained(start)
         scramble(start, folder / "random")
-        more = (*DATA, "--model", str(model), "--microbatch-size", "2", "--lr", "1e-3", "--lr-schedule", "constant")
+        more = (*DATA, "--model", str(model), "--microbatch-size", "2", "--lr", "5e-4", "--lr-schedule", "constant")
         for job in jobs:
             progress.update(task, description=f"seed {job['seed']}, {job['arm']}, rate {job['rate']}")
             own = job["recovery"] in ("none", "checkpoint", "redundant")
