@@ -54,7 +54,7 @@ JUMP = 10  # steps before the end
 
 
 def run(
-    forkserver: ForkServer, folder: Path, job: dict[str, Any], options: argparse.Namespace, peak: Peak | None = None
+    forkserver: ForkServer, folder: Path, job: dict[str, Any], options: argparse.Namespace, peak: Peak
 ) -> dict[str, Any]:
     """One run to its end: its curve, its failures and what it cost. Raises RuntimeError with what it said."""
     recovery, seed = job["recovery"], job["seed"]
@@ -70,7 +70,7 @@ def run(
         losses = {"losses": [step["loss"] for step in records.metrics]} if job["arm"].startswith("jump") else {}
         return {
             "curve": records.curve, **losses, "seconds": records.curve[-1][1],
-            "step_s": statistics.median(records.steps_s), **(of_run(records.metrics, peak) if peak else {}),
+            "step_s": statistics.median(records.steps_s), **of_run(records.metrics, peak),
             "faults": sum(e["event"] == "fault" for e in records.events),
             "replayed": sum(e.get("steps_lost", 0) for e in records.events if e["event"] == "rolled_back"),
         }  # fmt: skip

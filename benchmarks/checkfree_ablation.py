@@ -26,9 +26,10 @@ from rich.table import Table
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
-from benchmarks.checkfree import run  # noqa: E402
+from benchmarks.checkfree import WORKERS, run  # noqa: E402
 from benchmarks.checkfree_report import spread  # noqa: E402
 from benchmarks.runs import command, earlier_runs  # noqa: E402
+from benchmarks.utilisation import cpu_peak  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
 
 ARMS = ("none", "checkfree", "random", "copy")
@@ -66,10 +67,10 @@ def main() -> int:
          "inject": "" if arm == "none" else ";".join(f"rate:p={options.p},stages={s},seed={seed}" for s in STAGES)}
         for arms in (ARMS[:3], ARMS[3:]) for seed in range(options.seeds) for arm in arms if (arm, seed) not in done
     ]  # fmt: skip
-    forkserver, console = ForkServer(command), Console(stderr=True)
+    forkserver, console, peak = ForkServer(command), Console(stderr=True), cpu_peak(WORKERS)
     with tempfile.TemporaryDirectory() as folder:
         for job in track(jobs, "training", console=console):
-            runs.append({**job, **run(forkserver, Path(folder), job, options)})
+            runs.append({**job, **run(forkserver, Path(folder), job, options, peak)})
             found = {"command": ["benchmarks/checkfree_ablation.py", *sys.argv[1:]], "settings": settings,
                      "summary": summarise(runs), "runs": runs}  # fmt: skip
             path.write_text(json.dumps(found) + "\n")

@@ -110,9 +110,15 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     forkserver, console, path = ForkServer(command), Console(stderr=True), options.out / "checkfree-llama.json"
     base = trained(forkserver, options.base, options, console)
-    peak, settings = cpu_peak(WORKERS), {"steps": options.steps, "every": options.every, "base": base}
+    peak, settings = cpu_peak(WORKERS), {
+        "steps": options.steps, "every": options.every, "checkpoint_every": options.checkpoint_every, "base": base,
+    }  # fmt: skip
     runs, failed = earlier_runs(path, settings), list[str]()
     have = {(each["arm"], each["rate"], each["seed"]) for each in runs}
+    whole: dict[str, Any] = {
+        "command": ["benchmarks/checkfree_llama.py", *sys.argv[1:]], "settings": settings, "seeds": options.seeds,
+        "steps": options.steps, "margin": MARGIN, "paper": RATES, "failed": failed, "runs": runs,
+    }  # fmt: skip
     jobs: list[dict[str, Any]] = []
     for seed in range(options.seeds):
         turn = [{"arm": "none", "recovery": "none", "rate": None, "seed": seed, "inject": ""}] + [
@@ -142,15 +148,11 @@ def main() -> int:
             finally:
                 progress.advance(task)
             runs.append({**job, **found})
-            whole = {
-                "command": ["benchmarks/checkfree_llama.py", *sys.argv[1:]], "settings": settings,
-                "seeds": options.seeds, "steps": options.steps, "margin": MARGIN, "paper": RATES,
-                "checkpoint_every": options.checkpoint_every, "failed": failed, "runs": runs,
-            }  # fmt: skip
-            if any(each["arm"] == "none" for each in runs):
-                whole["summary"] = summarise(whole)
             path.write_text(json.dumps(whole) + "\n")
-    whole = json.loads(path.read_text())
+    if not any(each["arm"] == "none" for each in runs):
+        raise SystemExit("the run without failures has not ended well: there is nothing to compare with")
+    whole["summary"] = summarise(whole)
+    path.write_text(json.dumps(whole) + "\n")
     (options.out / "checkfree-llama.svg").write_text(picture(whole))
     print_report(whole, Console(width=140))
     return 1 if failed else 0

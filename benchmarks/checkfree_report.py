@@ -71,7 +71,7 @@ def summarise(found: Found) -> Row:
                 "to_target_s": spread(times) if times else None,
             }
         )  # fmt: skip
-    return {"target": statistics.fmean(target.values()), "rows": rows, "gates": gates(found)}
+    return {"target": statistics.fmean(target.values()), "margin": margin, "rows": rows, "gates": gates(found)}
 
 
 def gates(found: Found) -> Row:
@@ -102,8 +102,8 @@ def print_report(found: Found, console: Console) -> None:
     summary, paper = found["summary"], found["paper"]
     rates = paper["failures_per_hour_and_stage"]
     base = next((row["to_target_s"] for row in summary["rows"] if row["arm"] == "none"), None)
-    margin = found.get("margin", MARGIN)
-    table = Table(title=f"{found['seeds']} seeds, {found['steps']} steps; target: the calm run of the seed + {margin}")
+    above = summary["margin"]
+    table = Table(title=f"{found['seeds']} seeds, {found['steps']} steps; target: the calm run of the seed + {above}")
     for name in (
         "remedy",
         "rate",

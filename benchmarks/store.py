@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the packages come befor
 import torch
 import torch.distributed as dist
 
-from benchmarks.runs import shown
+from benchmarks.runs import meanwhile, shown
 from launch.forkserver import ForkServer
 from pipeline.runtime.groups import GroupBuilder
 from pipeline.store.client import SealedStore
@@ -62,22 +62,10 @@ def hosted(kind: str) -> Iterator[int]:
         store.close()
 
 
-@contextmanager
-def computing() -> Iterator[None]:
-    """This process computes meanwhile."""
-    stop = threading.Event()
-
-    def compute() -> None:
-        while not stop.is_set():
-            sum(range(2000))
-
-    thread = threading.Thread(target=compute, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def compute(over: threading.Event) -> None:
+    """Work that leaves the interpreter to others only when it must."""
+    while not over.is_set():
+        sum(range(2000))
 
 
 def member(payload: dict[str, Any]) -> int:
@@ -109,7 +97,7 @@ def member(payload: dict[str, Any]) -> int:
 
 def measured(forkserver: ForkServer, kind: str, busy: bool, view: int, times: int) -> Times:
     """One round: seconds by operation."""
-    with hosted(kind) as port, computing() if busy else nullcontext(), socket.socket(socket.AF_UNIX) as listener:
+    with hosted(kind) as port, meanwhile(compute) if busy else nullcontext(), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0store-benchmark-{os.getpid()}-{view}")
         listener.listen()
         listener.settimeout(120)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.runs import meanwhile
 from launch.run_folder import read_jsonl
 
 
@@ -50,18 +51,12 @@ def overwritten(trained: Path, model: Path, random: Path, run: Path) -> Iterator
     workers have read their weights for, the weights there are overwritten by those of the folder `random`."""
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(trained, model)
-    done = threading.Event()
 
-    def take_away() -> None:
-        while not done.wait(0.2):
+    def take_away(over: threading.Event) -> None:
+        while not over.wait(0.2):
             if (run / "ledger.jsonl").exists() and read_jsonl(run / "ledger.jsonl"):
                 shutil.copyfile(random / "model.safetensors", model / "model.safetensors")
                 return
 
-    thief = threading.Thread(target=take_away, daemon=True)
-    thief.start()
-    try:
+    with meanwhile(take_away):
         yield
-    finally:
-        done.set()
-        thief.join()

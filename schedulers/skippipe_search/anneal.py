@@ -16,6 +16,7 @@ from functools import cache
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from schedulers.skippipe_search.clock import RULES, Rule, Run
 from schedulers.skippipe_search.flat import State, flatten, room_of, state_of
@@ -114,7 +115,7 @@ def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int
     search = Search(problem, joint=False)
     if problem.path_length > 1 and moves:
         search.load(problem, start, seed)
-        if search.alone() > _ITSELF * min(search.seconds(start)):
+        if search.alone() > _ITSELF * min(search.seconds(search.state.paths)):
             search.descend(Budget(_REPAIR), exact=False, hot=2 * _COLD)
         search.descend(Budget(moves), hot=2 * _COLD)
         problem, start = search.current()
@@ -159,7 +160,8 @@ class Search:
 
     def judge(self, problem: RoutingProblem, paths: Sequence[Path]) -> Annealed:
         """By the clock, under the better rule."""
-        rows, ends = np.array(paths, np.int64), self.seconds(paths)
+        rows = np.array(paths, np.int64)
+        ends = self.seconds(rows)
         best = ends.index(min(ends))
         served = self.kernels.run_clock(self.rules[best], rows, self.room)
         steps = self.room.lane[:served]
@@ -170,9 +172,9 @@ class Search:
         run = Run(tuple(self.room.finish.tolist()), lanes)
         return Annealed(problem.stages, tuple(map(tuple, paths)), RULES[best], run)
 
-    def seconds(self, paths: Sequence[Path]) -> list[float]:
-        """Of an iteration, under each of RULES."""
-        rows, found = np.array(paths, np.int64), list[float]()
+    def seconds(self, rows: NDArray[np.int64]) -> list[float]:
+        """Of an iteration with the paths [M, L], under each of RULES."""
+        found: list[float] = []
         for flat in self.rules:
             self.kernels.run_clock(flat, rows, self.room)
             found.append(float(self.room.finish.max()))
