@@ -1,15 +1,17 @@
 """What each remedy costs in loss and time once every stage matters: a Llama trained here first, then real kills.
 
-    python benchmarks/checkfree_llama.py --base build/llama --out benchmarks/results      # an hour on two idle cores
+    python benchmarks/checkfree_llama.py --base build/llama --out benchmarks/results      # two hours on two idle cores
     python benchmarks/checkfree_llama.py --base /tmp/b --without 0 --seeds 1 --steps 40 --out /tmp/x    # to try it
 
-A Llama of 5.4 M parameters in six stages of two blocks, over bytes, trains on the sources of Python's standard library
-in one process until the held-out loss without any one inner stage is at least --without above that with it: then the
-stage has learned what the others have not. (1,400 steps do not bring it to +0.2, so +0.15 is the default.) From there
-every run of checkfree.py begins, at the failure rates of the CheckFree paper, of remedies that take turns: seven
-workers, SIGKILL, the same failures for every remedy of a seed. Once the workers have read the trained weights the file
-is overwritten by random ones, so that nobody has a lost stage back from a disk, but for `checkpoint` and `redundant`,
-which have their own copies. The seed draws the failures; data are the same, and what is held out was never trained on.
+A Llama of 5.4 M parameters in three stages of four blocks, over bytes, trains on the sources of Python's standard
+library in one process until the held-out loss without its inner stage is at least --without above that with it: then
+the stage has learned what the others have not. (Of six stages of two blocks some are worth no more than +0.2 after
+1,400 steps, of four of three blocks +0.4.) From there every run of checkfree.py begins, at the failure rates of the
+CheckFree paper, of remedies that take turns: four workers, SIGKILL, the same failures for every remedy of a seed. Where
+two rates or seeds draw the very same failures, or none, a remedy runs once for them. Once the workers have read the
+trained weights the file is overwritten by random ones, so that nobody has a lost stage back from a disk, but for
+`checkpoint`, which has its own copies. The seed draws the failures; data are the same, and what is held out was never
+trained on.
 Writes checkfree-llama.json and .svg; goes on where it was stopped.
 """
 
@@ -33,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
-from benchmarks.checkfree import MIDDLE, RATES, WORKERS, run  # noqa: E402
+from benchmarks.checkfree import RATES, run  # noqa: E402
 from benchmarks.checkfree_report import picture, print_report, summarise  # noqa: E402
 from benchmarks.runs import command, earlier_runs, finished, llama_config  # noqa: E402
 from benchmarks.trained_model import overwritten, scramble  # noqa: E402
@@ -41,8 +43,10 @@ from benchmarks.utilisation import cpu_peak  # noqa: E402
 from jobs.data import Dataset  # noqa: E402
 from launch.forkserver import ForkServer  # noqa: E402
 from launch.run_folder import read_jsonl  # noqa: E402
+from recovery.inject import Rate  # noqa: E402
 
-STAGES, BLOCKS, SEQUENCE, HELD_OUT = 6, 2, 128, 64
+STAGES, BLOCKS, SEQUENCE, HELD_OUT = 3, 4, 128, 64
+WORKERS = STAGES + 1
 ARMS = ("checkfree", "rehearse", "random", "checkpoint")
 DATA = ("--tokenizer", "bytes", "--data", "stdlib", "--max-tokens", "3000000", "--sequence-length", str(SEQUENCE),
         "--seed", "0")  # fmt: skip
@@ -97,9 +101,9 @@ def trained(forkserver: ForkServer, base: Path, options: argparse.Namespace, con
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="where the model is trained, or was")
-    parser.add_argument("--without", type=float, default=0.15, help="nats more without any inner stage")
+    parser.add_argument("--without", type=float, default=0.5, help="nats more without an inner stage")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="of the checkpoint arm")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=[*ARMS])
@@ -121,11 +125,17 @@ def main() -> int:
     }  # fmt: skip
     jobs: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        turn = [{"arm": "none", "recovery": "none", "rate": None, "seed": seed, "inject": ""}] + [
-            {"arm": arm, "recovery": arm, "rate": number, "seed": seed,
-             "inject": f"rate:p={p},stages={MIDDLE},seed={seed}"}
-            for number, p in enumerate(RATES["failures_per_iteration_and_stage"]) for arm in options.arms
-        ]  # fmt: skip
+        turn: list[dict[str, Any]] = [
+            {"arm": "none", "recovery": "none", "rate": None, "seed": seed, "inject": "", "drawn": []}
+        ]
+        for number, p in enumerate(RATES["failures_per_iteration_and_stage"]):
+            rate = Rate(p, tuple(range(2, STAGES)), seed)
+            drawn = [[step, stage] for step in range(options.steps) for stage in rate.stages if rate.draw(step, stage)]
+            inject = f"rate:p={p},stages=2-{STAGES - 1},seed={seed}"
+            turn += [
+                {"arm": arm, "recovery": arm, "rate": number, "seed": seed, "inject": inject, "drawn": drawn}
+                for arm in options.arms
+            ]
         random.Random(seed).shuffle(turn)
         jobs += [job for job in turn if (job["arm"], job["rate"], job["seed"]) not in have]
     with Progress(console=console) as progress, tempfile.TemporaryDirectory() as name:
@@ -134,10 +144,18 @@ def main() -> int:
         start = folder / "trained"
         AutoModelForCausalLM.from_pretrained(options.base / "run" / "model").save_pretrained(start)
         scramble(start, folder / "random")
-        more = (*DATA, "--model", str(model), "--microbatch-size", "2", "--lr", "5e-4", "--lr-schedule", "constant")
+        more = (
+            *DATA, "--workers", str(WORKERS), "--model", str(model), "--microbatch-size", "2", "--lr", "5e-4",
+            "--lr-schedule", "constant",
+        )  # fmt: skip
         for job in jobs:
             progress.update(task, description=f"seed {job['seed']}, {job['arm']}, rate {job['rate']}")
-            own = job["recovery"] in ("none", "checkpoint", "redundant")
+            own = job["recovery"] in ("none", "checkpoint")
+            same = next((r for r in runs if all(r[name] == job[name] for name in ("arm", "drawn"))), None)
+            if same is not None:
+                runs.append({**same, **job})
+                progress.advance(task)
+                continue
             try:
                 with overwritten(start, model, start if own else folder / "random", folder / "run"):
                     found = run(forkserver, folder, {**job, "more": more}, options, peak)

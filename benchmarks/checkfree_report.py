@@ -37,11 +37,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def time_to(curve: Sequence[Sequence[float]], target: float) -> float | None:
-    """Seconds until the held-out loss is at `target` for the first time, between evaluations by a straight line."""
-    for (_, t0, a), (_, t1, b) in pairwise(curve):
-        if b <= target:
-            return t0 if a <= target else t0 + (t1 - t0) * (a - target) / (a - b)
-    return None
+    """Seconds until the held-out loss is at `target` for good, between evaluations by a straight line; None where it
+    is above at the end. A later failure may undo what was reached before."""
+    if curve[-1][2] > target:
+        return None
+    for (_, t0, a), (_, t1, b) in reversed([*pairwise(curve)]):
+        if a > target:
+            return t0 + (t1 - t0) * (a - target) / (a - b)
+    return curve[0][1]
 
 
 def pick(found: Found, arm: str, rate: int | None) -> list[Row]:

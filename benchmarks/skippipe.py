@@ -1,6 +1,6 @@
 """What SkipPipe's planner finds, beside what was published and beside the bound: simulated iterations, real searches.
 
-    python benchmarks/skippipe.py --out benchmarks/results        # 40 minutes on two idle cores
+    python benchmarks/skippipe.py --out benchmarks/results        # 45 minutes on two idle cores
     python benchmarks/skippipe.py --only published --budget 5     # to try the script
 
 `published`: the published network of 20 nodes (data/skippipe_gcp20.json). The paths that were published are timed by
@@ -9,11 +9,11 @@ for, since the published full pipeline has 27 microbatches and the skipping ones
 `unseen`: networks drawn from a seed, of 12 to 24 nodes in 4 to 6 stages. Sites lie on a globe; a link is as slow as its
 sites are far apart, and varies besides; nodes are dealt to stages at random. One search for each.
 `scale`: such networks of 100 and 1,000 nodes.
-`moves`: moves per second of processor time, by the estimate and by the clock, beside those before they were compiled.
+`moves`: moves per second by the estimate and by the clock, of one chain and of one on every core, beside those before
+they were compiled, when a search was one chain.
 `replan`: one node after another is lost from a plan for 1,000; how long a new plan takes, and what it is worth.
 Every bound stands beside the one before all paths were packed at once (schedulers/skippipe_search/relaxed.py).
-A budget is the seconds of a whole search. Searches run two at a time (--processes). Writes skippipe.json and
-skippipe-gaps.svg.
+A budget is the seconds of a whole search, which has every core. Writes skippipe.json and skippipe-gaps.svg.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,28 +100,38 @@ def replayed() -> list[dict[str, Any]]:
 
 
 def moves_per_second(seconds: float = 3.0) -> list[dict[str, Any]]:
-    """Of one core, from the same start as before."""
+    """From the same start as before, of one chain and of as many as there are cores."""
     asked = routing_from_json(json.loads(GCP.read_text()), swaps=True)
     published_, rows = replace(asked, path_length=len(asked.stages) - 2), list[dict[str, Any]]()
     began = time.monotonic()
     ready()
-    compiling = time.monotonic() - began
+    compiling, cores = time.monotonic() - began, len(os.sched_getaffinity(0))
     for name, problem in (
         ("20 nodes, cut searched", published_), ("20 nodes", published_),
         ("100 nodes", geography(0, 100, 10, 3, 6)), ("1,000 nodes", geography(0, 1000, 10, 3, 3, False)),
     ):  # fmt: skip
-        search, found = Search(problem, "cut" in name), list[float]()
-        search.load(problem, dealt_paths(problem), 0)
-        for exact in (False, True):
-            search.descend(Budget(1), exact=exact)
-            made, spent = search.made, time.process_time()
-            search.descend(Budget(None, seconds), exact=exact)
-            found.append((search.made - made) / (time.process_time() - spent))
-        rows.append(
-            {"part": "moves", "name": name, "estimate": found[0], "clock": found[1], "asked": search.asked,
-             "estimate_before": BEFORE[name][0], "clock_before": BEFORE[name][1], "ready_s": compiling}
-        )  # fmt: skip
+        row: dict[str, Any] = {"part": "moves", "name": name, "cores": cores, "ready_s": compiling}
+        for many in (1, cores):
+            searches = [Search(problem, "cut" in name) for _ in range(many)]
+            for seed, each in enumerate(searches):
+                each.load(problem, dealt_paths(problem), seed)
+            for kind, before in zip(("estimate", "clock"), BEFORE[name], strict=True):
+                for each in searches:
+                    each.descend(Budget(1), exact=kind == "clock")
+                row[f"{kind}, {many}"] = _together(searches, kind == "clock", seconds)
+                row[f"{kind}_before"] = before
+        rows.append(row)
     return rows
+
+
+def _together(searches: list[Search], exact: bool, seconds: float) -> float:
+    """Moves per second of searches that go on side by side."""
+    made, began = sum(each.made for each in searches), time.monotonic()
+    with ThreadPoolExecutor(len(searches)) as threads:
+        going = [threads.submit(each.descend, Budget(None, seconds), exact=exact) for each in searches]
+    for each in going:
+        each.result()
+    return (sum(each.made for each in searches) - made) / (time.monotonic() - began)
 
 
 def replanned(budget: float, lost: int = 60, beside: int = 3) -> list[dict[str, Any]]:
@@ -204,19 +214,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of a search; a third for unseen, 5 x scale")
-    parser.add_argument("--processes", type=int, default=2, help="searches at a time")
     parser.add_argument("--networks", type=int, default=40, help="of part unseen")
     parser.add_argument("--out", type=Path, help="folder for skippipe.json and skippipe-gaps.svg")
     options = parser.parse_args()
     rows = replayed() if "published" in options.only else []
     rows += moves_per_second() if "moves" in options.only else []
     rows += replanned(options.budget) if "replan" in options.only else []
-    asked = jobs(options)
-    with Progress(console=Console(stderr=True)) as progress, ProcessPoolExecutor(options.processes) as pool:
-        task = progress.add_task("searching", total=len(asked))
-        for done in as_completed([pool.submit(search, job) for job in asked]):
-            rows.append(done.result())
-            progress.advance(task)
+    with Progress(console=Console(stderr=True)) as progress:
+        rows += [search(job) for job in progress.track(jobs(options), description="searching")]
     rows.sort(key=lambda row: (PARTS.index(row["part"]), row.get("nodes", 0) if row["part"] == "scale" else 0))
     found = {
         "command": ["benchmarks/skippipe.py", *sys.argv[1:]], "cores": os.cpu_count(), "simulated": True,

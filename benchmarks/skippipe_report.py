@@ -67,14 +67,15 @@ def print_report(found: Row, console: Console) -> None:
     if table.row_count:
         console.print(table)
     table = results_table(
-        "moves per second of a core", "network", "estimate", "before", "times", "clock", "before", "times"
+        "moves per second", "network", "chains", "estimate", "before", "times", "clock", "before", "times"
     )
     for row in (row for row in rows if row["part"] == "moves"):
-        said = [row["name"]]
-        for kind in ("estimate", "clock"):
-            now, old = row[kind], row[f"{kind}_before"]
-            said += [f"{now:,.0f}", f"{old:,}", f"{now / old:.1f}"]
-        table.add_row(*said)
+        for many in dict.fromkeys((1, row["cores"])):
+            said = [row["name"], str(many)]
+            for kind in ("estimate", "clock"):
+                now, old = row[f"{kind}, {many}"], row[f"{kind}_before"]
+                said += [f"{now:,.0f}", f"{old:,}", f"{now / old:.1f}"]
+            table.add_row(*said)
     if table.row_count:
         console.print(table)
     if "replan" in summary:

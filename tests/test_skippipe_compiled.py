@@ -17,8 +17,9 @@ from hypothesis import given, settings
 
 from pipeline.schedule.simulate import simulate
 from schedulers.skippipe import mended, replan, skippipe, without
+from schedulers.skippipe_search import anneal as anneal_
 from schedulers.skippipe_search.anneal import Budget, Search, anneal, ready
-from schedulers.skippipe_search.clock import RULES, PathClock, clock
+from schedulers.skippipe_search.clock import RULES, STUCK, PathClock, clock
 from schedulers.skippipe_search.conflicts import dealt_paths
 from schedulers.skippipe_search.flat import flatten, room_of, state_of
 from schedulers.skippipe_search.problem import NetworkError, RoutingProblem, check_paths, routing_from_json
@@ -44,6 +45,7 @@ def test_the_compiled_clock_is_the_readable_one_to_the_bit(given_: tuple[Routing
         for node, m, at in room.lane[:served].tolist():
             got[node].append((m, at))
         assert room.finish.tolist() == want
+        assert max(want) == STUCK or max(want) <= flat.most_s
         assert got == lanes
 
 
@@ -84,6 +86,27 @@ def test_the_seed_alone_decides_within_a_budget_in_moves() -> None:
     found = [anneal(problem, [dealt_paths(problem)], Budget(3000), seed=seed, joint=True) for seed in (1, 1, 2)]
     assert found[0] == found[1]
     assert found[0].paths != found[2].paths
+
+
+def test_a_budget_in_moves_leads_to_the_same_plan_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anneal_, "_CHAIN", 500)
+    problem = routing_from_json(GCP, skip=0.33, swaps=True)
+    found = [anneal(problem, [dealt_paths(problem)], Budget(3000), seed=1, cores=cores) for cores in (1, 2, 5)]
+    assert found[0] == found[1] == found[2]
+    bound = 1.2 * found[0].run.iteration_s  # several chains come there: the first one's plan it is, not the fastest's
+    early = [anneal(problem, [dealt_paths(problem)], Budget(3000), seed=1, bound=bound, cores=c) for c in (1, 2, 5)]
+    assert early[0] == early[1] == early[2]
+    assert found[0].run.iteration_s < early[0].run.iteration_s <= bound * (1 + 1e-6)
+
+
+def test_paths_that_lock_each_other_out_are_left() -> None:
+    problem = network(1, (4, 3, 3, 3, 3), path_length=4, num_microbatches=24, swaps=True, slots=(1,) * 16)
+    search = Search(problem, joint=False)
+    search.load(problem, dealt_paths(problem), 0)
+    search.descend(Budget(20_000), exact=False)
+    assert search.judge(*search.current()).run.iteration_s == STUCK, "the estimate knows no locks: try another network"
+    search.descend(Budget(3000))
+    assert search.judge(*search.current()).run.iteration_s < search.flat.most_s
 
 
 @pytest.mark.parametrize("seed", range(6))

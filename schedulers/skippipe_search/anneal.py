@@ -8,9 +8,10 @@ seconds.
 
 from __future__ import annotations
 
-import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -75,24 +76,31 @@ class Annealed:
 
 def anneal(
     problem: RoutingProblem, starts: Sequence[Sequence[Path]], budget: Budget, *, seed: int = 0, joint: bool = False,
-    bound: float = 0.0,
+    bound: float = 0.0, cores: int | None = None,
 ) -> Annealed:  # fmt: skip
     """The best paths found from `starts`; at `bound` the search ends at once. `joint` searches the stages too.
 
-    Several chains, each with a seed of its own, as many as the budget leaves long enough; then one from the best.
+    Several chains, each with a seed of its own, as many as the budget leaves long enough, side by side on `cores`, by
+    default all that the process may use; then one from the best, or, under a budget in seconds, one on each core. A
+    budget in moves leads to the same result on any number of cores.
     """
-    search = Search(problem, joint)
-    judged = sorted((search.judge(problem, start) for start in starts), key=lambda found: found.run.iteration_s)
-    best, chains = judged[0], _chains(problem, budget)
-    for chain in range(chains + 1):
-        if best.run.iteration_s <= bound * (1 + 1e-6) or problem.path_length == 1:
-            break
-        last = chain == chains
-        search.slope = _SLOPES[chain // len(starts) % len(_SLOPES)]
-        part = budget.part(1.0 if last else 1 / (chains + 1 - chain))
-        start = best if last else judged[chain % len(judged)]
-        search.load(problem.with_stages(start.stages), start.paths, seed * 1000 + chain)
-        if len(problem.homes) >= _MANY:
+    from schedulers.compiled import COMPILED  # as in Search
+
+    judging, end = Search(problem, joint), bound * (1 + 1e-6)
+    judged = sorted((judging.judge(problem, start) for start in starts), key=lambda found: found.run.iteration_s)
+    timed, many = budget.moves is None, len(problem.homes) >= _MANY
+    cores = 1 if many or not COMPILED else cores or len(os.sched_getaffinity(0))
+    chains = 0 if many else _chains(problem, budget, cores)
+    reached: list[int] = []  # chains that came to the bound; -1 where nobody waits any more
+
+    def chain(best: Annealed, number: int) -> Annealed:
+        last = number >= chains
+        rest = 1 if last and timed else -(-chains // cores) + 1 - number // cores if timed else chains + 1
+        start, part = best if last else judged[number % len(judged)], budget.part(1 / rest)
+        search = Search(problem, joint, lambda: any(timed or other < number for other in reached))
+        search.slope = _SLOPES[0 if last else number // len(judged) % len(_SLOPES)]
+        search.load(problem.with_stages(start.stages), start.paths, seed * 1000 + number)
+        if many:
             for exact, power, hot, cold, share in _SUMS:
                 search.descend(used := part.part(share), exact=exact, power=power, hot=hot, cold=cold)
                 part = part.less(used)
@@ -100,7 +108,23 @@ def anneal(
             search.descend(used := part.part(_ESTIMATED), exact=False)
             part = part.less(used)
         search.descend(part.part(1.0), bound=bound)
-        best = min(best, search.judge(*search.current()), key=lambda found: found.run.iteration_s)
+        found = search.judge(*search.current())
+        if found.run.iteration_s <= end:
+            reached.append(number)
+        return found
+
+    best = judged[0]
+    with ThreadPoolExecutor(cores) as threads:
+        try:
+            for numbers in (range(chains), range(chains, chains + (cores if timed else 1))):
+                if problem.path_length == 1:
+                    break
+                for found in threads.map(chain, [best] * len(numbers), numbers):
+                    best = min(best, found, key=lambda each: each.run.iteration_s)
+                    if best.run.iteration_s <= end:
+                        return best
+        finally:
+            reached.append(-1)
     return best
 
 
@@ -122,24 +146,23 @@ def repair(problem: RoutingProblem, start: Sequence[Path], moves: int, seed: int
     return search.judge(problem, start)
 
 
-def _chains(problem: RoutingProblem, budget: Budget) -> int:
+def _chains(problem: RoutingProblem, budget: Budget, cores: int) -> int:
     """How many chains before the last one; none where the budget is for one alone."""
     moves = budget.moves
-    if len(problem.homes) >= _MANY:
-        return 0
     if moves is None:
-        moves = int((budget.seconds or 0.0) / (_OP_S * problem.num_microbatches * (2 * problem.path_length + 1)))
+        seconds = cores * (budget.seconds or 0.0)
+        moves = int(seconds / (_OP_S * problem.num_microbatches * (2 * problem.path_length + 1)))
     return min(_MOST_CHAINS, moves // _CHAIN)
 
 
 class Search:
-    """The current paths and stages, and moves on them."""
+    """The current paths and stages, and moves on them, until `over()` at the latest."""
 
-    def __init__(self, problem: RoutingProblem, joint: bool) -> None:
+    def __init__(self, problem: RoutingProblem, joint: bool, over: Callable[[], bool] = lambda: False) -> None:
         from schedulers.skippipe_search import compiled_search  # takes a third of a second, which others need not
 
         self.kernels = compiled_search
-        self.problem, self.slope = problem, _SLOPES[0]
+        self.problem, self.slope, self.over = problem, _SLOPES[0], over
         self.flat, self.room = flatten(problem, joint), room_of(problem)
         self.rules = [self.flat._replace(furthest=rule == "furthest") for rule in RULES]
         self.state: State
@@ -211,7 +234,7 @@ class Search:
         if exact:
             now = kernels.timed(flat, state, room, *self.slope)
             state.slow[:] = room.ends
-        scale = float(room.shape[1]) if power else (now if math.isfinite(now) else float(state.trips.max())) / 1.25
+        scale = float(room.shape[1]) if power else (about if state.slow.max() >= flat.most_s else now) / 1.25
         seconds = np.array([now, now, state.slow.max(), about])
         kept, names = state.paths.copy(), state.stage_of.copy()
         total = None if budget.moves is None else budget.moves * (1 if exact else _PAIRS)
@@ -220,7 +243,7 @@ class Search:
             moves, cool = max(1, total // _SLICES), (cold / hot) ** (1 / max(1, total))
             budget = Budget(total)
         end, done = bound * (1 + 1e-6), 0
-        while (progress := budget.progress(done)) < 1 and not (exact and seconds[2] <= end):
+        while (progress := budget.progress(done)) < 1 and not (exact and seconds[2] <= end) and not self.over():
             began = time.monotonic()
             moves = moves if total is None else min(moves, total - done)
             heat = scale * hot * (cold / hot) ** progress

@@ -67,10 +67,16 @@ def estimated(p: Flat, s: State, r: Room, home: float, each: float) -> float:
 
 @entry
 def timed(p: Flat, s: State, r: Room, home: float, each: float) -> float:
-    """What the paths are worth by the clock; infinity where they lock each other out."""
+    """What the paths are worth by the clock. Where they lock each other out: more than any that do not, less the more
+    ops are served before, and the less they take by the estimate, so that there is a slope out of it."""
     many = s.paths.shape[0]
-    if run_clock(p, s.paths, r) < many * (2 * p.length + 1):
-        return math.inf
+    ops = many * (2 * p.length + 1)
+    unserved = ops - run_clock(p, s.paths, r)
+    if unserved > 0:
+        about = _valued(s.own, s.total, r, many, home, each)
+        for h in range(p.homes):
+            r.ends[h] = r.totals[h] = p.most_s * (1.0 + unserved / ops)
+        return about + _valued(r.ends, r.totals, r, many, home, each)
     for h in range(p.homes):
         r.ends[h] = r.totals[h] = 0.0
     for m in range(many):

@@ -37,6 +37,7 @@ class Flat(NamedTuple):
     stage_most: int
     furthest: bool  # the rule: whom an idle node serves
     uneven: bool  # whether a visit may move from one node to another with the balance kept
+    most_s: float  # no iteration takes longer: what the longest round trips take one after another, gaps and all
 
 
 class State(NamedTuple):
@@ -94,12 +95,15 @@ def flatten(problem: RoutingProblem, joint: bool = False) -> Flat:
     hop = problem.hops
     speed = np.array(problem.speed)
     nodes = np.array(sorted(n for stage in problem.stages for n in stage))
+    stop = (problem.forward_s + problem.backward_s) / speed[nodes].min() + 2 * problem.gap_s
+    stop += float(problem.both_ways[np.ix_(nodes, nodes)].max())
+    trip = (problem.path_length + 1) * stop + problem.loss_s / speed[nodes].min() + problem.gap_s
     (low, high), shares = quotas(problem)
     return Flat(
         hop, problem.both_ways, problem.forward_s / speed, problem.loss_s / speed, problem.backward_s / speed,
         float(problem.gap_s), np.array(problem.slots), nodes, problem.nearest, problem.path_length,
         len(problem.homes), bool(problem.swaps), bool(problem.contention), bool(joint), float(problem.replica_hop_s),
-        low, high, False, low != high or any(a != b for a, b in shares.values()),
+        low, high, False, low != high or any(a != b for a, b in shares.values()), problem.num_microbatches * trip,
     )  # fmt: skip
 
 
