@@ -80,6 +80,11 @@ def print_report(found: Row, console: Console) -> None:
         console.print(table)
     if "replan" in summary:
         console.print("a lost node of 1,000: " + ", ".join(f"{k} {v:.2f}" for k, v in summary["replan"].items()))
+    if "second" in summary:
+        quick = summary["second"]
+        console.print(
+            f"in a second, {quick['seeds']} seeds: {quick['iteration_s']:.2f} s at most, gap {quick['gap']:.1%}"
+        )
     if "unseen" in summary:
         gaps = summary["unseen"]
         console.print(

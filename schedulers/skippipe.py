@@ -28,7 +28,7 @@ from schedulers.skippipe_search.relaxed import packing_bound
 
 MOVES = 200_000
 """The budget in moves unless told otherwise: some seconds for tens of nodes."""
-_REPAIR = 500_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
+_REPAIR = 250_000  # ops that the clock serves while a plan is mended, which takes it less than a tenth of a second
 _CONFLICTS = 0.2  # of a budget in seconds: what the search for starts may take
 _BOUND = 0.2  # the same, beside it: what the search for a bound may take
 _LARGE = 20_000  # microbatches times nodes beyond which conflicts are too many to be resolved one by one

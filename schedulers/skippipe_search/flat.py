@@ -96,7 +96,7 @@ def flatten(problem: RoutingProblem, joint: bool = False) -> Flat:
     speed = np.array(problem.speed)
     nodes = np.array(sorted(n for stage in problem.stages for n in stage))
     stop = (problem.forward_s + problem.backward_s) / speed[nodes].min() + 2 * problem.gap_s
-    stop += float(problem.both_ways[np.ix_(nodes, nodes)].max())
+    stop += float(problem.both_ways.max())
     trip = (problem.path_length + 1) * stop + problem.loss_s / speed[nodes].min() + problem.gap_s
     (low, high), shares = quotas(problem)
     return Flat(
