@@ -8,11 +8,10 @@ library in one process until the held-out loss without its inner stage is at lea
 the stage has learned what the others have not. (Of six stages of two blocks some are worth no more than +0.2 after
 1,400 steps, of four of three blocks +0.4.) From there every run of checkfree.py begins, at the failure rates of the
 CheckFree paper, of remedies that take turns: four workers, SIGKILL, the same failures for every remedy of a seed. Where
-two rates or seeds draw the very same failures, or none, a remedy runs once for them. Once the workers have read the
-trained weights the file is overwritten by random ones, so that nobody has a lost stage back from a disk, but for
-`checkpoint`, which has its own copies. The seed draws the failures; data are the same, and what is held out was never
-trained on.
-Writes checkfree-llama.json and .svg; goes on where it was stopped.
+two rates or seeds draw the very same failures, a remedy runs once for them; where they draw none, its run is the calm
+one. Once the workers have read the trained weights the file is overwritten by random ones, so that nobody has a lost
+stage back from a disk, but for `checkpoint`, which has its own copies. The seed draws the failures; data are the same,
+and what is held out was never trained on. Writes checkfree-llama.json and .svg; goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def main() -> int:
     parser.add_argument("--base", type=Path, required=True, help="where the model is trained, or was")
     parser.add_argument("--without", type=float, default=0.5, help="nats more without an inner stage")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="of the checkpoint arm")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=[*ARMS])
@@ -137,6 +136,7 @@ def main() -> int:
                 for arm in options.arms
             ]
         random.Random(seed).shuffle(turn)
+        turn.sort(key=lambda job: job["arm"] != "none")
         jobs += [job for job in turn if (job["arm"], job["rate"], job["seed"]) not in have]
     with Progress(console=console) as progress, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -151,7 +151,7 @@ def main() -> int:
         for job in jobs:
             progress.update(task, description=f"seed {job['seed']}, {job['arm']}, rate {job['rate']}")
             own = job["recovery"] in ("none", "checkpoint")
-            same = next((r for r in runs if all(r[name] == job[name] for name in ("arm", "drawn"))), None)
+            same = next((r for r in runs if r["drawn"] == job["drawn"] and r["arm"] in (job["arm"], "none")), None)
             if same is not None:
                 runs.append({**same, **job})
                 progress.advance(task)

@@ -2,10 +2,10 @@
 
 The worker before a stage has sent it hidden states, the one after it has received what came of them, and both keep the
 last of them (`pipeline/runtime/boundaries.py`). Whoever takes the stage's place begins with its neighbours' mean, as
-under CheckFree, or with what it was built with, whichever takes those inputs closer to those outputs, and then has its
-output projections fitted in closed form (`pipeline/model/output_fit.py`), which takes seconds, while the others wait.
-Neighbours that have nothing yet leave it with the mean. So it needs no neighbour that resembles it: the first and the
-last stage of blocks come back as well.
+under CheckFree, unless that is far worse than what it was built with, and then has its output projections fitted in
+closed form (`pipeline/model/output_fit.py`), which takes seconds, while the others wait. Neighbours that have nothing
+yet leave it with the mean. So it needs no neighbour that resembles it: the first and the last stage of blocks come back
+as well.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from recovery.remedy import CannotRestore, Carries, Loss, State
 
 FEWEST = 8
 """Microbatches that are worth a fit."""
+FAR = 2.0
+"""How many times the error of the stage as built its neighbours' mean may have: the features of trained blocks are
+worth more than their outputs, and need smaller weights."""
 SIDES: tuple[Side, Side] = ("into", "out of")
 """What the worker before, and the worker after, have of a span: in the order of a move's sources."""
 _DIMS = 3  # of a hidden state: batch, sequence, hidden
@@ -142,7 +145,7 @@ class Rehearsal:
         start, built = "what it was built with", {name: weight.clone() for name, weight in module.state_dict().items()}
         error = relative_error(module, pairs[-1:], worker.pulse)
         if mean():
-            if relative_error(module, pairs[-1:], worker.pulse) < error:
+            if relative_error(module, pairs[-1:], worker.pulse) < FAR * error:
                 start = "the mean of its neighbours"
             else:
                 module.load_state_dict(built)

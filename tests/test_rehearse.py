@@ -23,7 +23,7 @@ from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 from pipeline.state.source import SourceRefused
 from recovery.membership import Move
-from recovery.rehearse import FEWEST, Rehearsal, Rehearse, boundary_bytes, give, require_room, take
+from recovery.rehearse import FAR, FEWEST, Rehearsal, Rehearse, boundary_bytes, give, require_room, take
 from recovery.remedy import CannotRestore, Loss
 from tests.test_recovery import _eight_blocks, events, layer, load, train, whole_ledger
 
@@ -149,7 +149,7 @@ def rehearsed(worker: Any, given: list[Passed], other: int | None) -> dict[str, 
     return told[0]
 
 
-def test_it_begins_with_what_fits_better_and_ends_with_a_fit() -> None:
+def test_it_begins_with_the_mean_unless_that_is_far_worse_and_ends_with_a_fit() -> None:
     teacher = joiner(1)
     with torch.no_grad():
         for parameter in teacher.store.modules[SPAN].parameters():
@@ -161,13 +161,13 @@ def test_it_begins_with_what_fits_better_and_ends_with_a_fit() -> None:
     assert same["start"] == "what it was built with"
     assert same["error_after"] < same["error_before"]
     assert abs(relative_error(hurt.store.modules[SPAN], given) - same["error_after"]) < 0.2
-    worse = rehearsed(joiner(2), given, other=5)
-    assert worse["start"] in ("what it was built with", "the mean of its neighbours")
+    alike = rehearsed(joiner(2), given, other=5)
+    assert alike["start"] == "the mean of its neighbours", "a mean is taken that is not far worse"
     exact = joiner(1)
     for name, state in teacher.store.states.items():
         exact.store.states[name].put(state.tensors())
     kept = rehearsed(exact, given, other=5)
-    assert kept["start"] == "what it was built with", "a mean that is further away is not taken"
+    assert kept["start"] == "what it was built with", "a mean that is far worse is not taken"
     assert kept["error_after"] == kept["error_before"] < 1e-9
     assert exact.store.modules[SPAN].training, "it goes on with training"
 
@@ -237,7 +237,7 @@ def test_the_first_stage_of_blocks_comes_back_as_fitted_by_hand(forkserver: Fork
         for n in (1, 2):
             for name, parameter in stage.named_layer_parameters(n).items():
                 parameter.copy_(theirs[f"param/{name.replace(f'layers.{n - 1}.', f'layers.{n + 1}.')}"])
-        if not relative_error(stage, given[-1:]) < built:
+        if not relative_error(stage, given[-1:]) < FAR * built:
             stage.load_state_dict(drawn)
     fit = fit_outputs(stage, given)
     assert told["tokens"] == fit.tokens

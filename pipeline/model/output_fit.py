@@ -9,6 +9,10 @@ linear systems take the place of gradient descent through L blocks.
 What a projection is fitted to is weighed, token by token, by 1 / rms(y): a hidden state is normalised before it is
 used, so what counts is a relative error, yet the few tokens of an enormous norm which attention rests on (the massive
 activations of arXiv 2402.17762) must come out enormous, and with the square of it they would not.
+
+Pairs that are withheld choose how strong the ridge is, projection by projection: the strongest of a few that is nearly
+as good there as the best (as in the one-standard-error rule, Breiman et al. 1984). A weak one on features that are
+small, or much alike, leaves weights so large that the next steps of training throw them about.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ from torch import Tensor, nn
 from pipeline.model.layered import LayeredModel
 from pipeline.model.span_module import SpanModule
 
-RIDGE = 1e-3
-"""Times the mean of the diagonal of the features' second moments."""
+RIDGES = (1e-1, 1e-2, 1e-3)
+"""Times the mean of the diagonal of the features' second moments, the strongest first."""
+NEARLY = 1.05
+"""Times the least error on withheld pairs is nearly as good."""
 WITHHELD = 8
 """One pair of so many is for judging, not for fitting."""
 PER_FEATURE = 12
@@ -116,7 +122,7 @@ def fit_outputs(
     fitted = [pair for i, pair in enumerate(pairs) if i % max(2, min(WITHHELD, len(pairs)))]
     before = relative_error(module, judged, came_on)
     kept = copy.deepcopy(module.state_dict())
-    _fit(module, fitted, came_on)
+    _fit(module, fitted, judged, came_on)
     after = relative_error(module, judged, came_on)
     if not after < before:
         module.load_state_dict(kept)
@@ -141,22 +147,24 @@ def _paths(module: SpanModule) -> tuple[str, str]:
     return family.out_of_attention, family.out_of_neurons
 
 
-def _fit(module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None]) -> None:
-    pairs = _merged(pairs)
-    hidden = [pair.x.float() for pair in pairs]
+def _fit(
+    module: SpanModule, fitted: Sequence[Passed], judged: Sequence[Passed], came_on: Callable[[], None]
+) -> None:  # fmt: skip
+    groups = [(pair, system) for system, each in enumerate((fitted, judged)) for pair in _merged(each)]
+    hidden = [pair.x.float() for pair, _ in groups]
     left = 2 * (module.span[1] - module.span[0])
     for layer in range(*module.span):
         first, second = _paths(module)
         for path in (first, second):
             projection = module.layers[str(layer)].get_submodule(path)
-            system, taken = _System(), list[tuple[Tensor, Tensor]]()
-            for pair, h in zip(pairs, hidden, strict=True):
+            systems, taken = (_System(), _System()), list[tuple[Tensor, Tensor]]()
+            for (pair, system), h in zip(groups, hidden, strict=True):
                 features, reached = _features(module, layer, path, pair, h)
-                system.add(features, pair.y.float() - reached, _weights(pair))
+                systems[system].add(features, pair.y.float() - reached, _weights(pair))
                 if path == second:
                     taken.append((features, reached))
                 came_on()
-            found = system.solve() / left
+            found = _solved(*systems) / left
             _put(projection, found)
             left -= 1
             for i, (features, reached) in enumerate(taken):  # which saves another forward
@@ -236,6 +244,7 @@ class _System:
     def __init__(self) -> None:
         self.moments: Tensor | None = None
         self.targets: Tensor | None = None
+        self.squares = 0.0
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """[batch, sequence, features], [batch, sequence, hidden] and [batch, sequence]."""
@@ -244,14 +253,28 @@ class _System:
         moments, products = f.T @ f, f.T @ t
         self.moments = moments if self.moments is None else self.moments.add_(moments)
         self.targets = products if self.targets is None else self.targets.add_(products)
+        self.squares += float(t.square().sum())
 
-    def solve(self) -> Tensor:
-        """[features, hidden]: the least weighted squared error plus RIDGE of the squared weights."""
+    def solve(self, ridge: float) -> Tensor:
+        """[features, hidden]: the least weighted squared error plus `ridge` of the squared weights."""
         assert self.moments is not None
         assert self.targets is not None
         moments = self.moments.double()
-        moments.diagonal().add_(RIDGE * float(moments.diagonal().mean()) + _TINY)
+        moments.diagonal().add_(ridge * float(moments.diagonal().mean()) + _TINY)
         return torch.cholesky_solve(self.targets.double(), torch.linalg.cholesky(moments)).float()
+
+    def error(self, weights: Tensor) -> float:
+        """The weighted squared error of such weights."""
+        assert self.moments is not None
+        assert self.targets is not None
+        return self.squares + float((weights * (self.moments @ weights - 2 * self.targets)).sum())
+
+
+def _solved(fitted: _System, judged: _System) -> Tensor:
+    """With the strongest ridge that is nearly as good as the best one on what is judged by."""
+    found = [fitted.solve(ridge) for ridge in RIDGES]
+    errors = [judged.error(weights) for weights in found]
+    return next(w for w, error in zip(found, errors, strict=True) if error <= NEARLY * max(min(errors), 0.0) + _TINY)
 
 
 def _put(projection: nn.Module, found: Tensor) -> None:

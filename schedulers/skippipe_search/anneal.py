@@ -88,8 +88,10 @@ def anneal(
 
     judging, end = Search(problem, joint), bound * (1 + 1e-6)
     judged = sorted((judging.judge(problem, start) for start in starts), key=lambda found: found.run.iteration_s)
-    timed, many = budget.moves is None, len(problem.homes) >= _MANY
-    cores = 1 if many or not COMPILED else cores or len(os.sched_getaffinity(0))
+    best, timed, many = judged[0], budget.moves is None, len(problem.homes) >= _MANY
+    if problem.path_length == 1 or best.run.iteration_s <= end:
+        return best
+    cores = (cores or len(os.sched_getaffinity(0))) if COMPILED else 1
     chains = 0 if many else _chains(problem, budget, cores)
     reached: list[int] = []  # chains that came to the bound; -1 where nobody waits any more
 
@@ -113,12 +115,9 @@ def anneal(
             reached.append(number)
         return found
 
-    best = judged[0]
     with ThreadPoolExecutor(cores) as threads:
         try:
             for numbers in (range(chains), range(chains, chains + (cores if timed else 1))):
-                if problem.path_length == 1:
-                    break
                 for found in threads.map(chain, [best] * len(numbers), numbers):
                     best = min(best, found, key=lambda each: each.run.iteration_s)
                     if best.run.iteration_s <= end:
@@ -152,7 +151,7 @@ def _chains(problem: RoutingProblem, budget: Budget, cores: int) -> int:
     if moves is None:
         seconds = cores * (budget.seconds or 0.0)
         moves = int(seconds / (_OP_S * problem.num_microbatches * (2 * problem.path_length + 1)))
-    return min(_MOST_CHAINS, moves // _CHAIN)
+    return min(max(_MOST_CHAINS, cores if budget.moves is None else 0), moves // _CHAIN)
 
 
 class Search:
