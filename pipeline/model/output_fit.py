@@ -267,14 +267,16 @@ class _System:
         """The weighted squared error of such weights."""
         assert self.moments is not None
         assert self.targets is not None
-        return self.squares + float((weights * (self.moments @ weights - 2 * self.targets)).sum())
+        w = weights.double()
+        return self.squares + float((w * (self.moments.double() @ w - 2 * self.targets.double())).sum())
 
 
 def _solved(fitted: _System, judged: _System) -> Tensor:
     """With the strongest ridge that is nearly as good as the best one on what is judged by."""
     found = [fitted.solve(ridge) for ridge in RIDGES]
     errors = [judged.error(weights) for weights in found]
-    return next(w for w, error in zip(found, errors, strict=True) if error <= NEARLY * max(min(errors), 0.0) + _TINY)
+    enough = NEARLY * max(min(errors), 0.0) + _TINY
+    return next((w for w, error in zip(found, errors, strict=True) if error <= enough), found[0])
 
 
 def _put(projection: nn.Module, found: Tensor) -> None:
