@@ -162,8 +162,8 @@ def picture(found: Found) -> str:
         faults = next((row["faults"] for row in inner), 0)
         title = f"the paper's {rates[rate]:.0%}: {faults} stages lost in {found['seeds']} runs"
         body.append(text(left, _TOP - 10, title, font_weight="600", font_size=11))
-    x, y = _LEFT, _TOP + _HIGH + 52
-    for arm, ink in HUES.items():
+    x, y, there = _LEFT, _TOP + _HIGH + 52, {row["arm"] for row in summary["rows"]}
+    for arm, ink in ((arm, ink) for arm, ink in HUES.items() if arm in there):
         body.append(tag("path", d=f"M{coord(x)} {coord(y - 4)}h18", stroke=ink, stroke_width=2.5))
         body.append(text(x + 24, y, arm))
         x += 40 + 6.6 * len(arm)

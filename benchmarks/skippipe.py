@@ -114,7 +114,7 @@ def moves_per_second(seconds: float = 3.0) -> list[dict[str, Any]]:
         ("100 nodes", geography(0, 100, 10, 3, 6)), ("1,000 nodes", geography(0, 1000, 10, 3, 3, False)),
     ):  # fmt: skip
         row: dict[str, Any] = {"part": "moves", "name": name, "cores": cores, "ready_s": compiling}
-        for many in (1, cores):
+        for many in dict.fromkeys((1, cores)):
             searches = [Search(problem, "cut" in name) for _ in range(many)]
             for seed, each in enumerate(searches):
                 each.load(problem, dealt_paths(problem), seed)

@@ -50,9 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for model in ("llama-tiny", "gpt2-tiny", "qwen3-tiny"):
         warm_up(TrainConfig(model=model, lora_rank=int(model == "llama-tiny")))  # so that peft is there as well
     launch.page.draw._template()  # else each run compiles it anew
-    with contextlib.suppress(
-        ImportError
-    ):  # a thousand patterns, which transformers compiles for the first model it loads
+    with contextlib.suppress(ImportError):  # what transformers compiles for the first model that it loads
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("llama")

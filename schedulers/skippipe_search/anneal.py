@@ -95,16 +95,21 @@ def anneal(
     chains = 0 if many else _chains(problem, budget, cores)
     reached: list[int] = []  # chains that came to the bound; -1 where nobody waits any more
 
+    def share(number: int) -> float:
+        """What a chain gets of all moves; or of the seconds left as it begins, which later rounds must have some of."""
+        if not timed:
+            return 1 / (chains + 1)
+        return 1.0 if number >= chains else 1 / (-(-chains // cores) - number // cores + 1)
+
     def chain(best: Annealed, number: int) -> Annealed:
-        last = number >= chains
-        rest = 1 if last and timed else -(-chains // cores) + 1 - number // cores if timed else chains + 1
-        start, part = best if last else judged[number % len(judged)], budget.part(1 / rest)
+        last, part = number >= chains, budget.part(share(number))
+        start = best if last else judged[number % len(judged)]
         search = Search(problem, joint, lambda: any(timed or other < number for other in reached))
         search.slope = _SLOPES[0 if last else number // len(judged) % len(_SLOPES)]
         search.load(problem.with_stages(start.stages), start.paths, seed * 1000 + number)
         if many:
-            for exact, power, hot, cold, share in _SUMS:
-                search.descend(used := part.part(share), exact=exact, power=power, hot=hot, cold=cold)
+            for exact, power, hot, cold, most in _SUMS:
+                search.descend(used := part.part(most), exact=exact, power=power, hot=hot, cold=cold)
                 part = part.less(used)
         elif not last or not chains:
             search.descend(used := part.part(_ESTIMATED), exact=False)
