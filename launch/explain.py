@@ -21,7 +21,7 @@ from jobs.config import TrainConfig
 from jobs.pipelines import plan_layout
 from launch.loss_plan import first_view, model_named, state_sizes
 from pipeline.model.layered import LayeredModel
-from pipeline.model.output_fit import fit_flops
+from pipeline.model.stage_fit import fit_flops
 from pipeline.runtime.transport import span_bytes
 from pipeline.schedule.ops import parse_span
 from pipeline.settings import Within, check_bounds, of_kind, require
@@ -34,7 +34,7 @@ _FP32, _STATE, _MIB = 4, 12, 2**20  # bytes of a weight, and of one with two mom
 _LOSES = {
     "replica": "nothing: a copy, bit for bit",
     REDUNDANT: "nothing: the worker before has computed it as well",
-    "rehearse": "its moments; its output projections are fitted, the rest is a mean",
+    "rehearse": "its moments; its weights are a fit to what went in and came out",
     "checkfree": "its weights and moments: the mean of its neighbours takes their place",
     "checkfree+": "its weights and moments: those of its twin take their place",
     "copy": "its weights and moments: those of a neighbour take their place",

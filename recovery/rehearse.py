@@ -2,10 +2,10 @@
 
 The worker before a stage has sent it hidden states, the one after it has received what came of them, and both keep the
 last of them (`pipeline/runtime/boundaries.py`). Whoever takes the stage's place begins with its neighbours' mean, as
-under CheckFree, unless that is far worse than what it was built with, and then has its output projections fitted in
-closed form (`pipeline/model/output_fit.py`), which takes seconds, while the others wait. Neighbours that have nothing
-yet leave it with the mean. So it needs no neighbour that resembles it: the first and the last stage of blocks come back
-as well.
+under CheckFree, unless that is far worse than what it was built with, and is then fitted to those pairs, in closed form
+and by gradient descent (`pipeline/model/stage_fit.py`), which takes seconds, while the others wait. Neighbours that
+have nothing yet leave it with the mean. So it needs no neighbour that resembles it: the first and the last stage of
+blocks come back as well.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from pipeline.model.layered import LayeredModel
-from pipeline.model.output_fit import Passed, fit_outputs, linear_outputs, most_tokens, relative_error
+from pipeline.model.output_fit import linear_outputs
+from pipeline.model.passed import Passed, relative_error
 from pipeline.model.span_module import SpanModule
+from pipeline.model.stage_fit import fit_stage, most_tokens
 from pipeline.runtime.batch import Batch
 from pipeline.runtime.boundaries import Passage, Side
 from pipeline.runtime.groups import Way
@@ -150,7 +152,7 @@ class Rehearsal:
             else:
                 module.load_state_dict(built)
         del built
-        fit = fit_outputs(module, pairs, worker.pulse)
+        fit = fit_stage(module, pairs, worker.pulse)
         module.train(training)
         self.told(
             {"event": "rehearsed", **where, "start": start, "tokens": fit.tokens, "error_before": fit.before,

@@ -13,7 +13,7 @@ from jobs.config import ConfigError, TrainConfig
 from launch.cli import main
 from launch.explain import TopicSettings, explain
 from pipeline.model.layered import LayeredModel
-from pipeline.model.output_fit import fit_flops
+from pipeline.model.stage_fit import fit_flops
 from pipeline.model.weights import preset
 from recovery.policy import POLICIES
 from recovery.rehearse import boundary_bytes

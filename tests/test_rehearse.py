@@ -15,7 +15,8 @@ from jobs.config import ConfigError, TrainConfig
 from jobs.data import Dataset
 from launch.forkserver import ForkServer
 from pipeline.model.layered import LayeredModel
-from pipeline.model.output_fit import Passed, fit_outputs, relative_error
+from pipeline.model.passed import Passed, relative_error
+from pipeline.model.stage_fit import fit_stage
 from pipeline.runtime.batch import Batch
 from pipeline.runtime.boundaries import Boundaries, Passage, Side
 from pipeline.runtime.groups import Way
@@ -239,7 +240,7 @@ def test_the_first_stage_of_blocks_comes_back_as_fitted_by_hand(forkserver: Fork
                 parameter.copy_(theirs[f"param/{name.replace(f'layers.{n - 1}.', f'layers.{n + 1}.')}"])
         if not relative_error(stage, given[-1:]) < FAR * built:
             stage.load_state_dict(drawn)
-    fit = fit_outputs(stage, given)
+    fit = fit_stage(stage, given)
     assert told["tokens"] == fit.tokens
     assert told["error_after"] == pytest.approx(fit.after, rel=0.02)
     for n in (1, 2):

@@ -17,45 +17,18 @@ small, or much alike, leaves weights so large that the next steps of training th
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.layered import LayeredModel
+from pipeline.model.passed import TINY, Passed, merged
 from pipeline.model.span_module import SpanModule
 
 RIDGES = (1e-1, 1e-2, 1e-3)
 """Times the mean of the diagonal of the features' second moments, the strongest first."""
 NEARLY = 1.05
 """Times the least error on withheld pairs is nearly as good."""
-WITHHELD = 8
-"""One pair of so many is for judging, not for fitting."""
-PER_FEATURE = 12
-"""Tokens for each feature of the widest projection: more of them gain little."""
-
-
-@dataclass(frozen=True)
-class Passed:
-    """One microbatch through the blocks: `x` and `y` [batch, sequence, hidden], and what else the blocks are given."""
-
-    x: Tensor
-    y: Tensor
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Fit:
-    """`tokens` fitted to, and the error (see `relative_error`) on others, `before` and `after`; they are equal where
-    what was there was better, and was left."""
-
-    tokens: int
-    before: float
-    after: float
 
 
 def linear_outputs(module: SpanModule) -> bool:
@@ -68,76 +41,7 @@ def linear_outputs(module: SpanModule) -> bool:
                for weight in (projection.weight for projection in projections))  # fmt: skip
 
 
-def most_tokens(model: LayeredModel) -> int:
-    """How many tokens it is worth fitting a block to: so many for each feature of its wider projection."""
-    return PER_FEATURE * max(_features_of(model, model.blocks[0]))
-
-
-def fit_flops(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
-    """What a fit of a span of blocks takes: a forward of each block and one of its attention, the products of features,
-    and the solutions of the linear systems, with every ridge."""
-    hidden, found = model.hidden_size, 0.0
-    for layer in range(*span):
-        shapes = model.shapes(layer)
-        weights = sum(math.prod(shape) for shape in shapes.values())
-        found += 1.4 * 2 * weights * tokens
-        for features in _features_of(model, layer):
-            found += 2 * features * (features + hidden) * tokens + len(RIDGES) * features**3 / 3
-    return found
-
-
-def _features_of(model: LayeredModel, layer: int) -> list[int]:
-    """Of each output projection of a block: it has as many weights for each feature as a hidden state has numbers."""
-    paths = [path for path in (model.family.out_of_attention, model.family.out_of_neurons) if path is not None]
-    ends = tuple(f"{path}.weight" for path in paths)
-    return [math.prod(shape) // model.hidden_size for name, shape in model.shapes(layer).items() if name.endswith(ends)]
-
-
-@torch.no_grad()
-def relative_error(module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None] = lambda: None) -> float:
-    """Mean over the tokens of |found - y|^2 / |y|^2, padding aside."""
-    total, count = 0.0, 0
-    for pair in pairs:
-        found = module(pair.x.float(), attention_mask=pair.attention_mask, position_ids=pair.position_ids)
-        y = pair.y.float()
-        each = (found - y).square().sum(-1) / y.square().sum(-1).clamp_min(_TINY)
-        counted = _counted(pair)
-        total, count = total + float(each[counted].sum()), count + int(counted.sum())
-        came_on()
-    return total / max(1, count)
-
-
-@torch.no_grad()
-def fit_outputs(
-    module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None] = lambda: None
-) -> Fit:  # fmt: skip
-    """Set the output projections of the blocks of `module`, which is in evaluation, so that it takes x to y; all of its
-    weights are as they were where that does not make it better. Some pairs are withheld to judge by. `came_on` is
-    called every so often. Raises ValueError for blocks that it cannot fit, and without two pairs."""
-    if not linear_outputs(module):
-        raise ValueError(f"the output projections of span {module.span} are not linear in what blocks add, or frozen")
-    if len(pairs) < 2:
-        raise ValueError(f"{len(pairs)} pairs; allowed: 2 or more, of which some are withheld")
-    judged = pairs[:: max(2, min(WITHHELD, len(pairs)))]
-    fitted = [pair for i, pair in enumerate(pairs) if i % max(2, min(WITHHELD, len(pairs)))]
-    before = relative_error(module, judged, came_on)
-    kept = copy.deepcopy(module.state_dict())
-    _fit(module, fitted, judged, came_on)
-    after = relative_error(module, judged, came_on)
-    if not after < before:
-        module.load_state_dict(kept)
-        after = before
-    return Fit(sum(int(_counted(pair).sum()) for pair in fitted), before, after)
-
-
-_TINY = 1e-12
 _AT_ONCE = 1024  # tokens
-
-
-def _counted(pair: Passed) -> Tensor:
-    """Which tokens are no padding: [batch, sequence]."""
-    mask = pair.attention_mask
-    return torch.ones(pair.x.shape[:2], dtype=torch.bool, device=pair.x.device) if mask is None else mask.bool()
 
 
 def _paths(module: SpanModule) -> tuple[str, str]:
@@ -147,10 +51,16 @@ def _paths(module: SpanModule) -> tuple[str, str]:
     return family.out_of_attention, family.out_of_neurons
 
 
-def _fit(
-    module: SpanModule, fitted: Sequence[Passed], judged: Sequence[Passed], came_on: Callable[[], None]
-) -> None:  # fmt: skip
-    groups = [(pair, system) for system, each in enumerate((fitted, judged)) for pair in _merged(each)]
+@torch.no_grad()
+def fit_outputs(
+    module: SpanModule, fitted: Sequence[Passed], judged: Sequence[Passed], came_on: Callable[[], None] = lambda: None
+) -> None:
+    """Set the output projections of the blocks of `module`, which is in evaluation, so that it takes x to y. `judged`
+    are the pairs that choose the ridge. `came_on` is called every so often. Raises ValueError for blocks that it cannot
+    fit."""
+    if not linear_outputs(module):
+        raise ValueError(f"the output projections of span {module.span} are not linear in what blocks add, or frozen")
+    groups = [(pair, system) for system, each in enumerate((fitted, judged)) for pair in merged(each, _AT_ONCE)]
     hidden = [pair.x.float() for pair, _ in groups]
     left = 2 * (module.span[1] - module.span[0])
     for layer in range(*module.span):
@@ -160,7 +70,7 @@ def _fit(
             systems, taken = (_System(), _System()), list[tuple[Tensor, Tensor]]()
             for (pair, system), h in zip(groups, hidden, strict=True):
                 features, reached = _features(module, layer, path, pair, h)
-                systems[system].add(features, pair.y.float() - reached, _weights(pair))
+                systems[system].add(features, pair.y.float() - reached, pair.weights())
                 if path == second:
                     taken.append((features, reached))
                 came_on()
@@ -170,39 +80,6 @@ def _fit(
             for i, (features, reached) in enumerate(taken):  # which saves another forward
                 hidden[i] = reached + features @ found
             came_on()
-
-
-def _merged(pairs: Sequence[Passed]) -> list[Passed]:
-    """Microbatches of one shape, several at a time: small products waste most of a core."""
-    found: list[list[Passed]] = []
-    for pair in pairs:
-        last = found[-1] if found else []
-        tokens = sum(each.x.shape[0] * each.x.shape[1] for each in last)
-        if last and _alike(last[0]) == _alike(pair) and tokens < _AT_ONCE and _alike(pair) is not None:
-            last.append(pair)
-        else:
-            found.append([pair])
-    names = ("x", "y", "attention_mask", "position_ids")
-    return [Passed(*(_cat([getattr(each, name) for each in group]) for name in names)) for group in found]  # type: ignore[arg-type]
-
-
-def _alike(pair: Passed) -> tuple[object, ...] | None:
-    """What pairs that can be put together have in common; None for one that stays alone."""
-    others = (pair.attention_mask, pair.position_ids)
-    if any(other is not None and other.shape[0] != pair.x.shape[0] for other in others):
-        return None
-    return (*pair.x.shape[1:], *(other is None for other in others))
-
-
-def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    there = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(there) if there else None
-
-
-def _weights(pair: Passed) -> Tensor:
-    """Of each token's squared error: 1 / rms(y), and 0 for padding. [batch, sequence]"""
-    rms = pair.y.float().square().mean(-1).clamp_min(_TINY).sqrt()
-    return _counted(pair) / rms
 
 
 def _through(module: SpanModule, layer: int, pair: Passed, hidden: Tensor) -> Tensor:
@@ -260,7 +137,7 @@ class _System:
         assert self.moments is not None
         assert self.targets is not None
         moments = self.moments.double()
-        moments.diagonal().add_(ridge * float(moments.diagonal().mean()) + _TINY)
+        moments.diagonal().add_(ridge * float(moments.diagonal().mean()) + TINY)
         return torch.cholesky_solve(self.targets.double(), torch.linalg.cholesky(moments)).float()
 
     def error(self, weights: Tensor) -> float:
@@ -275,7 +152,7 @@ def _solved(fitted: _System, judged: _System) -> Tensor:
     """With the strongest ridge that is nearly as good as the best one on what is judged by."""
     found = [fitted.solve(ridge) for ridge in RIDGES]
     errors = [judged.error(weights) for weights in found]
-    enough = NEARLY * max(min(errors), 0.0) + _TINY
+    enough = NEARLY * max(min(errors), 0.0) + TINY
     return next((w for w, error in zip(found, errors, strict=True) if error <= enough), found[0])
 
 

@@ -1,0 +1,151 @@
+"""Fit a run of decoder blocks to what went in and what came out: in closed form, and then by gradient descent.
+
+The closed form (`pipeline/model/output_fit.py`) takes random or averaged blocks most of the way in a few seconds, but
+only their output projections learn. From there all weights of the blocks learn on, from the pairs alone, with Adam and
+in small steps; without the closed form gradient descent gets nowhere in that time. Its rate is 1 / the hidden size, as
+the best one of Adam for hidden matrices scales (arXiv 2203.03466). Pairs that are withheld judge after each of the two;
+what made nothing better is undone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.model.layered import LayeredModel
+from pipeline.model.output_fit import RIDGES, fit_outputs
+from pipeline.model.passed import Passed, merged, relative_error, tokens_of
+from pipeline.model.span_module import SpanModule
+
+WITHHELD = 8
+"""One pair of so many is for judging, not for fitting."""
+PER_FEATURE = 12
+"""Tokens for each feature of the widest projection: more of them gain little."""
+CLOSED_FORM = 6
+"""As many of them, the last ones, are enough for the closed form."""
+A_STEP = 128
+"""Tokens of a step of gradient descent, at least: with fewer and larger steps the same time gains less."""
+LEARNED_FLOPS = 0.4e12
+"""Gradient descent may take so many, some ten seconds of a core, ..."""
+LEAST_EPOCHS, MOST_EPOCHS = 0.5, 8.0
+"""... but passes over all pairs no less and no more often than this: what it takes grows with the model as the closed
+form does."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`tokens` fitted to, and the error (see `relative_error`) on others, `before` and `after`; they are equal where
+    what was there was better, and was left."""
+
+    tokens: int
+    before: float
+    after: float
+
+
+def most_tokens(model: LayeredModel) -> int:
+    """How many tokens it is worth fitting a block to: so many for each feature of its wider projection."""
+    return PER_FEATURE * _widest(model)
+
+
+def fit_flops(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
+    """What a fit of a span of blocks takes. The closed form: a forward of each block and one of its attention, the
+    products of features, and the solutions of the linear systems, with every ridge. Then gradient descent."""
+    hidden, found = model.hidden_size, 0.0
+    closed = min(tokens, CLOSED_FORM * _widest(model))
+    for layer in range(*span):
+        found += 1.4 * 2 * _weights(model, layer) * closed
+        for features in _features_of(model, layer):
+            found += 2 * features * (features + hidden) * closed + len(RIDGES) * features**3 / 3
+    return found + _epochs(model, span, tokens) * _epoch_flops(model, span, tokens)
+
+
+@torch.no_grad()
+def fit_stage(
+    module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None] = lambda: None
+) -> Fit:  # fmt: skip
+    """Make the blocks of `module`, which is in evaluation, take x to y; all of its weights are as they were where that
+    does not make it better. Some pairs are withheld to judge by. `came_on` is called every so often. Raises ValueError
+    for blocks that it cannot fit, and without two pairs."""
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} pairs; allowed: 2 or more, of which some are withheld")
+    every = min(WITHHELD, len(pairs))
+    judged, fitted = pairs[::every], [pair for i, pair in enumerate(pairs) if i % every]
+    tokens, model = tokens_of(fitted), module.model
+    before = best = relative_error(module, judged, came_on)
+    kept = copy.deepcopy(module.state_dict())
+    for fit in (
+        lambda: fit_outputs(module, _last(fitted, CLOSED_FORM * _widest(model)), judged, came_on),
+        lambda: _learn(module, fitted, _epochs(model, module.span, tokens), came_on),
+    ):
+        fit()
+        if (error := relative_error(module, judged, came_on)) < best:
+            best, kept = error, copy.deepcopy(module.state_dict())
+        else:
+            module.load_state_dict(kept)
+    return Fit(tokens, before, best)
+
+
+def _last(pairs: Sequence[Passed], tokens: int) -> Sequence[Passed]:
+    """The last pairs, with as many tokens as are asked for."""
+    first = len(pairs)
+    while first > 0 and tokens > 0:
+        first -= 1
+        tokens -= tokens_of(pairs[first : first + 1])
+    return pairs[first:]
+
+
+@torch.enable_grad()
+def _learn(module: SpanModule, pairs: Sequence[Passed], epochs: float, came_on: Callable[[], None]) -> None:
+    """By Adam, on the same weighted squared error as the closed form, a few sequences a step in an order that is always
+    the same; the rate rises, then falls to nothing. Gradients are clipped: a token of an enormous norm is rare."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, 1 / module.model.hidden_size, (0.9, 0.95), weight_decay=0.0)
+    rows = [pair.rows(i, i + 1) for pair in pairs for i in range(pair.x.shape[0])]
+    parts, draw = merged(rows, A_STEP), torch.Generator().manual_seed(0)
+    steps = max(1, round(epochs * len(parts)))
+    rising = max(1, min(10, steps // 4))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / rising) * (1 - step / steps)
+    )
+    order = list[int]()
+    for _ in range(steps):
+        order = order or torch.randperm(len(parts), generator=draw).tolist()
+        part = parts[order.pop()]
+        optimizer.zero_grad(set_to_none=False)  # a gradient may be part of the stage's own buffer
+        missing = (part.through(module) - part.y.float()).square().mean(-1)
+        ((missing * part.weights()).sum() / part.counted().sum().clamp_min(1)).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        came_on()
+    optimizer.zero_grad(set_to_none=False)
+
+
+def _epochs(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
+    """How often gradient descent passes over all pairs."""
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, LEARNED_FLOPS / max(1.0, _epoch_flops(model, span, tokens))))
+
+
+def _epoch_flops(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
+    """A forward, and a backward of twice as much."""
+    return 3 * 2 * sum(_weights(model, layer) for layer in range(*span)) * tokens
+
+
+def _weights(model: LayeredModel, layer: int) -> int:
+    return sum(math.prod(shape) for shape in model.shapes(layer).values())
+
+
+def _widest(model: LayeredModel) -> int:
+    return max(_features_of(model, model.blocks[0]))
+
+
+def _features_of(model: LayeredModel, layer: int) -> list[int]:
+    """Of each output projection of a block: it has as many weights for each feature as a hidden state has numbers."""
+    paths = [path for path in (model.family.out_of_attention, model.family.out_of_neurons) if path is not None]
+    ends = tuple(f"{path}.weight" for path in paths)
+    return [math.prod(shape) // model.hidden_size for name, shape in model.shapes(layer).items() if name.endswith(ends)]

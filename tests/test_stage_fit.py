@@ -1,0 +1,171 @@
+"""Blocks fitted to what went in and came out: what a fit is worth, gradient descent, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, PreTrainedConfig
+
+from pipeline.model import stage_fit
+from pipeline.model.layered import LayeredModel
+from pipeline.model.passed import Passed, relative_error
+from pipeline.model.span_module import SpanModule
+from pipeline.model.stage_fit import fit_stage, most_tokens
+from tests.passed_blocks import GPT2, LLAMA, blocks, pairs_of
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_fit_takes_others_than_those_fitted_most_of_the_way(config: PreTrainedConfig) -> None:
+    teacher, student = blocks(config, 0), blocks(config, 1)
+    fit = fit_stage(student, pairs_of(teacher, 64))
+    assert fit.tokens == 56 * 16, "of 64 pairs 8 are withheld"
+    others = pairs_of(teacher, 8, seed=9)
+    found = relative_error(student, others)
+    nothing = sum(float(((p.x - p.y).square().sum(-1) / p.y.square().sum(-1)).mean()) for p in others) / 8
+    assert found < 0.9 * nothing, "better than a stage that adds nothing"
+    assert found < 0.5 * relative_error(blocks(config, 1), others)
+    assert abs(found - fit.after) < 0.2 * found, "what was withheld tells of the others"
+    assert fit.after < fit.before
+
+
+def test_what_is_right_already_is_left_bit_for_bit() -> None:
+    teacher = blocks(LLAMA, 0)
+    pairs, before = pairs_of(teacher, 16), copy.deepcopy(teacher.state_dict())
+    fit = fit_stage(teacher, pairs)
+    assert fit.before == fit.after < 1e-9
+    assert all(torch.equal(before[name], weight) for name, weight in teacher.state_dict().items())
+
+
+def test_padding_says_nothing() -> None:
+    teacher = blocks(LLAMA, 0)
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[:, 6:] = 0
+    fitted: list[SpanModule] = []
+    for noise in (0.0, 100.0):
+        student, pairs = blocks(LLAMA, 1), pairs_of(teacher, 16, mask=mask)
+        for pair in pairs:
+            pair.y[:, 6:] += noise
+        fit_stage(student, pairs)
+        fitted.append(student)
+    a, b = (module.state_dict() for module in fitted)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_who_fits_is_seen_to_come_on_and_weights_stay_parameters() -> None:
+    student, beats = blocks(LLAMA, 1), list[None]()
+    kept = dict(student.named_parameters())
+    fit_stage(student, pairs_of(blocks(LLAMA, 0), 8), lambda: beats.append(None))
+    assert len(beats) > 2 * 2
+    assert all(parameter is kept[name] for name, parameter in student.named_parameters())
+    assert all(isinstance(parameter, nn.Parameter) and parameter.requires_grad for parameter in kept.values())
+
+
+def test_one_pair_is_not_enough() -> None:
+    with pytest.raises(ValueError, match="1 pairs; allowed: 2 or more"):
+        fit_stage(blocks(LLAMA, 0), pairs_of(blocks(LLAMA, 0), 1))
+
+
+@torch.no_grad()
+def closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradient descent."""
+    monkeypatch.setattr(stage_fit, "_learn", lambda *_: None)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_gradient_descent_goes_on_from_the_closed_form(
+    config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, both, alone = blocks(config, 0), blocks(config, 1), blocks(config, 1)
+    pairs, others = pairs_of(teacher, 96), pairs_of(teacher, 8, seed=9)
+    fit_stage(both, pairs)
+    closed_form(monkeypatch)
+    fit_stage(alone, pairs)
+    assert relative_error(both, others) < 0.9 * relative_error(alone, others)
+
+
+def test_gradient_descent_is_adam_on_the_weighted_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop over single sequences, without what the two share."""
+    teacher, student = blocks(LLAMA, 0), blocks(LLAMA, 1)
+    twin = copy.deepcopy(student)
+    pairs = pairs_of(teacher, 20)
+    monkeypatch.setattr(stage_fit, "A_STEP", 1)  # a sequence a step
+    stage_fit._learn(student, pairs, 0.5, lambda: None)
+
+    weights = [*twin.parameters()]
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()[::-1]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(20):
+        pair, row = pairs[order[step] // 2], order[step] % 2
+        rate = min(1.0, (step + 1) / 5) * (1 - step / 20) / 16
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        y = pair.y[row]
+        squares = (twin(pair.x[row : row + 1])[0] - y).square().mean(-1)
+        optimizer.zero_grad()
+        (squares / y.square().mean(-1).sqrt()).mean().backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+    for mine, theirs in zip(student.parameters(), weights, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_what_makes_nothing_better_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, fitted = pairs_of(blocks(LLAMA, 0), 16), blocks(LLAMA, 1)
+    with monkeypatch.context() as patch:
+        closed_form(patch)
+        expected = fit_stage(fitted, pairs)
+
+    def spoil(module: SpanModule, *_: object) -> None:
+        for weight in module.parameters():
+            weight.add_(1.0)
+
+    monkeypatch.setattr(stage_fit, "_learn", spoil)
+    student = blocks(LLAMA, 1)
+    assert fit_stage(student, pairs) == expected
+    found, wanted = student.state_dict(), fitted.state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_gradients_are_added_to_the_buffers_there_are_and_cleared() -> None:
+    student = blocks(LLAMA, 1)
+    buffers = {name: torch.full_like(weight, 7.0) for name, weight in student.named_parameters()}
+    for name, weight in student.named_parameters():
+        weight.grad = buffers[name]
+    fit_stage(student, pairs_of(blocks(LLAMA, 0), 8))
+    for name, weight in student.named_parameters():
+        assert weight.grad is buffers[name]
+        assert not buffers[name].any()
+
+
+def test_the_closed_form_takes_the_last_pairs_and_gradient_descent_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, student = pairs_of(blocks(LLAMA, 0), 40), blocks(LLAMA, 1)
+    taken = dict[str, list[Passed]]()
+    monkeypatch.setattr(stage_fit, "fit_outputs", lambda _, fitted, *__: taken.update(closed=list(fitted)))
+    monkeypatch.setattr(stage_fit, "_learn", lambda _, fitted, *__: taken.update(learned=list(fitted)))
+    fit = fit_stage(student, pairs)
+    assert taken["learned"] == [pair for i, pair in enumerate(pairs) if i % 8]
+    assert taken["closed"] == taken["learned"][-6 * 32 // 16 :], "6 tokens for each of 32 features, 16 in a pair"
+    assert fit.tokens == 35 * 16
+
+
+def test_gradient_descent_takes_no_longer_than_it_may_or_half_an_epoch() -> None:
+    tiny = LayeredModel(LLAMA)
+    assert stage_fit._epochs(tiny, (2, 4), 1000) == 8.0
+    large = LayeredModel(
+        LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=4, num_attention_heads=32)
+    )
+    assert stage_fit._epochs(large, (2, 4), 130_000) == 0.5
+    small = LayeredModel(
+        LlamaConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=3)
+    )
+    epochs, weights = stage_fit._epochs(small, (1, 5), 8000), 4 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192)
+    assert epochs * 6 * weights * 8000 == pytest.approx(0.4e12)
+    assert 0.5 < epochs < 8
+
+
+def test_how_many_tokens_are_worth_keeping() -> None:
+    assert most_tokens(LayeredModel(LLAMA)) == 12 * 32
+    assert most_tokens(LayeredModel(GPT2)) == 12 * 64
