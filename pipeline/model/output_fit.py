@@ -6,9 +6,7 @@ in the order of the forward, is fitted by ridge regression so that it adds its s
 1 / (projections left), to what came before (a greedy fit, as in boosting; Friedman 2001, section 4.2). So 2 L small
 linear systems take the place of gradient descent through L blocks.
 
-What a projection is fitted to is weighed, token by token, by 1 / rms(y): a hidden state is normalised before it is
-used, so what counts is a relative error, yet the few tokens of an enormous norm which attention rests on (the massive
-activations of arXiv 2402.17762) must come out enormous, and with the square of it they would not.
+Squared errors are weighed token by token (`Passed.weights`).
 
 Pairs that are withheld choose how strong the ridge is, projection by projection: the strongest of a few that is nearly
 as good there as the best (as in the one-standard-error rule, Breiman et al. 1984). A weak one on features that are

@@ -117,8 +117,7 @@ def _learn(module: SpanModule, pairs: Sequence[Passed], epochs: float, came_on: 
         order = order or torch.randperm(len(parts), generator=draw).tolist()
         part = parts[order.pop()]
         optimizer.zero_grad(set_to_none=False)  # a gradient may be part of the stage's own buffer
-        missing = (part.through(module) - part.y.float()).square().mean(-1)
-        ((missing * part.weights()).sum() / part.counted().sum().clamp_min(1)).backward()
+        (part.error(module).sum() / part.counted().sum().clamp_min(1)).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
