@@ -30,11 +30,11 @@ CLOSED_FORM = 6
 """As many of them, the last ones, are enough for the closed form."""
 A_STEP = 128
 """Tokens of a step of gradient descent, at least: with fewer and larger steps the same time gains less."""
-LEARNED_FLOPS = 0.4e12
-"""Gradient descent may take so many, some ten seconds of a core, ..."""
-LEAST_EPOCHS, MOST_EPOCHS = 0.5, 8.0
-"""... but passes over all pairs no less and no more often than this: what it takes grows with the model as the closed
-form does."""
+LEARNED_FLOPS = 0.2e12
+"""Gradient descent may take so many, some five seconds of a core, ..."""
+LEAST_EPOCHS, MOST_EPOCHS = 0.5, 4.0
+"""... but passes over all pairs no less and no more often than this: with a large model it takes about as long as the
+closed form, with a small one more passes would gain little more."""
 
 
 @dataclass(frozen=True)
