@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model import output_fit
-from pipeline.model.layered import LayeredModel
-from pipeline.model.output_fit import fit_outputs, linear_outputs
-from tests.passed_blocks import GEMMA2, LLAMA, blocks, pairs_of
+from pipeline.model.output_fit import fit_outputs
+from tests.passed_blocks import LLAMA, blocks, pairs_of
 
 
 @pytest.mark.parametrize("ridge", output_fit.RIDGES)
@@ -55,15 +54,3 @@ def test_withheld_pairs_choose_the_strongest_ridge_that_is_nearly_the_best() -> 
     nearly = [ridge for ridge, error in errors.items() if error <= output_fit.NEARLY * min(errors.values())]
     assert torch.equal(output_fit._solved(fitted, judged), found[max(nearly)])
     assert found[1e-1].norm() < found[1e-3].norm()
-
-
-def test_what_cannot_be_fitted_is_refused_by_name() -> None:
-    normalised = blocks(GEMMA2, 0)
-    assert not linear_outputs(normalised)
-    with pytest.raises(ValueError, match=r"span \(2, 4\) are not linear in what blocks add, or frozen"):
-        fit_outputs(normalised, pairs_of(normalised, 4), pairs_of(normalised, 2))
-    frozen = blocks(LLAMA, 0)
-    frozen.layers["3"].get_submodule("mlp.down_proj").weight.requires_grad_(False)  # type: ignore[union-attr]
-    assert not linear_outputs(frozen)
-    head = LayeredModel(LLAMA).build((4, 6), seed=0)
-    assert not linear_outputs(head), "the head is no block"

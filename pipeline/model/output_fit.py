@@ -1,12 +1,11 @@
-"""Fit a run of decoder blocks to what went in and what came out, in closed form, from back to front of nothing.
+"""Fit the output projections of a run of decoder blocks to what went in and what came out, in closed form.
 
 A block adds two things to the hidden state: what its attention gives and what its MLP gives. Each is a linear map, the
 output projection, of features. The features of blocks that know nothing are good enough: projection after projection,
 in the order of the forward, is fitted by ridge regression so that it adds its share of what is still missing,
 1 / (projections left), to what came before (a greedy fit, as in boosting; Friedman 2001, section 4.2). So 2 L small
-linear systems take the place of gradient descent through L blocks.
-
-Squared errors are weighed token by token (`Passed.weights`).
+linear systems bring L blocks to where gradient descent can go on (`stage_fit.py`).
+Squared errors are weighed token by token (`Passed.token_weights`).
 
 Pairs that are withheld choose how strong the ridge is, projection by projection: the strongest of a few that is nearly
 as good there as the best (as in the one-standard-error rule, Breiman et al. 1984). A weak one on features that are
@@ -27,6 +26,7 @@ RIDGES = (1e-1, 1e-2, 1e-3)
 """Times the mean of the diagonal of the features' second moments, the strongest first."""
 NEARLY = 1.05
 """Times the least error on withheld pairs is nearly as good."""
+_AT_ONCE = 1024  # tokens
 
 
 def linear_outputs(module: SpanModule) -> bool:
@@ -37,9 +37,6 @@ def linear_outputs(module: SpanModule) -> bool:
     projections = [block.get_submodule(path) for block in blocks for path in _paths(module)]
     return all(isinstance(weight, nn.Parameter) and weight.requires_grad
                for weight in (projection.weight for projection in projections))  # fmt: skip
-
-
-_AT_ONCE = 1024  # tokens
 
 
 def _paths(module: SpanModule) -> tuple[str, str]:
@@ -54,10 +51,7 @@ def fit_outputs(
     module: SpanModule, fitted: Sequence[Passed], judged: Sequence[Passed], came_on: Callable[[], None] = lambda: None
 ) -> None:
     """Set the output projections of the blocks of `module`, which is in evaluation, so that it takes x to y. `judged`
-    are the pairs that choose the ridge. `came_on` is called every so often. Raises ValueError for blocks that it cannot
-    fit."""
-    if not linear_outputs(module):
-        raise ValueError(f"the output projections of span {module.span} are not linear in what blocks add, or frozen")
+    are the pairs that choose the ridge. `came_on` is called every so often. The blocks are `linear_outputs`."""
     groups = [(pair, system) for system, each in enumerate((fitted, judged)) for pair in merged(each, _AT_ONCE)]
     hidden = [pair.x.float() for pair, _ in groups]
     left = 2 * (module.span[1] - module.span[0])
@@ -68,7 +62,7 @@ def fit_outputs(
             systems, taken = (_System(), _System()), list[tuple[Tensor, Tensor]]()
             for (pair, system), h in zip(groups, hidden, strict=True):
                 features, reached = _features(module, layer, path, pair, h)
-                systems[system].add(features, pair.y.float() - reached, pair.weights())
+                systems[system].add(features, pair.y.float() - reached, pair.token_weights())
                 if path == second:
                     taken.append((features, reached))
                 came_on()

@@ -27,7 +27,7 @@ class Passed:
         mask = self.attention_mask
         return torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device) if mask is None else mask.bool()
 
-    def weights(self) -> Tensor:
+    def token_weights(self) -> Tensor:
         """Of each token's squared error: 1 / rms(y), and 0 for padding. [batch, sequence]
 
         A hidden state is normalised before it is used, so what counts is a relative error, yet the few tokens of an
@@ -40,7 +40,7 @@ class Passed:
     def error(self, module: SpanModule) -> Tensor:
         """The weighted squared error of each token that a module makes of x: [batch, sequence]."""
         found = module(self.x.float(), attention_mask=self.attention_mask, position_ids=self.position_ids)
-        return (found - self.y.float()).square().mean(-1) * self.weights()
+        return (found - self.y.float()).square().mean(-1) * self.token_weights()
 
     def rows(self, first: int, end: int) -> Passed:
         """Some sequences of it."""
@@ -51,11 +51,11 @@ class Passed:
 
 @torch.no_grad()
 def relative_error(module: SpanModule, pairs: Sequence[Passed], came_on: Callable[[], None] = lambda: None) -> float:
-    """Over the tokens, padding aside, the sum of |found - y|^2 / |y| by that of |y|: 1 where nothing is found."""
+    """Over the tokens, padding aside, the sum of |found - y|^2 / |y| by that of |y|; that of zeros is 1."""
     total, whole = 0.0, 0.0
     for pair in pairs:
         total += float(pair.error(module).sum())
-        whole += float((pair.y.float().square().mean(-1) * pair.weights()).sum())
+        whole += float((pair.y.float().square().mean(-1) * pair.token_weights()).sum())
         came_on()
     return total / max(TINY, whole)
 
@@ -66,7 +66,8 @@ def tokens_of(pairs: Sequence[Passed]) -> int:
 
 
 def merged(pairs: Sequence[Passed], at_once: int) -> list[Passed]:
-    """Microbatches of one shape, several at a time, up to `at_once` tokens: small products waste most of a core."""
+    """Microbatches of one shape, several at a time, until they have `at_once` tokens: small products waste most of a
+    core. The last ones of a shape may have fewer."""
     found: list[list[Passed]] = []
     for pair in pairs:
         last = found[-1] if found else []

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pipeline.model.layered import LayeredModel
-from pipeline.model.output_fit import RIDGES, fit_outputs
+from pipeline.model.output_fit import RIDGES, fit_outputs, linear_outputs
 from pipeline.model.passed import Passed, merged, relative_error, tokens_of
 from pipeline.model.span_module import SpanModule
 
@@ -26,10 +26,10 @@ WITHHELD = 8
 """One pair of so many is for judging, not for fitting."""
 PER_FEATURE = 12
 """Tokens for each feature of the widest projection: more of them gain little."""
-CLOSED_FORM = 6
-"""As many of them, the last ones, are enough for the closed form."""
+CLOSED_PER_FEATURE = 6
+"""Tokens for each feature that the closed form is given, the newest: more gain nothing."""
 A_STEP = 128
-"""Tokens of a step of gradient descent, at least: with fewer and larger steps the same time gains less."""
+"""Tokens of a step of gradient descent: with fewer and larger steps the same time gains less."""
 LEARNED_FLOPS = 0.2e12
 """Gradient descent may take so many, some five seconds of a core, ..."""
 LEAST_EPOCHS, MOST_EPOCHS = 0.5, 4.0
@@ -54,14 +54,19 @@ def most_tokens(model: LayeredModel) -> int:
 
 def fit_flops(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
     """What a fit of a span of blocks takes. The closed form: a forward of each block and one of its attention, the
-    products of features, and the solutions of the linear systems, with every ridge. Then gradient descent."""
-    hidden, found = model.hidden_size, 0.0
-    closed = min(tokens, CLOSED_FORM * _widest(model))
+    products of features, and the solutions of the linear systems, with every ridge. Gradient descent. What is withheld
+    takes part in the closed form, and goes forward three times more."""
+    judged = tokens / WITHHELD
+    hidden, found = (
+        model.hidden_size,
+        _epochs(model, span, tokens - judged) * _epoch_flops(model, span, tokens - judged),
+    )
+    closed = min(tokens - judged, CLOSED_PER_FEATURE * _widest(model)) + judged
     for layer in range(*span):
-        found += 1.4 * 2 * _weights(model, layer) * closed
+        found += 2 * model.parameter_count(layer) * (1.4 * closed + 3 * judged)
         for features in _features_of(model, layer):
             found += 2 * features * (features + hidden) * closed + len(RIDGES) * features**3 / 3
-    return found + _epochs(model, span, tokens) * _epoch_flops(model, span, tokens)
+    return found
 
 
 @torch.no_grad()
@@ -71,6 +76,8 @@ def fit_stage(
     """Make the blocks of `module`, which is in evaluation, take x to y; all of its weights are as they were where that
     does not make it better. Some pairs are withheld to judge by. `came_on` is called every so often. Raises ValueError
     for blocks that it cannot fit, and without two pairs."""
+    if not linear_outputs(module):
+        raise ValueError(f"the output projections of span {module.span} are not linear in what blocks add, or frozen")
     if len(pairs) < 2:
         raise ValueError(f"{len(pairs)} pairs; allowed: 2 or more, of which some are withheld")
     every = min(WITHHELD, len(pairs))
@@ -79,7 +86,7 @@ def fit_stage(
     before = best = relative_error(module, judged, came_on)
     kept = copy.deepcopy(module.state_dict())
     for fit in (
-        lambda: fit_outputs(module, _last(fitted, CLOSED_FORM * _widest(model)), judged, came_on),
+        lambda: fit_outputs(module, _last(fitted, CLOSED_PER_FEATURE * _widest(model)), judged, came_on),
         lambda: _learn(module, fitted, _epochs(model, module.span, tokens), came_on),
     ):
         fit()
@@ -102,41 +109,34 @@ def _last(pairs: Sequence[Passed], tokens: int) -> Sequence[Passed]:
 @torch.enable_grad()
 def _learn(module: SpanModule, pairs: Sequence[Passed], epochs: float, came_on: Callable[[], None]) -> None:
     """By Adam, on the same weighted squared error as the closed form, a few sequences a step in an order that is always
-    the same; the rate rises, then falls to nothing. Gradients are clipped: a token of an enormous norm is rare."""
+    the same; the rate rises, then falls to nothing. Gradients are clipped, so that the rare step with a token of an
+    enormous norm does not outweigh the others."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, 1 / module.model.hidden_size, (0.9, 0.95), weight_decay=0.0)
+    optimizer, rate = torch.optim.Adam(weights, betas=(0.9, 0.95)), 1 / module.model.hidden_size
     rows = [pair.rows(i, i + 1) for pair in pairs for i in range(pair.x.shape[0])]
     parts, draw = merged(rows, A_STEP), torch.Generator().manual_seed(0)
     steps = max(1, round(epochs * len(parts)))
-    rising = max(1, min(10, steps // 4))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / rising) * (1 - step / steps)
-    )
-    order = list[int]()
-    for _ in range(steps):
+    rising, order = max(1, min(10, steps // 4)), list[int]()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / rising) * (1 - step / steps)
         order = order or torch.randperm(len(parts), generator=draw).tolist()
         part = parts[order.pop()]
         optimizer.zero_grad(set_to_none=False)  # a gradient may be part of the stage's own buffer
         (part.error(module).sum() / part.counted().sum().clamp_min(1)).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        schedule.step()
         came_on()
     optimizer.zero_grad(set_to_none=False)
 
 
-def _epochs(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
+def _epochs(model: LayeredModel, span: tuple[int, int], tokens: float) -> float:
     """How often gradient descent passes over all pairs."""
     return min(MOST_EPOCHS, max(LEAST_EPOCHS, LEARNED_FLOPS / max(1.0, _epoch_flops(model, span, tokens))))
 
 
-def _epoch_flops(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
+def _epoch_flops(model: LayeredModel, span: tuple[int, int], tokens: float) -> float:
     """A forward, and a backward of twice as much."""
-    return 3 * 2 * sum(_weights(model, layer) for layer in range(*span)) * tokens
-
-
-def _weights(model: LayeredModel, layer: int) -> int:
-    return sum(math.prod(shape) for shape in model.shapes(layer).values())
+    return 3 * 2 * sum(model.parameter_count(layer) for layer in range(*span)) * tokens
 
 
 def _widest(model: LayeredModel) -> int:
