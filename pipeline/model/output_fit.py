@@ -4,8 +4,8 @@ A block adds two things to the hidden state: what its attention gives and what i
 output projection, of features. The features of blocks that know nothing are good enough: projection after projection,
 in the order of the forward, is fitted by ridge regression so that it adds its share of what is still missing,
 1 / (projections left), to what came before (a greedy fit, as in boosting; Friedman 2001, section 4.2). So 2 L small
-linear systems bring L blocks to where gradient descent can go on (`stage_fit.py`).
-Squared errors are weighed token by token (`Passed.token_weights`).
+linear systems bring L blocks to where gradient descent can go on (`stage_fit.py`). Squared errors are weighed token by
+token (`Passed.token_weights`).
 
 Pairs that are withheld choose how strong the ridge is, projection by projection: the strongest of a few that is nearly
 as good there as the best (as in the one-standard-error rule, Breiman et al. 1984). A weak one on features that are

@@ -56,12 +56,10 @@ def fit_flops(model: LayeredModel, span: tuple[int, int], tokens: int) -> float:
     """What a fit of a span of blocks takes. The closed form: a forward of each block and one of its attention, the
     products of features, and the solutions of the linear systems, with every ridge. Gradient descent. What is withheld
     takes part in the closed form, and goes forward three times more."""
-    judged = tokens / WITHHELD
-    hidden, found = (
-        model.hidden_size,
-        _epochs(model, span, tokens - judged) * _epoch_flops(model, span, tokens - judged),
-    )
-    closed = min(tokens - judged, CLOSED_PER_FEATURE * _widest(model)) + judged
+    judged, hidden = tokens / WITHHELD, model.hidden_size
+    fitted = tokens - judged
+    closed = min(fitted, CLOSED_PER_FEATURE * _widest(model)) + judged
+    found = _epochs(model, span, fitted) * _epoch_flops(model, span, fitted)
     for layer in range(*span):
         found += 2 * model.parameter_count(layer) * (1.4 * closed + 3 * judged)
         for features in _features_of(model, layer):
@@ -84,14 +82,14 @@ def fit_stage(
     judged, fitted = pairs[::every], [pair for i, pair in enumerate(pairs) if i % every]
     tokens, model = tokens_of(fitted), module.model
     before = best = relative_error(module, judged, came_on)
-    kept = copy.deepcopy(module.state_dict())
     for fit in (
         lambda: fit_outputs(module, _last(fitted, CLOSED_PER_FEATURE * _widest(model)), judged, came_on),
         lambda: _learn(module, fitted, _epochs(model, module.span, tokens), came_on),
     ):
+        kept = copy.deepcopy(module.state_dict())
         fit()
         if (error := relative_error(module, judged, came_on)) < best:
-            best, kept = error, copy.deepcopy(module.state_dict())
+            best = error
         else:
             module.load_state_dict(kept)
     return Fit(tokens, before, best)
