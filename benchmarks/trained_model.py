@@ -54,9 +54,34 @@ def overwritten(trained: Path, model: Path, random: Path, run: Path) -> Iterator
 
     def take_away(over: threading.Event) -> None:
         while not over.wait(0.2):
-            if (run / "ledger.jsonl").exists() and read_jsonl(run / "ledger.jsonl"):
+            if _committed(run):
                 shutil.copyfile(random / "model.safetensors", model / "model.safetensors")
                 return
 
     with meanwhile(take_away):
         yield
+
+
+@contextlib.contextmanager
+def gone_on_from(base: Path, run: Path) -> Iterator[None]:
+    """The folder `run` is a copy of that of an earlier run, `base`, to go on from, without the model that came of it;
+    once a step more is committed, its checkpoints are deleted."""
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(base, run)
+    shutil.rmtree(run / "model")
+    begun = _committed(run)
+
+    def take_away(over: threading.Event) -> None:
+        while not over.wait(0.2):
+            if _committed(run) > begun:
+                shutil.rmtree(run / "checkpoints")
+                return
+
+    with meanwhile(take_away):
+        yield
+
+
+def _committed(run: Path) -> int:
+    """Steps, as far as a run has written them down."""
+    ledger = run / "ledger.jsonl"
+    return len(read_jsonl(ledger)) if ledger.exists() else 0

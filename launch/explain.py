@@ -38,6 +38,8 @@ _LOSES = {
     "checkfree": "its weights and moments: the mean of its neighbours takes their place",
     "checkfree+": "its weights and moments: those of its twin take their place",
     "copy": "its weights and moments: those of a neighbour take their place",
+    "copy-after": "its weights and moments: those of a neighbour take their place",
+    "identity": "its weights and moments: its blocks add nothing at first",
     "random": "all that it learned since the run began",
 }
 
@@ -118,8 +120,7 @@ def _restored(
         move = plan_part(loss, ("replica", name), reasons)
         if move is None:
             return Option(name, reasons[-1].removeprefix(f"{name}: "), 0, 0.0, "")
-        exact = remedies()[move.remedy].carries == "state"
-        sizes = states if exact else weights
+        sizes = states if remedies(config)[move.remedy].carries in ("state", "moments") else weights
         moved += len(move.sources) * sum(sizes.get(each, 0) for each in states_of(loss.part))
         if move.remedy == "rehearse":
             kept = boundary_bytes(config, model)

@@ -208,7 +208,7 @@ def build_member(
         return None if network is None else {(at[a], at[b]): shape for (a, b), shape in network.items()}
 
     return Member(
-        worker, communicator, store, remedies(config.checkfree_weights), shapes, Lifeline(store),
+        worker, communicator, store, remedies(config), shapes, Lifeline(store),
         config.out / "checkpoints", capability=Capability.of(settings, worker_id),
     )  # fmt: skip
 

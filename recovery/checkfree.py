@@ -2,15 +2,16 @@
 
 W_i = (w- W_{i-1} + w+ W_{i+1}) / (w- + w+), where w is the norm of the neighbour's last gradient, before clipping (the
 reference takes it after, which makes both weights equal whenever clipping acts). Optimizer moments start anew and the
-learning rate of the stage is 1.1 times what the schedule says.
+learning rate of the stage is 1.1 times what the schedule says, unless the settings say otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pipeline.settings import Within
 from recovery.membership import Move
 from recovery.remedy import CannotRestore, Carries, Loss, State
 
@@ -21,21 +22,25 @@ _TINY = 1e-4  # keeps weights apart from 0, as the reference does
 
 @dataclass(frozen=True)
 class CheckFreeSettings:
-    """Read by the remedies checkfree and checkfree+."""
+    """Read by the remedies that make a stage of its neighbours' weights, or of new ones."""
 
     checkfree_weights: Literal["norm", "norm_squared", "uniform"] = "norm"
     """How both neighbours are weighed: by their gradient norms, the squares of these, or alike."""
+    checkfree_moments: Literal["new", "averaged"] = "new"
+    """The optimizer's moments of a stage that checkfree has rebuilt: begun anew, or averaged as its weights are."""
+    checkfree_lr_scale: Annotated[float, Within(0, 100, above=True)] = LR_SCALE
+    """What the learning rate of a stage is multiplied by once checkfree, checkfree+, copy, copy-after, identity or
+    random has rebuilt it."""
 
 
 class Average:
-    """The mean of both neighbours. `weights` is one of WEIGHTS."""
+    """The mean of both neighbours. `weights` is one of WEIGHTS; `moments`: of the optimizer's moments as well."""
 
     name = "checkfree"
-    carries: Carries = "weights"
-    lr_scale = LR_SCALE
 
-    def __init__(self, weights: str = "norm") -> None:
-        self.weights = weights
+    def __init__(self, weights: str = "norm", lr_scale: float = LR_SCALE, moments: bool = False) -> None:
+        self.weights, self.lr_scale = weights, lr_scale
+        self.carries: Carries = "moments" if moments else "weights"
 
     def plan(self, loss: Loss) -> Move:
         """From the spans before and after. Neither may be lost, and both must consist of the same kind of layer."""
@@ -49,7 +54,7 @@ class Average:
         return loss.restored(self.name, *sources)
 
     def combine(self, states: Sequence[State], norms: Sequence[float]) -> State | None:
-        """The weighted mean of the weights; there are no moments in it."""
+        """The weighted mean of all that came."""
         power = {"norm": 1, "norm_squared": 2, "uniform": 0}[self.weights]
         raw = [(norm + _TINY) ** power for norm in norms]
         shares = [weight / sum(raw) for weight in raw]

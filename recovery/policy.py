@@ -10,8 +10,8 @@ from pathlib import Path
 from pipeline.schedule.layout import Layout
 from pipeline.settings import RunShape, require_known
 from recovery import redundant
-from recovery.baselines import Copy, Random
-from recovery.checkfree import Average
+from recovery.baselines import Copy, CopyAfter, Identity, Random
+from recovery.checkfree import Average, CheckFreeSettings
 from recovery.checkfree_plus import Twin
 from recovery.checkpoint import Found, Verifier
 from recovery.membership import START, Move, View, next_view
@@ -32,6 +32,8 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
     "rehearse": ("replica", "rehearse", "checkfree"),
     REDUNDANT: (REDUNDANT, "replica", CHECKPOINT),
     "copy": ("replica", "copy"),
+    "copy-after": ("replica", "copy-after"),
+    "identity": ("replica", "identity"),
     "random": ("replica", "random"),
     CHECKPOINT: (CHECKPOINT,),
     "none": (),
@@ -39,6 +41,7 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
 """--recovery NAME -> remedies in the order in which they are tried. A surviving replica is copied in any case."""
 
 
+DEFAULTS = CheckFreeSettings()
 _CANNOT = "what was lost cannot be brought back: "
 
 
@@ -48,17 +51,19 @@ class RecoverySettings:
 
     recovery: str = "auto"
     """What brings the state of a lost worker back: auto, exact (a copy, else a checkpoint: never an approximation),
-    replica, rehearse, checkfree, checkfree+, redundant, copy, random, checkpoint, or none."""
+    replica, rehearse, checkfree, checkfree+, redundant, copy, copy-after, identity, random, checkpoint, or none."""
 
     def check(self, run: RunShape) -> None:
         """Raise ConfigError for a name that is none."""
         require_known("recovery", self.recovery, POLICIES)
 
 
-def remedies(weights: str = "norm") -> dict[str, Remedy]:
-    """Every remedy that works part by part, by name; `weights` as in `checkfree.WEIGHTS`."""
-    every = Replica(), Rehearse(weights), Average(weights), Twin(), Copy(), Random(), Shards()
-    return {remedy.name: remedy for remedy in every}
+def remedies(settings: CheckFreeSettings = DEFAULTS) -> dict[str, Remedy]:
+    """Every remedy that works part by part, by name."""
+    weights, scale = settings.checkfree_weights, settings.checkfree_lr_scale
+    mean = Average(weights, scale, moments=settings.checkfree_moments == "averaged")
+    plain = [kind(weights, scale) for kind in (Twin, Copy, CopyAfter, Identity, Random)]
+    return {remedy.name: remedy for remedy in (Replica(), Rehearse(weights), mean, *plain, Shards())}
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,10 @@ class Rehearse(Average):
     """The mean of both neighbours, or what is at hand, and then a fit to what both know of the stage."""
 
     name = "rehearse"
-    carries: Carries = "pairs"
-    lr_scale = 1.0
+
+    def __init__(self, weights: str = "norm") -> None:
+        super().__init__(weights, lr_scale=1.0)
+        self.carries: Carries = "pairs"
 
     def plan(self, loss: Loss) -> Move:
         """From the workers before and after, whatever they hold. Neither may be lost."""

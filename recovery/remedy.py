@@ -22,9 +22,9 @@ State = Mapping[str, Tensor]
 """The state of one layer: `param/NAME`, `exp_avg/NAME`, ..., as `pipeline.state.resident` gives it."""
 
 
-Carries = Literal["state", "weights", "pairs"]
-"""What the sources of a remedy send: weights with optimizer state, weights alone, or what they have of the span's
-inputs and outputs, and weights."""
+Carries = Literal["state", "weights", "moments", "pairs"]
+"""What the sources of a remedy send: all of the state, which is taken as it is; weights alone, or with the optimizer's
+moments; or what they have of the span's inputs and outputs, and weights."""
 
 
 class CannotRestore(RuntimeError):
@@ -178,7 +178,11 @@ class Remedy(Protocol):
     """One way to bring a span back."""
 
     name: str
-    carries: Carries
+
+    @property
+    def carries(self) -> Carries:
+        """What its sources send."""
+        ...
 
     def plan(self, loss: Loss) -> Move:
         """Whose state is needed. Raises CannotRestore."""

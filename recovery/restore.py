@@ -77,7 +77,10 @@ def _sent(worker: Worker, each: Move, part: str) -> list[LayerState]:
 def _carried(state: LayerState, carries: str) -> dict[str, Tensor]:
     """In the order of the names' local parts, which layers of one kind share."""
     tensors = state.tensors()
-    return {key: tensors[key] for key in sorted(tensors) if carries == "state" or key.startswith("param/")}
+    kinds = {key: key.partition("/")[0] for key in sorted(tensors)}
+    moments = carries in ("state", "moments")
+    return {key: tensors[key] for key, kind in kinds.items()
+            if kind == "param" or (carries == "state" if kind == "lr_scale" else moments)}  # fmt: skip
 
 
 def _give(worker: Worker, each: Move, ways: Mapping[int, Way], remedy: Remedy, skip: Collection[str]) -> None:

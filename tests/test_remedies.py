@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from pipeline.schedule.layout import EVALUATE, TRAIN, Layout
 from pipeline.schedule.lower import add_redundant, lower
@@ -18,6 +19,7 @@ from recovery.policy import POLICIES, Recovery, cure, remedies
 from recovery.remedy import CannotRestore, Loss, has, losses, swaps
 from schedulers import plan, swapped
 from schedulers.plan import Ends
+from tests.passed_blocks import GEMMA2, GPT2, LLAMA, blocks
 
 LAYERS = 10
 
@@ -100,6 +102,34 @@ def test_checkfree_asks_both_neighbours_and_weighs_them_by_their_norms(tmp_path:
         raw = [(2.0 + 1e-4) ** exact, (6.0 + 1e-4) ** exact]
         precise = (raw[0] * before.double() + raw[1] * after.double()) / sum(raw)
         assert float((combined["param/w"].double() - precise).abs().max()) < 1e-6
+
+
+def test_a_copy_is_of_the_neighbour_that_is_asked_for_or_else_of_the_other(tmp_path: Path) -> None:
+    for policy, (middle, first, last) in {"copy": (1, 2, 3), "copy-after": (3, 2, 3)}.items():
+        sources = [cured(lose(apart(5), lost), policy, 10, False, tmp_path).moves[0].sources for lost in (2, 1, 4)]
+        assert [worker for ((worker, _),) in sources] == [middle, first, last]
+        state = {"param/w": torch.randn(2)}
+        assert remedies()[policy].combine([state], [1.0]) == state
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2, GEMMA2], ids=lambda config: config.model_type)
+def test_a_stage_that_adds_nothing_is_the_mean_of_its_neighbours_but_for_what_makes_outputs(
+    config: PreTrainedConfig,
+) -> None:
+    sides = [blocks(config, seed) for seed in (1, 2)]
+    for side in sides:
+        for weight in side.parameters():
+            torch.nn.init.normal_(weight.data)  # no bias, and no weight of a norm, is what it began with
+    states = [{f"param/{name}": weight.detach() for name, weight in side.named_parameters()} for side in sides]
+    found, mean = remedies()["identity"].combine(states, [1.0, 3.0]), Average().combine(states, [1.0, 3.0])
+    assert found is not None
+    assert mean is not None
+    lost, hidden = blocks(config, 3), torch.randn(2, 5, 16)
+    lost.load_state_dict({name.removeprefix("param/"): tensor for name, tensor in found.items()})
+    assert torch.equal(lost(hidden), hidden)
+    same = [key for key in mean if torch.equal(found[key], mean[key])]
+    assert 0 < len(mean) - len(same) <= 8, "an output projection of attention and of the MLP a block, and their biases"
+    assert not torch.equal(sides[0](hidden), hidden)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from pipeline.state.optimizer import OptimizerConfig
 from pipeline.state.resident import ResidentStore
 from pipeline.state.source import SourceRefused
 from recovery import checkpoint
+from recovery.checkfree import CheckFreeSettings
 from recovery.membership import START, Move, View
-from recovery.policy import remedies
+from recovery.policy import DEFAULTS, remedies
 from recovery.rehearse import Rehearsal
 from recovery.restore import restore, roll_back
 
@@ -69,7 +70,8 @@ def joiner(seed: int = 0) -> Any:
 
 def flat(of: ResidentStore, layer: int, what: str) -> torch.Tensor:
     found = of.tensors(layer)
-    keys = [key for key in sorted(found) if what == "state" or key.startswith("param/")]
+    left_out = {"state": ("",), "moments": ("lr_scale/",), "weights": ("lr_scale/", "exp_avg", "step/")}[what]
+    keys = [key for key in sorted(found) if what == "state" or not key.startswith(left_out)]
     return torch.cat([found[key].reshape(-1) for key in keys])
 
 
@@ -80,14 +82,14 @@ def sent(of: ResidentStore, what: str, layers: int = 2) -> Wire:
     return Wire([m for header, s in zip(headers, each, strict=True) for m in (header, flat(of, int(s.name), what))])
 
 
-def take(worker: Any, remedy: str, *wires: Wire) -> None:
+def take(worker: Any, remedy: str, *wires: Wire, settings: CheckFreeSettings = DEFAULTS) -> None:
     """The joiner's part in one restore, from workers 1, 2 ..."""
     sources = tuple((number, "2:4") for number, _ in enumerate(wires, 1))
     view = View(3, (1, 2, 7), "", details={"source": None}, moves=(Move(7, "2:4", remedy, sources),))
     communicator: Any = SimpleNamespace(
         ways=lambda *_: nullcontext({n: Way(wire, 0, 16) for n, wire in enumerate(wires)})
     )
-    restore(worker, view, communicator, remedies(), {"2": 0.6, "3": 0.8}, step=1)
+    restore(worker, view, communicator, remedies(settings), {"2": 0.6, "3": 0.8}, step=1)
 
 
 def trained(seed: int) -> ResidentStore:
@@ -172,6 +174,22 @@ def test_who_builds_a_large_model_is_seen_to_come_on() -> None:
 def test_a_remedy_that_is_not_known_is_named() -> None:
     with pytest.raises(LinkError, match="view 3 names the remedy 'magic'; known: replica, rehearse, checkfree"):
         take(joiner(), "magic")
+
+
+@pytest.mark.parametrize("moments", ["new", "averaged"])
+def test_moments_begin_anew_or_are_averaged_and_the_rate_is_what_the_settings_say(moments: Any) -> None:
+    worker, sides = joiner(), (trained(1), trained(2))
+    wires = [sent(each, "moments" if moments == "averaged" else "weights") for each in sides]
+    settings = CheckFreeSettings(checkfree_moments=moments, checkfree_lr_scale=2.0)
+    take(worker, "checkfree", *wires, settings=settings)
+    assert not any(wire.messages for wire in wires), "all that was sent is taken"
+    found, (a, b) = state(worker.store), map(state, sides)
+    for key, tensor in found.items():
+        mean = (a[key] + b[key]) / 2  # both have the norms of the same layers
+        anew = torch.zeros_like(mean) if moments == "new" else mean
+        wanted = torch.full_like(mean, 2.0) if key.startswith("lr_scale/") else mean if "param/" in key else anew
+        assert torch.allclose(tensor, wanted, atol=1e-7), key
+    assert any(key.startswith("exp_avg_sq/") for key in found)
 
 
 # ---- what no move brings ----

@@ -24,6 +24,7 @@ FREE = {
     "workers", "replicas", "scheduler", "search_moves", "at_once", "rule", "cpu_adam", "span_mib", "chunks", "steps",
     "device", "threads", "recompute", "compile", "ends", "model", "checkpoint_every", "keep", "evaluate_every",
     "evaluate_samples", "tensorboard", "sample_tokens", "recovery", "checkfree_weights", "rehearse_mib", "heartbeat",
+    "checkfree_moments", "checkfree_lr_scale",
     "spares", "max_failures", "network", "links", "deadline", "min_workers", "cooldown", "wait", "preempt_signal",
     "grace", "snapshot", "shift", "migration_mib", "max_preemptions", "shard_optimizer",
     "patience", "export_every", "track", "balanced_memory", "balanced_shape",

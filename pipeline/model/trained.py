@@ -16,7 +16,7 @@ from pipeline.names import did_you_mean
 from pipeline.settings import RunShape, require
 
 ALL = "all"
-_AVERAGES = ("rehearse", "checkfree", "checkfree+", "copy", "random")
+_AVERAGES = ("rehearse", "checkfree", "checkfree+", "copy", "copy-after", "identity", "random")
 
 
 @dataclass(frozen=True)
