@@ -50,6 +50,8 @@ def test_bytes_and_seconds_are_those_of_the_model_and_the_layout() -> None:
     mean = found[2]["checkfree"]
     assert mean["moved"] == 2 * 4 * block
     assert mean["seconds"] == pytest.approx(mean["moved"] / (100 * 2**20))
+    averaged = told(replace(FIVE, checkfree_moments="averaged"))[2]["checkfree"]
+    assert averaged["moved"] == 3 * mean["moved"], "weights and two moments"
     kept = boundary_bytes(FIVE, model)
     fit = found[2]["rehearse"]
     assert fit["moved"] == mean["moved"] + 2 * kept
