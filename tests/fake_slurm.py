@@ -57,17 +57,18 @@ def sbatch(script: str, *arguments: str) -> int:
 def srun(*words: str) -> int:
     """One task on each node; signals go to all, and the greatest exit code is that of the step."""
     command = list(itertools.dropwhile(lambda word: word.startswith("--"), words))
-    tasks = [
-        subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(node), "SLURM_PROCID": str(node)})
-        for node in range(int(os.environ["SLURM_NNODES"]))
-    ]
+    tasks: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, _: FrameType | None) -> None:
         for task in tasks:
             task.send_signal(number)
 
     signal.signal(signal.SIGTERM, forward)
-    return max(task.wait() for task in tasks)
+    for node in range(int(os.environ["SLURM_NNODES"])):
+        environment = {**os.environ, "SLURM_NODEID": str(node), "SLURM_PROCID": str(node)}
+        tasks.append(subprocess.Popen(command, env=environment))
+    codes = [task.wait() for task in tasks]
+    return max(128 - code if code < 0 else code for code in codes)
 
 
 def scontrol(what: str, *words: str) -> int:

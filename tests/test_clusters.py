@@ -27,18 +27,34 @@ echo "$@" >>"$TOLD/calls-${SLURM_NODEID:-${SKYPILOT_NODE_RANK:-${JOB_COMPLETION_
 mkdir -p "$OUT/checkpoints/step-00000001"
 code=$(head -n 1 "$TOLD/codes")
 if [ "$code" = wait ]; then
-    touch "$TOLD/began"
     trap 'sed -i 1d "$TOLD/codes"; exit 75' TERM
+    touch "$TOLD/began"
     for _ in $(seq 600); do sleep 0.05; done
     exit 1
+elif [ "$code" = deaf ]; then
+    sed -i 1d "$TOLD/codes"
+    touch "$TOLD/began"
+    exec sleep 30
 fi
 [ "${SLURM_NODEID:-0}" = 0 ] && sed -i 1d "$TOLD/codes"
 exit "${code:-0}"
 """
 
+# what is told to stop may be gone before the script that told it waits again
+SLOW_KILL = {"BASH_FUNC_kill%%": '() { builtin kill "$@"; [ "$1" != -TERM ] || sleep 0.5; }'}
+STOPS = pytest.mark.parametrize(
+    ("how", "environment"),
+    [
+        pytest.param("wait", {}, id="later"),
+        pytest.param("wait", SLOW_KILL, id="at-once"),
+        pytest.param("deaf", {}, id="before-it-could-hear"),
+    ],
+)
+
 
 class Bench:
-    """A PATH on which `unbroken` ends as it is told: `codes` are those of its starts, "wait" is until a SIGTERM."""
+    """A PATH on which `unbroken` ends as it is told: `codes` are those of its starts, "wait" is until a SIGTERM, and
+    "deaf" until one that it knows nothing to do about."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin, self.out = folder, folder / "bin", folder / "run"
@@ -110,10 +126,11 @@ def test_slurm_puts_a_run_into_the_queue_again_for_one_code_alone(bench: Bench, 
     ]
 
 
-def test_slurm_gives_notice_and_the_run_saves_itself(bench: Bench) -> None:
-    bench.codes("wait", 0)
+@STOPS
+def test_slurm_gives_notice_and_the_run_saves_itself(bench: Bench, how: str, environment: dict[str, str]) -> None:
+    bench.codes(how, 0)
     (bench.folder / "notice").touch()
-    assert bench.run("sbatch", str(SCRIPTS / "slurm.sbatch")) == 0
+    assert bench.run("sbatch", str(SCRIPTS / "slurm.sbatch"), **environment) == 0
     assert bench.slurm == ["start 0", "requeue 4242", "end 75", "start 1", "end 0"]
 
 
@@ -130,9 +147,9 @@ def test_slurm_s_nodes_meet_at_the_first(bench: Bench) -> None:
 TORCHRUN = """#!/bin/bash
 while [ "$1" != --no-python ]; do shift; done
 shift
+trap 'kill -TERM $child; wait $child; exit 1' TERM
 WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 "$@" &
 child=$!
-trap 'kill -TERM $child; wait $child; exit 1' TERM
 wait $child
 """
 
@@ -148,10 +165,12 @@ def test_torchrun_s_code_is_that_of_the_run(bench: Bench, code: int) -> None:
     assert bench.calls()[1] == f"train --workers 2 --out {bench.out} --resume"
 
 
-def test_torchrun_that_is_stopped_says_start_it_again(bench: Bench) -> None:
+@STOPS
+def test_torchrun_that_is_stopped_says_start_it_again(bench: Bench, how: str, environment: dict[str, str]) -> None:
     bench.command("torchrun", TORCHRUN)
-    bench.codes("wait")
-    run = subprocess.Popen(["bash", str(SCRIPTS / "torchrun.sh")], env=bench.environment, cwd=bench.folder)
+    bench.codes(how)
+    script = ["bash", str(SCRIPTS / "torchrun.sh")]
+    run = subprocess.Popen(script, env={**bench.environment, **environment}, cwd=bench.folder)
     until(lambda: (bench.folder / "began").exists(), 20.0)
     run.send_signal(signal.SIGTERM)
     assert run.wait(20) == STOPPED

@@ -18,15 +18,13 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 slot() {
     resume=()
     compgen -G "$OUT/checkpoints/step-*" >/dev/null && resume=(--resume)
+    child= told=0
+    trap 'told=$((told + 1)); kill -TERM $child 2>/dev/null' TERM INT
     unbroken train --workers "$WORLD_SIZE" --out "$OUT" "${resume[@]}" "$@" &
     child=$!
-    trap 'kill -TERM $child 2>/dev/null' TERM INT
-    wait $child
-    code=$?
-    while kill -0 $child 2>/dev/null; do  # a signal has ended the wait, and the run saves itself
-        wait $child
-        code=$?
-    done
+    [ $told = 0 ] || kill -TERM $child 2>/dev/null # it came before there was a run
+    until heard=$told; wait $child; code=$?; [ $told = $heard ]; do :; done # a signal ends the wait, not the run
+    [ $told = 0 ] || [ $code -ne 143 ] || code=75 # it was told before it could hear that: nothing is lost
     [ "${LOCAL_RANK:-0}" = 0 ] && echo $code >"$CODE"
     case $code in
     2 | 75 | 93) exit 0 ;; # torchrun would start it again, to no avail
@@ -35,16 +33,14 @@ slot() {
 }
 export -f slot
 
+launcher= told=0
+trap 'told=$((told + 1)); kill -TERM $launcher 2>/dev/null' TERM INT
 torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" --rdzv-backend c10d --rdzv-endpoint "$RDZV" --rdzv-id "$RUN_ID" \
     --max-restarts "$MAX_RESTARTS" --no-python bash -c 'slot "$@"' slot "$@" &
-launcher=$! asked=0
-trap 'asked=1; kill -TERM $launcher 2>/dev/null' TERM INT
-wait $launcher
-code=$?
-while kill -0 $launcher 2>/dev/null; do
-    wait $launcher
-    code=$?
-done
-told=$(cat "$CODE")
-[ $code -ne 0 ] && [ $asked = 0 ] && exit $code # torchrun has given up
-exit "${told:-$code}"
+launcher=$!
+[ $told = 0 ] || kill -TERM $launcher 2>/dev/null
+until heard=$told; wait $launcher; code=$?; [ $told = $heard ]; do :; done
+said=$(cat "$CODE")
+[ $told = 0 ] || exit "${said:-75}" # a run that has not begun loses nothing
+[ $code = 0 ] || exit $code         # torchrun has given up
+exit "${said:-0}"
