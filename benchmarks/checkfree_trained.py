@@ -148,8 +148,7 @@ def main() -> int:
             progress.update(task, description=f"{job['arm']}, stage {job['stage']}, seed {job['seed']}")
             try:
                 made = {**job, **run(forkserver, folder, job, options)}
-                shorter = [each for each in runs if alike(job, each)]
-                runs = [*(each for each in runs if each not in shorter), made]
+                runs = [*(each for each in runs if not alike(job, each)), made]
             except RuntimeError as error:
                 failed += 1
                 console.print(f"[red]{error}")

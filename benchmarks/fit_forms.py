@@ -37,7 +37,7 @@ from torch import Tensor
 sys.path[0] = str(Path(__file__).parent.parent)  # else benchmarks/recovery.py would hide the package of that name
 
 from benchmarks.above_calm import NONE, summarise, table  # noqa: E402
-from benchmarks.lost_stage import AT_ONCE, SEQUENCE, Trained, curve, lose, texts  # noqa: E402
+from benchmarks.lost_stage import AT_ONCE, SEQUENCE, Trained, curve, lose, pairs_of, texts  # noqa: E402
 from benchmarks.trained_model import smollm2  # noqa: E402
 from pipeline.model.passed import TINY, Passed  # noqa: E402
 from pipeline.model.span_module import SpanModule  # noqa: E402
@@ -96,8 +96,7 @@ def pairs_for(
             for span in trained.spans[:stage]:
                 x = span(x)
             inputs.append(x.bfloat16())
-    return [Passed(a[None], b[None]) for x, y in zip(inputs, out[-kept:], strict=True)
-            for a, b in zip(x, y, strict=True)]  # fmt: skip
+    return pairs_of(inputs, out[-kept:])
 
 
 def main() -> int:
@@ -119,10 +118,8 @@ def main() -> int:
         folder = smollm2(Path(name) / "model", options.gguf)
         task = progress.add_task("training", total=len(jobs))
         held, rows = texts(folder, options.seed)
-        trained, passed = Trained(folder, options.lr), dict[int, list[Tensor]]()
-        parts = rows[: 2 * STEPS * AT_ONCE].split(AT_ONCE)
-        for part in parts:
-            trained.step(part, lambda i, x: passed.setdefault(i, []).append(x.detach().bfloat16()))
+        trained, parts = Trained(folder, options.lr), rows[: 2 * STEPS * AT_ONCE].split(AT_ONCE)
+        passed = trained.steps(rows, 2 * STEPS)
         start, rest = trained.state(), rows[2 * STEPS * AT_ONCE :]
         for form, stage in jobs:
             progress.update(task, description=f"{form}, stage {stage}")

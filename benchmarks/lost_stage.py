@@ -112,6 +112,13 @@ class Trained:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def steps(self, rows: Tensor, count: int) -> dict[int, list[Tensor]]:
+        """Train on the first `count` times AT_ONCE rows; by span, what went into it in each step, in bfloat16."""
+        kept: dict[int, list[Tensor]] = {}
+        for part in rows[: count * AT_ONCE].split(AT_ONCE):
+            self.step(part, lambda i, x: kept.setdefault(i, []).append(x.detach().bfloat16()))
+        return kept
+
     def state(self) -> dict[str, Any]:
         return copy.deepcopy({"spans": [s.state_dict() for s in self.spans], "optimizer": self.optimizer.state_dict(),
                               "norms": self.norms})  # fmt: skip
@@ -121,6 +128,11 @@ class Trained:
             span.load_state_dict(mine)
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.norms = list(state["norms"])
+
+
+def pairs_of(inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> list[Passed]:
+    """A pair a sequence, oldest first, of what went into a stage and came out of it in each step."""
+    return [Passed(x[None], y[None]) for a, b in zip(inputs, outputs, strict=True) for x, y in zip(a, b, strict=True)]
 
 
 @torch.no_grad()
@@ -213,17 +225,14 @@ def main() -> int:
             progress.update(task, description=f"seed {seed}, {arm}, stage {stage}")
             if seed != now:
                 now, (held, rows) = seed, texts(folder, seed)
-                trained, kept = Trained(folder, options.lr), dict[int, list[Tensor]]()
-                for step in range(options.before):
-                    part = rows[step * AT_ONCE : (step + 1) * AT_ONCE]
-                    trained.step(part, lambda i, x: kept.setdefault(i, []).append(x.detach().bfloat16()))  # noqa: B023
+                trained = Trained(folder, options.lr)
+                kept = trained.steps(rows, options.before)
                 start, rest = trained.state(), rows[options.before * AT_ONCE :]
             trained.load(start)
             run: dict[str, Any] = {"arm": arm, "stage": stage, "seed": seed}
             if stage is not None:
-                pairs = [Passed(x[None], y[None]) for a, b in zip(kept[stage], kept[stage + 1], strict=True)
-                         for x, y in zip(a, b, strict=True)]  # fmt: skip
-                if (fitted := lose(trained, arm, stage, pairs)) is not None:
+                fitted = lose(trained, arm, stage, pairs_of(kept[stage], kept[stage + 1]))
+                if fitted is not None:
                     fit, seconds = fitted
                     run |= {"tokens": fit.tokens, "error": [fit.before, fit.after], "fit_s": seconds}
             runs.append(

@@ -41,7 +41,7 @@ exit "${code:-0}"
 """
 
 # what is told to stop may be gone before the script that told it waits again
-SLOW_KILL = {"BASH_FUNC_kill%%": '() { builtin kill "$@"; [ "$1" != -TERM ] || sleep 0.5; }'}
+SLOW_KILL = {"BASH_FUNC_kill%%": '() { builtin kill "$@" && { [ "$1" != -TERM ] || sleep 0.5; }; }'}
 STOPS = pytest.mark.parametrize(
     ("how", "environment"),
     [

@@ -291,7 +291,7 @@ def test_every_kind_of_stage_is_lost_under_checkfree_plus(
     flags += ["--checkpoint-every", "0", "--inject", f"{faults};kill:stage=0,step=10,at=reduce"]
     out = tmp_path / "run"
     if torchrun:
-        _under_torchrun(blocks + 1, settings(out, *flags))
+        _under_torchrun(blocks + 1, settings(out, *flags), tmp_path)
     else:
         train(forkserver, out, *flags)
     restored = [{(part, remedy) for _, part, remedy in e["restores"]} for e in events(out, "resumed")]
@@ -309,14 +309,19 @@ def test_under_torchrun_a_killed_worker_is_replaced_and_torchrun_sees_nothing(
     """Each slot is an agent with one worker: torchrun starts nobody again; the weights are those of the calm run."""
     flags = ["--workers", "2", "--recovery", "checkpoint"]
     out = tmp_path / "run"
-    _under_torchrun(2, settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit"))
+    _under_torchrun(
+        2, settings(out, *flags, "--inject", "kill:worker=1,step=7;kill:worker=0,step=9,at=commit"), tmp_path
+    )
     assert [event["worker"] for event in events(out, "remedy")] == [1, 0]
     whole_ledger(out)
     assert same_weights(out, calm["line"])
 
 
-def _under_torchrun(workers: int, arguments: list[str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--max-restarts", "0"]
+def _under_torchrun(workers: int, arguments: list[str], folder: Path) -> None:
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--max-restarts", "0",
+        "--log-dir", str(folder / "torchrun"),
+    ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [*launcher, "-m", "launch", *linked(arguments)], cwd=Path(__file__).parent.parent, env=environment, text=True,
@@ -407,7 +412,8 @@ def _nodes(
             path, argv = folder / f"node{rank}.log", [*arguments, "--node-rank", str(rank)]
             if launcher:
                 log = stack.enter_context(path.open("wb"))
-                command = [sys.executable, *launcher, "--master-port", str(free_port()), "-m", "launch", *linked(argv)]
+                own = ["--master-port", str(free_port()), "--log-dir", str(folder / f"torchrun{rank}")]
+                command = [sys.executable, *launcher, *own, "-m", "launch", *linked(argv)]
                 nodes.append(
                     subprocess.Popen(
                         command,

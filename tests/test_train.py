@@ -218,11 +218,11 @@ class Running:
         return [own, *own.children(recursive=True)]
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that train: they have started nothing, another agent's child has started them, and they are no
-        store."""
+        """The processes that train: they have started nothing, another agent's child has started them, and they are
+        neither a store nor who cleans up, which have an interpreter of their own."""
         own = psutil.Process(self.pid)
         leaves = [p for p in self.processes()[1:] if not p.children() and p.parent() != own]
-        return [p for p in leaves if "pipeline.store.hosting" not in p.cmdline()]
+        return [p for p in leaves if "-P" not in p.cmdline()]
 
     def parents(self) -> list[psutil.Process]:
         """The forkservers of the workers."""
@@ -1109,13 +1109,13 @@ def test_tokens_that_do_not_fit_are_named_and_leave_nothing(launcher: Launcher) 
 # ---- torchrun ----
 
 
-def torchrun(*flags: str) -> tuple[str, ...]:
-    return ("-m", "torch.distributed.run", "--nproc-per-node", "2", *flags, "-m", "launch")
+def torchrun(folder: Path, *flags: str) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--log-dir", str(folder), *flags, "-m", "launch")
 
 
 @pytest.mark.long
-def test_torchrun_trains_the_same_model_to_the_bit(launcher: Launcher, reference: Run) -> None:
-    run = launcher.start(command=torchrun("--master-port", str(free_port()))).finish().ok()
+def test_torchrun_trains_the_same_model_to_the_bit(launcher: Launcher, reference: Run, tmp_path: Path) -> None:
+    run = launcher.start(command=torchrun(tmp_path, "--master-port", str(free_port()))).finish().ok()
     assert run.losses == reference.losses
     assert run.weights == reference.weights
     assert [e["event"] for e in run.events] == [e["event"] for e in reference.events]
@@ -1143,8 +1143,8 @@ def test_a_death_in_a_slot_is_named_and_ends_every_slot(launcher: Launcher) -> N
 
 
 @pytest.mark.long
-def test_a_death_under_torchrun_is_named_and_ends_every_slot(launcher: Launcher) -> None:
-    running = launcher.start(command=torchrun("--standalone"), **ENDLESS)
+def test_a_death_under_torchrun_is_named_and_ends_every_slot(launcher: Launcher, tmp_path: Path) -> None:
+    running = launcher.start(command=torchrun(tmp_path, "--standalone"), **ENDLESS)
     running.until_step(2)
     processes = running.processes()
     assert len(running.parents()) == 2, "each slot has a forkserver with one worker"

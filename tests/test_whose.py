@@ -45,7 +45,8 @@ def test_the_command_does_not_look_where_it_is_run(tmp_path: Path, torchrun: boo
     command = Path(sys.executable).with_name("unbroken")
     if not command.exists():
         pytest.skip("the project is not installed here")
-    before = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python") if torchrun else ()
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--log-dir", "logs", "--no-python")
+    before = launcher if torchrun else ()
     for name in PACKAGES:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('not ours')\n")

@@ -10,8 +10,9 @@ set -u
 : "${OUT:?is the run folder, which all nodes see}"
 : "${NNODES:=1}" "${NPROC:=1}" "${RDZV:=localhost:0}" "${RUN_ID:=unbroken}" "${MAX_RESTARTS:=3}"
 export OUT
-export CODE=$(mktemp)
-trap 'rm -f "$CODE"' EXIT
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export CODE=$folder/code
 # every round has a store of its own: what was said in the one before is not read again
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
@@ -36,11 +37,11 @@ export -f slot
 launcher= told=0
 trap 'told=$((told + 1)); kill -TERM $launcher 2>/dev/null' TERM INT
 torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" --rdzv-backend c10d --rdzv-endpoint "$RDZV" --rdzv-id "$RUN_ID" \
-    --max-restarts "$MAX_RESTARTS" --no-python bash -c 'slot "$@"' slot "$@" &
+    --max-restarts "$MAX_RESTARTS" --log-dir "$folder" --no-python bash -c 'slot "$@"' slot "$@" &
 launcher=$!
 [ $told = 0 ] || kill -TERM $launcher 2>/dev/null
 until heard=$told; wait $launcher; code=$?; [ $told = $heard ]; do :; done
-said=$(cat "$CODE")
+said=$(cat "$CODE" 2>/dev/null)
 [ $told = 0 ] || exit "${said:-75}" # a run that has not begun loses nothing
 [ $code = 0 ] || exit $code         # torchrun has given up
 exit "${said:-0}"
