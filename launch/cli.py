@@ -245,7 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every wait on a store that times out is a warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command, name = COMMANDS[arguments[0]], f"unbroken {arguments[0]}"
-    settings, function = command.load()
+    from pipeline.garbage import keep_all, no_collection
+
+    with no_collection():
+        settings, function = command.load()
+    keep_all()
     try:
         try:
             config = configured(settings, name, named(command, arguments[1:]), command.base)

@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 from launch.death_watch import DeathWatch
+from pipeline.garbage import keep_all
 from pipeline.runtime.channel import Channel, ChannelClosed
 from pipeline.wire import checked
 
@@ -95,6 +96,7 @@ class ForkServer:
             die_with_parent(agent)
             for signum in DEAF_TO:
                 signal.signal(signum, signal.SIG_IGN)
+            keep_all()
             with contextlib.suppress(BaseException):
                 _Server(Channel(theirs), entry, prepare, self._watch).run()
             os._exit(0)

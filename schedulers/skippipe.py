@@ -7,15 +7,14 @@ comes out is an ordinary Schedule, a bound that no plan can beat, and the gap to
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
 
+from pipeline.garbage import no_collection
 from pipeline.schedule.costs import Costs, Network
 from pipeline.schedule.ops import B, F, Op, Route, Schedule, Span
 from pipeline.settings import MOST_STEPS, RunShape, Within, require, require_owner
@@ -177,7 +176,7 @@ def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int
     Then `moves` near there, by default as many as take less than a tenth of a second; the bounds are those that cost
     nothing. Raises NetworkError where memory or the network lets no plan through.
     """
-    with _uncollected():
+    with no_collection():  # to walk a large network's objects takes longer than to mend its plan
         paths = mended(plan.paths, plan.problem, problem)
         if moves is None:
             moves = max(50, _REPAIR // (problem.num_microbatches * (2 * problem.path_length + 1)))
@@ -186,18 +185,6 @@ def replan(plan: SkipPlan, problem: RoutingProblem, *, seed: int = 0, moves: int
             at = problem.stage_of
             found = repair(problem, [(path[0], *sorted(path[1:], key=at.__getitem__)) for path in paths], moves, seed)
         return _plan(problem, found, own_work(problem))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No collection of garbage meanwhile: walking a large network's objects takes longer than mending its plan."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def without(problem: RoutingProblem, lost: Collection[int]) -> RoutingProblem:

@@ -6,6 +6,7 @@ The process that hands out the tests to others (`-n 2`) runs none: it imports no
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ _FORKSERVER = pytest.StashKey["ForkServer"]()
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    gc.disable()  # nothing that is made before all tests are there is garbage
     import torch
     from hypothesis import settings
 
@@ -54,7 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("llama")
+    gc.enable()  # in what is forked
     config.stash[_FORKSERVER] = ForkServer(entry)
+    gc.disable()
 
 
 LONGEST = (
@@ -62,6 +66,11 @@ LONGEST = (
     "test_reroute", "test_parity", "test_unlearn_parity", "test_skip_engine", "test_footprint", "test_lora",
 )  # fmt: skip
 """They begin first, so that no worker has one of them left when all others are done."""
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -172,7 +172,7 @@ def test_no_garbage_is_collected_while_a_plan_is_mended_and_it_is_afterwards(mon
     gc.set_threshold(5)
     try:
         guarded = collections()
-        monkeypatch.setattr("schedulers.skippipe._uncollected", nullcontext)
+        monkeypatch.setattr("schedulers.skippipe.no_collection", nullcontext)
         bare = collections()
         monkeypatch.undo()
     finally:

@@ -6,10 +6,7 @@ which order can everything run? Both are answered once, here; the answers come f
 
 from __future__ import annotations
 
-import gc
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 
 from pipeline.schedule.ops import (
@@ -28,19 +25,6 @@ from pipeline.schedule.ops import (
     deps,
     overlaps,
 )
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Leave garbage alone meanwhile: a million small tuples, none of them garbage, would be looked through again and
-    again, which takes half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def compiled(schedule: Schedule) -> Graph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pipeline.schedule.graph import no_collection
+from pipeline.garbage import no_collection
 from pipeline.schedule.ops import COMPUTE, RECV, REDUCE, SEND, STEP, B, F, Node, Op, R, Schedule, Span, W, deps
 
 

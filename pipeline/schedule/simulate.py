@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from pipeline.garbage import no_collection
 from pipeline.schedule.costs import CostError, Costs, Network
-from pipeline.schedule.graph import Graph, compiled, no_collection
+from pipeline.schedule.graph import Graph, compiled
 from pipeline.schedule.memory import Change, crosses, lane_peaks, timed_peaks
 from pipeline.schedule.ops import COMPUTE, LOAD, OFFLOAD, RECV, REDUCE, SEND, STEP, F, Op, Schedule, Span
 from pipeline.schedule.timeline import Event, Timeline, Transfer

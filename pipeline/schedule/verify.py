@@ -10,7 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.schedule.graph import Graph, compiled, no_collection
+from pipeline.garbage import no_collection
+from pipeline.schedule.graph import Graph, compiled
 from pipeline.schedule.holdings import Bound, bounds
 from pipeline.schedule.memory import lane_peaks
 from pipeline.schedule.ops import (
