@@ -110,7 +110,7 @@ def _learn(module: SpanModule, pairs: Sequence[Passed], epochs: float, came_on: 
     the same; the rate rises, then falls to nothing. Gradients are clipped, so that the rare step with a token of an
     enormous norm does not outweigh the others."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer, rate = torch.optim.Adam(weights, betas=(0.9, 0.95)), 1 / module.model.hidden_size
+    optimizer, rate = torch.optim.Adam(weights, betas=(0.9, 0.95), fused=True), 1 / module.model.hidden_size
     rows = [pair.rows(i, i + 1) for pair in pairs for i in range(pair.x.shape[0])]
     parts, draw = merged(rows, A_STEP), torch.Generator().manual_seed(0)
     steps = max(1, round(epochs * len(parts)))
