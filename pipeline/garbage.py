@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def no_collection() -> Iterator[None]:
     """Leave garbage alone meanwhile: where many objects are made, none of them garbage, Python would look through all
-    there are again and again, which takes a tenth of a command's start and half of a large schedule's."""
+    there are again and again, which takes a fifth of a command's start and half of a large schedule's."""
     enabled = gc.isenabled()
     gc.disable()
     try:
