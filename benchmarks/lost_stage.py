@@ -115,8 +115,12 @@ class Trained:
     def steps(self, rows: Tensor, count: int) -> dict[int, list[Tensor]]:
         """Train on the first `count` times AT_ONCE rows; by span, what went into it in each step, in bfloat16."""
         kept: dict[int, list[Tensor]] = {}
-        for part in rows[: count * AT_ONCE].split(AT_ONCE):
-            self.step(part, lambda i, x: kept.setdefault(i, []).append(x.detach().bfloat16()))
+
+        def keep(i: int, x: Tensor) -> None:
+            kept.setdefault(i, []).append(x.detach().bfloat16())
+
+        for step in range(count):
+            self.step(rows[step * AT_ONCE : (step + 1) * AT_ONCE], keep)
         return kept
 
     def state(self) -> dict[str, Any]:

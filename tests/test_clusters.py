@@ -74,8 +74,9 @@ class Bench:
         (self.bin / name).chmod(0o755)
 
     def really(self) -> None:
-        """Have `unbroken` be ours."""
-        self.command("unbroken", f'#!/bin/bash\nexec {sys.executable} -P -m launch "$@"\n')
+        """Have `unbroken` be ours, and `torchrun` that of the same Python."""
+        for name, module in (("unbroken", "launch"), ("torchrun", "torch.distributed.run")):
+            self.command(name, f'#!/bin/bash\nexec {sys.executable} -P -m {module} "$@"\n')
 
     def codes(self, *codes: int | str) -> None:
         (self.folder / "codes").write_text("".join(f"{code}\n" for code in codes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from launch.forkserver import ForkServer
 from pipeline.garbage import no_collection
+from tests.harness import Started
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -49,18 +49,15 @@ def collects(payload: dict[str, Any]) -> int:
     ring.append(ring)
     del ring
     found = {"grown": grown, "collected": gc.collect(), "kept": gc.get_freeze_count(), "by itself": gc.isenabled()}
-    Path(payload["out"]).write_text(json.dumps(found))
+    Path(payload["log"]).write_text(json.dumps(found))
     return 0
 
 
 def test_a_collection_in_a_worker_leaves_shared_what_it_was_forked_with(forkserver: ForkServer, tmp_path: Path) -> None:
-    out = tmp_path / "found.json"
-    pid = forkserver.start({"call": "tests.test_garbage:collects", "out": str(out)})
-    deadline, ended = time.monotonic() + 30, []
-    while not ended and time.monotonic() < deadline:
-        ended = [each.code for each in forkserver.poll(0.1) if each.pid == pid]
-    assert ended == [0]
-    found = json.loads(out.read_text())
+    with Started(forkserver, tmp_path / "log", call="tests.test_garbage:collects") as started:
+        ended = started.wait()
+    assert ended.code == 0
+    found = json.loads(ended.output)
     assert found["kept"] > 100_000, "all that torch and transformers have made"
     assert found["grown"] < 20, "every page that holds an object would be 100"
     assert found["collected"] == 1

@@ -16,15 +16,20 @@ export CODE=$folder/code
 # every round has a store of its own: what was said in the one before is not read again
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+# Runs a command and passes TERM and INT on to it as TERM. `code` is how it ended, `told` how often it was asked to.
+passing_on() {
+    child= told=0
+    trap 'told=$((told + 1)); kill -TERM $child 2>/dev/null' TERM INT
+    "$@" &
+    child=$!
+    [ $told = 0 ] || kill -TERM $child 2>/dev/null # it came before there was a child
+    until heard=$told; wait $child; code=$?; [ $told = $heard ]; do :; done # a signal ends the wait, not the child
+}
+
 slot() {
     resume=()
     compgen -G "$OUT/checkpoints/step-*" >/dev/null && resume=(--resume)
-    child= told=0
-    trap 'told=$((told + 1)); kill -TERM $child 2>/dev/null' TERM INT
-    unbroken train --workers "$WORLD_SIZE" --out "$OUT" "${resume[@]}" "$@" &
-    child=$!
-    [ $told = 0 ] || kill -TERM $child 2>/dev/null # it came before there was a run
-    until heard=$told; wait $child; code=$?; [ $told = $heard ]; do :; done # a signal ends the wait, not the run
+    passing_on unbroken train --workers "$WORLD_SIZE" --out "$OUT" "${resume[@]}" "$@"
     [ $told = 0 ] || [ $code -ne 143 ] || code=75 # it was told before it could hear that: nothing is lost
     [ "${LOCAL_RANK:-0}" = 0 ] && echo $code >"$CODE"
     case $code in
@@ -32,15 +37,10 @@ slot() {
     *) exit $code ;;
     esac
 }
-export -f slot
+export -f passing_on slot
 
-launcher= told=0
-trap 'told=$((told + 1)); kill -TERM $launcher 2>/dev/null' TERM INT
-torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" --rdzv-backend c10d --rdzv-endpoint "$RDZV" --rdzv-id "$RUN_ID" \
-    --max-restarts "$MAX_RESTARTS" --log-dir "$folder" --no-python bash -c 'slot "$@"' slot "$@" &
-launcher=$!
-[ $told = 0 ] || kill -TERM $launcher 2>/dev/null
-until heard=$told; wait $launcher; code=$?; [ $told = $heard ]; do :; done
+passing_on torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" --rdzv-backend c10d --rdzv-endpoint "$RDZV" \
+    --rdzv-id "$RUN_ID" --max-restarts "$MAX_RESTARTS" --log-dir "$folder" --no-python bash -c 'slot "$@"' slot "$@"
 said=$(cat "$CODE" 2>/dev/null)
 [ $told = 0 ] || exit "${said:-75}" # a run that has not begun loses nothing
 [ $code = 0 ] || exit $code         # torchrun has given up
